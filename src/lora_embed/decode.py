@@ -1,0 +1,201 @@
+"""Encoded bytes → uint8 RGB of the encoder's size, or a reject with its reason; a shard → whole chunks."""
+
+import contextlib
+import hashlib
+import io
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image, ImageOps
+
+from lora_embed.errors import ShardError, StorageError
+from lora_embed.model.preprocess import Pixels, Preprocessing
+from lora_embed.read import Sample, read_samples
+from lora_embed.schema import ChunkHead, Layout, Shard, WorkItem, sample_schema, to_ipc
+
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none runs a program or reads another file
+# What Pillow's decoders raise on damaged data, none of it a fault of this program.
+_DAMAGE = (
+    OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, AttributeError, OverflowError,
+    ZeroDivisionError, NotImplementedError, RuntimeError, MemoryError, struct.error, zlib.error,
+)  # fmt: skip
+
+Image.MAX_IMAGE_PIXELS = None  # our own limit is checked before any pixel is allocated; Pillow's would only warn
+
+
+class BadImage(Exception):
+    """An image that cannot be embedded; `reason` is one of `schema.REASONS`."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Pixels (H, W, 3) ready for the model, and the image's own size as it is shown."""
+
+    pixels: Pixels
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedChunk:
+    """One chunk's samples, of `schema.sample_schema`, and the pixels (good, H, W, 3) of the good ones, in their order."""
+
+    head: ChunkHead
+    samples: pa.RecordBatch
+    pixels: Pixels
+
+
+def decode_items(
+    batch: dict[str, Any], layout: Layout, preprocessing: Preprocessing, options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Work items → one row per chunk: `head` (JSON), `samples` (Arrow IPC), `pixels` (1, n, H, W, 3).
+
+    A shard that cannot be read on becomes a row whose head says why; the others go on.
+    """
+    for item in batch["item"]:
+        try:
+            for chunk in decode_shard(item, layout, preprocessing, options):
+                yield _row(chunk.head, chunk.samples, chunk.pixels)
+        except (ShardError, StorageError, OSError) as error:
+            shard = item.shard
+            head = ChunkHead(shard_id=shard.id, shard_name=shard.name, prefix=shard.prefix, error=str(error))
+            nothing = pa.RecordBatch.from_pylist([], schema=sample_schema(layout.carry))
+            yield _row(head, nothing, np.empty((0, *preprocessing.size, 3), np.uint8))
+
+
+def _row(head: ChunkHead, samples: pa.RecordBatch, pixels: Pixels) -> dict[str, Any]:
+    if not len(pixels):  # an empty tensor does not survive Ray's blocks; head.good says that this one holds nothing
+        pixels = np.zeros((1, *pixels.shape[1:]), np.uint8)
+    return {
+        "head": np.array([head.to_json()], dtype=object),
+        "samples": np.array([to_ipc(samples)], dtype=object),
+        "pixels": pixels[np.newaxis],
+    }
+
+
+def decode_image(data: bytes, preprocessing: Preprocessing, max_pixels: int = 100_000_000) -> Decoded:
+    """Decode and prepare one image, the first frame of an animated one. Raises BadImage."""
+    if not data:
+        raise BadImage("empty", "0 bytes")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except _DAMAGE:
+        raise BadImage("not_an_image", f"{len(data)} bytes that start with {data[:8].hex()}") from None
+    _check_area(image.width, image.height, max_pixels, "declares")
+    _check_area(*preprocessing.resized_size(image.width, image.height), max_pixels, "would be resized to")
+    try:
+        image = to_rgb(image)
+        return Decoded(preprocessing.apply(image), image.width, image.height)
+    except _DAMAGE as error:
+        raise BadImage("corrupt_image", f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB as it is shown: EXIF orientation applied, 16-bit grey scaled (Pillow's own conversion would clip it)."""
+    image.load()
+    with contextlib.suppress(*_DAMAGE):  # damaged EXIF data is no reason to lose the image
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        values = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
+        image = Image.fromarray(values.astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def decode_shard(
+    item: WorkItem, layout: Layout, preprocessing: Preprocessing, options: dict[str, Any]
+) -> Iterator[DecodedChunk]:
+    """Yield a shard's chunks but those that are done, the same bytes at every call.
+
+    A chunk is yielded when the sample after it was seen or the end proven. Chunks count samples, good or bad.
+    Raises ShardError where the shard cannot be read on.
+    """
+    shard, done, size = item.shard, item.done, layout.chunk_size
+    keys: set[str] = set()
+    held: _Chunk | None = None
+    samples = read_samples(shard, layout, options, wanted=lambda number: number // size not in done)
+    for number, sample in enumerate(samples):
+        if item.limit is not None and number >= item.limit:
+            break
+        if number % size == 0:
+            if held is not None and held.chunk not in done:
+                yield held.finish(shard, last=False)
+            held = _Chunk(number // size, layout, preprocessing)
+        assert held is not None
+        if held.chunk not in done:
+            held.add(sample, is_duplicate=sample.key in keys)
+        keys.add(sample.key)
+    held = held or _Chunk(0, layout, preprocessing)
+    if held.chunk not in done:
+        yield held.finish(shard, last=True)
+
+
+class _Chunk:
+    """A chunk that is being filled; pixels go into one array at once, so that no copy is made at the end."""
+
+    def __init__(self, chunk: int, layout: Layout, preprocessing: Preprocessing) -> None:
+        self.chunk = chunk
+        self._layout = layout
+        self._preprocessing = preprocessing
+        self._pixels: Pixels | None = None
+        self._good = 0
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, sample: Sample, *, is_duplicate: bool) -> None:
+        carried = {name: _typed(sample.fields.get(name), kind) for name, kind in self._layout.carry}
+        row = {"key": sample.key, "width": None, "height": None, "sha256": None, "reason": None, "detail": None} | carried
+        try:
+            if sample.data is None:
+                raise BadImage("no_image", "the sample has no image")
+            row["sha256"] = hashlib.sha256(sample.data).digest()
+            if is_duplicate:
+                raise BadImage("duplicate_id", "an earlier sample of this shard has the same key")
+            decoded = decode_image(sample.data, self._preprocessing, self._layout.max_pixels)
+            row |= {"width": decoded.width, "height": decoded.height}
+            self._keep(decoded.pixels)
+        except BadImage as bad:
+            row |= {"reason": bad.reason, "detail": str(bad)}
+        self._rows.append(row)
+
+    def finish(self, shard: Shard, *, last: bool) -> DecodedChunk:
+        height, width = self._preprocessing.size
+        pixels = np.empty((0, height, width, 3), np.uint8) if self._pixels is None else self._pixels[: self._good]
+        samples = pa.RecordBatch.from_pylist(self._rows, schema=sample_schema(self._layout.carry))
+        head = ChunkHead(
+            shard_id=shard.id, shard_name=shard.name, prefix=shard.prefix, chunk=self.chunk, last=last, good=self._good
+        )
+        return DecodedChunk(head=head, samples=samples, pixels=pixels)
+
+    def _keep(self, pixels: Pixels) -> None:
+        if self._pixels is None:
+            self._pixels = np.empty((self._layout.chunk_size, *pixels.shape), np.uint8)
+        self._pixels[self._good] = pixels
+        self._good += 1
+
+
+def _check_area(width: int, height: int, most: int, verb: str) -> None:
+    if width * height > most:
+        raise BadImage("too_many_pixels", f"{verb} {width}×{height} pixels, allowed are {most}")
+
+
+def _typed(value: Any, kind: str) -> Any:
+    """A carried value as its column's type, or null where it is none."""
+    if value is None:
+        return None
+    if kind == "string":
+        return value if isinstance(value, str) else json.dumps(value, default=str)
+    if kind == "bool":
+        return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+    try:
+        return int(value) if kind == "int64" else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None

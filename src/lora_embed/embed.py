@@ -1,0 +1,68 @@
+"""Embed chunks on one device: the heavy part once per actor, then batch to batch."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_embed.errors import EncoderError
+from lora_embed.model.encoder import FILES, load_encoder
+from lora_embed.schema import ChunkHead
+from lora_embed.storage import fetch_directory
+
+CPU_BATCH, GPU_BATCH = 16, 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What `auto` is resolved from: the device that an actor will run on."""
+
+    kind: str  # "cuda" or "cpu"
+    has_native_bfloat16: bool
+
+    @property
+    def precision(self) -> str:
+        return "bfloat16" if self.has_native_bfloat16 else "float32"
+
+    @property
+    def batch_size(self) -> int:
+        return GPU_BATCH if self.kind == "cuda" else CPU_BATCH
+
+
+def inspect_device() -> Device:
+    """The device of the process that calls it: to be called where actors run, not on the driver."""
+    if torch.cuda.is_available():
+        return Device(kind="cuda", has_native_bfloat16=torch.cuda.get_device_capability() >= (8, 0))
+    capabilities = torch.backends.cpu.get_cpu_capability() if hasattr(torch.backends, "cpu") else ""
+    flags = _cpu_flags() if "AVX512" in capabilities else set()
+    return Device(kind="cpu", has_native_bfloat16=bool({"avx512_bf16", "amx_bf16"} & flags))
+
+
+def _cpu_flags() -> set[str]:
+    if not os.path.exists("/proc/cpuinfo"):
+        return set()
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        return next((set(line.split(":", 1)[1].split()) for line in file if line.startswith("flags")), set())
+
+
+class EmbedImages:
+    """The actor: loads an encoder, proves it on the golden images, then turns a chunk's pixels into vectors."""
+
+    def __init__(self, encoder_uri: str, space_id: str, precision: str, batch_size: int) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            torch.set_num_threads(1)  # one actor per core; two threads on contended cores fall to a quarter
+        folder = fetch_directory(encoder_uri, None, FILES)
+        self._encoder = load_encoder(folder, device=device, precision=precision, batch_size=batch_size)
+        if self._encoder.space_id != space_id:
+            raise EncoderError(f"{encoder_uri}: makes space {self._encoder.space_id}, expected {space_id}")
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Rows of `decode_items` → the same with `vectors`, float32 (1, n, d), in place of the pixels."""
+        assert len(batch["head"]) == 1, "chunks go one by one: batch_size=1"
+        head = ChunkHead.from_json(batch["head"][0])
+        pixels = np.asarray(batch["pixels"][0])[: head.good]
+        vectors = self._encoder.embed_pixels(pixels) if head.good else np.zeros((1, self._encoder.dimension), np.float32)
+        return {"head": batch["head"], "samples": batch["samples"], "vectors": vectors[np.newaxis]}

@@ -1,0 +1,75 @@
+"""Golden vectors: a few generated images kept with an encoder, by which every device proves itself before work."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from lora_embed.errors import EncoderError
+
+FOLDER = "golden"
+VECTORS = "vectors.npy"
+# Largest relative L2 difference of a row from the float32 vectors that is still the same computation: another
+# instruction set moves float32 by about 1e-6; bfloat16 was measured at 7e-3 and float16 at 7.5e-4 on ViT-S.
+BOUNDS = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
+
+
+def make_images() -> dict[str, bytes]:
+    """File name → encoded image: gradients, noise and shapes in several sizes and modes, the same at each call."""
+    rng = np.random.default_rng(7)
+    ramp = np.stack(np.meshgrid(np.linspace(0, 255, 320), np.linspace(0, 255, 240)) + [np.full((240, 320), 90.0)], axis=-1)
+    shapes = Image.new("RGB", (500, 375), (230, 220, 200))
+    pen = ImageDraw.Draw(shapes)
+    for _ in range(40):
+        x, y, r = (int(value) for value in rng.integers([0, 0, 8], [500, 375, 80]))
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=tuple(int(value) for value in rng.integers(0, 256, 3)))
+    noise = Image.fromarray(rng.integers(0, 256, (131, 97, 3), dtype=np.uint8))
+    grey = Image.fromarray(rng.integers(0, 256, (12, 20), dtype=np.uint8)).resize((200, 260), Image.Resampling.BICUBIC)
+    return {
+        "ramp.jpg": _encoded(Image.fromarray(ramp.astype(np.uint8)), "JPEG"),
+        "shapes.jpg": _encoded(shapes, "JPEG"),
+        "noise.png": _encoded(noise, "PNG"),
+        "grey.png": _encoded(grey, "PNG"),
+    }
+
+
+def save(folder: Path, images: dict[str, bytes], vectors: NDArray[np.float32]) -> None:
+    """Write images and their vectors, (images, d) in the order of the names, below an encoder's directory."""
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    for name, data in images.items():
+        (folder / FOLDER / name).write_bytes(data)
+    np.save(folder / FOLDER / VECTORS, vectors, allow_pickle=False)
+
+
+def load(folder: Path) -> tuple[dict[str, bytes], NDArray[np.float32]]:
+    """The images and vectors of `save`, sorted by name. Raises EncoderError when they are not there."""
+    path = folder / FOLDER / VECTORS
+    if not path.is_file():
+        raise EncoderError(f"{folder}: has no golden vectors, so nothing shows that it works here. Build it again.")
+    images = {file.name: file.read_bytes() for file in sorted(path.parent.iterdir()) if file.suffix in (".jpg", ".png")}
+    return images, np.load(path, allow_pickle=False)
+
+
+def check(found: NDArray[np.float32], expected: NDArray[np.float32], precision: str, device: str) -> float:
+    """The largest relative L2 difference of a row. Raises EncoderError when it is beyond the precision's bound."""
+    difference = relative_difference(found, expected)
+    if not difference <= BOUNDS[precision]:
+        raise EncoderError(
+            f"golden vectors: {device} in {precision} differs by {difference:.2e} (relative L2) from the vectors stored "
+            f"with the encoder, allowed is {BOUNDS[precision]:.0e}; its libraries or device compute something else"
+        )
+    return difference
+
+
+def relative_difference(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """Largest of ‖found − expected‖ / ‖expected‖ over the rows of two (n, d) arrays."""
+    distance = np.linalg.norm(found.astype(np.float64) - expected, axis=1)
+    return float(np.max(distance / np.linalg.norm(expected.astype(np.float64), axis=1)))
+
+
+def _encoded(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=92)
+    return buffer.getvalue()

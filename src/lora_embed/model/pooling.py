@@ -1,0 +1,81 @@
+"""Which hidden state of a model becomes the vector, and how its tokens are pooled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_embed.errors import EncoderError
+
+FROM_LAST_HIDDEN_STATE = ("last_mean", "last_patch_mean", "last_cls")  # after the final norm; the others before it
+
+
+class HiddenState:
+    """The last hidden state of a model, taken by a hook so that the earlier ones need not be kept.
+
+    `hidden_states[-1]` of transformers is the output of the last block in some families (ViT, DINOv2: before the final
+    norm) and the final output in others (CLIP). `find_tap` decides by comparing with the literal tensor.
+    """
+
+    def __init__(self, model: nn.Module, tap: str) -> None:
+        self._model = model
+        self._caught: list[torch.Tensor] = []
+        self._tap = tap
+        if tap:
+            model.get_submodule(tap).register_forward_hook(lambda _module, _inputs, out: self._caught.append(_first(out)))
+
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(n, 3, H, W) → (n, tokens, d), or (n, d, h, w) for convolutional models."""
+        output = self._model(pixel_values=pixel_values).last_hidden_state
+        return self._caught.pop() if self._tap else output
+
+
+@torch.inference_mode()
+def find_tap(model: nn.Module, pixel_values: torch.Tensor) -> str:
+    """Name of the module whose output is `hidden_states[-1]` bit for bit, or "" where the final output is.
+
+    Raises EncoderError when the model gives no hidden states or none of its blocks' outputs equals the last.
+    """
+    outputs: dict[str, Any] = {}
+    blocks = [f"{name}.{len(part) - 1}" for name, part in model.named_modules() if isinstance(part, nn.ModuleList)]
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: outputs.update({name: _first(out)}))
+        for name in blocks
+    ]
+    output = model(pixel_values=pixel_values, output_hidden_states=True)
+    for handle in handles:
+        handle.remove()
+    states = getattr(output, "hidden_states", None)
+    if not states:
+        raise EncoderError(f"{type(model).__name__} gives no hidden states, so there is nothing to pool")
+    if torch.equal(states[-1], output.last_hidden_state):
+        return ""
+    for name in blocks:
+        if isinstance(outputs.get(name), torch.Tensor) and torch.equal(outputs[name], states[-1]):
+            return name
+    raise EncoderError(f"{type(model).__name__}: no block's output equals its own hidden_states[-1]; tried {blocks}")
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def pooler(pooling: str, prefix_tokens: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function (n, tokens, d) or (n, d, h, w) → (n, d).
+
+    `mean` is the guide's: over all tokens, special ones included; over height and width for feature maps.
+    Raises EncoderError for a pooling that the model has no tokens for.
+    """
+    kind = pooling.removeprefix("last_")
+    if kind == "cls" and prefix_tokens < 1:
+        raise EncoderError("pooling 'cls' needs a class token, and this model has none; use 'mean'")
+
+    def pool(states: torch.Tensor) -> torch.Tensor:
+        if states.ndim == 4:
+            return states.mean(dim=(2, 3))
+        if kind == "cls":
+            return states[:, 0]
+        return states[:, prefix_tokens if kind == "patch_mean" else 0 :].mean(dim=1)
+
+    return pool

@@ -1,0 +1,123 @@
+"""The image processor's geometry on uint8, by Pillow alone; its arithmetic as one multiply-add for the device.
+
+Decode workers need no torch and no transformers for this, pixels travel as bytes, and what comes out equals the
+Hugging Face PIL processor's pixels bit for bit: `encoder.build_encoder` checks that for every encoder it builds.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from lora_embed.errors import EncoderError
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How an image becomes a model's input: resize, centre crop, then `pixel · multiply + add` for each channel."""
+
+    resize: tuple[int, int] | int | None  # (height, width), or the shorter edge
+    resample: int  # Pillow's filter number
+    crop: tuple[int, int] | None  # (height, width)
+    multiply: tuple[float, float, float]
+    add: tuple[float, float, float]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of every prepared image."""
+        if self.crop is not None:
+            return self.crop
+        assert isinstance(self.resize, tuple)
+        return self.resize
+
+    def resized_size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) after the resize, rounded as the Hugging Face processors round."""
+        if self.resize is None:
+            return width, height
+        if isinstance(self.resize, tuple):
+            return self.resize[1], self.resize[0]
+        short, long = min(width, height), max(width, height)
+        longer = int(self.resize * long / short)
+        return (self.resize, longer) if width <= height else (longer, self.resize)
+
+    def apply(self, image: Image.Image) -> Pixels:
+        """An RGB image → uint8 pixels (height, width, 3)."""
+        target = self.resized_size(*image.size)
+        if self.resize is not None:  # also at equal size: Pillow then copies, as in the processor
+            image = image.resize(target, resample=Image.Resampling(self.resample))
+        if self.crop is None:
+            return np.asarray(image)
+        return _center_crop(np.asarray(image), self.crop)
+
+
+def _center_crop(pixels: Pixels, crop: tuple[int, int]) -> Pixels:
+    """Cut the middle; where the image is smaller, pad with zeros, placed as the Hugging Face processors place it."""
+    for axis, wanted in enumerate(crop):
+        have = pixels.shape[axis]
+        if have < wanted:
+            before = -(-(wanted - have) // 2)
+            padding = [(0, 0)] * pixels.ndim
+            padding[axis] = (before, wanted - have - before)
+            pixels = np.pad(pixels, padding)
+        else:
+            start = (have - wanted) // 2
+            pixels = pixels[start : start + wanted] if axis == 0 else pixels[:, start : start + wanted]
+    return pixels
+
+
+def from_processor(processor: dict[str, Any], image_size: int | None) -> tuple[Preprocessing, dict[str, Any]]:
+    """Read a Hugging Face processor's settings; return them as `Preprocessing`, and changed for `image_size`.
+
+    `image_size` overrides the size of the model's input; a resize before a crop keeps its proportion to it.
+    Raises EncoderError for settings that no fixed size follows from.
+    """
+    settings = dict(processor)
+    size = settings.get("size") or {}
+    crop = settings.get("crop_size") if settings.get("do_center_crop") else None
+    if image_size is not None:
+        size, crop = _with_image_size(size, crop, image_size)
+        settings["size"] = size
+        if crop:
+            settings["crop_size"] = crop
+    resize = _resize_of(settings, size)
+    if crop is None and not isinstance(resize, tuple):
+        raise EncoderError(
+            f"the image processor ({settings.get('image_processor_type')}, size {size}) gives images of different sizes; "
+            "set image_size in the recipe, or use a processor with a square size or a centre crop"
+        )
+    if settings.get("do_pad"):
+        raise EncoderError(f"the image processor ({settings.get('image_processor_type')}) pads images; that is not supported")
+    scale = float(settings["rescale_factor"]) if settings.get("do_rescale", True) else 1.0
+    normalise = settings.get("do_normalize", True)
+    mean = [float(value) for value in settings["image_mean"]] if normalise else [0.0] * 3
+    std = [float(value) for value in settings["image_std"]] if normalise else [1.0] * 3
+    preprocessing = Preprocessing(
+        resize=resize,
+        resample=int(settings.get("resample") or 2),
+        crop=(int(crop["height"]), int(crop["width"])) if crop else None,
+        multiply=(scale / std[0], scale / std[1], scale / std[2]),
+        add=(-mean[0] / std[0], -mean[1] / std[1], -mean[2] / std[2]),
+    )
+    return preprocessing, settings
+
+
+def _with_image_size(size: dict[str, Any], crop: dict[str, Any] | None, image_size: int) -> tuple[Any, Any]:
+    square = {"height": image_size, "width": image_size}
+    if crop is None:
+        return square, None
+    factor = image_size / min(int(crop["height"]), int(crop["width"]))
+    return {edge: round(int(length) * factor) for edge, length in size.items() if length}, square
+
+
+def _resize_of(settings: dict[str, Any], size: dict[str, Any]) -> tuple[int, int] | int | None:
+    if not settings.get("do_resize", True):
+        return None
+    if size.get("height") and size.get("width"):
+        return int(size["height"]), int(size["width"])
+    if size.get("shortest_edge") and not size.get("longest_edge"):
+        return int(size["shortest_edge"])
+    raise EncoderError(f"the image processor's size {size} is neither height and width nor a shortest edge")

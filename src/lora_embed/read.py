@@ -1,0 +1,212 @@
+"""A shard → its samples in order, to a proven end."""
+
+import json
+import posixpath
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lora_embed.errors import ShardError
+from lora_embed.plan import IMAGES
+from lora_embed.schema import Layout, Shard
+from lora_embed.storage import Store
+
+BLOCK = tarfile.BLOCKSIZE
+_IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "jpg", "png")
+_KEY_COLUMNS = ("key", "__key__", "id", "path", "file_name")
+
+Wanted = Callable[[int], bool]  # sample number in the shard → must its bytes be read
+
+
+@dataclass
+class Sample:
+    """One image of a shard: encoded bytes, or None where there is none or it was not wanted."""
+
+    key: str
+    data: bytes | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+def read_samples(shard: Shard, layout: Layout, options: dict[str, Any], wanted: Wanted) -> Iterator[Sample]:
+    """Yield every sample of a shard; to run out means that the end is proven.
+
+    Raises ShardError when the shard is cut short, damaged, or another one than was listed.
+    """
+    store = Store(shard.root, options)
+    if shard.kind == "images":
+        yield from _read_images(store, shard, wanted)
+        return
+    entry = shard.files[0]
+    _check_unchanged(store, shard)
+    with store.open(entry.path) as file:
+        if shard.kind == "tar":
+            yield from _read_tar(file, shard, layout, wanted)
+        else:
+            yield from _read_parquet(file, shard, layout, wanted)
+    _check_unchanged(store, shard)
+
+
+def _check_unchanged(store: Store, shard: Shard) -> None:
+    for listed in shard.files:
+        now = store.info(listed.path)
+        if now != listed:
+            state = "is gone" if now is None else f"has {now.size} bytes and mark {now.etag}"
+            raise ShardError(
+                f"{shard.root}/{listed.path}: changed since it was listed with {listed.size} bytes and mark {listed.etag}: "
+                f"it {state}. Run the same command again."
+            )
+
+
+def _read_images(store: Store, shard: Shard, wanted: Wanted) -> Iterator[Sample]:
+    _check_unchanged(store, shard)
+    for number, entry in enumerate(shard.files):
+        data = store.read(entry.path) if wanted(number) else None
+        if wanted(number) and (data is None or len(data) != entry.size):
+            raise ShardError(f"{shard.root}/{entry.path}: changed while it was read. Run the same command again.")
+        yield Sample(posixpath.basename(entry.path), data)
+
+
+def _read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted) -> Iterator[Sample]:
+    """WebDataset: consecutive members that share a name up to the first dot of its last part are one sample."""
+    where = f"{shard.root}/{shard.name}"
+    size = shard.files[0].size
+    if size == 0:
+        raise ShardError(f"{where}: is an empty file, not a tar; an empty tar has an end of its own")
+    current: Sample | None = None
+    number = 0
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # a tar of a million members need not be remembered
+                if not member.isreg():
+                    continue
+                key, extension = _split_name(member.name)
+                if current is None or key != current.key:
+                    if current is not None:
+                        yield current
+                        number += 1
+                    current = Sample(key)
+                if wanted(number):
+                    _add_field(current, tar, member, extension, layout)
+                elif member.offset_data + member.size > size:
+                    raise tarfile.ReadError("unexpected end of data")
+            end = tar.offset
+    except (tarfile.TarError, EOFError) as error:
+        raise ShardError(_cut_short(where, size, str(error))) from None
+    _prove_end(file, end, size, where)
+    if current is not None:
+        yield current
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    folder, base = posixpath.split(name.removeprefix("./"))
+    stem, _, extension = base.partition(".")
+    return posixpath.join(folder, stem), extension.lower()
+
+
+def _add_field(sample: Sample, tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, layout: Layout) -> None:
+    """The first image member is the sample's image; JSON keys and text members are fields that may be carried."""
+    names = {name for name, _ in layout.carry}
+    is_image = f".{extension}" in IMAGES and sample.data is None
+    if not is_image and extension != "json" and extension not in names:
+        return
+    stream = tar.extractfile(member)
+    assert stream is not None
+    data = stream.read()
+    if len(data) != member.size:
+        raise tarfile.ReadError("unexpected end of data")
+    if is_image:
+        sample.data = data
+    elif extension in names:
+        sample.fields[extension] = data.decode("utf-8", "replace").strip()
+    elif names:
+        sample.fields.update(_json_fields(data, names))
+
+
+def _json_fields(data: bytes, names: set[str]) -> dict[str, Any]:
+    try:
+        values = json.loads(data)
+    except ValueError:
+        return {}
+    return {name: values[name] for name in names & set(values)} if isinstance(values, dict) else {}
+
+
+def _prove_end(file: BinaryIO, end: int, size: int, where: str) -> None:
+    """`tarfile` ends silently on a cut archive; a whole one ends in two blocks of zeros and zeros up to its size."""
+    file.seek(end)
+    rest = 0
+    while data := file.read(1 << 20):
+        if data.count(0) != len(data):
+            raise ShardError(
+                f"{where}: incomplete or damaged tar: its members end at byte {end} of {size} without the closing blocks of "
+                "a tar. Upload it again; none of it is published."
+            )
+        rest += len(data)
+    if rest < 2 * BLOCK or end + rest != size:
+        raise ShardError(_cut_short(where, size, f"members end at byte {end} without the two closing blocks of a tar"))
+
+
+def _cut_short(where: str, size: int, detail: str) -> str:
+    return f"{where}: incomplete tar, cut short at {size} bytes ({detail}). Upload it again; none of it is published."
+
+
+def _read_parquet(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted) -> Iterator[Sample]:
+    where = f"{shard.root}/{shard.name}"
+    try:
+        source = pq.ParquetFile(file)
+        image, key = _columns(source.schema_arrow, layout, where)
+        carried = [name for name, _ in layout.carry if name in source.schema_arrow.names]
+        number = 0
+        for group in range(source.num_row_groups):
+            rows = source.metadata.row_group(group).num_rows
+            needed = any(wanted(number + row) for row in range(rows))
+            columns = ([key] if key else []) + ([image, *carried] if needed else [])
+            if not columns:
+                yield from (Sample(f"{number + row:010d}") for row in range(rows))
+                number += rows
+                continue
+            for batch in source.iter_batches(batch_size=64, row_groups=[group], columns=columns):
+                yield from _rows(batch, image if needed else None, key, carried, number)
+                number += batch.num_rows
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ShardError(f"{where}: cannot be read as Parquet to its end ({_line(error)}). Upload it again.") from None
+    if number != source.metadata.num_rows:
+        raise ShardError(f"{where}: holds {number} rows, its footer says {source.metadata.num_rows}. Upload it again.")
+
+
+def _columns(schema: pa.Schema, layout: Layout, where: str) -> tuple[str, str | None]:
+    """The image column and the key column, as configured or by their usual names; no key column: rows are numbered."""
+    image = layout.image_column or next((n for n in _IMAGE_COLUMNS if n in schema.names and _holds_bytes(schema.field(n).type)), None)
+    if image is None or image not in schema.names or not _holds_bytes(schema.field(image).type):
+        wanted = f"column {layout.image_column!r}" if layout.image_column else f"one of {', '.join(_IMAGE_COLUMNS)}"
+        raise ShardError(
+            f"{where}: has no image bytes: expected {wanted} of binary type, found {schema.names}. Set image_column in the job."
+        )
+    key = layout.key_column or next((name for name in _KEY_COLUMNS if name in schema.names), None)
+    if key is not None and key not in schema.names:
+        raise ShardError(f"{where}: has no column {key!r} to take keys from, found {schema.names}. Set key_column in the job.")
+    return image, key
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Binary, or the struct with `bytes` that Hugging Face datasets write."""
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _rows(batch: pa.RecordBatch, image: str | None, key: str | None, carried: list[str], start: int) -> Iterator[Sample]:
+    for row in range(batch.num_rows):
+        name = str(batch.column(key)[row].as_py()) if key else f"{start + row:010d}"
+        data = batch.column(image)[row].as_py() if image else None
+        if isinstance(data, dict):
+            data = data["bytes"]
+        yield Sample(name, data, {field: batch.column(field)[row].as_py() for field in carried} if image else {})
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,262 @@
+"""The Arrow schemas of parts and tables, and the records that the stages hand to each other or write as JSON."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from lora_embed.storage import Entry
+
+FORMAT = 1  # of manifests and parts; part of the layout id
+REASONS = (
+    "no_image", "empty", "not_an_image", "corrupt_image", "too_many_pixels", "duplicate_id", "non_finite_vector",
+)  # fmt: skip
+_CARRY_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One input unit: a tar, a Parquet file, or a group of loose image files."""
+
+    id: str  # 16 hex digits over root name, shard name, size and etag
+    name: str  # path below the root; distinct within a table
+    prefix: str  # what stands before a key in a sample's id
+    kind: Literal["tar", "parquet", "images"]
+    root: str  # URI of the store that holds it
+    files: tuple[Entry, ...]  # one, but for loose images
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(entry.size for entry in self.files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkItem:
+    """A shard to embed: all of it but the chunks that are committed already, or its first samples in a trial run."""
+
+    shard: Shard
+    done: frozenset[int] = frozenset()
+    limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """All that shapes a part and is not the encoder; its hash keeps parts of different shape apart."""
+
+    chunk_size: int
+    precision: str
+    batch_size: int
+    vector_type: str
+    carry: tuple[tuple[str, str], ...]  # (name, type)
+    max_pixels: int
+    image_column: str | None
+    key_column: str | None
+    limit: int | None
+    format: int = FORMAT
+
+    @property
+    def layout_id(self) -> str:
+        """12 hex digits."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def pins(self) -> dict[str, Any]:
+        """What all versions of a table share unless everything is embedded anew."""
+        return {"precision": self.precision, "vector_type": self.vector_type, "carry": [list(pair) for pair in self.carry]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A committed chunk, as its name tells: `<shard_id>-<chunk>[-last].parquet`."""
+
+    shard_id: str
+    chunk: int
+    last: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.shard_id}-{self.chunk:08d}{'-last' if self.last else ''}.parquet"
+
+    @classmethod
+    def parse(cls, name: str) -> "Part | None":
+        """None for a name that is not a part's."""
+        pieces = name.removesuffix(".parquet").split("-")
+        if not name.endswith(".parquet") or len(pieces) not in (2, 3) or pieces[2:] not in ([], ["last"]):
+            return None
+        return cls(shard_id=pieces[0], chunk=int(pieces[1]), last=len(pieces) == 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkHead:
+    """Which chunk a row of the pipeline is; with `error`, why its shard cannot go on."""
+
+    shard_id: str
+    shard_name: str
+    prefix: str
+    chunk: int = 0
+    last: bool = False  # the shard's end is proven and this chunk reaches it
+    good: int = 0  # samples with pixels
+    error: str = ""
+
+    @property
+    def part(self) -> Part:
+        return Part(shard_id=self.shard_id, chunk=self.chunk, last=self.last)
+
+    def sample_id(self, key: str) -> str:
+        return f"{self.prefix}/{key}" if self.prefix else key
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "ChunkHead":
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkStats:
+    """What became of one chunk, or why its shard cannot go on (`error`)."""
+
+    shard_id: str
+    chunk: int
+    samples: int = 0
+    vectors: int = 0
+    rejects: int = 0
+    last: bool = False
+    error: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "ChunkStats":
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardCounts:
+    """A shard in a manifest; samples = vectors + rejects."""
+
+    id: str
+    name: str
+    samples: int
+    vectors: int
+    rejects: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """A published Parquet file; `shards` are those whose rows it holds, empty ones included."""
+
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+    shards: tuple[ShardCounts, ...]
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "FileEntry":
+        return cls(**fields | {"shards": tuple(ShardCounts(**shard) for shard in fields["shards"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """One version of a table."""
+
+    version: int
+    space_id: str
+    dimension: int
+    created: str  # UTC, ISO 8601
+    files: tuple[FileEntry, ...]
+    rejects: tuple[FileEntry, ...]
+    counts: dict[str, int]
+    gates: dict[str, dict[str, Any]]
+    pins: dict[str, Any]
+    lineage: dict[str, Any]
+    format: int = field(default=FORMAT)
+
+    @property
+    def shards(self) -> dict[str, ShardCounts]:
+        """By shard id."""
+        return {shard.id: shard for entry in self.files for shard in entry.shards}
+
+    def to_json(self) -> bytes:
+        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Manifest":
+        fields = json.loads(data)
+        for kind in ("files", "rejects"):
+            fields[kind] = tuple(FileEntry.from_dict(entry) for entry in fields[kind])
+        return cls(**fields)
+
+
+def carry_fields(carry: tuple[tuple[str, str], ...]) -> list[pa.Field]:
+    """Arrow fields of the carried columns."""
+    return [pa.field(name, _CARRY_TYPES[kind]) for name, kind in carry]
+
+
+def sample_schema(carry: tuple[tuple[str, str], ...]) -> pa.Schema:
+    """A chunk's samples between decoding and writing: `reason` is null where there are pixels."""
+    return pa.schema(
+        [
+            pa.field("key", pa.string(), nullable=False),
+            pa.field("width", pa.int32()),
+            pa.field("height", pa.int32()),
+            pa.field("sha256", pa.binary(32)),
+            *carry_fields(carry),
+            pa.field("reason", pa.string()),
+            pa.field("detail", pa.string()),
+        ]
+    )
+
+
+def data_schema(dimension: int, vector_type: str, carry: tuple[tuple[str, str], ...]) -> pa.Schema:
+    """A published data file: plain Arrow types, so that any reader opens it."""
+    value = pa.float16() if vector_type == "float16" else pa.float32()
+    return pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("embedding", pa.list_(pa.field("element", value, nullable=False), dimension), nullable=False),
+            pa.field("shard", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+            pa.field("key", pa.string(), nullable=False),
+            pa.field("width", pa.int32()),
+            pa.field("height", pa.int32()),
+            pa.field("sha256", pa.binary(32)),
+            *carry_fields(carry),
+        ]
+    )
+
+
+def part_schema(dimension: int, vector_type: str, carry: tuple[tuple[str, str], ...]) -> pa.Schema:
+    """A staged part: a data file's columns and why a row has no vector (`reason`, else null; the vector is then zeros)."""
+    reasons = [pa.field("reason", pa.string()), pa.field("detail", pa.string())]
+    return pa.schema([*data_schema(dimension, vector_type, carry), *reasons])
+
+
+REJECT_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("shard", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string()),
+    ]
+)
+
+
+def to_ipc(batch: pa.RecordBatch) -> bytes:
+    """A record batch as one Arrow IPC stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
+def from_ipc(data: bytes) -> pa.RecordBatch:
+    """The batch of `to_ipc`."""
+    with pa.ipc.open_stream(data) as reader:
+        return reader.read_next_batch()

@@ -1,0 +1,348 @@
+"""The table on storage: what is staged and published, verification, compaction, versions, and opening one."""
+
+import hashlib
+import io
+from collections import defaultdict
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pds
+import pyarrow.parquet as pq
+
+from lora_embed.errors import TableError, VerificationFailed
+from lora_embed.schema import (
+    REJECT_SCHEMA,
+    ChunkStats,
+    FileEntry,
+    Layout,
+    Manifest,
+    Part,
+    Shard,
+    ShardCounts,
+    data_schema,
+)
+from lora_embed.storage import Store
+from lora_embed.write import part_path, read_footer, to_parquet
+
+if TYPE_CHECKING:
+    from lora_embed.model.encoder import Encoder
+
+CURRENT = "CURRENT"
+DATA_FILE_BYTES = 128 * 2**20
+
+
+def manifest_path(version: int) -> str:
+    return f"versions/{version:08d}.json"
+
+
+def read_manifest(store: Store, version: int | None = None) -> Manifest | None:
+    """One version's manifest, by default the highest; None where there is none.
+
+    `CURRENT` is a hint: the search starts there and goes on as long as there is a next version.
+    """
+    if version is not None:
+        data = store.read(manifest_path(version))
+        return Manifest.from_json(data) if data is not None else None
+    number = int(store.read(CURRENT) or _highest_listed(store))
+    latest = store.read(manifest_path(number)) if number else None
+    while (following := store.read(manifest_path(number + 1))) is not None:
+        number, latest = number + 1, following
+    return Manifest.from_json(latest) if latest is not None else None
+
+
+def _highest_listed(store: Store) -> int:
+    names = [entry.path.rsplit("/", 1)[-1] for entry in store.list_files("versions")]
+    return max((int(name.removesuffix(".json")) for name in names), default=0)
+
+
+def staged_parts(store: Store, space_id: str, layout_id: str) -> dict[str, list[Part]]:
+    """Committed parts of one layout by shard id, from one listing."""
+    found: dict[str, list[Part]] = defaultdict(list)
+    for entry in store.list_files(part_path(space_id, layout_id)):
+        part = Part.parse(entry.path.rsplit("/", 1)[-1])
+        if part is not None:
+            found[part.shard_id].append(part)
+    return {shard: sorted(parts, key=lambda part: part.chunk) for shard, parts in found.items()}
+
+
+def is_complete(parts: list[Part]) -> bool:
+    """Do sorted parts tile a shard from its first chunk to a proven last one?"""
+    chunks = [part.chunk for part in parts]
+    return bool(parts) and parts[-1].last and chunks == list(range(len(parts)))
+
+
+def verify_parts(store: Store, space_id: str, layout: Layout, parts: list[Part]) -> ChunkStats:
+    """Check one complete shard's parts by their footers against names and layout; its counts.
+
+    Raises VerificationFailed for a part of another space or layout, a gap, or counts that do not add up.
+    """
+    samples = vectors = 0
+    for part in parts:
+        path = part_path(space_id, layout.layout_id, part)
+        with store.open(path) as file:
+            metadata = pq.ParquetFile(file).metadata
+        facts = read_footer(metadata)
+        full = layout.chunk_size if not part.last else metadata.num_rows
+        expected = {
+            "space_id": space_id,
+            "layout_id": layout.layout_id,
+            "start": samples,
+            "samples": full,
+        }
+        if facts is None or {key: facts[key] for key in expected} != expected or metadata.num_rows != full:
+            raise VerificationFailed(f"{store.uri}/{path}: its footer says {facts}, expected {expected}; remove it and run again")
+        samples += metadata.num_rows
+        vectors += int(str(facts["vectors"]))
+    return ChunkStats(shard_id=parts[0].shard_id, chunk=len(parts), samples=samples, vectors=vectors, rejects=samples - vectors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where one shard's rows come from: its parts, or a published data file and reject file that hold it among others."""
+
+    shard: ShardCounts
+    parts: tuple[str, ...] = ()
+    data: str | None = None
+    rejects: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compaction:
+    """What becomes one data file: whole shards, in the order of their names."""
+
+    space_id: str
+    dimension: int
+    vector_type: str
+    carry: tuple[tuple[str, str], ...]
+    sources: tuple[Source, ...]
+
+
+def plan_compactions(sources: list[Source], layout: Layout, space_id: str, dimension: int) -> list[Compaction]:
+    """Group shards, by name, into files of about `DATA_FILE_BYTES` of vectors."""
+    row_bytes = dimension * (2 if layout.vector_type == "float16" else 4)
+    groups: list[list[Source]] = []
+    filled = DATA_FILE_BYTES
+    for source in sorted(sources, key=lambda source: source.shard.name):
+        if filled >= DATA_FILE_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(source)
+        filled += source.shard.vectors * row_bytes
+    return [
+        Compaction(
+            space_id=space_id, dimension=dimension, vector_type=layout.vector_type, carry=layout.carry, sources=tuple(group)
+        )
+        for group in groups
+    ]
+
+
+def compact(store: Store, task: Compaction) -> tuple[FileEntry, FileEntry | None]:
+    """Write one data file and, where there are rejects, one reject file, named by their content.
+
+    Raises VerificationFailed when the rows are not what the shards' counts say.
+    """
+    schema = data_schema(task.dimension, task.vector_type, task.carry)
+    data, rejects = [], []
+    for source in task.sources:
+        good, bad = _rows_of(store, source)
+        if (good.num_rows, bad.num_rows) != (source.shard.vectors, source.shard.rejects):
+            raise VerificationFailed(
+                f"{store.uri}: shard {source.shard.name} holds {good.num_rows} vectors and {bad.num_rows} rejects, "
+                f"expected {source.shard.vectors} and {source.shard.rejects}"
+            )
+        data.append(good.select(schema.names).cast(schema))
+        rejects.append(bad.select(REJECT_SCHEMA.names).cast(REJECT_SCHEMA))
+    shards = tuple(source.shard for source in task.sources)
+    data_entry = _write_file(store, f"data/{task.space_id}", pa.concat_tables(data).unify_dictionaries(), shards)
+    rejected = pa.concat_tables(rejects).unify_dictionaries()
+    if not rejected.num_rows:
+        return data_entry, None
+    return data_entry, _write_file(store, f"rejects/{task.space_id}", rejected, tuple(s for s in shards if s.rejects))
+
+
+def _rows_of(store: Store, source: Source) -> tuple[pa.Table, pa.Table]:
+    """A shard's good rows and its rejects."""
+    if source.parts:
+        table = pa.concat_tables([_read_table(store, path) for path in source.parts]).unify_dictionaries()
+        is_good = pc.is_null(table.column("reason"))
+        return table.filter(is_good), table.filter(pc.invert(is_good))
+    assert source.data is not None
+    good = _read_table(store, source.data)
+    bad = _read_table(store, source.rejects) if source.rejects else REJECT_SCHEMA.empty_table()
+    return good.filter(_is_shard(good, source.shard.name)), bad.filter(_is_shard(bad, source.shard.name))
+
+
+def _is_shard(table: pa.Table, name: str) -> pa.ChunkedArray:
+    return pc.equal(pc.cast(table.column("shard"), pa.string()), name)
+
+
+def _read_table(store: Store, path: str) -> pa.Table:
+    data = store.read(path)
+    if data is None:
+        raise VerificationFailed(f"{store.uri}/{path}: is gone, though it is referred to")
+    return pq.read_table(io.BytesIO(data)).replace_schema_metadata(None)
+
+
+def _write_file(store: Store, folder: str, table: pa.Table, shards: tuple[ShardCounts, ...]) -> FileEntry:
+    data = to_parquet(table)
+    digest = hashlib.sha256(data).hexdigest()
+    path = f"{folder}/{digest[:32]}.parquet"
+    store.create(path, data)
+    return FileEntry(path=path, rows=table.num_rows, bytes=len(data), sha256=digest, shards=shards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reuse:
+    """What the next version takes from the current one: whole files, and shards whose file also holds others."""
+
+    files: tuple[FileEntry, ...]
+    rejects: tuple[FileEntry, ...]
+    sources: tuple[Source, ...]
+
+
+def plan_reuse(current: Manifest | None, wanted: set[str]) -> Reuse:
+    """Split the current version's files by whether all of their shards are still wanted (by id)."""
+    if current is None:
+        return Reuse(files=(), rejects=(), sources=())
+    whole = tuple(entry for entry in current.files if all(shard.id in wanted for shard in entry.shards))
+    kept = {shard.id for entry in whole for shard in entry.shards}
+    reject_of = {shard.id: entry.path for entry in current.rejects for shard in entry.shards}
+    sources = tuple(
+        Source(shard=shard, data=entry.path, rejects=reject_of.get(shard.id))
+        for entry in current.files
+        for shard in entry.shards
+        if shard.id in wanted and shard.id not in kept
+    )
+    rejects = tuple(entry for entry in current.rejects if all(shard.id in kept for shard in entry.shards))
+    return Reuse(files=whole, rejects=rejects, sources=sources)
+
+
+def make_manifest(
+    version: int,
+    space_id: str,
+    dimension: int,
+    written: list[tuple[FileEntry, FileEntry | None]],
+    reuse: Reuse,
+    **about: Any,
+) -> Manifest:
+    """Put reused and newly written files together; `about` holds gates, pins and lineage."""
+    files = tuple(sorted([*reuse.files, *(data for data, _ in written)], key=lambda entry: entry.shards[0].name))
+    rejects = tuple(sorted([*reuse.rejects, *(bad for _, bad in written if bad)], key=lambda entry: entry.shards[0].name))
+    shards = [shard for entry in files for shard in entry.shards]
+    counts = {
+        "shards": len(shards),
+        "samples": sum(shard.samples for shard in shards),
+        "vectors": sum(shard.vectors for shard in shards),
+        "rejects": sum(shard.rejects for shard in shards),
+    }
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return Manifest(
+        version=version,
+        space_id=space_id,
+        dimension=dimension,
+        created=created,
+        files=files,
+        rejects=rejects,
+        counts=counts,
+        **about,
+    )
+
+
+def commit_version(store: Store, manifest: Manifest) -> bool:
+    """Create the version; False when another run created one of this number first."""
+    if not store.create(manifest_path(manifest.version), manifest.to_json()):
+        return False
+    store.replace(CURRENT, f"{manifest.version}\n".encode())
+    return True
+
+
+def verify_file(store: Store, entry: FileEntry, space_id: str) -> set[str]:
+    """Read a published file again: sum, rows, rows per shard, ids distinct; the ids' hashes are not kept, the ids are.
+
+    Raises VerificationFailed with what differs.
+    """
+    where = f"{store.uri}/{entry.path}"
+    data = store.read(entry.path)
+    if data is None:
+        raise VerificationFailed(f"{where}: is gone, though the version refers to it")
+    if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise VerificationFailed(f"{where}: has {len(data)} bytes or another sum than the {entry.bytes} bytes it was published with")
+    table = pq.read_table(io.BytesIO(data), columns=["id", "shard"])
+    per_shard = {value["values"]: value["counts"] for value in pc.value_counts(table.column("shard").cast(pa.string())).to_pylist()}
+    is_data = f"/{space_id}/" in f"/{entry.path}" and entry.path.startswith("data/")
+    expected = {shard.name: shard.vectors if is_data else shard.rejects for shard in entry.shards}
+    if per_shard != {name: rows for name, rows in expected.items() if rows} or table.num_rows != entry.rows:
+        raise VerificationFailed(f"{where}: rows per shard differ from the manifest's counts")
+    ids = set(table.column("id").to_pylist())
+    if is_data and len(ids) != table.num_rows:
+        raise VerificationFailed(f"{where}: {table.num_rows - len(ids)} ids stand there twice")
+    return ids
+
+
+@dataclass(frozen=True)
+class Table:
+    """One version of an embedding table, open for reading; other versions may be published meanwhile."""
+
+    store: Store
+    manifest: Manifest
+
+    @property
+    def version(self) -> int:
+        return self.manifest.version
+
+    @property
+    def space_id(self) -> str:
+        """12 hex digits; only the encoder of this space makes vectors to compare with these."""
+        return self.manifest.space_id
+
+    @property
+    def dimension(self) -> int:
+        return self.manifest.dimension
+
+    @property
+    def count(self) -> int:
+        """Vectors, without rejects."""
+        return self.manifest.counts["vectors"]
+
+    def to_dataset(self) -> pds.Dataset:
+        """All data files as one dataset; columns as in `schema.data_schema`."""
+        carry = tuple((name, kind) for name, kind in self.manifest.pins["carry"])
+        schema = data_schema(self.dimension, self.manifest.pins["vector_type"], carry)
+        paths = [self.store.full_path(entry.path) for entry in self.manifest.files]
+        return pds.dataset(paths, schema=schema, format="parquet", filesystem=self.store.filesystem)
+
+    def rejects(self) -> pa.Table:
+        """All rejects: id, shard, key, reason, detail."""
+        tables = [_read_table(self.store, entry.path) for entry in self.manifest.rejects]
+        return pa.concat_tables([REJECT_SCHEMA.empty_table(), *tables]).unify_dictionaries()
+
+    def encoder(self, device: str = "cpu") -> "Encoder":
+        """The encoder that made the vectors, in float32: the only one whose queries match them."""
+        from lora_embed.model.encoder import load_encoder  # torch, which reading a table does not need
+
+        return load_encoder(f"{self.store.uri}/encoders/{self.space_id}", device=device)
+
+
+def open_table(uri: str, version: int | None = None, storage_options: dict[str, Any] | None = None) -> Table:
+    """Open a version of a table, by default the current one. Raises TableError where there is none."""
+    store = Store(uri, storage_options or {})
+    manifest = read_manifest(store, version)
+    if manifest is None:
+        wanted = f"version {version}" if version is not None else "published version"
+        raise TableError(f"{uri}: has no {wanted}; `lora-embed status {uri}` says what is there")
+    return Table(store, manifest)
+
+
+def shard_counts(shard: Shard, stats: ChunkStats) -> ShardCounts:
+    return ShardCounts(
+        id=shard.id, name=shard.name, samples=stats.samples, vectors=stats.vectors, rejects=stats.rejects
+    )
+
+
+def next_version(current: Manifest | None) -> int:
+    return 1 if current is None else current.version + 1
+
+

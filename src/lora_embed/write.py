@@ -1,0 +1,94 @@
+"""A chunk's vectors → its part: one object, committed once, a function of shard, encoder and layout alone."""
+
+import io
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from lora_embed.schema import ChunkHead, ChunkStats, Layout, Part, from_ipc, part_schema
+from lora_embed.storage import Store
+
+FOOTER = b"lora_embed.part"
+
+
+def part_path(space_id: str, layout_id: str, part: Part | None = None) -> str:
+    """Where a layout's parts, or one of them, lie below the table."""
+    return f"staging/{space_id}/{layout_id}/{part.name if part else ''}".rstrip("/")
+
+
+def write_chunks(batch: dict[str, Any], store: Store, space_id: str, layout: Layout) -> dict[str, Any]:
+    """Rows of `EmbedImages` → committed parts, and for each a row `stats` (JSON of `ChunkStats`)."""
+    assert len(batch["head"]) == 1, "chunks go one by one: batch_size=1"
+    head = ChunkHead.from_json(batch["head"][0])
+    stats = ChunkStats(shard_id=head.shard_id, chunk=head.chunk, error=head.error)
+    if not head.error:
+        table = make_part(head, from_ipc(batch["samples"][0]), np.asarray(batch["vectors"][0]), layout)
+        vectors = table.column("reason").null_count
+        write_part(store, space_id, layout, head.part, table)
+        rejects = table.num_rows - vectors
+        stats = replace(stats, samples=table.num_rows, vectors=vectors, rejects=rejects, last=head.last)
+    return {"stats": np.array([stats.to_json()], dtype=object)}
+
+
+def make_part(head: ChunkHead, samples: pa.RecordBatch, vectors: NDArray[np.float32], layout: Layout) -> pa.Table:
+    """Join samples (n rows) with the vectors (head.good, d) of those without a reason.
+
+    A vector that is not finite becomes a reject. Rejects hold zeros: the reason decides, not the value.
+    """
+    good = np.array(pc.is_null(samples.column("reason")).to_numpy(zero_copy_only=False), dtype=bool)
+    assert int(good.sum()) == head.good, (int(good.sum()), head)
+    embedding = np.zeros((len(good), vectors.shape[1]), dtype=layout.vector_type)
+    embedding[good] = vectors[: head.good]
+    unsound = good & ~np.isfinite(embedding).all(axis=1)
+    embedding[unsound] = 0
+    keys = samples.column("key").to_pylist()
+    columns = {name: samples.column(name) for name in samples.schema.names}
+    if unsound.any():
+        columns["reason"] = pc.if_else(pa.array(unsound), "non_finite_vector", samples.column("reason"))
+    schema = part_schema(vectors.shape[1], layout.vector_type, layout.carry)
+    columns |= {
+        "id": pa.array([head.sample_id(key) for key in keys], pa.string()),
+        "embedding": pa.FixedSizeListArray.from_arrays(pa.array(embedding.reshape(-1)), type=schema.field("embedding").type),
+        "shard": pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(keys), np.int32)), pa.array([head.shard_name])),
+    }
+    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def write_part(store: Store, space_id: str, layout: Layout, part: Part, table: pa.Table) -> bool:
+    """Commit a part; False when it had been committed before. The footer holds what `read_footer` returns."""
+    facts = {
+        "space_id": space_id,
+        "layout_id": layout.layout_id,
+        "start": part.chunk * layout.chunk_size,
+        "samples": table.num_rows,
+        "vectors": table.column("reason").null_count,
+    }
+    footer = {FOOTER: json.dumps(facts).encode()}
+    return store.create(part_path(space_id, layout.layout_id, part), to_parquet(table.replace_schema_metadata(footer)))
+
+
+def read_footer(data: pq.FileMetaData) -> dict[str, object] | None:
+    """A part's own facts: space_id, layout_id, start, samples, vectors; None for a file that is no part."""
+    raw = (data.metadata or {}).get(FOOTER)
+    return json.loads(raw) if raw else None
+
+
+def to_parquet(table: pa.Table, row_group_rows: int = 65536) -> bytes:
+    """Encode a table of vectors: byte-stream split and zstd for vectors, dictionaries only where values repeat."""
+    buffer = io.BytesIO()
+    has_vectors = "embedding" in table.schema.names
+    pq.write_table(
+        table,
+        buffer,
+        compression="zstd",
+        row_group_size=row_group_rows,
+        use_dictionary=[name for name in ("shard", "reason") if name in table.schema.names],
+        column_encoding={"embedding.list.element": "BYTE_STREAM_SPLIT"} if has_vectors else None,
+    )
+    return buffer.getvalue()
