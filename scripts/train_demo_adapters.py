@@ -78,15 +78,11 @@ def train(base: Path, images: Sequence[LabelledImage], label: str, epochs: int) 
 def peft_model(base: Path, classes: int) -> PeftModel:
     """Return the base model with a new head and a new LoRA on attention (q, v) and both MLP layers."""
     model = transformers.AutoModelForImageClassification.from_pretrained(base, num_labels=classes)
-    config = LoraConfig(
-        r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "fc1", "fc2"], modules_to_save=["classifier"]
-    )
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "fc1", "fc2"], modules_to_save=["classifier"])
     return get_peft_model(model, config)
 
 
-def print_quality(
-    model: PeftModel, labelled: Sequence[LabelledImage], images: Sequence[LabelledImage], label: str
-) -> None:
+def print_quality(model: PeftModel, labelled: Sequence[LabelledImage], images: Sequence[LabelledImage], label: str) -> None:
     """Print held-out accuracy of the trained head, then of nearest neighbours with the adapter and without it."""
     test = [image for image in labelled if image.split == "test"]
     logits, _ = predict(model, load_pixels(test))

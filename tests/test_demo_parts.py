@@ -65,7 +65,7 @@ def test_a_label_indexes_the_class_names(images: list[LabelledImage], task: str)
 def test_no_emoji_is_in_both_splits(images: list[LabelledImage]) -> None:
     train, test = ({emoji_of(image) for image in images if image.split == split} for split in ("train", "test"))
     assert not train & test
-    assert len(train) == 1325 and len(test) == 586
+    assert (len(train), len(test)) == (1325, 586)
 
 
 def test_every_class_is_in_both_splits(images: list[LabelledImage]) -> None:
@@ -113,9 +113,13 @@ def test_a_corrupt_archive_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_part_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), parts._made_whole(tmp_path / "part") as making:
-        (making / "half").write_text("half")
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with parts._made_whole(tmp_path / "part") as making:
+            (making / "half").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,7 +19,7 @@ from lora_embed.model.preprocess import Pixels, Preprocessing
 from lora_embed.read import Sample, read_samples
 from lora_embed.schema import ChunkHead, Layout, Shard, WorkItem, sample_schema, to_ipc
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none runs a program or reads another file
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none runs a program or reads another file
 # What Pillow's decoders raise on damaged data, none of it a fault of this program.
 _DAMAGE = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, AttributeError, OverflowError,

@@ -1,15 +1,16 @@
 """Embed chunks on one device: the heavy part once per actor, then batch to batch."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from lora_embed.errors import EncoderError
+from lora_embed.decode import decode_items
 from lora_embed.model.encoder import FILES, load_encoder
-from lora_embed.schema import ChunkHead
+from lora_embed.schema import ChunkHead, Layout
 from lora_embed.storage import fetch_directory
 
 CPU_BATCH, GPU_BATCH = 16, 128
@@ -50,14 +51,12 @@ def _cpu_flags() -> set[str]:
 class EmbedImages:
     """The actor: loads an encoder, proves it on the golden images, then turns a chunk's pixels into vectors."""
 
-    def __init__(self, encoder_uri: str, space_id: str, precision: str, batch_size: int) -> None:
+    def __init__(self, encoder_uri: str, storage_options: dict[str, Any], layout: Layout) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
             torch.set_num_threads(1)  # one actor per core; two threads on contended cores fall to a quarter
-        folder = fetch_directory(encoder_uri, None, FILES)
-        self._encoder = load_encoder(folder, device=device, precision=precision, batch_size=batch_size)
-        if self._encoder.space_id != space_id:
-            raise EncoderError(f"{encoder_uri}: makes space {self._encoder.space_id}, expected {space_id}")
+        folder = fetch_directory(encoder_uri, None, FILES, storage_options)
+        self._encoder = load_encoder(folder, device=device, precision=layout.precision, batch_size=layout.batch_size)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Rows of `decode_items` → the same with `vectors`, float32 (1, n, d), in place of the pixels."""
@@ -66,3 +65,22 @@ class EmbedImages:
         pixels = np.asarray(batch["pixels"][0])[: head.good]
         vectors = self._encoder.embed_pixels(pixels) if head.good else np.zeros((1, self._encoder.dimension), np.float32)
         return {"head": batch["head"], "samples": batch["samples"], "vectors": vectors[np.newaxis]}
+
+
+class DecodeAndEmbed(EmbedImages):
+    """Decoding and embedding in one actor, where both run on the same cores: pixels never leave the process."""
+
+    def __init__(
+        self,
+        encoder_uri: str,
+        storage_options: dict[str, Any],
+        layout: Layout,
+        *reading: Any,
+    ) -> None:
+        super().__init__(encoder_uri, storage_options, layout)
+        self._reading = reading
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Work items → rows with `vectors`, one per chunk."""
+        for row in decode_items(batch, *self._reading):
+            yield super().__call__(row)

@@ -1,5 +1,6 @@
 """A shard → its samples in order, to a proven end."""
 
+import itertools
 import json
 import posixpath
 import tarfile
@@ -48,6 +49,12 @@ def read_samples(shard: Shard, layout: Layout, options: dict[str, Any], wanted: 
         else:
             yield from _read_parquet(file, shard, layout, wanted)
     _check_unchanged(store, shard)
+
+
+def count_samples(shard: Shard, layout: Layout, options: dict[str, Any], most: int) -> int:
+    """Samples of a shard, counted up to `most` without reading their bytes."""
+    samples = read_samples(shard, layout, options, wanted=lambda number: False)
+    return sum(1 for _ in itertools.islice(samples, most))
 
 
 def _check_unchanged(store: Store, shard: Shard) -> None:

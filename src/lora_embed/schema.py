@@ -194,6 +194,11 @@ class Manifest:
         return cls(**fields)
 
 
+def encoder_path(space_id: str) -> str:
+    """Where an encoder lies below the table."""
+    return f"encoders/{space_id}"
+
+
 def carry_fields(carry: tuple[tuple[str, str], ...]) -> list[pa.Field]:
     """Arrow fields of the carried columns."""
     return [pa.field(name, _CARRY_TYPES[kind]) for name, kind in carry]

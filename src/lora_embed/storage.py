@@ -103,6 +103,20 @@ class Store:
         with _explained(self, path):
             return bool(fs.isdir(self.full_path(path)))
 
+    def check_writable(self) -> None:
+        """On a local disk, refuse before any work what could not be written; object stores say it at the first write.
+
+        Raises StorageError.
+        """
+        if not self.is_local:
+            return
+        folder = Path(self.full_path(""))
+        nearest = next(parent for parent in [folder, *folder.parents] if parent.exists())
+        if not nearest.is_dir():
+            raise StorageError(f"{self.uri}: {nearest} is a file, so nothing can be written below it")
+        if not os.access(nearest, os.W_OK):
+            raise StorageError(f"{self.uri}: {nearest} is not writable for this user. Change its permissions or the path.")
+
     def create(self, path: str, data: bytes) -> bool:
         """Commit an object in one atomic step unless it exists; True if this call made it.
 
@@ -146,14 +160,16 @@ class Store:
                     file.unlink()
 
 
-def fetch_directory(uri: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+def fetch_directory(
+    uri: str, revision: str | None, patterns: tuple[str, ...], options: dict[str, Any] | None = None
+) -> Path:
     """A local directory with the files of a local directory, an fsspec URI or a hub repository.
 
     A local directory is returned as it is; others are copied once into the user's cache.
     Raises StorageError when there is nothing to read.
     """
     if "://" in uri:
-        return _copy_to_cache(Store(uri), patterns)
+        return _copy_to_cache(Store(uri, options or {}), patterns)
     if Path(uri).is_dir():
         return Path(uri)
     if Path(uri).is_absolute():
@@ -176,7 +192,7 @@ def cache_root() -> Path:
 
 
 def _copy_to_cache(store: Store, patterns: tuple[str, ...]) -> Path:
-    entries = [entry for entry in store.list_files() if Path(entry.path).match("*") and _matches(entry.path, patterns)]
+    entries = [entry for entry in store.list_files() if any(Path(entry.path).match(pattern) for pattern in patterns)]
     if not entries:
         raise StorageError(f"{store.uri}: no files there that match {', '.join(patterns)}")
     state = hashlib.sha256(repr([store.uri, entries]).encode()).hexdigest()[:24]
@@ -194,10 +210,6 @@ def _copy_to_cache(store: Store, patterns: tuple[str, ...]) -> Path:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
     return target
-
-
-def _matches(path: str, patterns: tuple[str, ...]) -> bool:
-    return any(Path(path).match(pattern) for pattern in patterns)
 
 
 @lru_cache(maxsize=64)

@@ -23,6 +23,7 @@ from lora_embed.schema import (
     Shard,
     ShardCounts,
     data_schema,
+    encoder_path,
 )
 from lora_embed.storage import Store
 from lora_embed.write import part_path, read_footer, to_parquet
@@ -66,6 +67,10 @@ def staged_parts(store: Store, space_id: str, layout_id: str) -> dict[str, list[
         if part is not None:
             found[part.shard_id].append(part)
     return {shard: sorted(parts, key=lambda part: part.chunk) for shard, parts in found.items()}
+
+
+def part_paths(space_id: str, layout: Layout, parts: list[Part]) -> tuple[str, ...]:
+    return tuple(part_path(space_id, layout.layout_id, part) for part in parts)
 
 
 def is_complete(parts: list[Part]) -> bool:
@@ -259,8 +264,8 @@ def commit_version(store: Store, manifest: Manifest) -> bool:
     return True
 
 
-def verify_file(store: Store, entry: FileEntry, space_id: str) -> set[str]:
-    """Read a published file again: sum, rows, rows per shard, ids distinct; the ids' hashes are not kept, the ids are.
+def verify_file(store: Store, entry: FileEntry, *, is_data: bool) -> set[str]:
+    """Read a published file again and check its sum, rows per shard and, in a data file, that ids differ; its ids.
 
     Raises VerificationFailed with what differs.
     """
@@ -272,7 +277,6 @@ def verify_file(store: Store, entry: FileEntry, space_id: str) -> set[str]:
         raise VerificationFailed(f"{where}: has {len(data)} bytes or another sum than the {entry.bytes} bytes it was published with")
     table = pq.read_table(io.BytesIO(data), columns=["id", "shard"])
     per_shard = {value["values"]: value["counts"] for value in pc.value_counts(table.column("shard").cast(pa.string())).to_pylist()}
-    is_data = f"/{space_id}/" in f"/{entry.path}" and entry.path.startswith("data/")
     expected = {shard.name: shard.vectors if is_data else shard.rejects for shard in entry.shards}
     if per_shard != {name: rows for name, rows in expected.items() if rows} or table.num_rows != entry.rows:
         raise VerificationFailed(f"{where}: rows per shard differ from the manifest's counts")
@@ -323,7 +327,7 @@ class Table:
         """The encoder that made the vectors, in float32: the only one whose queries match them."""
         from lora_embed.model.encoder import load_encoder  # torch, which reading a table does not need
 
-        return load_encoder(f"{self.store.uri}/encoders/{self.space_id}", device=device)
+        return load_encoder(f"{self.store.uri}/{encoder_path(self.space_id)}", device=device)
 
 
 def open_table(uri: str, version: int | None = None, storage_options: dict[str, Any] | None = None) -> Table:
@@ -342,7 +346,67 @@ def shard_counts(shard: Shard, stats: ChunkStats) -> ShardCounts:
     )
 
 
-def next_version(current: Manifest | None) -> int:
-    return 1 if current is None else current.version + 1
+def verify_table(opened: Table) -> None:
+    """Check every file of a version against its manifest, and that no id stands in two of them.
+
+    Raises VerificationFailed with the first thing that differs.
+    """
+    manifest = opened.manifest
+    if opened.store.read(f"{encoder_path(manifest.space_id)}/encoder.json") is None:
+        raise VerificationFailed(f"{opened.store.uri}: the encoder of space {manifest.space_id} is gone, so nothing can be searched")
+    seen: set[str] = set()
+    for entry in manifest.files:
+        ids = verify_file(opened.store, entry, is_data=True)
+        if twice := seen & ids:
+            raise VerificationFailed(f"{opened.store.uri}/{entry.path}: {len(twice)} ids stand in another file too, as {min(twice)}")
+        seen |= ids
+    for entry in manifest.rejects:
+        verify_file(opened.store, entry, is_data=False)
+    if len(seen) != manifest.counts["vectors"]:
+        raise VerificationFailed(f"{opened.store.uri}: holds {len(seen)} vectors, version {manifest.version} says {manifest.counts}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TableState:
+    """What `status` shows."""
+
+    table: str
+    version: int | None
+    space_id: str | None
+    created: str | None
+    counts: dict[str, int]
+    versions: list[int]
+    staged: dict[str, int]  # parts, by space and layout
+
+    def describe(self) -> str:
+        """For a person."""
+        lines = [f"table     {self.table}"]
+        if self.version is None:
+            lines.append("version   nothing published yet")
+        else:
+            counted = ", ".join(f"{number:,} {name}" for name, number in self.counts.items())
+            lines += [f"version   {self.version} of {self.created}, space {self.space_id}", f"holds     {counted}"]
+        lines += [f"staged    {parts:,} parts in {layout}" for layout, parts in self.staged.items()] or ["staged    nothing"]
+        return "\n".join(lines)
+
+
+def describe_table(uri: str, storage_options: dict[str, Any] | None = None) -> TableState:
+    """Versions and staged parts of a table. Raises TableError when there is no table at all."""
+    store = Store(uri, storage_options or {})
+    staged: dict[str, int] = defaultdict(int)
+    for entry in store.list_files("staging"):
+        folder, _, name = entry.path.removeprefix("staging/").rpartition("/")
+        if Part.parse(name) is not None:
+            staged[folder] += 1
+    manifest = read_manifest(store)
+    if manifest is None and not staged and not store.list_files("encoders"):
+        raise TableError(f"{uri}: is not a table, or nothing was ever written to it")
+    return TableState(
+        table=uri,
+        version=manifest.version if manifest else None,
+        space_id=manifest.space_id if manifest else None,
+        created=manifest.created if manifest else None,
+        counts=manifest.counts if manifest else {},
+        versions=[int(entry.path[-13:-5]) for entry in store.list_files("versions")],
+        staged=dict(staged),
+    )

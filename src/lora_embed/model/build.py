@@ -87,7 +87,7 @@ def build_encoder(ingredients: Ingredients, out: Path, say: Say) -> Description:
         (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         (folder / "merge_report.json").write_text(json.dumps(report, indent=2) + "\n")
-        golden.save(folder, dict(sorted(images.items())), vectors)
+        golden.save(folder, images, vectors)
         write_description(folder, description)
         if out.is_dir():
             out.rmdir()

@@ -17,9 +17,9 @@ BOUNDS = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
 
 
 def make_images() -> dict[str, bytes]:
-    """File name → encoded image: gradients, noise and shapes in several sizes and modes, the same at each call."""
+    """File name → encoded image, sorted by name: gradients, noise and shapes of several sizes, the same at each call."""
     rng = np.random.default_rng(7)
-    ramp = np.stack(np.meshgrid(np.linspace(0, 255, 320), np.linspace(0, 255, 240)) + [np.full((240, 320), 90.0)], axis=-1)
+    ramp = np.stack([*np.meshgrid(np.linspace(0, 255, 320), np.linspace(0, 255, 240)), np.full((240, 320), 90.0)], axis=-1)
     shapes = Image.new("RGB", (500, 375), (230, 220, 200))
     pen = ImageDraw.Draw(shapes)
     for _ in range(40):
@@ -28,10 +28,10 @@ def make_images() -> dict[str, bytes]:
     noise = Image.fromarray(rng.integers(0, 256, (131, 97, 3), dtype=np.uint8))
     grey = Image.fromarray(rng.integers(0, 256, (12, 20), dtype=np.uint8)).resize((200, 260), Image.Resampling.BICUBIC)
     return {
+        "grey.png": _encoded(grey, "PNG"),
+        "noise.png": _encoded(noise, "PNG"),
         "ramp.jpg": _encoded(Image.fromarray(ramp.astype(np.uint8)), "JPEG"),
         "shapes.jpg": _encoded(shapes, "JPEG"),
-        "noise.png": _encoded(noise, "PNG"),
-        "grey.png": _encoded(grey, "PNG"),
     }
 
 

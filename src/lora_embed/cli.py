@@ -1,0 +1,134 @@
+"""The command line: parse, call, print, exit code."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_embed.config import JobConfig, load_job, load_recipe
+from lora_embed.errors import LoraEmbedError
+from lora_embed.progress import say
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Merge LoRA adapters into one encoder, and keep its embeddings of many images as a versioned Parquet table.",
+)
+
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
+TableUri = Annotated[str, typer.Argument(metavar="TABLE", help="URI or path of a table.")]
+
+
+@app.command()
+def build(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")],
+    out: Annotated[Path, typer.Option(help="Directory to write the encoder to.")],
+    as_json: Json = False,
+) -> None:
+    """Merge a recipe's adapters into an encoder directory, with its merge report."""
+    from lora_embed.model.build import build_encoder, gather
+
+    description = build_encoder(gather(load_recipe(recipe)), out, say)
+    result = {"encoder": str(out), "space_id": description.space_id, "dimension": description.dimension}
+    _print(result, as_json, f"{out}: encoder of space {description.space_id}, {description.dimension} dimensions")
+
+
+@app.command()
+def plan(job: JobFile, set_: Set = None, as_json: Json = False) -> None:
+    """Say what a run would do, by listing alone; write nothing."""
+    from lora_embed.run import plan_job
+
+    outlook = plan_job(load_job(job, set_))
+    _print(asdict(outlook), as_json, outlook.describe())
+
+
+@app.command()
+def run(
+    job: JobFile,
+    set_: Set = None,
+    publish: Annotated[bool, typer.Option(help="Publish a version once everything is embedded.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Build the encoder if needed, embed what is missing, verify, publish."""
+    _run(load_job(job, set_), publish, as_json)
+
+
+@app.command()
+def status(table: TableUri, as_json: Json = False) -> None:
+    """Show a table's versions and what is staged for the next."""
+    from lora_embed.table import describe_table
+
+    state = describe_table(table)
+    _print(asdict(state), as_json, state.describe())
+
+
+@app.command()
+def verify(table: TableUri, version: int | None = None, as_json: Json = False) -> None:
+    """Read a version's files again and check sums, counts, ids and space."""
+    from lora_embed.table import open_table, verify_table
+
+    opened = open_table(table, version)
+    verify_table(opened)
+    counts = opened.manifest.counts
+    files = len(opened.manifest.files) + len(opened.manifest.rejects)
+    result = {"table": table, "version": opened.version, "files": files, "counts": counts}
+    _print(result, as_json, f"version {opened.version}: {files} files, {_counted(counts)}; sums, counts and ids are right")
+
+
+def embed_job(arguments: list[str]) -> int:
+    """`jobs/embed.py`: `--config JOB [--set KEY=VALUE …] [--no-publish] [--json]`; returns the exit code."""
+    entry = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+    @entry.command()
+    def main(
+        config: Annotated[Path, typer.Option(help="Job file (YAML).")],
+        set_: Set = None,
+        publish: bool = True,
+        as_json: Json = False,
+    ) -> None:
+        """Build the encoder if needed, embed what is missing, verify, publish."""
+        _run(load_job(config, set_), publish, as_json)
+
+    return _exit_code(lambda: entry(arguments, prog_name="embed.py"))
+
+
+def main() -> None:
+    """The `lora-embed` command."""
+    sys.exit(_exit_code(app))
+
+
+def _run(job: JobConfig, publish: bool, as_json: bool) -> None:
+    from lora_embed.run import run_job
+
+    result = run_job(job, publishes=publish)
+    _print(asdict(result), as_json, result.describe())
+
+
+def _exit_code(command: Callable[[], Any]) -> int:
+    """Run a command; what a user can mend ends in one message, never in a traceback."""
+    try:
+        command()
+    except LoraEmbedError as error:
+        say(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        say("interrupted; what is committed stays, and the same command goes on")
+        return 1
+    except SystemExit as end:
+        return int(end.code or 0) if not isinstance(end.code, str) else 1
+    return 0
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{number:,} {name}" for name, number in counts.items())
+
+
+def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
+    print(json.dumps(result) if as_json else text)

@@ -1,0 +1,83 @@
+"""Staged parts → the next version: verify, gates, compact, commit."""
+
+from dataclasses import asdict
+from typing import Any
+
+from lora_embed import pipeline, table
+from lora_embed.config import JobConfig
+from lora_embed.errors import GateFailed, IncompleteRun
+from lora_embed.progress import say
+from lora_embed.schema import Manifest, Shard, ShardCounts
+
+
+def publish(job: JobConfig, shared: pipeline.Job, shards: list[Shard]) -> tuple[Manifest, bool]:
+    """Make the shards the table's current version; False beside the manifest when they already are.
+
+    Raises IncompleteRun, VerificationFailed or GateFailed; staged parts are removed only once a version holds them.
+    """
+    store = shared.store
+    wanted = {shard.id: shard for shard in shards}
+    while True:
+        current = table.read_manifest(store)
+        if current is not None and set(current.shards) == set(wanted):
+            return current, False
+        manifest, absorbed = _next_version(job, shared, current, wanted)
+        if table.commit_version(store, manifest):
+            store.delete(absorbed)
+            store.clear_temporary()
+            return manifest, True
+        say(f"version {manifest.version} was published by another run meanwhile; planning again from it")
+
+
+def _next_version(
+    job: JobConfig, shared: pipeline.Job, current: Manifest | None, wanted: dict[str, Shard]
+) -> tuple[Manifest, list[str]]:
+    """The next version's manifest with its files written, and the paths of the parts that it absorbs."""
+    store, encoder, layout = shared.store, shared.encoder, shared.layout
+    reuse = table.plan_reuse(current, set(wanted))
+    kept = set(current.shards) & set(wanted) if current is not None else set()
+    staged = table.staged_parts(store, encoder.space_id, layout.layout_id)
+    new = {shard_id: staged.get(shard_id, []) for shard_id in wanted if shard_id not in kept}
+    incomplete = [wanted[shard_id].name for shard_id, parts in new.items() if not table.is_complete(parts)]
+    if incomplete:
+        raise IncompleteRun(f"{len(incomplete)} shards are not complete, first {incomplete[0]}; run the same command again")
+    checked = pipeline.map_tasks(table.verify_parts, (store, encoder.space_id, layout), list(new.values()))
+    counts = {stats.shard_id: table.shard_counts(wanted[stats.shard_id], stats) for stats in checked}
+    gates = check_gates(job, current, list(counts.values()), kept)
+    paths = {shard_id: table.part_paths(encoder.space_id, layout, parts) for shard_id, parts in new.items()}
+    sources = [table.Source(shard=counts[shard_id], parts=parts) for shard_id, parts in paths.items()]
+    compactions = table.plan_compactions([*reuse.sources, *sources], layout, encoder.space_id, encoder.dimension)
+    written = pipeline.map_tasks(table.compact, (store,), compactions)
+    manifest = table.make_manifest(
+        1 if current is None else current.version + 1,
+        encoder.space_id,
+        encoder.dimension,
+        written,
+        reuse,
+        gates=gates,
+        pins=layout.pins,
+        lineage={"recipe_id": encoder.recipe_id, "input": list(job.input), "layout": asdict(layout)},
+    )
+    return manifest, [path for group in paths.values() for path in group]
+
+
+def check_gates(
+    job: JobConfig, current: Manifest | None, new: list[ShardCounts], kept: set[str]
+) -> dict[str, dict[str, Any]]:
+    """The checks before a version, each with its figure and limit. Raises GateFailed naming those that do not hold."""
+    samples, rejects = sum(shard.samples for shard in new), sum(shard.rejects for shard in new)
+    before = current.shards if current is not None else {}
+    removed = [shard for shard_id, shard in before.items() if shard_id not in kept and shard.name not in {s.name for s in new}]
+    gates = {
+        "rejects": {"value": rejects / max(samples, 1), "limit": job.max_rejects},
+        "removed": {"value": len(removed) / max(len(before), 1), "limit": job.max_removed},
+    }
+    failed = [f"{name} {gate['value']:.2%} of at most {gate['limit']:.2%}" for name, gate in gates.items() if gate["value"] > gate["limit"]]
+    if failed:
+        raise GateFailed(
+            f"{job.table}: not published: {'; '.join(failed)} (max_{next(n for n in gates if n in failed[0])}). What was embedded "
+            "is kept: look at the rejects, mend the input, or raise the limit in the job, and run it again."
+        )
+    return gates
+
+
