@@ -2,6 +2,7 @@
 
 import fnmatch
 import hashlib
+import itertools
 import math
 import posixpath
 import re
@@ -44,7 +45,8 @@ def expand_braces(pattern: str) -> list[str]:
         values = [f"{number:0{width}d}" for number in range(first, last + 1)]
     else:
         values = match[1].split(",")
-    return [expanded for value in values for expanded in expand_braces(pattern[: match.start()] + value + pattern[match.end() :])]
+    filled = [pattern[: match.start()] + value + pattern[match.end() :] for value in values]
+    return [expanded for one in filled for expanded in expand_braces(one)]
 
 
 def _shards_of(pattern: str, options: dict[str, Any]) -> list[Shard]:
@@ -65,8 +67,8 @@ def _shards_of(pattern: str, options: dict[str, Any]) -> list[Shard]:
         missing = [name for name in wanted if not _MAGIC.search(name) and name not in {entry.path for entry in entries}]
         if missing and len(missing) < len(wanted):
             raise ConfigError(
-                f"input {pattern}: {len(missing)} of the {len(wanted)} files it names are not there, first {root}/{missing[0]}. "
-                "Correct the range, or use * to take what is there."
+                f"input {pattern}: {len(missing)} of the {len(wanted)} files it names are not there, first "
+                f"{root}/{missing[0]}. Correct the range, or use * to take what is there."
             )
     shards = _group(root, entries, pattern, every_file=False)
     if not shards:
@@ -136,15 +138,17 @@ def _image_groups(root: str, entries: list[Entry]) -> list[Shard]:
 
 def _refuse_shared_names(shards: list[Shard]) -> None:
     """Ids are name + key: equal names, or one name inside another's, could give two images one id."""
-    for one, other in zip(shards, shards[1:], strict=False):
+    for one, other in itertools.pairwise(shards):
         if one.name == other.name:
             raise ConfigError(
                 f"duplicate ids: {one.root} and {other.root} both hold {one.name}, whose images would get the same ids. "
                 "Name the folder above both as input, or give each its own table."
             )
-    images = {posixpath.join(shard.prefix, posixpath.basename(f.path)) for shard in shards if shard.kind == "images" for f in shard.files}
-    if len(images) != sum(len(shard.files) for shard in shards if shard.kind == "images"):
-        raise ConfigError("duplicate ids: two inputs hold images of the same relative path; name the folder above both as input")
+    images = [file.path for shard in shards if shard.kind == "images" for file in shard.files]
+    if len(set(images)) != len(images):
+        raise ConfigError(
+            "duplicate ids: two inputs hold images of the same relative path; name the folder above both as input"
+        )
 
 
 def _hash(*parts: Any) -> str:

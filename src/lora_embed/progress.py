@@ -1,6 +1,5 @@
 """What a running job shows: one live line on a terminal, a log line every ten seconds elsewhere; always on stderr."""
 
-import sys
 import threading
 import time
 from types import TracebackType

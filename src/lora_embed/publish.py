@@ -61,9 +61,7 @@ def _next_version(
     return manifest, [path for group in paths.values() for path in group]
 
 
-def check_gates(
-    job: JobConfig, current: Manifest | None, new: list[ShardCounts], kept: set[str]
-) -> dict[str, dict[str, Any]]:
+def check_gates(job: JobConfig, current: Manifest | None, new: list[ShardCounts], kept: set[str]) -> dict[str, dict[str, Any]]:
     """The checks before a version, each with its figure and limit. Raises GateFailed naming those that do not hold."""
     samples, rejects = sum(shard.samples for shard in new), sum(shard.rejects for shard in new)
     before = current.shards if current is not None else {}
@@ -72,12 +70,14 @@ def check_gates(
         "rejects": {"value": rejects / max(samples, 1), "limit": job.max_rejects},
         "removed": {"value": len(removed) / max(len(before), 1), "limit": job.max_removed},
     }
-    failed = [f"{name} {gate['value']:.2%} of at most {gate['limit']:.2%}" for name, gate in gates.items() if gate["value"] > gate["limit"]]
+    failed = [
+        f"the share of {name} is {gate['value']:.2%}, and max_{name} is {gate['limit']:.2%}"
+        for name, gate in gates.items()
+        if gate["value"] > gate["limit"]
+    ]
     if failed:
         raise GateFailed(
-            f"{job.table}: not published: {'; '.join(failed)} (max_{next(n for n in gates if n in failed[0])}). What was embedded "
-            "is kept: look at the rejects, mend the input, or raise the limit in the job, and run it again."
+            f"{job.table}: not published: {'; '.join(failed)}. What was embedded is kept: mend the input, or raise the limit "
+            "in the job, and run it again."
         )
     return gates
-
-

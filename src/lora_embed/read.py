@@ -187,8 +187,9 @@ def _read_parquet(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted) 
 
 def _columns(schema: pa.Schema, layout: Layout, where: str) -> tuple[str, str | None]:
     """The image column and the key column, as configured or by their usual names; no key column: rows are numbered."""
-    image = layout.image_column or next((n for n in _IMAGE_COLUMNS if n in schema.names and _holds_bytes(schema.field(n).type)), None)
-    if image is None or image not in schema.names or not _holds_bytes(schema.field(image).type):
+    holding = {name for name in schema.names if _holds_bytes(schema.field(name).type)}
+    image = layout.image_column or next((name for name in _IMAGE_COLUMNS if name in holding), None)
+    if image not in holding:
         wanted = f"column {layout.image_column!r}" if layout.image_column else f"one of {', '.join(_IMAGE_COLUMNS)}"
         raise ShardError(
             f"{where}: has no image bytes: expected {wanted} of binary type, found {schema.names}. Set image_column in the job."

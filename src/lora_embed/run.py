@@ -76,7 +76,7 @@ def plan_job(job: JobConfig) -> Outlook:
     shards = plan.list_shards(job.input, job.input_storage_options)
     current = table.read_manifest(store)
     recipe = find_recipe(job.recipe)
-    encoder = read_description(recipe) if isinstance(recipe, Path) else find_encoder(gather(recipe), store)
+    encoder = find_encoder(gather(recipe), store) if isinstance(recipe, Recipe) else read_description(recipe)
     if encoder is not None:
         refuse_other_space(store, current, encoder)
     layout = known_layout(job, store, encoder, current) if encoder is not None else None
@@ -109,20 +109,33 @@ def run_job(job: JobConfig, *, publishes: bool = True) -> RunResult:
     store = Store(job.table, job.table_storage_options)
     shards = plan.list_shards(job.input, job.input_storage_options)
     recipe = find_recipe(job.recipe)
-    ingredients = gather(recipe) if isinstance(recipe, Recipe) else None
+    source = gather(recipe) if isinstance(recipe, Recipe) else recipe
     store.check_writable()
     current = table.read_manifest(store)
+    known = find_encoder(source, store)
+    if known is not None and current is not None and _is_current(job, store, known, current, shards):
+        result = RunResult(table=job.table, space_id=known.space_id, embedded=0, version=current.version, counts=current.counts)
+        return replace(result, seconds=round(time.monotonic() - started, 2))
+
     pipeline.connect()
     topology = pipeline.choose_topology(job.resources)
-    encoder = provide_encoder(ingredients or recipe, store, current)
+    encoder = provide_encoder(source, known, store, current)
     layout = resolve_layout(job, store, encoder, current, topology)
     work = find_work(job, store, encoder, layout, current, shards)
     say(f"{len(shards)} shards: {len(shards) - len(work)} done, {len(work)} to embed")
     shared = pipeline.Job(input_options=job.input_storage_options, store=store, encoder=encoder, layout=layout)
     result = RunResult(table=job.table, space_id=encoder.space_id, embedded=embed(work, shared, topology))
     if publishes and job.limit is None:
-        result = publish_shards(job, shared, shards, result)
+        manifest, is_new = publish.publish(job, shared, shards)
+        result = replace(result, version=manifest.version, published=is_new, counts=manifest.counts)
     return replace(result, seconds=round(time.monotonic() - started, 2))
+
+
+def _is_current(job: JobConfig, store: Store, encoder: Description, current: Manifest, shards: list[Shard]) -> bool:
+    """Does the current version hold exactly these shards, made as this job would make them? Then no cluster is needed."""
+    refuse_other_space(store, current, encoder)
+    layout = known_layout(job, store, encoder, current)
+    return layout is not None and job.limit is None and set(current.shards) == {shard.id for shard in shards}
 
 
 def embed(work: list[WorkItem], shared: pipeline.Job, topology: pipeline.Topology) -> int:
@@ -144,12 +157,6 @@ def embed(work: list[WorkItem], shared: pipeline.Job, topology: pipeline.Topolog
     return progress.samples
 
 
-def publish_shards(job: JobConfig, shared: pipeline.Job, shards: list[Shard], result: RunResult) -> RunResult:
-    """Make the shards the current version, unless they are."""
-    manifest, is_new = publish.publish(job, shared, shards)
-    return replace(result, version=manifest.version, published=is_new, counts=manifest.counts)
-
-
 def find_recipe(uri: str) -> Recipe | Path:
     """A recipe file's content, or the directory of an encoder built before."""
     if Path(uri).is_dir():
@@ -158,30 +165,31 @@ def find_recipe(uri: str) -> Recipe | Path:
     return load_recipe(uri)
 
 
-def provide_encoder(recipe: Ingredients | Path, store: Store, current: Manifest | None) -> Description:
-    """The encoder on the table's storage: found by the recipe's content, or built and stored there.
+def provide_encoder(
+    source: Ingredients | Path, known: Description | None, store: Store, current: Manifest | None
+) -> Description:
+    """The encoder on the table's storage: known, or built from its ingredients, or copied from its directory.
 
     Raises TableError, before anything is written, when the table holds vectors of another space.
     """
-    if isinstance(recipe, Path):
-        return _store_encoder(recipe, store, current)
-    known = find_encoder(recipe, store)
     if known is not None:
         refuse_other_space(store, current, known)
-        say(f"encoder {known.space_id}: built before from this recipe")
+        say(f"encoder {known.space_id}: is on the table's storage")
         return known
+    if isinstance(source, Path):
+        return _store_encoder(source, store, current)
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "encoder"
-        build_encoder(recipe, built, say)
+        build_encoder(source, built, say)
         return _store_encoder(built, store, current)
 
 
-def find_encoder(ingredients: Ingredients, store: Store) -> Description | None:
-    """The encoder that this recipe's content was built into before, if the table has it."""
-    known = store.read(f"recipes/{ingredients.recipe_id}.json")
-    if known is None:
-        return None
-    return stored_encoder(store, json.loads(known)["space_id"])
+def find_encoder(source: Ingredients | Path, store: Store) -> Description | None:
+    """The encoder that this content was built into before, if it is whole on the table's storage."""
+    if isinstance(source, Path):
+        return stored_encoder(store, read_description(source).space_id)
+    recorded = store.read(f"recipes/{source.recipe_id}.json")
+    return stored_encoder(store, json.loads(recorded)["space_id"]) if recorded is not None else None
 
 
 def stored_encoder(store: Store, space_id: str) -> Description | None:
@@ -289,5 +297,3 @@ def _first_samples(items: list[WorkItem], limit: int, layout: Layout, options: d
         chosen.append(replace(item, limit=min(samples, limit)))
         limit -= samples
     return chosen
-
-

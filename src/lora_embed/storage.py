@@ -160,9 +160,7 @@ class Store:
                     file.unlink()
 
 
-def fetch_directory(
-    uri: str, revision: str | None, patterns: tuple[str, ...], options: dict[str, Any] | None = None
-) -> Path:
+def fetch_directory(uri: str, revision: str | None, patterns: tuple[str, ...], options: dict[str, Any] | None = None) -> Path:
     """A local directory with the files of a local directory, an fsspec URI or a hub repository.
 
     A local directory is returned as it is; others are copied once into the user's cache.

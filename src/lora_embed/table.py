@@ -98,7 +98,7 @@ def verify_parts(store: Store, space_id: str, layout: Layout, parts: list[Part])
             "samples": full,
         }
         if facts is None or {key: facts[key] for key in expected} != expected or metadata.num_rows != full:
-            raise VerificationFailed(f"{store.uri}/{path}: its footer says {facts}, expected {expected}; remove it and run again")
+            raise VerificationFailed(f"{store.uri}/{path}: its footer says {facts}, expected {expected}; remove it, run again")
         samples += metadata.num_rows
         vectors += int(str(facts["vectors"]))
     return ChunkStats(shard_id=parts[0].shard_id, chunk=len(parts), samples=samples, vectors=vectors, rejects=samples - vectors)
@@ -274,9 +274,10 @@ def verify_file(store: Store, entry: FileEntry, *, is_data: bool) -> set[str]:
     if data is None:
         raise VerificationFailed(f"{where}: is gone, though the version refers to it")
     if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise VerificationFailed(f"{where}: has {len(data)} bytes or another sum than the {entry.bytes} bytes it was published with")
+        raise VerificationFailed(f"{where}: {len(data)} bytes that are not the {entry.bytes} it was published with")
     table = pq.read_table(io.BytesIO(data), columns=["id", "shard"])
-    per_shard = {value["values"]: value["counts"] for value in pc.value_counts(table.column("shard").cast(pa.string())).to_pylist()}
+    counted = pc.value_counts(table.column("shard").cast(pa.string())).to_pylist()
+    per_shard = {value["values"]: value["counts"] for value in counted}
     expected = {shard.name: shard.vectors if is_data else shard.rejects for shard in entry.shards}
     if per_shard != {name: rows for name, rows in expected.items() if rows} or table.num_rows != entry.rows:
         raise VerificationFailed(f"{where}: rows per shard differ from the manifest's counts")
@@ -341,9 +342,7 @@ def open_table(uri: str, version: int | None = None, storage_options: dict[str, 
 
 
 def shard_counts(shard: Shard, stats: ChunkStats) -> ShardCounts:
-    return ShardCounts(
-        id=shard.id, name=shard.name, samples=stats.samples, vectors=stats.vectors, rejects=stats.rejects
-    )
+    return ShardCounts(id=shard.id, name=shard.name, samples=stats.samples, vectors=stats.vectors, rejects=stats.rejects)
 
 
 def verify_table(opened: Table) -> None:
@@ -353,17 +352,19 @@ def verify_table(opened: Table) -> None:
     """
     manifest = opened.manifest
     if opened.store.read(f"{encoder_path(manifest.space_id)}/encoder.json") is None:
-        raise VerificationFailed(f"{opened.store.uri}: the encoder of space {manifest.space_id} is gone, so nothing can be searched")
+        raise VerificationFailed(f"{opened.store.uri}: the encoder of space {manifest.space_id} is gone")
     seen: set[str] = set()
     for entry in manifest.files:
         ids = verify_file(opened.store, entry, is_data=True)
         if twice := seen & ids:
-            raise VerificationFailed(f"{opened.store.uri}/{entry.path}: {len(twice)} ids stand in another file too, as {min(twice)}")
+            raise VerificationFailed(
+                f"{opened.store.uri}/{entry.path}: {len(twice)} ids stand in another file too: {min(twice)} …"
+            )
         seen |= ids
     for entry in manifest.rejects:
         verify_file(opened.store, entry, is_data=False)
     if len(seen) != manifest.counts["vectors"]:
-        raise VerificationFailed(f"{opened.store.uri}: holds {len(seen)} vectors, version {manifest.version} says {manifest.counts}")
+        raise VerificationFailed(f"{opened.store.uri}: holds {len(seen)} vectors, its manifest says {manifest.counts}")
 
 
 @dataclass(frozen=True, kw_only=True)

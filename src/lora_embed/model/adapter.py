@@ -204,9 +204,7 @@ def _split(saved: SavedAdapter) -> tuple[dict[str, tuple[torch.Tensor, torch.Ten
     return pairs, others
 
 
-def _check_places(
-    saved: SavedAdapter, base: str, shapes: dict[str, torch.Size], places: dict[str, str | None]
-) -> None:
+def _check_places(saved: SavedAdapter, base: str, shapes: dict[str, torch.Size], places: dict[str, str | None]) -> None:
     unused = [name for name in shapes if places[name] is None]
     if unused:
         raise AdapterMismatch(
