@@ -10,6 +10,7 @@ import torch
 
 from lora_embed.decode import decode_items
 from lora_embed.model.encoder import FILES, load_encoder
+from lora_embed.model.preprocess import Preprocessing
 from lora_embed.schema import ChunkHead, Layout
 from lora_embed.storage import fetch_directory
 
@@ -58,6 +59,10 @@ class EmbedImages:
         folder = fetch_directory(encoder_uri, None, FILES, storage_options)
         self._encoder = load_encoder(folder, device=device, precision=layout.precision, batch_size=layout.batch_size)
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self._encoder.description.preprocessing
+
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Rows of `decode_items` → the same with `vectors`, float32 (1, n, d), in place of the pixels."""
         assert len(batch["head"]) == 1, "chunks go one by one: batch_size=1"
@@ -67,20 +72,16 @@ class EmbedImages:
         return {"head": batch["head"], "samples": batch["samples"], "vectors": vectors[np.newaxis]}
 
 
-class DecodeAndEmbed(EmbedImages):
+class DecodeAndEmbed:
     """Decoding and embedding in one actor, where both run on the same cores: pixels never leave the process."""
 
     def __init__(
-        self,
-        encoder_uri: str,
-        storage_options: dict[str, Any],
-        layout: Layout,
-        *reading: Any,
+        self, encoder_uri: str, storage_options: dict[str, Any], layout: Layout, input_options: dict[str, Any]
     ) -> None:
-        super().__init__(encoder_uri, storage_options, layout)
-        self._reading = reading
+        self._embed = EmbedImages(encoder_uri, storage_options, layout)
+        self._reading = (layout, self._embed.preprocessing, input_options)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Work items → rows with `vectors`, one per chunk."""
         for row in decode_items(batch, *self._reading):
-            yield super().__call__(row)
+            yield self._embed(row)

@@ -56,15 +56,17 @@ def embed_items(items: list[WorkItem], job: Job, topology: Topology) -> Iterator
     Raises EncoderError when an actor does not reproduce the golden vectors, IncompleteRun when Ray gives up.
     """
     encoder_uri = f"{job.store.uri}/{encoder_path(job.encoder.space_id)}"
-    reading = (job.layout, job.encoder.preprocessing, job.input_options)
+    decoding = (job.layout, job.encoder.preprocessing, job.input_options)
     embedding = (encoder_uri, job.store.options, job.layout)
     writing = (job.store, job.encoder.space_id, job.layout)
 
-    rows = ray.data.from_items([{"item": item} for item in items], override_num_blocks=min(len(items), MAX_BLOCKS))
+    rows: Any = ray.data.from_items([{"item": item} for item in items], override_num_blocks=min(len(items), MAX_BLOCKS))
     if topology.decode is None:
-        rows = rows.map_batches(DecodeAndEmbed, batch_size=1, fn_constructor_args=embedding + reading, **topology.embed)
+        rows = rows.map_batches(
+            DecodeAndEmbed, batch_size=1, fn_constructor_args=(*embedding, job.input_options), **topology.embed
+        )
     else:
-        rows = rows.map_batches(decode_items, batch_size=1, fn_args=reading, **topology.decode)
+        rows = rows.map_batches(decode_items, batch_size=1, fn_args=decoding, **topology.decode)
         rows = rows.map_batches(EmbedImages, batch_size=1, fn_constructor_args=embedding, **topology.embed)
     rows = rows.map_batches(write_chunks, batch_size=1, fn_args=writing, **topology.write)
 
@@ -133,8 +135,8 @@ def connect() -> None:
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS", "local")
-    local_only = {"include_dashboard": False} if address == "local" else {}
-    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local_only)
+    dashboard = False if address == "local" else None
+    ray.init(address=address, include_dashboard=dashboard, logging_level=logging.ERROR, log_to_driver=False)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it prints the tracebacks of what is raised anyway
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -4,6 +4,7 @@ PEFT's module injection is not used: it is where merges go silently wrong. PEFT 
 its pattern rules; transformers' own checkpoint loader says which weight of the base each tensor belongs to.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -144,7 +145,7 @@ def _read_config(uri: str, folder: Path) -> dict[str, Any]:
 
 def _check_config(uri: str, config: dict[str, Any]) -> None:
     """Refuse by name whatever differs from PEFT's defaults and would change what the adapter computes."""
-    defaults = LoraConfig().to_dict()
+    defaults = dataclasses.asdict(LoraConfig())
     for field, value in config.items():
         default = defaults.get(field)
         if field in _READ_OR_IRRELEVANT or value == default or (field not in defaults and not value):
@@ -217,14 +218,14 @@ def _scale(saved: SavedAdapter, module: str, rank: int) -> float:
     """`alpha / rank`, or `alpha / sqrt(rank)` for rank-stabilised LoRA (arXiv 2312.03732), patterns respected."""
     config = saved.config
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    expected = ranks.get(get_pattern_key(ranks.keys(), module), config["r"])
+    expected = ranks.get(get_pattern_key(list(ranks), module), config["r"])
     if expected != rank:
         raise AdapterMismatch(
             f"{saved.uri}: {module} has rank {rank}, but {CONFIG_NAME} says {expected}; "
             "configuration and weights are of different adapters"
         )
-    alpha = alphas.get(get_pattern_key(alphas.keys(), module), config["lora_alpha"])
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    alpha = float(alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"]) or 0.0)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _content_hash(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:

@@ -92,7 +92,7 @@ def locate(config: PretrainedConfig, shapes: dict[str, torch.Size]) -> dict[str,
     """
     names = sorted(shapes)
     probe = {name: torch.full(shapes[name], float(number)) for number, name in enumerate(names)}
-    model, info = MODEL_MAPPING[type(config)].from_pretrained(
+    model, info = _model_class(config).from_pretrained(
         None,
         config=config,
         state_dict=probe,
@@ -111,7 +111,11 @@ def locate(config: PretrainedConfig, shapes: dict[str, torch.Size]) -> dict[str,
     return places
 
 
+def _model_class(config: PretrainedConfig) -> Any:
+    return MODEL_MAPPING[type(config)]
+
+
 def _without_pooler(config: PretrainedConfig) -> dict[str, bool]:
     """Some families would otherwise add a pooler with random weights."""
-    accepted = inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
+    accepted = inspect.signature(_model_class(config)).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in accepted else {}

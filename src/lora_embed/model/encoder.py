@@ -57,7 +57,7 @@ class Encoder:
         self.precision = precision
         self.batch_size = batch_size
         self._dtype = _DTYPES[precision]
-        model = model.to(self.device, self._dtype)
+        torch.nn.Module.to(model, self.device, self._dtype)
         from_end = description.pooling in FROM_LAST_HIDDEN_STATE
         self._hidden_state = HiddenState(model, "" if from_end else description.tap)
         self._pool = pooler(description.pooling, description.prefix_tokens)
@@ -138,8 +138,9 @@ def read_description(folder: Path) -> Description:
     data = json.loads(path.read_text())
     if data.pop("format") != FORMAT:
         raise EncoderError(f"{path}: was written in another format than {FORMAT}; build the encoder again")
-    geometry = {key: tuple(value) if isinstance(value, list) else value for key, value in data["preprocessing"].items()}
-    return Description(**data | {"preprocessing": Preprocessing(**geometry)})
+    geometry: dict[str, Any] = data.pop("preprocessing")
+    tuples = {key: tuple(value) for key, value in geometry.items() if isinstance(value, list)}
+    return Description(**data, preprocessing=Preprocessing(**geometry | tuples))
 
 
 def write_description(folder: Path, description: Description) -> None:

@@ -45,12 +45,11 @@ def linear(parts: list[Weighted]) -> torch.Tensor:
             f"merge_method 'linear' adds LoRA factors and needs equal ranks, found {sorted(ranks)}; use 'weighted_sum'"
         )
     scales = [part.weight * part.factors.scale for part in parts]
-    down = sum(
-        math.copysign(math.sqrt(abs(scale)), scale) * part.factors.down.double()
-        for scale, part in zip(scales, parts, strict=True)
-    )
-    up = sum(math.sqrt(abs(scale)) * part.factors.up.double() for scale, part in zip(scales, parts, strict=True))
-    return torch.as_tensor(up @ down)
+    roots = [math.sqrt(abs(scale)) for scale in scales]
+    signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
+    down = torch.stack([root * part.factors.down.double() for root, part in zip(signed, parts, strict=True)]).sum(dim=0)
+    up = torch.stack([root * part.factors.up.double() for root, part in zip(roots, parts, strict=True)]).sum(dim=0)
+    return up @ down
 
 
 METHODS: dict[str, Callable[[list[Weighted]], torch.Tensor]] = {"weighted_sum": weighted_sum, "linear": linear}

@@ -1,0 +1,55 @@
+"""What tests share: real weights and adapters, tiny random models, and one Ray cluster for all that need it."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("LORA_EMBED_CACHE", str(Path(__file__).resolve().parents[1] / ".cache"))
+
+import ray  # noqa: E402
+import torch  # noqa: E402
+
+from lora_embed import demo  # noqa: E402
+from lora_embed.demo import parts  # noqa: E402
+from lora_embed.progress import say  # noqa: E402
+from lora_embed.storage import cache_root  # noqa: E402
+
+ADAPTERS = Path(demo.__file__).parent / "adapters"
+
+
+@pytest.fixture(scope="session")
+def demo_cache() -> Path:
+    """Where real weights and images are kept between runs."""
+    return cache_root()
+
+
+@pytest.fixture(scope="session")
+def base_model(demo_cache: Path) -> Path:
+    """A real pretrained ViT-S/14."""
+    return parts.fetch_base_model(demo_cache, say)
+
+
+@pytest.fixture(scope="session")
+def real_adapters() -> dict[str, Path]:
+    """Two real adapters for it, of 10 and of 27 classes."""
+    return {name: ADAPTERS / name for name in ("category10", "group27")}
+
+
+@pytest.fixture(scope="session")
+def real_images(demo_cache: Path) -> list[parts.LabelledImage]:
+    """Real labelled images, 64×64."""
+    return parts.fetch_images(demo_cache, say)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A Ray cluster of two CPUs in this process."""
+    from lora_embed import pipeline
+
+    torch.set_num_threads(2)
+    pipeline.connect()
+    yield
+    ray.shutdown()
