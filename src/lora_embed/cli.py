@@ -82,6 +82,15 @@ def verify(table: TableUri, version: int | None = None, as_json: Json = False) -
     _print(result, as_json, f"version {opened.version}: {files} files, {_counted(counts)}; sums, counts and ids are right")
 
 
+@app.command()
+def demo(folder: Annotated[Path, typer.Argument(help="Where everything is written.")] = Path("demo-run")) -> None:
+    """All of it on real images, in minutes: merge, embed, publish, compare, search."""
+    from lora_embed.demo.tour import run_demo
+
+    folder.mkdir(parents=True, exist_ok=True)
+    run_demo(folder, say)
+
+
 def embed_job(arguments: list[str]) -> int:
     """`jobs/embed.py`: `--config JOB [--set KEY=VALUE …] [--no-publish] [--json]`; returns the exit code."""
     entry = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ _DAMAGE = (
     ZeroDivisionError, NotImplementedError, RuntimeError, MemoryError, struct.error, zlib.error,
 )  # fmt: skip
 
-Image.MAX_IMAGE_PIXELS = None  # our own limit is checked before any pixel is allocated; Pillow's would only warn
+# Pillow's own limit warns first and raises at twice its value; ours is checked as soon as the size is known.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BadImage(Exception):
@@ -87,27 +89,38 @@ def decode_image(data: bytes, preprocessing: Preprocessing, max_pixels: int = 10
     """Decode and prepare one image, the first frame of an animated one. Raises BadImage."""
     if not data:
         raise BadImage("empty", "0 bytes")
+    Image.MAX_IMAGE_PIXELS = max_pixels  # 43 bytes of GIF take 4 GB in `open` alone, where this is not set
+    image: Image.Image
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise BadImage("too_many_pixels", f"declares more than twice the {max_pixels} pixels that are allowed") from None
     except _DAMAGE:
         raise BadImage("not_an_image", f"{len(data)} bytes that start with {data[:8].hex()}") from None
     _check_area(image.width, image.height, max_pixels, "declares")
-    _check_area(*preprocessing.resized_size(image.width, image.height), max_pixels, "would be resized to")
     try:
         image = to_rgb(image)
+        width, height = preprocessing.resized_size(image.width, image.height)
+        _check_area(width, height, max_pixels, "would be resized to")
+        _check_area(width, image.height, max_pixels, "would be resized by way of")  # Pillow resizes the rows first
         return Decoded(preprocessing.apply(image), image.width, image.height)
     except _DAMAGE as error:
         raise BadImage("corrupt_image", f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB as it is shown: EXIF orientation applied, 16-bit grey scaled (Pillow's own conversion would clip it)."""
+    """RGB as it is shown: EXIF orientation applied, transparency on white as the Hugging Face processors put it.
+
+    16-bit grey is scaled to 8 bits; Pillow's own conversion would clip it to white.
+    """
     image.load()
     with contextlib.suppress(*_DAMAGE):  # damaged EXIF data is no reason to lose the image
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         values = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
         image = Image.fromarray(values.astype(np.uint8))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -192,10 +205,14 @@ def _typed(value: Any, kind: str) -> Any:
     if value is None:
         return None
     if kind == "string":
-        return value if isinstance(value, str) else json.dumps(value, default=str)
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        return text.encode("utf-8", "backslashreplace").decode()  # JSON may hold halves of surrogate pairs
     if kind == "bool":
         return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
     try:
-        return int(value) if kind == "int64" else float(value)
+        number = int(value) if kind == "int64" else float(value)
     except (TypeError, ValueError, OverflowError):
         return None
+    if kind == "int64" and (not -(2**63) <= number < 2**63 or (isinstance(value, float) and number != value)):
+        return None
+    return number

@@ -18,7 +18,8 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".p
 COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 IMAGES_PER_GROUP = 1024
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_MAGIC = re.compile(r"[*?\[]")
+_WILD, _WILD_OR_BRACE = re.compile(r"[*?\[]"), re.compile(r"[*?\[{]")
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python holds bytes of a local name that are not UTF-8
 
 
 def list_shards(patterns: tuple[str, ...], options: dict[str, Any]) -> list[Shard]:
@@ -46,67 +47,76 @@ def expand_braces(pattern: str) -> list[str]:
     else:
         values = match[1].split(",")
     filled = [pattern[: match.start()] + value + pattern[match.end() :] for value in values]
-    return [expanded for one in filled for expanded in expand_braces(one)]
+    return list(dict.fromkeys(expanded for one in filled for expanded in expand_braces(one)))
 
 
 def _shards_of(pattern: str, options: dict[str, Any]) -> list[Shard]:
-    root = _fixed_prefix(pattern)
-    store = Store(root, options)
-    if root == pattern:
-        if not store.is_directory():
-            root, _, name = pattern.rpartition("/")
-            entry = Store(root, options).info(name)
-            if entry is None:
-                raise ConfigError(f"input {pattern}: no such file or directory")
-            return _group(root, [entry], pattern, every_file=True)
-        entries = store.list_files()
-    else:
-        tail = pattern[len(root) :].lstrip("/")
-        wanted = expand_braces(tail)
-        entries = [entry for entry in store.list_files() if any(_fits(entry.path, name) for name in wanted)]
-        missing = [name for name in wanted if not _MAGIC.search(name) and name not in {entry.path for entry in entries}]
-        if missing and len(missing) < len(wanted):
-            raise ConfigError(
-                f"input {pattern}: {len(missing)} of the {len(wanted)} files it names are not there, first "
-                f"{root}/{missing[0]}. Correct the range, or use * to take what is there."
-            )
-    shards = _group(root, entries, pattern, every_file=False)
-    if not shards:
+    if not _WILD_OR_BRACE.search(pattern):
+        return _shards_at(re.sub(r"(?<=[^/:])/+$", "", pattern), options)
+    root = _folder_of(_WILD_OR_BRACE.split(pattern)[0])  # the longest folder without wildcards
+    wanted = expand_braces(pattern[len(root) :].lstrip("/"))
+    named = frozenset(name for name in wanted if not _WILD.search(name))
+    globs = [name.split("/") for name in wanted if name not in named]
+    listed = Store(root, options).list_files()
+    entries = [e for e in listed if e.path in named or any(_fits(e.path.split("/"), glob) for glob in globs)]
+    missing = sorted(named - {entry.path for entry in entries})
+    if missing and entries:
         raise ConfigError(
-            f"input {pattern}: matches no tar, Parquet or image file ({len(entries)} files looked at below {root})"
+            f"input {pattern}: {len(missing)} of the {len(named)} files it names are not there, first "
+            f"{root.rstrip('/')}/{missing[0]}. Correct the range, or use * to take what is there."
         )
-    return shards
+    return _group(root, entries, named, f"input {pattern}", looked_at=len(listed))
 
 
-def _fixed_prefix(pattern: str) -> str:
-    """The longest folder of a pattern without wildcards: the input's root."""
-    match = re.search(r"[*?\[{]", pattern)
-    return pattern.rstrip("/") if match is None else pattern[: match.start()].rpartition("/")[0]
+def _shards_at(uri: str, options: dict[str, Any]) -> list[Shard]:
+    """A file's shard, or those of a directory."""
+    store = Store(uri, options)
+    if store.is_directory():
+        entries = store.list_files()
+        return _group(uri, entries, frozenset(), f"input {uri}", looked_at=len(entries))
+    root, name = _folder_of(uri), posixpath.basename(uri)
+    entry = Store(root, options).info(name)
+    if entry is None:
+        raise ConfigError(f"input {uri}: no such file or directory")
+    return _group(root, [entry], frozenset([name]), f"input {uri}", looked_at=1)
 
 
-def _fits(path: str, pattern: str) -> bool:
-    """A glob in which `*` stays within a folder and `**` does not."""
-    if "**" in pattern:
-        return fnmatch.fnmatchcase(path, pattern.replace("**/", "*"))
-    return path.count("/") == pattern.count("/") and fnmatch.fnmatchcase(path, pattern)
+def _folder_of(uri: str) -> str:
+    folder = uri.rpartition("/")[0]
+    return f"{folder}/" if folder == "" or folder.endswith(":/") else folder  # "/" and "memory://" keep their slashes
 
 
-def _group(root: str, entries: list[Entry], pattern: str, *, every_file: bool) -> list[Shard]:
+def _fits(path: list[str], glob: list[str]) -> bool:
+    """Does a glob match a path, folder by folder? `*` stays within a folder; `**` is any number of them, none too."""
+    if not glob or not path:
+        return glob in ([], ["**"]) and not path
+    if glob[0] == "**":
+        return _fits(path, glob[1:]) or _fits(path[1:], glob)
+    return fnmatch.fnmatchcase(path[0], glob[0]) and _fits(path[1:], glob[1:])
+
+
+def _group(root: str, entries: list[Entry], named: frozenset[str], where: str, *, looked_at: int) -> list[Shard]:
+    """Entries → shards. Hidden files and other kinds of file are passed over, unless they are `named` outright."""
     shards, images = [], []
     for entry in entries:
         name = entry.path.lower()
-        if posixpath.basename(name).startswith((".", "_")):
+        if entry.path not in named and posixpath.basename(name).startswith((".", "_")):
             continue
         if name.endswith(COMPRESSED_TAR):
-            raise ConfigError(f"input {pattern}: {entry.path} is a compressed tar, which cannot be resumed. Unpack it to .tar.")
+            raise ConfigError(f"{where}: {entry.path} is a compressed tar, which cannot be resumed. Unpack it to .tar.")
         if name.endswith(TAR):
             shards.append(_single(root, entry, "tar"))
         elif name.endswith(PARQUET):
             shards.append(_single(root, entry, "parquet"))
         elif name.endswith(IMAGES):
             images.append(entry)
-        elif every_file:
-            raise ConfigError(f"input {pattern}: is no .tar, .parquet or image file ({', '.join(IMAGES)})")
+        elif entry.path in named:
+            raise ConfigError(f"{where}: {entry.path} is no .tar, .parquet or image file ({', '.join(IMAGES)})")
+    if not shards and not images:
+        raise ConfigError(f"{where}: matches no tar, Parquet or image file ({looked_at} files looked at below {root})")
+    for entry in [*images, *(shard.files[0] for shard in shards)]:
+        if _NOT_UTF8.search(entry.path):
+            raise ConfigError(f"{where}: the name {entry.path!r} is not UTF-8, as ids must be. Rename it.")
     return shards + _image_groups(root, images)
 
 
@@ -139,6 +149,13 @@ def _image_groups(root: str, entries: list[Entry]) -> list[Shard]:
 def _refuse_shared_names(shards: list[Shard]) -> None:
     """Ids are name + key: equal names, or one name inside another's, could give two images one id."""
     for one, other in itertools.pairwise(shards):
+        if one.name == other.name and one.kind == other.kind == "images":
+            raise ConfigError(
+                f"duplicate ids: two inputs hold loose images of one folder, {one.prefix or '.'} below {one.root} and below "
+                f"{other.root}. Give them as one input, a directory or a pattern such as {{a,b}}, or each its own table."
+            )
+        if one.name == other.name and one.root == other.root:
+            raise ConfigError(f"duplicate ids: two inputs both name {one.root}/{one.name}. Name it in one of them.")
         if one.name == other.name:
             raise ConfigError(
                 f"duplicate ids: {one.root} and {other.root} both hold {one.name}, whose images would get the same ids. "
@@ -149,6 +166,15 @@ def _refuse_shared_names(shards: list[Shard]) -> None:
         raise ConfigError(
             "duplicate ids: two inputs hold images of the same relative path; name the folder above both as input"
         )
+    files = {shard.name: shard.root for shard in shards if shard.kind != "images"}
+    for shard in shards:
+        folder = shard.prefix if shard.kind == "images" else posixpath.dirname(shard.name)
+        for above in itertools.accumulate(folder.split("/"), "{}/{}".format):
+            if above in files:
+                raise ConfigError(
+                    f"duplicate ids: {files[above]}/{above} is a file, and below {shard.root} there is a folder of that name, "
+                    "so that their images could get the same ids. Rename one, or give each its own table."
+                )
 
 
 def _hash(*parts: Any) -> str:

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 from lora_embed.errors import ShardError
 from lora_embed.plan import IMAGES
 from lora_embed.schema import Layout, Shard
-from lora_embed.storage import Store
+from lora_embed.storage import Store, explained
 
 BLOCK = tarfile.BLOCKSIZE
+MOST_PADDING = 2**20 + 2 * BLOCK  # tar pads with zeros to a record of 10 KiB, or of up to 1 MiB where it is told to
 _IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "jpg", "png")
 _KEY_COLUMNS = ("key", "__key__", "id", "path", "file_name")
 
@@ -43,7 +44,7 @@ def read_samples(shard: Shard, layout: Layout, options: dict[str, Any], wanted: 
         return
     entry = shard.files[0]
     _check_unchanged(store, shard)
-    with store.open(entry.path) as file:
+    with explained(store, entry.path), store.open(entry.path) as file:
         if shard.kind == "tar":
             yield from _read_tar(file, shard, layout, wanted)
         else:
@@ -78,31 +79,39 @@ def _read_images(store: Store, shard: Shard, wanted: Wanted) -> Iterator[Sample]
 
 
 def _read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted) -> Iterator[Sample]:
-    """WebDataset: consecutive members that share a name up to the first dot of its last part are one sample."""
+    """WebDataset: consecutive members that share a name up to the first dot of its last part are one sample.
+
+    A member that the sample already has begins a sample of the same key, so that no image goes uncounted.
+    """
     where = f"{shard.root}/{shard.name}"
     size = shard.files[0].size
     if size == 0:
         raise ShardError(f"{where}: is an empty file, not a tar; an empty tar has an end of its own")
     current: Sample | None = None
+    taken: set[str] = set()  # extensions of the current sample
     number = 0
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        # Names that are not UTF-8 are escaped: an id must be UTF-8, and the same on every machine.
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # a tar of a million members need not be remembered
-                if not member.isreg():
-                    continue
                 key, extension = _split_name(member.name)
-                if current is None or key != current.key:
+                if not member.isreg() or posixpath.basename(member.name).startswith("."):  # macOS adds ._name to each
+                    continue
+                if not member.issparse() and member.offset_data + member.size > size:  # before memory is taken for it
+                    raise tarfile.ReadError("unexpected end of data")
+                if current is None or key != current.key or extension in taken:
                     if current is not None:
                         yield current
                         number += 1
-                    current = Sample(key)
+                    current, taken = Sample(key), set()
+                taken.add(extension)
                 if wanted(number):
                     _add_field(current, tar, member, extension, layout)
-                elif member.offset_data + member.size > size:
-                    raise tarfile.ReadError("unexpected end of data")
             end = tar.offset
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError) as error:  # of damaged headers
+        if size >= BLOCK and current is None and "invalid header" in str(error):
+            raise ShardError(f"{where}: is not a tar, whatever its name says") from None
         raise ShardError(_cut_short(where, size, str(error))) from None
     _prove_end(file, end, size, where)
     if current is not None:
@@ -137,7 +146,7 @@ def _add_field(sample: Sample, tar: tarfile.TarFile, member: tarfile.TarInfo, ex
 def _json_fields(data: bytes, names: set[str]) -> dict[str, Any]:
     try:
         values = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return {name: values[name] for name in names & set(values)} if isinstance(values, dict) else {}
 
@@ -153,6 +162,11 @@ def _prove_end(file: BinaryIO, end: int, size: int, where: str) -> None:
                 "a tar. Upload it again; none of it is published."
             )
         rest += len(data)
+    if rest > MOST_PADDING:
+        raise ShardError(
+            f"{where}: incomplete or damaged tar: its members end at byte {end} of {size}, and zeros follow, as where space "
+            "was reserved and never filled. Upload it again; none of it is published."
+        )
     if rest < 2 * BLOCK or end + rest != size:
         raise ShardError(_cut_short(where, size, f"members end at byte {end} without the two closing blocks of a tar"))
 
@@ -179,7 +193,9 @@ def _read_parquet(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted) 
             for batch in source.iter_batches(batch_size=64, row_groups=[group], columns=columns):
                 yield from _rows(batch, image if needed else None, key, carried, number)
                 number += batch.num_rows
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the disk's or the network's; Arrow's own has no number
+            raise
         raise ShardError(f"{where}: cannot be read as Parquet to its end ({_line(error)}). Upload it again.") from None
     if number != source.metadata.num_rows:
         raise ShardError(f"{where}: holds {number} rows, its footer says {source.metadata.num_rows}. Upload it again.")
@@ -189,7 +205,7 @@ def _columns(schema: pa.Schema, layout: Layout, where: str) -> tuple[str, str | 
     """The image column and the key column, as configured or by their usual names; no key column: rows are numbered."""
     holding = {name for name in schema.names if _holds_bytes(schema.field(name).type)}
     image = layout.image_column or next((name for name in _IMAGE_COLUMNS if name in holding), None)
-    if image not in holding:
+    if image is None or image not in holding:
         wanted = f"column {layout.image_column!r}" if layout.image_column else f"one of {', '.join(_IMAGE_COLUMNS)}"
         raise ShardError(
             f"{where}: has no image bytes: expected {wanted} of binary type, found {schema.names}. Set image_column in the job."
@@ -202,18 +218,22 @@ def _columns(schema: pa.Schema, layout: Layout, where: str) -> tuple[str, str | 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
     """Binary, or the struct with `bytes` that Hugging Face datasets write."""
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def _rows(batch: pa.RecordBatch, image: str | None, key: str | None, carried: list[str], start: int) -> Iterator[Sample]:
     for row in range(batch.num_rows):
-        name = str(batch.column(key)[row].as_py()) if key else f"{start + row:010d}"
+        name = batch.column(key)[row].as_py() if key else None
+        if name is None:  # also where a key column holds null
+            name = f"{start + row:010d}"
+        elif isinstance(name, bytes):
+            name = name.decode("utf-8", "backslashreplace")
         data = batch.column(image)[row].as_py() if image else None
         if isinstance(data, dict):
             data = data["bytes"]
-        yield Sample(name, data, {field: batch.column(field)[row].as_py() for field in carried} if image else {})
+        yield Sample(str(name), data, {field: batch.column(field)[row].as_py() for field in carried} if image else {})
 
 
 def _line(error: BaseException) -> str:

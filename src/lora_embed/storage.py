@@ -7,6 +7,8 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -15,12 +17,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import aiohttp
+import botocore.exceptions  # type: ignore[import-untyped]
 import fsspec
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
 
 from lora_embed.errors import StorageError
 
 TEMPORARY = "_tmp"  # below a local root: files being written, hidden from listings
+_NETWORK = (botocore.exceptions.BotoCoreError, aiohttp.ClientError)  # what fsspec lets through of its libraries
 
 
 @dataclass(frozen=True)
@@ -54,34 +61,27 @@ class Store:
 
     def full_path(self, path: str) -> str:
         root = self._connection[1].rstrip("/")
-        return f"{root}/{path}" if path else root
+        return f"{root}/{path}" if path else root or self._connection[1]
 
     def list_files(self, prefix: str = "") -> list[Entry]:
         """All objects below a folder, sorted by path; an absent folder is an empty one. Never from a cache.
 
         Raises StorageError when the store refuses the listing.
         """
-        fs, root = self._connection
-        fs.invalidate_cache()
-        with _explained(self, prefix):
-            try:
-                found = fs.find(self.full_path(prefix), detail=True)
-            except FileNotFoundError:
-                return []
-        start = len(root.rstrip("/")) + 1
-        entries = [_entry(name[start:], info) for name, info in found.items()]
-        return sorted((e for e in entries if not e.path.startswith(f"{TEMPORARY}/")), key=lambda entry: entry.path)
+        with explained(self, prefix):
+            found = list(_walk_local(self, prefix) if self.is_local else _find(self, prefix))
+        return sorted((e for e in found if not e.path.startswith(f"{TEMPORARY}/")), key=lambda entry: entry.path)
 
     def open(self, path: str) -> BinaryIO:
-        """Open for reading at random. Raises StorageError when it cannot be opened."""
+        """Open for reading at random. Raises StorageError when it cannot be opened, FileNotFoundError when it is gone."""
         fs, _ = self._connection
-        with _explained(self, path):
+        with explained(self, path):
             return cast(BinaryIO, fs.open(self.full_path(path), "rb"))
 
     def read(self, path: str) -> bytes | None:
         """The whole object, or None where there is none."""
         fs, _ = self._connection
-        with _explained(self, path):
+        with explained(self, path):
             try:
                 return cast(bytes, fs.cat_file(self.full_path(path)))
             except FileNotFoundError:
@@ -91,8 +91,10 @@ class Store:
         """The object's size and etag as they are now, or None where there is none."""
         fs, _ = self._connection
         fs.invalidate_cache()
-        with _explained(self, path):
+        with explained(self, path):
             try:
+                if self.is_local:
+                    return _local_entry(path, os.stat(self.full_path(path)))
                 info = fs.info(self.full_path(path))
             except FileNotFoundError:
                 return None
@@ -100,7 +102,7 @@ class Store:
 
     def is_directory(self, path: str = "") -> bool:
         fs, _ = self._connection
-        with _explained(self, path):
+        with explained(self, path):
             return bool(fs.isdir(self.full_path(path)))
 
     def check_writable(self) -> None:
@@ -122,21 +124,22 @@ class Store:
 
         Readers see the whole object or none. Raises StorageError when the store cannot be written.
         """
-        with _explained(self, path):
+        with explained(self, path, writes=True):
             if self.is_local:
                 return _create_local(Path(self.full_path("")), Path(self.full_path(path)), data)
             fs, _ = self._connection
             try:
                 fs.pipe_file(self.full_path(path), data, mode="create")
             except OSError as error:  # s3fs reports a refused If-None-Match as EINVAL
-                if isinstance(error, FileExistsError) or "pre-conditions" in str(error):
+                refused = isinstance(error, FileExistsError) or "pre-conditions" in str(error)
+                if refused and self.info(path) is not None:  # not refused for what stands above it
                     return False
                 raise
             return True
 
     def replace(self, path: str, data: bytes) -> None:
         """Write a small object whether or not it exists: for hints, never for what readers rely on."""
-        with _explained(self, path):
+        with explained(self, path, writes=True):
             if self.is_local:
                 _replace_local(Path(self.full_path("")), Path(self.full_path(path)), data)
             else:
@@ -146,7 +149,7 @@ class Store:
         """Remove objects; one that is gone already is no error."""
         fs, _ = self._connection
         for path in paths:
-            with contextlib.suppress(FileNotFoundError), _explained(self, path):
+            with contextlib.suppress(FileNotFoundError), explained(self, path):
                 fs.rm_file(self.full_path(path))
 
     def clear_temporary(self, older_than_s: float = 3600.0) -> None:
@@ -198,30 +201,99 @@ def _copy_to_cache(store: Store, patterns: tuple[str, ...]) -> Path:
     if target.is_dir():
         return target
     partial = target.with_name(f"{state}.{uuid.uuid4().hex}")
-    for entry in entries:
-        file = partial / entry.path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(store.read(entry.path) or b"")
     try:
+        for entry in entries:
+            data = store.read(entry.path)
+            if data is None or len(data) != entry.size:  # else the cache would hold half of it for good
+                raise StorageError(f"{store.uri}/{entry.path}: changed while it was copied. Run the same command again.")
+            file = partial / entry.path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
         partial.rename(target)
     except OSError as error:  # another process finished the same copy first
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
-@lru_cache(maxsize=64)
-def _connect_hashable(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, str]:
-    if "://" in uri and uri.split("://", 1)[0] not in fsspec.available_protocols():
-        raise StorageError(f"{uri}: unknown kind of storage; known are {', '.join(fsspec.available_protocols()[:12])} …")
+def _connect_anew(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, str]:
     return cast(tuple[Any, str], fsspec.core.url_to_fs(uri, **dict(options)))
 
 
-def _connect(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, str]:
+_connect_cached = lru_cache(maxsize=64)(_connect_anew)
+
+
+def _is_hashable(options: tuple[tuple[str, Any], ...]) -> bool:
+    """Nested options cannot be a cache key; fsspec then keeps the connection by itself."""
     try:
-        return _connect_hashable(uri, options)
-    except TypeError:  # nested options cannot be a cache key; fsspec caches the connection itself
-        return cast(tuple[Any, str], fsspec.core.url_to_fs(uri, **dict(options)))
+        hash(options)
+    except TypeError:
+        return False
+    return True
+
+
+def _connect(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, str]:
+    if "://" in uri and uri.split("://", 1)[0] not in fsspec.available_protocols():
+        raise StorageError(f"{uri}: unknown kind of storage; known are {', '.join(fsspec.available_protocols()[:12])} …")
+    try:
+        fs, root = _connect_cached(uri, options) if _is_hashable(options) else _connect_anew(uri, options)
+    except ImportError as error:
+        raise StorageError(f"{uri}: this kind of storage needs another package: {error}") from None
+    except (ValueError, TypeError) as error:
+        raise StorageError(f"{uri}: cannot be connected to: {error}. Check the URI and its storage options.") from None
+    if not root and uri.startswith(("s3:", "s3a:")):
+        raise StorageError(f"{uri}: names no bucket; expected s3://bucket/path")
+    return fs, root
+
+
+def _find(store: Store, prefix: str) -> Iterator[Entry]:
+    """Files below a folder of a store that is not a local disk; none where there is no such folder."""
+    fs, root = store._connection
+    fs.invalidate_cache()
+    is_async, kind, path = isinstance(fs, AsyncFileSystem), type(fs), store.full_path(prefix)
+    walks = kind._find is AsyncFileSystem._find if is_async else kind.find is AbstractFileSystem.find
+    # fsspec's own walk leaves out folders that it cannot list, unless told to raise; stores with a listing of theirs raise.
+    strict = {"on_error": "raise"} if walks else {}
+    try:
+        found = fs.find(path, detail=True, **strict)
+    except FileNotFoundError:
+        if fs.exists(path):
+            raise StorageError(f"{store.uri}: changed while it was listed. Run the same command again.") from None
+        return
+    start = len(root.rstrip("/")) + 1
+    yield from (_entry(name[start:], info) for name, info in found.items())
+
+
+def _walk_local(store: Store, prefix: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Entry]:
+    """Files below a local folder, links followed, but never round in a circle.
+
+    Not fsspec's walk: that one leaves out folders it may not read, does not follow links to folders, and gives for a
+    linked file the link's own time, which changes when nothing else does.
+    """
+    folder = store.full_path(prefix)
+    try:
+        state = os.stat(folder)
+        names = os.listdir(folder) if (state.st_dev, state.st_ino) not in above else []
+    except FileNotFoundError:
+        return
+    for name in names:
+        path = f"{prefix}/{name}" if prefix else name
+        try:
+            file = os.stat(f"{folder}/{name}")
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP):  # deleted meanwhile, or a link to nothing
+                continue
+            raise
+        if stat.S_ISDIR(file.st_mode):
+            yield from _walk_local(store, path, above | {(state.st_dev, state.st_ino)})
+        elif (entry := _local_entry(path, file)) is not None:
+            yield entry
+
+
+def _local_entry(path: str, state: os.stat_result) -> Entry | None:
+    return Entry(path=path, size=state.st_size, etag=str(state.st_mtime_ns)) if stat.S_ISREG(state.st_mode) else None
 
 
 def _entry(path: str, info: dict[str, Any]) -> Entry:
@@ -230,33 +302,39 @@ def _entry(path: str, info: dict[str, Any]) -> Entry:
 
 
 def _create_local(root: Path, target: Path, data: bytes) -> bool:
+    if target.is_dir():
+        raise IsADirectoryError
     if target.exists():
         return False
-    temporary = _write_aside(root, target, data)
-    try:
-        os.link(temporary, target)  # fails if the name exists: the commit, and whoever comes first wins
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink()
+    with _written_aside(root, target, data) as temporary:
+        try:
+            os.link(temporary, target)  # fails if the name exists: the commit, and whoever comes first wins
+        except FileExistsError:
+            return False
     _sync_folder(target.parent)
     return True
 
 
 def _replace_local(root: Path, target: Path, data: bytes) -> None:
-    os.replace(_write_aside(root, target, data), target)
+    with _written_aside(root, target, data) as temporary:
+        os.replace(temporary, target)
     _sync_folder(target.parent)
 
 
-def _write_aside(root: Path, target: Path, data: bytes) -> Path:
+@contextlib.contextmanager
+def _written_aside(root: Path, target: Path, data: bytes) -> Iterator[Path]:
+    """A file with these bytes, safely on the disk; gone afterwards, whether or not it was used."""
     target.parent.mkdir(parents=True, exist_ok=True)
     (root / TEMPORARY).mkdir(parents=True, exist_ok=True)
     temporary = root / TEMPORARY / uuid.uuid4().hex
-    with temporary.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return temporary
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -268,18 +346,29 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(store: Store, path: str) -> Iterator[None]:
-    """Turn what a store refuses for good into one message; absent objects stay FileNotFoundError."""
+def explained(store: Store, path: str, *, writes: bool = False) -> Iterator[None]:
+    """Turn what a store refuses into one message that names the object.
+
+    When reading, absent objects stay FileNotFoundError.
+    """
     where = f"{store.uri.rstrip('/')}/{path}".rstrip("/")
     try:
         yield
     except PermissionError as error:
         raise StorageError(f"{where}: access denied ({error.strerror or error}). Check its permissions or keys.") from None
-    except NotADirectoryError:
+    except (NotADirectoryError, FileExistsError):
         raise StorageError(f"{where}: a file stands where a directory is expected") from None
     except IsADirectoryError:
         raise StorageError(f"{where}: a directory stands where a file is expected") from None
+    except FileNotFoundError as error:
+        if not writes:
+            raise
+        raise StorageError(f"{where}: cannot be written, what should hold it is not there ({error})") from None
     except OSError as error:
-        if error.errno == errno.EROFS:
-            raise StorageError(f"{where}: the file system is read-only") from None
-        raise
+        raise StorageError(f"{where}: {error.strerror or error}") from None
+    except _NETWORK as error:
+        raise StorageError(f"{where}: cannot be reached: {error}. Check network, endpoint and keys.") from None
+    except TypeError as error:  # file systems take their options late, and say only this of one they do not know
+        if not store.options or "unexpected keyword" not in str(error):
+            raise
+        raise StorageError(f"{where}: a storage option is not known: {error}; given are {sorted(store.options)}") from None

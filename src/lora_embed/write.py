@@ -44,7 +44,8 @@ def make_part(head: ChunkHead, samples: pa.RecordBatch, vectors: NDArray[np.floa
     good = np.array(pc.is_null(samples.column("reason")).to_numpy(zero_copy_only=False), dtype=bool)
     assert int(good.sum()) == head.good, (int(good.sum()), head)
     embedding = np.zeros((len(good), vectors.shape[1]), dtype=layout.vector_type)
-    embedding[good] = vectors[: head.good]
+    with np.errstate(over="ignore"):  # beyond float16's range a value becomes infinite, and so a reject
+        embedding[good] = vectors[: head.good]
     unsound = good & ~np.isfinite(embedding).all(axis=1)
     embedding[unsound] = 0
     keys = samples.column("key").to_pylist()

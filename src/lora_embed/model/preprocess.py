@@ -97,7 +97,7 @@ def from_processor(processor: dict[str, Any], image_size: int | None) -> tuple[P
     std = [float(value) for value in settings["image_std"]] if normalise else [1.0] * 3
     preprocessing = Preprocessing(
         resize=resize,
-        resample=int(settings.get("resample") or 2),
+        resample=int(settings["resample"]) if settings.get("resample") is not None else 2,  # 0 is a filter: nearest
         crop=(int(crop["height"]), int(crop["width"])) if crop else None,
         multiply=(scale / std[0], scale / std[1], scale / std[2]),
         add=(-mean[0] / std[0], -mean[1] / std[1], -mean[2] / std[2]),

@@ -1,0 +1,194 @@
+"""The built encoder: parity with the guide, identity, golden vectors, and loading by others."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from guide import embed_by_hand, merge_by_hand
+from models import save_adapter, save_base
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+from lora_embed import load_encoder
+from lora_embed.config import AdapterSpec, Recipe
+from lora_embed.demo.parts import LabelledImage
+from lora_embed.errors import ConfigError, EncoderError
+from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.encoder import read_description
+from lora_embed.model.golden import relative_difference
+
+
+def quiet(message: str) -> None:
+    pass
+
+
+def recipe_of(base: Path, adapters: dict[Path, float], **options: object) -> Recipe:
+    specs = tuple(AdapterSpec(path=str(path), weight=weight) for path, weight in adapters.items())
+    return Recipe.model_validate({"base_model": str(base), "adapters": specs} | options)
+
+
+def build(recipe: Recipe, out: Path) -> Path:
+    build_encoder(gather(recipe), out, quiet)
+    return out
+
+
+@pytest.fixture(scope="module")
+def some_images(real_images: list[LabelledImage]) -> list[Image.Image]:
+    return [Image.open(image.path) for image in real_images[:: len(real_images) // 24][:24]]
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.7, 0.3]])
+@pytest.mark.parametrize(("combination_type", "method"), [("linear", "linear"), ("cat", "weighted_sum")])
+def test_real_adapters_merge_as_the_guide_merges_them(
+    tmp_path: Path,
+    base_model: Path,
+    real_adapters: dict[str, Path],
+    some_images: list[Image.Image],
+    weights: list[float],
+    combination_type: str,
+    method: str,
+) -> None:
+    folders = dict(zip(real_adapters.values(), [10, 27], strict=True))
+    by_hand = merge_by_hand(base_model, folders, weights, combination_type)
+    sizes = {"size": {"shortest_edge": 64}, "crop_size": {"height": 56, "width": 56}}
+    expected = embed_by_hand(by_hand, base_model, some_images, **sizes)
+    recipe = recipe_of(base_model, dict(zip(folders, weights, strict=True)), merge_method=method, image_size=56)
+    found = load_encoder(build(recipe, tmp_path / "encoder")).embed(some_images)
+    assert relative_difference(found, expected) < 1e-5
+    other = recipe.model_copy(update={"merge_method": "weighted_sum" if method == "linear" else "linear"})
+    assert relative_difference(load_encoder(build(other, tmp_path / "other")).embed(some_images), expected) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2"])
+def test_random_adapters_merge_as_the_guide_merges_them(tmp_path: Path, family: str, some_images: list[Image.Image]) -> None:
+    base = save_base(tmp_path / "base", family)
+    images = [image.convert("RGB") for image in some_images]
+    folders = {save_adapter(tmp_path / "ten", base, 10, seed=1): 10, save_adapter(tmp_path / "more", base, 27, seed=2): 27}
+    expected = embed_by_hand(merge_by_hand(base, folders, [0.7, 0.3], "linear"), base, images)
+    recipe = recipe_of(base, dict(zip(folders, [0.7, 0.3], strict=True)), merge_method="linear")
+    assert relative_difference(load_encoder(build(recipe, tmp_path / "encoder")).embed(images), expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2"])
+@pytest.mark.parametrize("pooling", ["mean", "patch_mean", "cls", "last_mean", "last_patch_mean", "last_cls"])
+def test_pooling_equals_the_literal_expression(
+    tmp_path: Path, family: str, pooling: str, some_images: list[Image.Image]
+) -> None:
+    images = [image.convert("RGB") for image in some_images]
+    base = save_base(tmp_path / "base", family)
+    encoder = build(recipe_of(base, {}, merge_method="none", pooling=pooling), tmp_path / "encoder")
+    pixels = AutoImageProcessor.from_pretrained(base, backend="pil")(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        output = AutoModel.from_pretrained(base)(pixels, output_hidden_states=True)
+    states = output.last_hidden_state if pooling.startswith("last_") else output.hidden_states[-1]
+    literal = {"mean": states.mean(dim=1), "patch_mean": states[:, 1:].mean(dim=1), "cls": states[:, 0]}
+    expected = literal[pooling.removeprefix("last_")].numpy()
+    assert relative_difference(load_encoder(encoder).embed(images), expected) < 1e-5
+
+
+def test_automodel_loads_what_was_built(tmp_path: Path, base_model: Path, real_adapters: dict[str, Path]) -> None:
+    folder = build(recipe_of(base_model, dict.fromkeys(real_adapters.values(), 0.5), image_size=56), tmp_path / "encoder")
+    model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    image = Image.effect_noise((90, 70), 80).convert("RGB")
+    pixels = processor(image, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 56, 56)
+    with torch.no_grad():
+        expected = model(pixels, output_hidden_states=True).hidden_states[-1].mean(dim=1).numpy()
+    assert relative_difference(load_encoder(folder).embed([image]), expected) < 1e-5
+
+
+def test_space_id_follows_what_makes_a_vector_and_nothing_else(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    one, two = save_adapter(tmp_path / "one", base, seed=1), save_adapter(tmp_path / "two", base, 27, seed=2)
+
+    def space(name: str, recipe: Recipe) -> str:
+        return read_description(build(recipe, tmp_path / name)).space_id
+
+    reference = space("a", recipe_of(base, {one: 0.5, two: 0.5}))
+    assert space("b", recipe_of(base, {two: 0.5, one: 0.5})) == reference
+    moved = shutil.copytree(tmp_path / "base", tmp_path / "elsewhere" / "base")
+    assert space("c", recipe_of(moved, {shutil.copytree(one, tmp_path / "one-moved"): 0.5, two: 0.5})) == reference
+    changes: list[tuple[dict[Path, float], dict[str, object]]] = [
+        ({one: 0.5, two: 0.6}, {}),
+        ({one: 0.5, two: 0.5}, {"merge_method": "linear"}),
+        ({one: 0.5, two: 0.5}, {"pooling": "cls"}),
+        ({one: 0.5, two: 0.5}, {"normalize": True}),
+        ({one: 0.5}, {}),
+    ]
+    others = [space(f"d{number}", recipe_of(base, *changed[:1], **changed[1])) for number, changed in enumerate(changes)]
+    assert len({reference, *others}) == 1 + len(changes)
+
+
+def test_recipe_id_is_the_same_for_the_same_content(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    one, two = save_adapter(tmp_path / "one", base, seed=1), save_adapter(tmp_path / "two", base, 27, seed=2)
+    reference = gather(recipe_of(base, {one: 0.4, two: 0.6})).recipe_id
+    assert gather(recipe_of(base, {two: 0.6, one: 0.4})).recipe_id == reference
+    assert gather(recipe_of(base, {one: 0.6, two: 0.4})).recipe_id != reference
+
+
+def test_vectors_do_not_depend_on_neighbours_or_padding(tmp_path: Path, some_images: list[Image.Image]) -> None:
+    encoder = load_encoder(build(recipe_of(save_base(tmp_path / "base"), {}, merge_method="none"), tmp_path / "encoder"))
+    together = encoder.embed(some_images[:19])
+    assert np.array_equal(together, np.concatenate([encoder.embed([image]) for image in some_images[:19]]))
+    assert encoder.embed([]).shape == (0, 32)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_golden_vectors_hold_in_every_precision(tmp_path: Path, base_model: Path, precision: str) -> None:
+    folder = build(recipe_of(base_model, {}, merge_method="none", image_size=56), tmp_path / "encoder")
+    encoder = load_encoder(folder, precision=precision, check=False)
+    difference = encoder.check_golden(folder)
+    assert (difference == 0) == (precision == "float32")
+
+
+def test_an_encoder_whose_weights_were_touched_refuses_to_work(tmp_path: Path) -> None:
+    folder = build(recipe_of(save_base(tmp_path / "base"), {}, merge_method="none"), tmp_path / "encoder")
+    save_base(tmp_path / "other", seed=5)
+    shutil.copy(tmp_path / "other" / "model.safetensors", folder / "model.safetensors")
+    with pytest.raises(EncoderError, match="golden vectors: cpu in float32 differs by"):
+        load_encoder(folder)
+
+
+def test_build_never_writes_over_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty"):
+        build(recipe_of(base, {}, merge_method="none"), tmp_path / "taken")
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    with pytest.raises(EncoderError, match="cannot be loaded"):
+        build(recipe_of(base, {}, merge_method="none"), tmp_path / "out" / "encoder")
+    assert not (tmp_path / "out").exists()
+
+
+def test_processor_that_gives_no_fixed_size_is_refused(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "dinov2")
+    path = base / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_center_crop": False}))
+    with pytest.raises(EncoderError, match="images of different sizes"):
+        build(recipe_of(base, {}, merge_method="none"), tmp_path / "encoder")
+    assert not (tmp_path / "encoder").exists()
+
+
+def test_same_adapter_twice_is_refused(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    one = save_adapter(tmp_path / "one", base)
+    with pytest.raises(ConfigError, match="is the same adapter as"):
+        gather(recipe_of(base, {one: 0.5, shutil.copytree(one, tmp_path / "copy"): 0.5}))
+
+
+def test_merge_report_names_shares_and_dropped_heads(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    one, two = save_adapter(tmp_path / "one", base, seed=1), save_adapter(tmp_path / "two", base, 27, seed=2)
+    report = json.loads((build(recipe_of(base, {one: 0.5, two: 0.5}), tmp_path / "encoder") / "merge_report.json").read_text())
+    assert [adapter["head_keys_dropped"] for adapter in report["adapters"]] == [["classifier.bias", "classifier.weight"]] * 2
+    assert len(report["weights"]) == 6
+    assert all(len(weight["shares"]) == 2 and weight["relative_change"] > 0 for weight in report["weights"].values())
