@@ -13,6 +13,7 @@ from lora_embed.model.encoder import FILES, load_encoder
 from lora_embed.model.preprocess import Preprocessing
 from lora_embed.schema import ChunkHead, Layout
 from lora_embed.storage import fetch_directory
+from lora_embed.write import WriteParts
 
 CPU_BATCH, GPU_BATCH = 16, 128
 
@@ -56,6 +57,7 @@ class EmbedImages:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
             torch.set_num_threads(1)  # one actor per core; two threads on contended cores fall to a quarter
+        self.layout = layout
         folder = fetch_directory(encoder_uri, None, FILES, storage_options)
         self._encoder = load_encoder(folder, device=device, precision=layout.precision, batch_size=layout.batch_size)
 
@@ -72,16 +74,15 @@ class EmbedImages:
         return {"head": batch["head"], "samples": batch["samples"], "vectors": vectors[np.newaxis]}
 
 
-class DecodeAndEmbed:
-    """Decoding and embedding in one actor, where both run on the same cores: pixels never leave the process."""
+class EmbedShards:
+    """The whole chain in one actor, for cores that decode and embed: pixels never leave the process."""
 
-    def __init__(
-        self, encoder_uri: str, storage_options: dict[str, Any], layout: Layout, input_options: dict[str, Any]
-    ) -> None:
-        self._embed = EmbedImages(encoder_uri, storage_options, layout)
-        self._reading = (layout, self._embed.preprocessing, input_options)
+    def __init__(self, embedding: tuple[Any, ...], input_options: dict[str, Any], writing: tuple[Any, ...]) -> None:
+        self._embed = EmbedImages(*embedding)
+        self._write = WriteParts(*writing)
+        self._decoding = (self._embed.layout, self._embed.preprocessing, input_options)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Work items → rows with `vectors`, one per chunk."""
-        for row in decode_items(batch, *self._reading):
-            yield self._embed(row)
+        """Work items → rows `stats`, one per chunk."""
+        for row in decode_items(batch, *self._decoding):
+            yield self._write(self._embed(row))

@@ -12,17 +12,17 @@ from typing import Any, TypeVar, cast
 import ray
 import ray.data
 import ray.exceptions
-from ray.data import ActorPoolStrategy, TaskPoolStrategy
+from ray.data import ActorPoolStrategy
 
 from lora_embed import errors
 from lora_embed.config import Resources
 from lora_embed.decode import decode_items
-from lora_embed.embed import DecodeAndEmbed, Device, EmbedImages, inspect_device
+from lora_embed.embed import Device, EmbedImages, EmbedShards, inspect_device
 from lora_embed.errors import IncompleteRun, LoraEmbedError, ResourcesError
 from lora_embed.model.encoder import Description
 from lora_embed.schema import ChunkStats, Layout, WorkItem, encoder_path
 from lora_embed.storage import Store
-from lora_embed.write import write_chunks
+from lora_embed.write import WriteParts
 
 MAX_BLOCKS = 2000
 MAX_RETRIES = 3  # of a task whose process died; Ray Data's default is for ever
@@ -33,7 +33,7 @@ R = TypeVar("R")
 class Topology:
     """How the chain lies on the cluster: Ray's arguments for its three stages, and for a task on an actor's device."""
 
-    decode: dict[str, Any] | None  # None: the actors decode
+    decode: dict[str, Any] | None  # None: the embedding actors decode and write
     embed: dict[str, Any]
     write: dict[str, Any]
     device: dict[str, Any]
@@ -62,13 +62,12 @@ def embed_items(items: list[WorkItem], job: Job, topology: Topology) -> Iterator
 
     rows: Any = ray.data.from_items([{"item": item} for item in items], override_num_blocks=min(len(items), MAX_BLOCKS))
     if topology.decode is None:
-        rows = rows.map_batches(
-            DecodeAndEmbed, batch_size=1, fn_constructor_args=(*embedding, job.input_options), **topology.embed
-        )
+        whole = (embedding, job.input_options, writing)
+        rows = rows.map_batches(EmbedShards, batch_size=1, fn_constructor_args=whole, **topology.embed)
     else:
         rows = rows.map_batches(decode_items, batch_size=1, fn_args=decoding, **topology.decode)
         rows = rows.map_batches(EmbedImages, batch_size=1, fn_constructor_args=embedding, **topology.embed)
-    rows = rows.map_batches(write_chunks, batch_size=1, fn_args=writing, **topology.write)
+        rows = rows.map_batches(WriteParts, batch_size=1, fn_constructor_args=writing, **topology.write)
 
     with _own_errors():
         for row in rows.iter_rows():
@@ -78,8 +77,8 @@ def embed_items(items: list[WorkItem], job: Job, topology: Topology) -> Iterator
 def choose_topology(resources: Resources) -> Topology:
     """Lay the chain out by the cluster's resources, never the driver's own devices.
 
-    With GPUs: an actor on each, decoding on the CPUs. Without: one actor per CPU that also decodes: no transfer, every
-    core busy, and no decode task waits for ever for a CPU that actors hold. For the same reason writing holds none.
+    With GPUs: an actor on each, decoding on the CPUs, and writers that hold no CPU, so that a decode task which waits
+    for room downstream never waits for itself. Without: one actor per CPU does it all: no transfer, every core busy.
     Raises ResourcesError for what this cluster can never schedule.
     """
     cluster = _wait_for_gpu(resources.wait_s) if resources.device == "gpu" else ray.cluster_resources()
@@ -104,7 +103,7 @@ def choose_topology(resources: Resources) -> Topology:
     return Topology(
         decode={"num_cpus": resources.cpus_per_decode, "max_retries": MAX_RETRIES} if on_gpu else None,
         embed=device | restarts | {"compute": pool},
-        write={"num_cpus": 0, "compute": TaskPoolStrategy(size=max(2, room // 4)), "max_retries": MAX_RETRIES},
+        write={"num_cpus": 0, "compute": ActorPoolStrategy(size=max(1, room // 2))} | restarts,
         device=device,
     )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lora_embed.errors import ShardError
@@ -44,11 +45,13 @@ def read_samples(shard: Shard, layout: Layout, options: dict[str, Any], wanted: 
         return
     entry = shard.files[0]
     _check_unchanged(store, shard)
-    with explained(store, entry.path), store.open(entry.path) as file:
-        if shard.kind == "tar":
-            yield from _read_tar(file, shard, layout, wanted)
-        else:
-            yield from _read_parquet(file, shard, layout, wanted)
+    reader = _read_tar if shard.kind == "tar" else _read_parquet
+    try:
+        with explained(store, entry.path), store.open(entry.path) as file:
+            yield from reader(file, shard, layout, wanted)
+    except ShardError:
+        _check_unchanged(store, shard)  # one that is being written looks cut short
+        raise
     _check_unchanged(store, shard)
 
 
@@ -193,7 +196,7 @@ def _read_parquet(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted) 
             for batch in source.iter_batches(batch_size=64, row_groups=[group], columns=columns):
                 yield from _rows(batch, image if needed else None, key, carried, number)
                 number += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if getattr(error, "errno", None) is not None:  # the disk's or the network's; Arrow's own has no number
             raise
         raise ShardError(f"{where}: cannot be read as Parquet to its end ({_line(error)}). Upload it again.") from None
@@ -224,15 +227,16 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def _rows(batch: pa.RecordBatch, image: str | None, key: str | None, carried: list[str], start: int) -> Iterator[Sample]:
+    images = batch.column(image) if image else None
+    if images is not None and pa.types.is_struct(images.type):
+        images = pc.struct_field(images, "bytes")  # null where the struct is
     for row in range(batch.num_rows):
         name = batch.column(key)[row].as_py() if key else None
         if name is None:  # also where a key column holds null
             name = f"{start + row:010d}"
         elif isinstance(name, bytes):
             name = name.decode("utf-8", "backslashreplace")
-        data = batch.column(image)[row].as_py() if image else None
-        if isinstance(data, dict):
-            data = data["bytes"]
+        data = images[row].as_py() if images is not None else None
         yield Sample(str(name), data, {field: batch.column(field)[row].as_py() for field in carried} if image else {})
 
 

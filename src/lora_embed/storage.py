@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -235,14 +236,12 @@ def _is_hashable(options: tuple[tuple[str, Any], ...]) -> bool:
 
 
 def _connect(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, str]:
-    if "://" in uri and uri.split("://", 1)[0] not in fsspec.available_protocols():
-        raise StorageError(f"{uri}: unknown kind of storage; known are {', '.join(fsspec.available_protocols()[:12])} …")
     try:
         fs, root = _connect_cached(uri, options) if _is_hashable(options) else _connect_anew(uri, options)
     except ImportError as error:
         raise StorageError(f"{uri}: this kind of storage needs another package: {error}") from None
     except (ValueError, TypeError) as error:
-        raise StorageError(f"{uri}: cannot be connected to: {error}. Check the URI and its storage options.") from None
+        raise StorageError(f"{uri}: unknown kind of storage, or storage options that do not fit it: {error}") from None
     if not root and uri.startswith(("s3:", "s3a:")):
         raise StorageError(f"{uri}: names no bucket; expected s3://bucket/path")
     return fs, root
@@ -254,16 +253,24 @@ def _find(store: Store, prefix: str) -> Iterator[Entry]:
     fs.invalidate_cache()
     is_async, kind, path = isinstance(fs, AsyncFileSystem), type(fs), store.full_path(prefix)
     walks = kind._find is AsyncFileSystem._find if is_async else kind.find is AbstractFileSystem.find
-    # fsspec's own walk leaves out folders that it cannot list, unless told to raise; stores with a listing of theirs raise.
-    strict = {"on_error": "raise"} if walks else {}
     try:
-        found = fs.find(path, detail=True, **strict)
+        # fsspec's own walk leaves out every folder that it cannot list; file systems with a `find` of theirs raise.
+        found = dict(_walk(fs, path)) if walks else fs.find(path, detail=True)
     except FileNotFoundError:
         if fs.exists(path):
             raise StorageError(f"{store.uri}: changed while it was listed. Run the same command again.") from None
         return
     start = len(root.rstrip("/")) + 1
     yield from (_entry(name[start:], info) for name, info in found.items())
+
+
+def _walk(fs: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for info in fs.ls(folder, detail=True):
+        name = info["name"].rstrip("/")
+        if info["type"] != "directory":
+            yield name, info
+        elif name != folder.rstrip("/"):  # some list the folder itself too
+            yield from _walk(fs, name)
 
 
 def _walk_local(store: Store, prefix: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Entry]:
@@ -298,6 +305,8 @@ def _local_entry(path: str, state: os.stat_result) -> Entry | None:
 
 def _entry(path: str, info: dict[str, Any]) -> Entry:
     etag = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or info.get("created")
+    if isinstance(etag, datetime):  # some give a number when they list, and a date when they are asked for one object
+        etag = etag.timestamp()
     return Entry(path=path, size=int(info["size"] or 0), etag=str(etag).strip('"'))
 
 

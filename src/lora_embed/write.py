@@ -22,18 +22,26 @@ def part_path(space_id: str, layout_id: str, part: Part | None = None) -> str:
     return f"staging/{space_id}/{layout_id}/{part.name if part else ''}".rstrip("/")
 
 
-def write_chunks(batch: dict[str, Any], store: Store, space_id: str, layout: Layout) -> dict[str, Any]:
-    """Rows of `EmbedImages` → committed parts, and for each a row `stats` (JSON of `ChunkStats`)."""
-    assert len(batch["head"]) == 1, "chunks go one by one: batch_size=1"
-    head = ChunkHead.from_json(batch["head"][0])
-    stats = ChunkStats(shard_id=head.shard_id, chunk=head.chunk, error=head.error)
-    if not head.error:
-        table = make_part(head, from_ipc(batch["samples"][0]), np.asarray(batch["vectors"][0]), layout)
-        vectors = table.column("reason").null_count
-        write_part(store, space_id, layout, head.part, table)
-        rejects = table.num_rows - vectors
-        stats = replace(stats, samples=table.num_rows, vectors=vectors, rejects=rejects, last=head.last)
-    return {"stats": np.array([stats.to_json()], dtype=object)}
+class WriteParts:
+    """Commits parts; an actor, since Ray would start a process anew for each task that holds no CPU."""
+
+    def __init__(self, store: Store, space_id: str, layout: Layout) -> None:
+        self._store = store
+        self._space_id = space_id
+        self._layout = layout
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Rows of `EmbedImages` → committed parts, and for each a row `stats` (JSON of `ChunkStats`)."""
+        assert len(batch["head"]) == 1, "chunks go one by one: batch_size=1"
+        head = ChunkHead.from_json(batch["head"][0])
+        stats = ChunkStats(shard_id=head.shard_id, chunk=head.chunk, error=head.error)
+        if not head.error:
+            table = make_part(head, from_ipc(batch["samples"][0]), np.asarray(batch["vectors"][0]), self._layout)
+            vectors = table.column("reason").null_count
+            write_part(self._store, self._space_id, self._layout, head.part, table)
+            rejects = table.num_rows - vectors
+            stats = replace(stats, samples=table.num_rows, vectors=vectors, rejects=rejects, last=head.last)
+        return {"stats": np.array([stats.to_json()], dtype=object)}
 
 
 def make_part(head: ChunkHead, samples: pa.RecordBatch, vectors: NDArray[np.float32], layout: Layout) -> pa.Table:
