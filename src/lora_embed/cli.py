@@ -110,7 +110,12 @@ def embed_job(arguments: list[str]) -> int:
 
 def main() -> None:
     """The `lora-embed` command."""
-    sys.exit(_exit_code(app))
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """`lora-embed` with these arguments; returns the exit code."""
+    return _exit_code(lambda: app(arguments, prog_name="lora-embed"))
 
 
 def _run(job: JobConfig, publish: bool, as_json: bool) -> None:

@@ -101,14 +101,14 @@ def _read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted) -> I
                 key, extension = _split_name(member.name)
                 if not member.isreg() or posixpath.basename(member.name).startswith("."):  # macOS adds ._name to each
                     continue
-                if not member.issparse() and member.offset_data + member.size > size:  # before memory is taken for it
-                    raise tarfile.ReadError("unexpected end of data")
                 if current is None or key != current.key or extension in taken:
                     if current is not None:
                         yield current
                         number += 1
                     current, taken = Sample(key), set()
                 taken.add(extension)
+                if not member.issparse() and member.offset_data + member.size > size:  # before memory is taken for it
+                    raise tarfile.ReadError("unexpected end of data")
                 if wanted(number):
                     _add_field(current, tar, member, extension, layout)
             end = tar.offset
