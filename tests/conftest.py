@@ -9,13 +9,13 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("LORA_EMBED_CACHE", str(Path(__file__).resolve().parents[1] / ".cache"))
 
-import ray  # noqa: E402
-import torch  # noqa: E402
+import ray
+import torch
 
-from lora_embed import demo  # noqa: E402
-from lora_embed.demo import parts  # noqa: E402
-from lora_embed.progress import say  # noqa: E402
-from lora_embed.storage import cache_root  # noqa: E402
+from lora_embed import demo
+from lora_embed.demo import parts
+from lora_embed.progress import say
+from lora_embed.storage import cache_root
 
 ADAPTERS = Path(demo.__file__).parent / "adapters"
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import edit_tensors, save_adapter, save_base, with_v4_names
 
 from lora_embed.errors import AdapterMismatch, StorageError
 from lora_embed.model.adapter import Adapter, match_adapter, read_adapter
 from lora_embed.model.base import locate, read_model_config
+from models import edit_tensors, save_adapter, save_base, with_v4_names
 
 
 def matched(adapter: Path, base: Path) -> Adapter:

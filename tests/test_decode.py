@@ -22,6 +22,8 @@ from lora_embed.model.preprocess import Preprocessing
 from lora_embed.schema import REASONS, ChunkHead, Shard, WorkItem, from_ipc, to_ipc
 from samples import PREPROCESSING, encoded, layout, noise, parquet_of, png, shard_at, tar_of, tar_shard
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")  # Pillow's
+
 ORIENTED = Image.Exif()
 ORIENTED[0x0112] = 6  # to be turned by 90 degrees clockwise
 
@@ -147,6 +149,24 @@ def test_pixels_are_those_that_are_shown() -> None:
     np.testing.assert_array_equal(decode_image(GOOD["16-bit RGB PNG"], WHOLE).pixels[0].reshape(-1), np.arange(0, 72, 2))
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_what_is_transparent_is_white(mode: str) -> None:
+    image = Image.new("RGBA", (12, 9), (0, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 12, 4))
+    if mode == "P":
+        image, options = Image.new("P", (12, 9), 1), {"transparency": 0}
+        image.putpalette([0] * 768)
+        image.paste(0, (0, 0, 12, 4))
+    elif mode == "RGB":
+        image, options = Image.new("RGB", (12, 9), (1, 1, 1)), {"transparency": (0, 0, 0)}
+        image.paste((0, 0, 0), (0, 0, 12, 4))
+    else:
+        image, options = image.convert(mode), {}
+    pixels = decode_image(encoded(image, **options), WHOLE).pixels
+    assert (pixels[:4] == 255).all()
+    assert (pixels[4:] <= 1).all()
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_exif_orientation_is_applied(kind: str) -> None:
     image = Image.new("RGB", (40, 20), "blue")
@@ -218,12 +238,10 @@ def test_duplicates_are_known_across_chunks_that_are_done(tmp_path: Path) -> Non
 def test_a_cut_shard_yields_its_full_chunks_and_then_raises(tmp_path: Path) -> None:
     data = tar_of(numbered(10))
     shard = shard_at(tmp_path / "a.tar", data[: 9 * 1024 + 700])
-    seen = []
+    found: list[DecodedChunk] = []
     with pytest.raises(ShardError, match="incomplete"):
-        seen.extend(decode_shard(WorkItem(shard=shard), layout(), PREPROCESSING, {}))
-    found = iter(decode_shard(WorkItem(shard=shard), layout(), PREPROCESSING, {}))
-    heads = [next(found).head, next(found).head]
-    assert [(head.chunk, head.last, head.good) for head in heads] == [(0, False, 4), (1, False, 4)]
+        found.extend(decode_shard(WorkItem(shard=shard), layout(), PREPROCESSING, {}))
+    assert [(chunk.head.chunk, chunk.head.last, chunk.head.good) for chunk in found] == [(0, False, 4), (1, False, 4)]
     whole = shard_at(tmp_path / "whole.tar", tar_of(numbered(1)))
     batch = {"item": [WorkItem(shard=shard), WorkItem(shard=whole)]}
     rows = list(decode_items(batch, layout(), PREPROCESSING, {}))

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from guide import embed_by_hand, merge_by_hand
-from models import save_adapter, save_base
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
+from guide import embed_by_hand, merge_by_hand
 from lora_embed import load_encoder
 from lora_embed.config import AdapterSpec, Recipe
 from lora_embed.demo.parts import LabelledImage
@@ -19,6 +18,7 @@ from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.encoder import read_description
 from lora_embed.model.golden import relative_difference
+from models import save_adapter, save_base
 
 
 def quiet(message: str) -> None:

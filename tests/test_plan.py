@@ -65,6 +65,7 @@ def test_brace_ranges(pattern: str, expanded: list[str]) -> None:
 def test_what_a_pattern_names(tmp_path: Path, tail: str, expected: list[str]) -> None:
     touch_files(tmp_path, "00.tar", "01.tar", "old00.tar", "a/00.tar", "a/b/01.tar", "notes.txt", ".hidden.tar", "_x.tar")
     assert names(f"{tmp_path}{tail}") == expected
+    assert list_shards((f"{tmp_path}/",), {}) == list_shards((str(tmp_path),), {})
     if tail:
         assert names(f"file://{tmp_path}{tail}") == expected
 

@@ -140,13 +140,16 @@ def test_links_are_followed_and_circles_end(tmp_path: Path) -> None:
     assert store.info("file.tar") != Entry("file.tar", **state)  # a nanosecond is noticed
 
 
-def test_a_folder_that_may_not_be_listed_is_an_error_and_not_empty() -> None:
+@pytest.mark.parametrize("mode", [0o000, 0o444])  # the second gives names, but neither sizes nor kinds
+def test_a_folder_that_may_not_be_listed_is_an_error_and_not_empty(mode: int) -> None:
     """fsspec's own `find` leaves such folders out, and the table would lose their shards."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         Path(folder, "open").mkdir()
         Path(folder, "open", "a.tar").write_bytes(b"")
-        Path(folder, "locked").mkdir(mode=0o000)
+        Path(folder, "locked").mkdir()
+        Path(folder, "locked", "b.tar").write_bytes(b"")
+        Path(folder, "locked").chmod(mode)
         user = os.geteuid()
         os.seteuid(65534 if user == 0 else user)  # root may list anything
         try:
@@ -212,7 +215,10 @@ def test_fetched_directories_are_whole_and_kept(tmp_path: Path, monkeypatch: pyt
     store.create("config.json", b"{}")
     store.create("golden/a.png", b"png")
     store.create("other.bin", b"?")
-    folder = fetch_directory(store.uri, None, ("config.json", "golden/*"))
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(lambda _: fetch_directory(store.uri, None, ("config.json", "golden/*")), range(4)))
+    folder = folders[0]
+    assert set(folders) == {folder}
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*.*")} == {"config.json", "golden/a.png"}
     assert fetch_directory(store.uri, None, ("config.json", "golden/*")) == folder
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]

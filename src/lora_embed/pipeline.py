@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -13,6 +14,7 @@ import ray
 import ray.data
 import ray.exceptions
 from ray.data import ActorPoolStrategy
+from ray.util.annotations import RayDeprecationWarning
 
 from lora_embed import errors
 from lora_embed.config import Resources
@@ -136,6 +138,7 @@ def connect() -> None:
     address = os.environ.get("RAY_ADDRESS", "local")
     dashboard = False if address == "local" else None
     ray.init(address=address, include_dashboard=dashboard, logging_level=logging.ERROR, log_to_driver=False)
+    warnings.filterwarnings("ignore", category=RayDeprecationWarning)  # of arguments that the pinned Ray still takes
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it prints the tracebacks of what is raised anyway
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

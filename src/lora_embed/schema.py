@@ -46,15 +46,15 @@ class WorkItem:
 class Layout:
     """All that shapes a part and is not the encoder; its hash keeps parts of different shape apart."""
 
-    chunk_size: int
     precision: str
     batch_size: int
-    vector_type: str
-    carry: tuple[tuple[str, str], ...]  # (name, type)
-    max_pixels: int
-    image_column: str | None
-    key_column: str | None
-    limit: int | None
+    chunk_size: int = 512
+    vector_type: str = "float32"
+    carry: tuple[tuple[str, str], ...] = ()  # (name, type)
+    max_pixels: int = 100_000_000
+    image_column: str | None = None
+    key_column: str | None = None
+    limit: int | None = None
     format: int = FORMAT
 
     @property

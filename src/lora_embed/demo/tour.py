@@ -3,22 +3,32 @@
 import io
 import tarfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pds
+import torch
 import yaml
 from numpy.typing import NDArray
 from PIL import Image
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as TextTable
 
-from lora_embed.config import load_job
+from lora_embed import pipeline
+from lora_embed.config import Recipe, load_job, load_recipe
+from lora_embed.decode import decode_image
 from lora_embed.demo import parts
 from lora_embed.demo.picture import Tile, neighbour_sheet
 from lora_embed.evaluate import knn_accuracy
+from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.encoder import Encoder, load_encoder
+from lora_embed.plan import list_shards
+from lora_embed.read import read_samples
 from lora_embed.run import run_job
+from lora_embed.schema import Layout, Shard
 from lora_embed.storage import cache_root
 from lora_embed.table import Table, open_table
 
@@ -32,6 +42,7 @@ ENCODERS = {  # name → weights of its adapters
 TASKS = {"category": "10 classes", "group": "27 classes"}
 VENDOR = "google"  # one of the two drawings of each emoji: half the images, and the demo ends in time
 QUERIES, NEIGHBOURS = 6, 8
+LAYOUT = Layout(precision="float32", batch_size=16)
 Say = Callable[[str], None]
 
 
@@ -40,22 +51,27 @@ def run_demo(folder: Path, say: Say) -> None:
     base = parts.fetch_base_model(cache_root(), say)
     images = [image for image in parts.fetch_images(cache_root(), say) if image.key.startswith(VENDOR)]
     _write_shards(images, folder / "shards", say)
-    tables = {}
-    for name, weights in ENCODERS.items():
-        say(f"\n── {name} ──")
-        result = run_job(load_job(_write_job(folder, name, weights, base)))
-        say(result.describe())
-        tables[name] = open_table(result.table)
-    _print_accuracies(tables)
-    merged = tables["merged"]
+
+    say("\nMerging two adapters, and embedding all images into a table")
+    merged = ENCODERS["merged"]
+    result = run_job(load_job(_write_job(folder, _write_recipe(folder, "merged", merged, base))))
+    say(result.describe())
+    table = open_table(result.table)
+
+    say("\nComparing with the base and with each adapter alone")
+    rows = table.to_dataset().to_table(columns=["key", "embedding", *TASKS, "split"])
+    vectors = {"merged": vectors_of(rows)}
+    for name in [name for name in ENCODERS if name != "merged"]:
+        recipe = load_recipe(_write_recipe(folder, name, ENCODERS[name], base))
+        found = _embed_once(folder / "compared" / name, recipe, folder / "shards", say)
+        vectors[name] = np.stack([found[key] for key in rows.column("key").to_pylist()])
+    _print_accuracies(rows, vectors)
+
     picture = folder / "nearest.png"
-    _draw_nearest(merged, folder / "shards", images, picture)
-    console = Console(highlight=False)
-    console.print(f"\nlora_embed.open_table({str(folder / 'tables' / 'merged')!r})")
-    console.print(
-        f"  version {merged.version}, space {merged.space_id}, {merged.count:,} vectors of {merged.dimension} dimensions"
-    )
-    console.print(f"nearest images of {QUERIES} queries: {picture}")
+    _draw_nearest(table, folder / "shards", images, picture)
+    say(f"\nlora_embed.open_table({str(folder / 'table')!r})")
+    say(f"  version {table.version}, space {table.space_id}, {table.count:,} vectors of {table.dimension} dimensions")
+    say(f"nearest images of {QUERIES} queries: {picture}")
 
 
 def _write_shards(images: list[parts.LabelledImage], folder: Path, say: Say) -> None:
@@ -67,42 +83,71 @@ def _write_shards(images: list[parts.LabelledImage], folder: Path, say: Say) -> 
     say(f"{len(images):,} images in {len(list(folder.iterdir()))} tar shards: {folder}")
 
 
-def _write_job(folder: Path, name: str, weights: dict[str, float], base: Path) -> Path:
-    """A recipe and a job as a user would write them; returns the job's path."""
+def _write_recipe(folder: Path, name: str, weights: dict[str, float], base: Path) -> Path:
     recipe = {
         "base_model": str(base),
         "adapters": [{"path": str(ADAPTERS / adapter), "weight": weight} for adapter, weight in weights.items()],
         "merge_method": "weighted_sum" if weights else "none",
         "image_size": 56,
     }
-    job = {
-        "recipe": f"{name}-recipe.yaml",
-        "input": "shards",
-        "table": f"tables/{name}",
-        "carry": ["category:int64", "category_name", "group:int64", "group_name", "split"],
-    }
-    (folder / f"{name}-recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    path = folder / f"{name}-job.yaml"
-    path.write_text(yaml.safe_dump(job, sort_keys=False))
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
 
 
-def _print_accuracies(tables: dict[str, Table]) -> None:
-    """kNN accuracy of every encoder on both tasks, from the published vectors."""
-    text = TextTable(title="kNN accuracy on held-out images (k = 10, ± one standard error)", title_justify="left")
-    text.add_column("encoder")
+def _write_job(folder: Path, recipe: Path) -> Path:
+    carry = ["category:int64", "category_name", "group:int64", "group_name", "split"]
+    path = folder / "job.yaml"
+    path.write_text(
+        yaml.safe_dump({"recipe": recipe.name, "input": "shards", "table": "table", "carry": carry}, sort_keys=False)
+    )
+    return path
+
+
+def _embed_once(folder: Path, recipe: Recipe, shards: Path, say: Say) -> dict[str, NDArray[np.float32]]:
+    """Vectors by key under another encoder, without a table; kept in `folder`."""
+    if not (folder / "vectors.npz").is_file():
+        if not (folder / "encoder").is_dir():
+            build_encoder(gather(recipe), folder / "encoder", say)
+        pipeline.connect()
+        listed = list_shards((str(shards),), {})
+        found = pipeline.map_tasks(embed_shard, (str(folder / "encoder"),), listed)
+        np.savez(folder / "vectors.npz", **{key: vector for part in found for key, vector in part.items()})
+    return dict(np.load(folder / "vectors.npz"))
+
+
+def embed_shard(encoder: str, shard: Shard) -> dict[str, NDArray[np.float32]]:
+    """Vectors of one shard's images by key."""
+    torch.set_num_threads(1)
+    loaded = _load_once(encoder)
+    prepare = loaded.description.preprocessing
+    samples = [sample for sample in read_samples(shard, LAYOUT, {}, wanted=lambda number: True) if sample.data]
+    pixels = np.stack([decode_image(sample.data or b"", prepare).pixels for sample in samples])
+    return {sample.key: vector for sample, vector in zip(samples, loaded.embed_pixels(pixels), strict=True)}
+
+
+@lru_cache(maxsize=1)
+def _load_once(encoder: str) -> Encoder:
+    return load_encoder(encoder)
+
+
+def _print_accuracies(rows: pa.Table, vectors: dict[str, NDArray[np.float32]]) -> None:
+    """kNN accuracy of every encoder on both tasks, the same images in bank and queries."""
+    text = TextTable(box=SIMPLE_HEAD)
+    text.add_column("kNN accuracy on held-out images")
     for task, classes in TASKS.items():
-        text.add_column(f"{task}, {classes}", justify="right")
-    for name, table in tables.items():
-        text.add_row(name, *(_accuracy(table, task) for task in TASKS))
-    Console().print("", text)
+        text.add_column(f"{task} ({classes})", justify="right")
+    for name in ENCODERS:
+        text.add_row(name, *(_accuracy(rows, vectors[name], task) for task in TASKS))
+    Console(width=100).print(text, "k = 10, votes weighted by cosine; ± one standard error")
 
 
-def _accuracy(table: Table, task: str) -> str:
-    rows = table.to_dataset().to_table(columns=["embedding", task, "split"], filter=pds.field(task).is_valid())
-    vectors, labels = vectors_of(rows), rows.column(task).to_numpy()
-    is_query = np.array(rows.column("split").to_pylist()) == "test"
-    accuracy = knn_accuracy(vectors[~is_query], labels[~is_query], vectors[is_query], labels[is_query])
+def _accuracy(rows: pa.Table, vectors: NDArray[np.float32], task: str) -> str:
+    labelled = rows.column(task).is_valid().to_numpy()
+    is_query = labelled & (np.array(rows.column("split").to_pylist()) == "test")
+    in_bank = labelled & ~is_query
+    labels = rows.column(task).fill_null(-1).to_numpy()
+    accuracy = knn_accuracy(vectors[in_bank], labels[in_bank], vectors[is_query], labels[is_query])
     error = float(np.sqrt(accuracy * (1 - accuracy) / is_query.sum()))
     return f"{accuracy:.1%} ± {error:.1%}"
 

@@ -1,0 +1,107 @@
+"""Whole jobs for tests: recipes and shards on disk, runs in this process or in one that can be killed, tables read back."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from lora_embed.config import JobConfig, load_job
+from models import save_adapter, save_base
+from samples import png, tar_of
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_recipe(folder: Path, base: Path, adapters: dict[Path, float], **options: Any) -> Path:
+    specs = [{"path": str(path), "weight": weight} for path, weight in adapters.items()]
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"base_model": str(base), "adapters": specs} | options))
+    return path
+
+
+def tiny_recipe(folder: Path, family: str = "vit") -> Path:
+    """A tiny random model with two random adapters of 10 and 27 classes."""
+    base = save_base(folder / "base", family)
+    adapters = {save_adapter(folder / "ten", base, 10, seed=1): 0.5, save_adapter(folder / "more", base, 27, seed=2): 0.5}
+    return write_recipe(folder, base, adapters)
+
+
+def write_tars(folder: Path, shards: int, images: int, seed: int = 0) -> Path:
+    """Tars of distinct tiny PNGs, with a label each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        members = []
+        for image in range(images):
+            number = shard * images + image
+            members += [(f"{number:06d}.png", png(seed + number)), (f"{number:06d}.json", b'{"label": %d}' % (number % 7))]
+        (folder / f"{shard:04d}.tar").write_bytes(tar_of(members))
+    return folder
+
+
+def write_job(folder: Path, recipe: Path, source: Path | list[Path], **options: Any) -> Path:
+    """A job file whose table is `folder/table` unless told otherwise."""
+    inputs = [str(source)] if isinstance(source, Path) else [str(path) for path in source]
+    settings = {"recipe": str(recipe), "input": inputs, "table": "table", "precision": "float32", "batch_size": 16}
+    settings |= {"resources": {"actors": {"max": 1}}}  # an actor's start is most of a tiny run
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(settings | options))
+    return path
+
+
+def job_of(folder: Path, recipe: Path, source: Path | list[Path], **options: Any) -> JobConfig:
+    return load_job(write_job(folder, recipe, source, **options))
+
+
+def start_job(job: Path, log: Path, *arguments: str, **ray_resources: int) -> subprocess.Popen[bytes]:
+    """`jobs/embed.py` in a session of its own; with `ray_resources`, on a cluster that declares them."""
+    command = [sys.executable, str(ROOT / "jobs" / "embed.py"), "--config", str(job), "--json", *arguments]
+    if ray_resources:
+        declared = f"import ray, sys, runpy; ray.init(address='local', include_dashboard=False, **{ray_resources!r}); "
+        command = [sys.executable, "-c", declared + "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"]
+        command += [str(ROOT / "jobs" / "embed.py"), "--config", str(job), "--json", *arguments]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with log.open("wb") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+
+
+def run_job_alone(job: Path, log: Path, *arguments: str, timeout_s: float = 240, **ray_resources: int) -> dict[str, Any]:
+    """Run a job in its own process to its end; returns its JSON result. Fails with its log if it does not succeed."""
+    process = start_job(job, log, *arguments, **ray_resources)
+    code = process.wait(timeout=timeout_s)
+    output = log.read_text()
+    assert code == 0, output
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return result
+
+
+def read_rows(table: Path) -> pa.Table:
+    """The current version by plain pyarrow, as a reader in any language would, sorted by id."""
+    version = int((table / "CURRENT").read_text())
+    manifest = json.loads((table / f"versions/{version:08d}.json").read_text())
+    rows = pa.concat_tables([pq.read_table(table / entry["path"]) for entry in manifest["files"]])
+    return rows.sort_by("id")
+
+
+def read_rejects(table: Path) -> dict[str, str]:
+    """Reasons by id."""
+    manifest = json.loads(max((table / "versions").iterdir()).read_text())
+    rows = [row for entry in manifest["rejects"] for row in pq.read_table(table / entry["path"]).to_pylist()]
+    return {row["id"]: row["reason"] for row in rows}
+
+
+def vectors_by_id(rows: pa.Table) -> dict[str, bytes]:
+    """Exact bits of each vector."""
+    return {row["id"]: np.array(row["embedding"], np.float32).tobytes() for row in rows.select(["id", "embedding"]).to_pylist()}
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and mtime of every file."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
