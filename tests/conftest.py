@@ -17,6 +17,8 @@ from lora_embed.demo import parts
 from lora_embed.progress import say
 from lora_embed.storage import cache_root
 
+torch.set_num_threads(1)  # two threads on contended cores fall to a quarter
+
 ADAPTERS = Path(demo.__file__).parent / "adapters"
 
 
@@ -49,7 +51,6 @@ def cluster() -> Iterator[None]:
     """A Ray cluster of two CPUs in this process."""
     from lora_embed import pipeline
 
-    torch.set_num_threads(2)
     pipeline.connect()
     yield
     ray.shutdown()

@@ -1,5 +1,6 @@
 """Decoding: hostile bytes become rejects, every honest kind of image one row of pixels, chunks repeat byte for byte."""
 
+import io
 import json
 import pickle
 import resource
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lora_embed.decode import BadImage, DecodedChunk, decode_image, decode_items, decode_shard
 from lora_embed.errors import ShardError
@@ -176,6 +177,29 @@ def test_exif_orientation_is_applied(kind: str) -> None:
     assert (decoded.width, decoded.height) == (20, 40)
     assert decoded.pixels[5, 10].argmax() == 0
     assert decoded.pixels[35, 10].argmax() == 2
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_pillow_s(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded(noise(), exif=exif))))
+    shown = Preprocessing(resize=None, resample=2, crop=expected.size[::-1], multiply=(1, 1, 1), add=(0, 0, 0))
+    np.testing.assert_array_equal(decode_image(encoded(noise(), exif=exif), shown).pixels, np.asarray(expected))
+
+
+def test_damaged_exif_does_not_cost_the_image() -> None:
+    odd = Image.Exif()
+    odd[0x0112], odd[0x011A], odd[0x0132] = 6, (72, 1), "2024:01:01 00:00:00"
+    raw = bytearray(odd.tobytes())
+    lost = kept = 0
+    for place in range(6, len(raw)):
+        for value in (0, 3, 7, 255):
+            changed = bytes(raw[:place]) + bytes([value]) + bytes(raw[place + 1 :])
+            decoded = decode_image(encoded(noise(), "JPEG", exif=changed), PREPROCESSING)
+            kept, lost = kept + (decoded.width == 9), lost + (decoded.width == 12)
+    assert lost + kept == 4 * (len(raw) - 6)
+    assert kept > lost > 0  # the turn stands where its own bytes do
 
 
 @settings(max_examples=150, deadline=None)

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +152,13 @@ def test_a_declared_size_takes_no_memory(tmp_path: Path) -> None:
     data[124:136] = b"77777777777\0"  # 8 GB
     data[148:156] = b" " * 8
     data[148:156] = b"%06o\0 " % sum(data[:512])
+    shard = shard_at(tmp_path / "a.tar", bytes(data))
+    tracemalloc.start()
     with pytest.raises(ShardError, match="incomplete tar, cut short at 10240 bytes"):
-        samples_of(shard_at(tmp_path / "a.tar", bytes(data)))
+        samples_of(shard)
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert taken < 1e6
 
 
 def test_parquet_columns_and_row_groups(tmp_path: Path) -> None:

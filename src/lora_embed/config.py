@@ -1,13 +1,15 @@
 """Recipes and jobs: what users write, checked when it is read."""
 
 import difflib
+import json
 import math
 import os
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lora_embed.errors import ConfigError
 
@@ -16,6 +18,7 @@ MergeMethod = Literal["weighted_sum", "linear", "none"]
 Precision = Literal["float32", "bfloat16", "float16"]
 VectorType = Literal["float32", "float16"]
 CARRY_TYPES = ("string", "int64", "float64", "bool")
+OWN_COLUMNS = ("id", "embedding", "shard", "key", "width", "height", "sha256", "reason", "detail")
 
 
 class Section(BaseModel):
@@ -24,28 +27,44 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"must be a finite number, found {value}")
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):  # which would count as 0 or 1
+        raise ValueError("expected a number")
     return value
 
 
-Weight = Annotated[float, Field(strict=False), AfterValidator(_finite)]
-Share = Annotated[float, Field(ge=0.0, le=1.0, strict=False)]
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("expected a finite number")
+    return value
+
+
+def _not_empty(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not value:
+        raise ValueError("expected at least one")
+    return value
+
+
+# Not strict: YAML reads 1e-3, without a point, as text.
+Number = Annotated[float, Field(strict=False), BeforeValidator(_not_bool), AfterValidator(_finite)]
+Share = Annotated[Number, Field(ge=0.0, le=1.0)]
+Text = Annotated[str, Field(min_length=1)]
+Config = TypeVar("Config", "Recipe", "JobConfig")
+Keys = tuple[str | int, ...]  # the way to a value through sections and lists
 
 
 class AdapterSpec(Section):
     """One adapter of a recipe and its weight in the merge."""
 
-    path: str
-    weight: Weight = 1.0
+    path: Text
+    weight: Number = 1.0
     revision: str | None = None
 
 
 class Recipe(Section):
     """What an encoder is built from."""
 
-    base_model: str
+    base_model: Text
     revision: str | None = None
     adapters: tuple[AdapterSpec, ...] = Field(default=(), strict=False)
     merge_method: MergeMethod = "weighted_sum"
@@ -56,9 +75,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _method_fits_adapters(self) -> "Recipe":
         if self.merge_method == "none" and self.adapters:
-            raise ValueError("merge_method 'none' takes the base alone: remove the adapters, or name a method")
+            raise ValueError(
+                f"merge_method is none, which takes the base alone, but adapters names {len(self.adapters)}. "
+                "Remove them, or name a method."
+            )
         if self.merge_method != "none" and not self.adapters:
-            raise ValueError("adapters is empty: name at least one, or set merge_method to 'none' for the base alone")
+            raise ValueError("adapters is empty. Name at least one, or set merge_method to none for the base alone.")
         return self
 
 
@@ -68,20 +90,26 @@ class Actors(Section):
     min: int | None = Field(default=None, ge=1)
     max: int | None = Field(default=None, ge=1)
 
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> "Actors":
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min is {self.min}, more than max, which is {self.max}")
+        return self
+
 
 class Resources(Section):
     """What the job asks the cluster for."""
 
     device: Literal["auto", "gpu", "cpu"] = "auto"
     actors: Actors = Actors()
-    cpus_per_decode: Annotated[float, Field(gt=0, strict=False)] = 1.0
-    wait_s: Annotated[float, Field(ge=0, strict=False)] = 60.0
+    cpus_per_decode: Annotated[Number, Field(gt=0)] = 1.0
+    wait_s: Annotated[Number, Field(ge=0)] = 60.0
 
 
 class CarryField(Section):
     """A sample field kept as a column of the table."""
 
-    name: str
+    name: Text
     type: Literal["string", "int64", "float64", "bool"] = "string"
 
 
@@ -95,9 +123,9 @@ def _carry_field(value: Any) -> Any:
 class JobConfig(Section):
     """One run: which encoder, which images, which table, and how."""
 
-    recipe: str
-    input: tuple[str, ...] = Field(strict=False, min_length=1)
-    table: str
+    recipe: Text
+    input: Annotated[tuple[Text, ...], Field(strict=False), AfterValidator(_not_empty)]
+    table: Text
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     chunk_size: int = Field(default=512, ge=1, le=65536)
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = "auto"
@@ -126,13 +154,21 @@ class JobConfig(Section):
     @model_validator(mode="after")
     def _columns_are_free(self) -> "JobConfig":
         names = [field.name for field in self.carry]
-        taken = {"id", "embedding", "shard", "key", "width", "height", "sha256", "reason", "detail"} & set(names)
-        if taken or len(set(names)) != len(names) or "" in names:
-            raise ValueError(f"carry names must be distinct and none of the table's own columns, found {names}")
+        for name in names:
+            if name in OWN_COLUMNS:
+                raise ValueError(f"carry names {name!r}, which is a column of the table itself. Rename that field in the data.")
+            if names.count(name) > 1:
+                raise ValueError(f"carry names {name!r} {names.count(name)} times. Name it once.")
         return self
 
-
-Config = TypeVar("Config", Recipe, JobConfig)
+    @model_validator(mode="after")
+    def _table_is_no_input(self) -> "JobConfig":
+        """A directory is searched to any depth: the next run would embed the table's own Parquet files."""
+        table = f"{self.table.removeprefix('file://').rstrip('/')}/"
+        for source in self.input:
+            if table.startswith(f"{source.removeprefix('file://').rstrip('/')}/"):
+                raise ValueError(f"table {self.table} lies in the input {source}, which would take it in. Move one of them.")
+        return self
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -144,29 +180,27 @@ def load_recipe(path: str | Path) -> Recipe:
     folder = Path(path).resolve().parent
     if isinstance(data.get("base_model"), str):
         data["base_model"] = _local_or_hub(folder, data["base_model"])
-    for adapter in data.get("adapters") or []:
+    adapters = data.get("adapters")
+    for adapter in adapters if isinstance(adapters, list) else []:
         if isinstance(adapter, dict) and isinstance(adapter.get("path"), str):
             adapter["path"] = _local_or_hub(folder, adapter["path"])
-    return _checked(Recipe, data, str(path))
+    return _checked(Recipe, data, str(path), {})
 
 
 def load_job(path: str | Path, overrides: list[str] | None = None) -> JobConfig:
     """Read a job file and apply `key=value` overrides, whose relative paths count from the current folder.
 
-    Raises ConfigError naming the file, the key, what was found and what is allowed.
+    Raises ConfigError naming the file or the override, the key, what was found and what is allowed.
     """
     data = _with_absolute_paths(_read_yaml(Path(path)), Path(path).resolve().parent)
+    overridden: dict[Keys, str] = {}
     for text in overrides or []:
         keys, value = _parse_override(text)
-        changed: dict[str, Any] = {keys[0]: value} if len(keys) == 1 else {}
-        changed = _with_absolute_paths(changed, Path.cwd())
-        target = data
-        for key in keys[:-1]:
-            target = target.setdefault(key, {})
-            if not isinstance(target, dict):
-                raise ConfigError(f"--set {text}: {key!r} is not a section of the job")
-        target[keys[-1]] = changed.get(keys[0], value)
-    return _checked(JobConfig, data, str(path))
+        if len(keys) == 1:
+            value = _with_absolute_paths({keys[0]: value}, Path.cwd())[keys[0]]
+        _section_for(data, keys, text)[keys[-1]] = value
+        overridden[tuple(keys)] = text
+    return _checked(JobConfig, data, str(path), overridden)
 
 
 def _parse_override(text: str) -> tuple[list[str], Any]:
@@ -174,9 +208,20 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
     if not separator or not key:
         raise ConfigError(f"--set {text}: expected KEY=VALUE, for example --set chunk_size=256")
     try:
-        return key.split("."), yaml.safe_load(raw)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text}: the value is not YAML ({error.__class__.__name__})") from error
+        return key.split("."), yaml.load(raw, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"--set {text}: the value is not valid YAML: {_yaml_problem(error)}. Quote it.") from None
+
+
+def _section_for(data: dict[str, Any], keys: list[str], text: str) -> dict[str, Any]:
+    """The section that an override's last key lies in, made where it is not there."""
+    for key in keys[:-1]:
+        if data.get(key) is None:
+            data[key] = {}
+        data = data[key]
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {text}: {key!r} is {_shown(data)}, not a section with keys of its own")
+    return data
 
 
 def _with_absolute_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -192,7 +237,7 @@ def _with_absolute_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _absolute(folder: Path, value: str) -> str:
-    return value if "://" in value or not value else os.path.normpath(folder / Path(value).expanduser())
+    return value if "://" in value or not value else os.path.normpath(folder / os.path.expanduser(value))
 
 
 def _local_or_hub(folder: Path, value: str) -> str:
@@ -201,45 +246,122 @@ def _local_or_hub(folder: Path, value: str) -> str:
     return _absolute(folder, value) if looks_local else value
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, of which the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands there twice", key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a text file ({error.__class__.__name__})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise ConfigError(f"{path}: cannot be read as a text file: {reason}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: is not valid YAML: {_yaml_problem(error)}") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected keys and values, found {type(data).__name__}")
+        raise ConfigError(f"{path}: is {_shown(data)}, expected keys and values, a line each, such as `key: value`")
     return data
 
 
-def _checked(model: type[Config], data: dict[str, Any], where: str) -> Config:
+def _yaml_problem(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None)}"
+
+
+def _checked(model: type[Config], data: dict[str, Any], where: str, overridden: dict[Keys, str]) -> Config:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{where}: " + "; ".join(_explain(model, item) for item in error.errors())) from None
+        by_key: dict[Keys, list[Any]] = {}
+        for item in error.errors():
+            by_key.setdefault(_keys_of(item), []).append(item)
+    lines = []
+    for keys, items in by_key.items():
+        source = next((f"--set {text}" for changed, text in overridden.items() if keys[: len(changed)] == changed), where)
+        lines.append(f"{source}: {_explain(model, keys, items)}")
+    raise ConfigError("\n".join(lines))
 
 
-def _explain(model: type[BaseModel], item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"] if part != "constrained-int" and not str(part).startswith("lit"))
-    if item["type"] == "extra_forbidden":
-        allowed = list(_section_at(model, item["loc"][:-1]).model_fields)
-        close = difflib.get_close_matches(str(item["loc"][-1]), allowed, n=1)
+def _keys_of(item: Any) -> Keys:
+    """Where a pydantic error lies, without the names that pydantic gives to the branches of a union."""
+    branches = () if item["type"] == "extra_forbidden" else ("literal['auto']", "constrained-int", "[key]")
+    return tuple(part for part in item["loc"] if part not in branches)
+
+
+def _explain(model: type[BaseModel], keys: Keys, items: list[Any]) -> str:
+    """One key's errors, several where it may be one thing or another, as a sentence: what was found, what is expected."""
+    item, key = items[0], _dotted(keys)
+    kind, message = item["type"], str(item["msg"]).removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        allowed = list(_section_at(model, keys[:-1]).model_fields)
+        close = difflib.get_close_matches(str(keys[-1]), allowed, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"unknown key {key!r}; {hint}known keys: {', '.join(allowed)}"
-    if item["type"] == "missing":
-        return f"key {key!r} is missing"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    return f"{key}: {message}, found {item['input']!r}" if key else message
+    if kind == "missing":
+        return f"key {key!r} is missing. Add it."
+    if kind == "value_error" and not message.startswith("expected"):
+        return f"{key}: {message}" if key else message
+    expected = message.removeprefix("expected ") if kind == "value_error" else " or ".join(_expected(item) for item in items)
+    if kind in ("model_type", "dict_type") and (section := _section_at(model, keys)) is not model:
+        expected += f": {', '.join(section.model_fields)}"
+    return f"{key} is {_shown(item['input'])}, expected {expected}"
 
 
-def _section_at(model: type[BaseModel], loc: tuple[Any, ...]) -> type[BaseModel]:
-    """The section that a pydantic error's location lies in; list positions are passed over."""
-    for name in loc:
+def _expected(item: Any) -> str:
+    """What pydantic would have taken, in a user's words."""
+    context = item.get("ctx") or {}
+    bounds = {"greater_than": "more than", "greater_than_equal": "at least", "less_than_equal": "at most"}
+    if item["type"] in bounds:
+        return f"{bounds[item['type']]} {next(iter(context.values())):g}"
+    if item["type"] == "literal_error":
+        return str(context["expected"]).replace("'", "")
+    if item["type"] == "string_type" and isinstance(item["input"], int | float | bool):
+        return "text: put quotes around it"
+    words = {
+        "string_type": "text",
+        "string_too_short": "text that is not empty",
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "float_parsing": "a number",
+        "bool_type": "true or false",
+        "tuple_type": "a list",
+        "dict_type": "a section of keys and values",
+        "model_type": "a section with the keys",
+        "invalid_key": "a name as key",
+    }
+    return words.get(item["type"]) or str(item["msg"])
+
+
+def _dotted(keys: Keys) -> str:
+    """`resources.actors.max`, `adapters[0].weight`."""
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
+
+
+def _shown(value: Any) -> str:
+    """A value as a user would write it, cut where it is long."""
+    text = json.dumps(value, default=str, ensure_ascii=False) if value is not None else "empty"
+    return text if len(text) <= 60 else f"{text[:60]} …"
+
+
+def _section_at(model: type[BaseModel], keys: Keys) -> type[BaseModel]:
+    """The section that a key leads to or lies in; list positions are passed over."""
+    for name in keys:
         if name in model.model_fields:
-            kind: Any = model.model_fields[name].annotation
+            kind: Any = model.model_fields[str(name)].annotation
             kind = next((arg for arg in getattr(kind, "__args__", ()) if isinstance(arg, type)), kind)
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 model = kind

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from lora_embed.errors import ShardError, StorageError
 from lora_embed.model.preprocess import Pixels, Preprocessing
@@ -26,6 +26,11 @@ _DAMAGE = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, AttributeError, OverflowError,
     ZeroDivisionError, NotImplementedError, RuntimeError, MemoryError, struct.error, zlib.error,
 )  # fmt: skip
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 # Pillow's own limit warns first and raises at twice its value; ours is checked as soon as the size is known.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -114,8 +119,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     16-bit grey is scaled to 8 bits; Pillow's own conversion would clip it to white.
     """
     image.load()
+    turn = None
     with contextlib.suppress(*_DAMAGE):  # damaged EXIF data is no reason to lose the image
-        image = ImageOps.exif_transpose(image)
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    if turn is not None:  # not by ImageOps.exif_transpose, which also rewrites the data, fails on more of it, and always copies
+        image = image.transpose(turn)
     if image.mode.startswith("I"):
         values = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
         image = Image.fromarray(values.astype(np.uint8))

@@ -112,8 +112,10 @@ def _embed_once(folder: Path, recipe: Recipe, shards: Path, say: Say) -> dict[st
         pipeline.connect()
         listed = list_shards((str(shards),), {})
         found = pipeline.map_tasks(embed_shard, (str(folder / "encoder"),), listed)
-        np.savez(folder / "vectors.npz", **{key: vector for part in found for key, vector in part.items()})
-    return dict(np.load(folder / "vectors.npz"))
+        keys = [key for part in found for key in part]
+        np.savez(folder / "vectors.npz", keys=np.array(keys), vectors=np.stack([part[key] for part in found for key in part]))
+    kept = np.load(folder / "vectors.npz")
+    return dict(zip(kept["keys"].tolist(), kept["vectors"], strict=True))
 
 
 def embed_shard(encoder: str, shard: Shard) -> dict[str, NDArray[np.float32]]:

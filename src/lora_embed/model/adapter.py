@@ -52,6 +52,11 @@ class Factors:
         """The change of the weight, (out, in), computed in float64."""
         return self.scale * (self.up.double() @ self.down.double())
 
+    def norm(self) -> float:
+        """Frobenius norm of the change, from rank-sized products: ‖B·A‖² is the sum of (BᵀB) ∘ (A·Aᵀ)."""
+        up, down = self.up.double(), self.down.double()
+        return abs(self.scale) * float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
@@ -115,7 +120,7 @@ def match_adapter(saved: SavedAdapter, base: str, locate: Locate) -> Adapter:
     for name, (down, up) in modules.items():
         factor = Factors(down=down, up=up, scale=_scale(saved, name, down.shape[0]))
         factors[str(places[f"{name}.weight"])] = factor
-    if not any(bool(factor.up.any()) and bool(factor.down.any()) for factor in factors.values()):
+    if not any(factor.norm() for factor in factors.values()):
         raise AdapterMismatch(
             f"{saved.uri}: all of its LoRA products are zero, so it would change nothing. "
             "Was it saved before training? Train it, or leave it out of the recipe."

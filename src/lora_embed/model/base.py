@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging
@@ -59,7 +60,7 @@ def load_headless(folder: Path, where: str) -> PreTrainedModel:
         model, info = AutoModel.from_pretrained(
             folder, output_loading_info=True, use_safetensors=True, dtype=torch.float32, **_without_pooler(config)
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise EncoderError(f"{where}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

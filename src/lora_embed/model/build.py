@@ -1,12 +1,12 @@
 """Recipe → encoder directory: adapters folded into the headless base in float32, checked, described."""
 
+import contextlib
 import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_embed.config import Recipe
 from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.model import golden, merge
-from lora_embed.model.adapter import Adapter, SavedAdapter, match_adapter, read_adapter
+from lora_embed.model.adapter import Adapter, Locate, SavedAdapter, match_adapter, read_adapter
 from lora_embed.model.base import Base, find_base, load_headless, locate, read_model_config, read_processor
 from lora_embed.model.encoder import (
     Description,
@@ -59,6 +59,18 @@ def gather(recipe: Recipe) -> Ingredients:
     return Ingredients(recipe=recipe, base=base, adapters=adapters, recipe_id=_recipe_id(recipe, base, adapters))
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Many small products: with a thread per core, beside other work on these cores, a build took five times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def build_encoder(ingredients: Ingredients, out: Path, say: Say) -> Description:
     """Fold, check and write an encoder to `out`, which must not exist; nothing is left there when a check fails.
 
@@ -67,17 +79,16 @@ def build_encoder(ingredients: Ingredients, out: Path, say: Say) -> Description:
     recipe, base = ingredients.recipe, ingredients.base
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists and is not empty; an encoder is never written over. Name another directory.")
-    config = read_model_config(base.folder, base.uri)
-    where = partial(locate, config)
+    where = _locator(read_model_config(base.folder, base.uri))
     adapters = [match_adapter(saved, base.uri, where) for saved in ingredients.adapters]
     model = load_headless(base.folder, base.uri)
     say(f"base {base.uri}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M weights, {type(model).__name__}")
     report = _fold(model, adapters, recipe, say)
     preprocessing, processor = _checked_preprocessing(base, recipe)
     images = golden.make_images()
-    description = _describe(model, preprocessing, ingredients, golden_pixels(images, preprocessing))
-    encoder = Encoder(model, description, device="cpu", precision="float32", batch_size=16)
-    vectors = encoder.embed_pixels(golden_pixels(images, preprocessing))
+    pixels = golden_pixels(images, preprocessing)
+    description = _describe(model, preprocessing, ingredients, pixels)
+    vectors = Encoder(model, description, device="cpu", precision="float32", batch_size=len(images)).embed_pixels(pixels)
     if not np.isfinite(vectors).all() or not np.linalg.norm(vectors, axis=1).all():
         raise EncoderError(f"{base.uri}: the merged encoder gives vectors that are not finite or zero; check the weights")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +107,19 @@ def build_encoder(ingredients: Ingredients, out: Path, say: Say) -> Description:
     return read_description(out)
 
 
+def _locator(config: PretrainedConfig) -> Locate:
+    """`locate` for one base; adapters that name the same modules share one answer."""
+    known: dict[frozenset[tuple[str, torch.Size]], dict[str, str | None]] = {}
+
+    def locate_once(shapes: dict[str, torch.Size]) -> dict[str, str | None]:
+        key = frozenset(shapes.items())
+        if key not in known:
+            known[key] = locate(config, shapes)
+        return known[key]
+
+    return locate_once
+
+
 def _fold(model: PreTrainedModel, adapters: list[Adapter], recipe: Recipe, say: Say) -> dict[str, Any]:
     """Add the merged change to each weight, in float64, rounded once; return the merge report."""
     weights = [spec.weight for spec in recipe.adapters]
@@ -110,7 +134,7 @@ def _fold(model: PreTrainedModel, adapters: list[Adapter], recipe: Recipe, say: 
         changed[name] = {
             "relative_change": float(delta.norm() / before.norm()),
             "shares": {
-                adapter.content_hash[:12]: float((weight * adapter.factors[name].delta()).norm())
+                adapter.content_hash[:12]: abs(weight) * adapter.factors[name].norm()
                 for adapter, weight in zip(adapters, weights, strict=True)
                 if name in adapter.factors
             },
@@ -159,8 +183,7 @@ def _describe(
 ) -> Description:
     recipe = ingredients.recipe
     values = torch.tensor(pixels).permute(0, 3, 1, 2).float() / 255
-    tap = find_tap(model, values)
-    output = model(pixel_values=values, output_hidden_states=True).hidden_states[-1]
+    tap, output = find_tap(model, values)
     return Description(
         space_id=space_id_of(model, preprocessing, recipe.pooling, recipe.normalize),
         recipe_id=ingredients.recipe_id,

@@ -32,8 +32,8 @@ class HiddenState:
 
 
 @torch.inference_mode()
-def find_tap(model: nn.Module, pixel_values: torch.Tensor) -> str:
-    """Name of the module whose output is `hidden_states[-1]` bit for bit, or "" where the final output is.
+def find_tap(model: nn.Module, pixel_values: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """Name of the module whose output is `hidden_states[-1]` bit for bit, or "" where the final output is; and that state.
 
     Raises EncoderError when the model gives no hidden states or none of its blocks' outputs equals the last.
     """
@@ -50,10 +50,10 @@ def find_tap(model: nn.Module, pixel_values: torch.Tensor) -> str:
     if not states:
         raise EncoderError(f"{type(model).__name__} gives no hidden states, so there is nothing to pool")
     if torch.equal(states[-1], output.last_hidden_state):
-        return ""
+        return "", states[-1]
     for name in blocks:
         if isinstance(outputs.get(name), torch.Tensor) and torch.equal(outputs[name], states[-1]):
-            return name
+            return name, states[-1]
     raise EncoderError(f"{type(model).__name__}: no block's output equals its own hidden_states[-1]; tried {blocks}")
 
 

@@ -1,0 +1,34 @@
+# Each target sets up what it needs in .venv, from pyproject.toml and constraints.txt, and says so.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+export LORA_EMBED_CACHE ?= $(CURDIR)/.cache
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Setting up .venv (torch, transformers, ray …): a few minutes the first time"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,test,evaluation]'
+	@touch $(READY)
+
+demo: setup
+	@$(BIN)/lora-embed demo demo-run
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python benchmarks/throughput.py
+
+clean:
+	rm -rf demo-run .cache .mypy_cache .ruff_cache
