@@ -113,6 +113,8 @@ GOOD = {
     "CMYK JPEG": encoded(noise().convert("CMYK"), "JPEG"),
     "progressive JPEG": encoded(noise(), "JPEG", progressive=True),
     "JPEG, corrupt EXIF": encoded(noise(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xff" * 40),
+    "PNG, EXIF that is none": encoded(noise(), exif=b"Exif\0\0garbagegarbage"),
+    "WebP, EXIF that is none": encoded(noise(), "WEBP", exif=b"Exif\0\0garbagegarbage"),
     "16-bit grey PNG": encoded(Image.fromarray(GREY)),
     "16-bit grey TIFF": encoded(Image.fromarray(GREY), "TIFF"),
     "16-bit RGB PNG": png_of(12, 9, zlib.compress((b"\0" + bytes(range(72))) * 9), 16, 2),

@@ -13,11 +13,6 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from lora_embed.errors import ConfigError
 
-Pooling = Literal["mean", "patch_mean", "cls", "last_mean", "last_patch_mean", "last_cls"]
-MergeMethod = Literal["weighted_sum", "linear", "none"]
-Precision = Literal["float32", "bfloat16", "float16"]
-VectorType = Literal["float32", "float16"]
-CARRY_TYPES = ("string", "int64", "float64", "bool")
 OWN_COLUMNS = ("id", "embedding", "shard", "key", "width", "height", "sha256", "reason", "detail")
 
 
@@ -67,8 +62,8 @@ class Recipe(Section):
     base_model: Text
     revision: str | None = None
     adapters: tuple[AdapterSpec, ...] = Field(default=(), strict=False)
-    merge_method: MergeMethod = "weighted_sum"
-    pooling: Pooling = "mean"
+    merge_method: Literal["weighted_sum", "linear", "none"] = "weighted_sum"
+    pooling: Literal["mean", "patch_mean", "cls", "last_mean", "last_patch_mean", "last_cls"] = "mean"
     normalize: bool = False
     image_size: int | None = Field(default=None, ge=8, le=4096)
 
@@ -136,7 +131,7 @@ class JobConfig(Section):
     image_column: str | None = None
     key_column: str | None = None
     limit: int | None = Field(default=None, ge=1)
-    vector_type: VectorType = "float32"
+    vector_type: Literal["float32", "float16"] = "float32"
     resources: Resources = Resources()
     input_storage_options: dict[str, Any] = Field(default_factory=dict)
     table_storage_options: dict[str, Any] = Field(default_factory=dict)
@@ -176,7 +171,7 @@ def load_recipe(path: str | Path) -> Recipe:
 
     Raises ConfigError naming the file, the key, what was found and what is allowed.
     """
-    data = _read_yaml(Path(path))
+    data = _read_yaml(Path(path), "a recipe (YAML)")
     folder = Path(path).resolve().parent
     if isinstance(data.get("base_model"), str):
         data["base_model"] = _local_or_hub(folder, data["base_model"])
@@ -192,7 +187,7 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> JobConfig:
 
     Raises ConfigError naming the file or the override, the key, what was found and what is allowed.
     """
-    data = _with_absolute_paths(_read_yaml(Path(path)), Path(path).resolve().parent)
+    data = _with_absolute_paths(_read_yaml(Path(path), "a job file (YAML)"), Path(path).resolve().parent)
     overridden: dict[Keys, str] = {}
     for text in overrides or []:
         keys, value = _parse_override(text)
@@ -220,7 +215,7 @@ def _section_for(data: dict[str, Any], keys: list[str], text: str) -> dict[str, 
             data[key] = {}
         data = data[key]
         if not isinstance(data, dict):
-            raise ConfigError(f"--set {text}: {key!r} is {_shown(data)}, not a section with keys of its own")
+            raise ConfigError(f"--set {text}: {key!r} is {_shown(data)}, not a section that holds {keys[-1]!r}")
     return data
 
 
@@ -251,19 +246,18 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
-        for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands there twice", key.start_mark)
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, kind: str) -> dict[str, Any]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
+        raise ConfigError(f"{path}: no such file, expected {kind}. Correct the path.") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise ConfigError(f"{path}: cannot be read as a text file: {reason}") from None
@@ -305,11 +299,11 @@ def _explain(model: type[BaseModel], keys: Keys, items: list[Any]) -> str:
     """One key's errors, several where it may be one thing or another, as a sentence: what was found, what is expected."""
     item, key = items[0], _dotted(keys)
     kind, message = item["type"], str(item["msg"]).removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        allowed = list(_section_at(model, keys[:-1]).model_fields)
-        close = difflib.get_close_matches(str(keys[-1]), allowed, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"unknown key {key!r}; {hint}known keys: {', '.join(allowed)}"
+    if kind in ("extra_forbidden", "invalid_key"):
+        known = list(_section_at(model, keys[:-1]).model_fields)
+        close = difflib.get_close_matches(str(keys[-1]), known, n=1)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
+        return f"unknown key {key!r}. {hint}Known keys: {', '.join(known)}."
     if kind == "missing":
         return f"key {key!r} is missing. Add it."
     if kind == "value_error" and not message.startswith("expected"):
@@ -340,8 +334,7 @@ def _expected(item: Any) -> str:
         "bool_type": "true or false",
         "tuple_type": "a list",
         "dict_type": "a section of keys and values",
-        "model_type": "a section with the keys",
-        "invalid_key": "a name as key",
+        "model_type": "a section with keys",
     }
     return words.get(item["type"]) or str(item["msg"])
 
@@ -353,7 +346,8 @@ def _dotted(keys: Keys) -> str:
 
 def _shown(value: Any) -> str:
     """A value as a user would write it, cut where it is long."""
-    text = json.dumps(value, default=str, ensure_ascii=False) if value is not None else "empty"
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool | float) else str(value)
+    text = text if value is not None else "empty"
     return text if len(text) <= 60 else f"{text[:60]} …"
 
 
