@@ -302,8 +302,7 @@ def _explain(model: type[BaseModel], keys: Keys, items: list[Any]) -> str:
     if kind in ("extra_forbidden", "invalid_key"):
         known = list(_section_at(model, keys[:-1]).model_fields)
         close = difflib.get_close_matches(str(keys[-1]), known, n=1)
-        hint = f"Did you mean {close[0]!r}? " if close else ""
-        return f"unknown key {key!r}. {hint}Known keys: {', '.join(known)}."
+        return f"unknown key {key!r}. " + (f"Did you mean {close[0]!r}?" if close else f"Known keys: {', '.join(known)}.")
     if kind == "missing":
         return f"key {key!r} is missing. Add it."
     if kind == "value_error" and not message.startswith("expected"):

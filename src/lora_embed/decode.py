@@ -125,7 +125,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if turn is not None:  # not by ImageOps.exif_transpose, which also rewrites the data, fails on more of it, and always copies
         image = image.transpose(turn)
     if image.mode.startswith("I"):
-        values = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
+        values = np.clip(np.asarray(image) >> 8, 0, 255)
         image = Image.fromarray(values.astype(np.uint8))
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))

@@ -1,0 +1,467 @@
+"""User errors through the real entry point: one message with what, where and what to do, exit code 2, nothing written.
+
+`docs/errors.md` lists the same cases; each message here is compared with the one printed there.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from jobs import ROOT, write_tars
+from lora_embed import pipeline
+from lora_embed.cli import run_command
+from lora_embed.config import load_job
+from lora_embed.run import run_job
+from models import edit_tensors, save_adapter, save_base
+
+LIMIT_S = 10.0  # for one error; those found by reading alone take a few hundredths
+DOCS = ROOT / "docs" / "errors.md"
+NEUTRAL = "/data/products"  # stands in the docs for the folder of a setup
+ORDINARY_USER = 65534
+MINIO = {
+    "endpoint_url": "http://127.0.0.1:9",
+    "key": "k",
+    "secret": "s",
+    "config_kwargs": {"retries": {"total_max_attempts": 1}},
+}
+RECIPE = {"base_model": "./base", "adapters": [{"path": "./ten", "weight": 0.5}, {"path": "./more", "weight": 0.5}]}
+JOB = {
+    "recipe": "recipe.yaml",
+    "input": "shards",
+    "table": "table",
+    "precision": "float32",
+    "batch_size": 16,
+    "resources": {"device": "cpu", "actors": {"max": 1}},
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A good job in a folder of its own, to be broken."""
+
+    folder: Path
+
+    def job(self, **changes: Any) -> None:
+        write_yaml(self.folder / "job.yaml", JOB | changes)
+
+    def recipe(self, **changes: Any) -> None:
+        write_yaml(self.folder / "recipe.yaml", RECIPE | changes)
+
+    def text(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
+
+    def adapter_config(self, **changes: Any) -> None:
+        path = self.folder / "ten" / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    def tensors(self, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+        edit_tensors(self.folder / "ten", change)
+
+    def remove(self, *names: str) -> None:
+        for name in names:
+            path = self.folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def cut(self, name: str) -> None:
+        path = self.folder / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    def move(self, name: str, target: str) -> None:
+        (self.folder / target).parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / name).rename(self.folder / target)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One user error: its name in the docs, what breaks a good setup, and what the message must say."""
+
+    what: str
+    breaks: Callable[[Setup], Any]
+    says: list[str]  # parts of its message: what, where, what to do
+    arguments: list[str] = field(default_factory=lambda: ["run", "job.yaml"])
+    published: bool = False  # the setup's table holds version 1
+    starts: bool = False  # needs the cluster; what was done until then may be told before the message
+    as_ordinary_user: bool = False  # root may write anywhere
+
+
+def write_yaml(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def nothing(_setup: Setup) -> None:
+    """For what is wrong with the command alone."""
+
+
+def with_set(*overrides: str) -> list[str]:
+    return ["run", "job.yaml", *(part for override in overrides for part in ("--set", override))]
+
+
+def without_half(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("layers.0.attention.q_proj.lora_B.weight")}
+
+
+def with_nan(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.full_like(tensor, torch.nan) if "lora_B" in name else tensor for name, tensor in tensors.items()}
+
+
+def renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.replace("q_proj", "wrong_name"): tensor for name, tensor in tensors.items()}
+
+
+def untrained(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in tensors.items()}
+
+
+def other_base(setup: Setup) -> None:
+    base = save_base(setup.folder / "wider", hidden_size=48)
+    save_adapter(setup.folder / "wide", base)
+    setup.recipe(adapters=[{"path": "./wide"}])
+
+
+def ranks_differ(setup: Setup) -> None:
+    save_adapter(setup.folder / "rank8", setup.folder / "base", r=8)
+    setup.recipe(adapters=[{"path": "./ten"}, {"path": "./rank8"}], merge_method="linear")
+
+
+def clashing_names(setup: Setup) -> None:
+    for folder in ("monday", "tuesday"):
+        write_tars(setup.folder / folder, shards=1, images=1)
+    setup.job(input=["monday", "tuesday"])
+
+
+def locked(setup: Setup) -> None:
+    (setup.folder / "locked").mkdir(mode=0o555)
+    setup.job(table="locked/table")
+
+
+RECIPE_CASES = [
+    Case("no recipe", lambda s: s.remove("recipe.yaml"), ["/recipe.yaml", "no such file", "path"]),
+    Case(
+        "the recipe is a directory that is no encoder",
+        lambda s: s.job(recipe="ten"),
+        ["/ten", "no encoder.json", "lora-embed build"],
+    ),
+    Case("broken YAML", lambda s: s.text("recipe.yaml", "base_model: [base\n"), ["/recipe.yaml", "line 2", "not valid YAML"]),
+    Case(
+        "a key twice",
+        lambda s: s.text("recipe.yaml", "base_model: a\nbase_model: b\n"),
+        ["/recipe.yaml", "line 2", "'base_model'", "twice"],
+    ),
+    Case(
+        "an unknown key in the recipe",
+        lambda s: s.recipe(adapters=[{"path": "./ten", "wieght": 1.0}]),
+        ["/recipe.yaml", "unknown key 'adapters[0].wieght'", "Did you mean 'weight'?"],
+    ),
+    Case("an unknown pooling", lambda s: s.recipe(pooling="max"), ["/recipe.yaml", 'pooling is "max"', "patch_mean"]),
+    Case("an image size too small", lambda s: s.recipe(image_size=7), ["/recipe.yaml", "image_size is 7", "at least 8"]),
+    Case(
+        "a weight that is no number",
+        lambda s: s.recipe(adapters=[{"path": "./ten", "weight": float("nan")}]),
+        ["/recipe.yaml", "adapters[0].weight is NaN", "finite"],
+    ),
+    Case("no adapters", lambda s: s.recipe(adapters=[]), ["/recipe.yaml", "adapters is empty", "merge_method to none"]),
+    Case("no such base", lambda s: s.recipe(base_model="./bsae"), ["/bsae", "no such directory"]),
+    Case(
+        "no such base on the hub",
+        lambda s: s.recipe(base_model="nobody/no-such-model"),
+        ["nobody/no-such-model", "neither a directory here nor a repository", "Check the name"],
+    ),
+    Case(
+        "a base without image preparation",
+        lambda s: s.remove("base/preprocessor_config.json"),
+        ["/base", "no preprocessor_config.json", "Save it there"],
+    ),
+    Case(
+        "a base with pickled weights only",
+        lambda s: s.move("base/model.safetensors", "base/pytorch_model.bin"),
+        ["/base", "no .safetensors weights", "Save it again"],
+    ),
+    Case(
+        "truncated weights of the base", lambda s: s.cut("base/model.safetensors"), ["/base", "cannot be loaded"], starts=True
+    ),
+]
+
+ADAPTER_CASES = [
+    Case("no such adapter", lambda s: s.remove("ten"), ["/ten", "no such directory"]),
+    Case("no adapter at all", lambda s: s.remove("ten/adapter_config.json"), ["/ten", "no adapter_config.json"]),
+    Case(
+        "an adapter saved as a pickle",
+        lambda s: s.move("ten/adapter_model.safetensors", "ten/adapter_model.bin"),
+        ["/ten", "adapter_model.bin", "safe_serialization=True"],
+    ),
+    Case("a truncated adapter", lambda s: s.cut("ten/adapter_model.safetensors"), ["/ten", "not a whole", "Copy or save"]),
+    Case("NaN in an adapter", lambda s: s.tensors(with_nan), ["/ten", "lora_B", "NaN", "use another checkpoint"]),
+    Case("DoRA", lambda s: s.adapter_config(use_dora=True), ["/ten", "use_dora=true", "folded exactly", "Merge that adapter"]),
+    Case(
+        "an adapter named twice",
+        lambda s: s.recipe(adapters=[{"path": "./ten"}, {"path": "./ten"}]),
+        ["/ten", "the same adapter", "name it once"],
+    ),
+    Case(
+        "half of a LoRA pair", lambda s: s.tensors(without_half), ["/ten", "q_proj has no lora_B", "Save it again"], starts=True
+    ),
+    Case("an adapter of another base", other_base, ["/wide", "match no weight of", "/base", "name that base"], starts=True),
+    Case(
+        "tensors that match nothing",
+        lambda s: s.tensors(renamed),
+        ["/ten", "2 of 6 LoRA modules match no weight", "wrong_name", "name that base"],
+        starts=True,
+    ),
+    Case("an untrained adapter", lambda s: s.tensors(untrained), ["/ten", "change nothing", "leave it out"], starts=True),
+    Case("a linear merge of unequal ranks", ranks_differ, ["'linear'", "[4, 8]", "use 'weighted_sum'"], starts=True),
+]
+
+INPUT_CASES = [
+    Case("no such input", lambda s: s.job(input="sahrds"), ["/sahrds", "no such file or directory"]),
+    Case(
+        "a pattern that matches no file", lambda s: s.job(input="shards/*.zip"), ["/shards/*.zip", "matches no tar", "2 files"]
+    ),
+    Case(
+        "a range with files missing",
+        lambda s: s.job(input="shards/{0000..0007}.tar"),
+        ["{0000..0007}", "6 of the 8 files", "0002.tar", "Correct the range"],
+    ),
+    Case(
+        "a compressed tar",
+        lambda s: s.move("shards/0001.tar", "shards/0001.tar.gz"),
+        ["/shards", "0001.tar.gz", "Unpack it"],
+    ),
+    Case("another kind of file", lambda s: s.job(input="recipe.yaml"), ["recipe.yaml", "no .tar, .parquet or image"]),
+    Case("two images that would share an id", clashing_names, ["duplicate ids", "0000.tar", "Name the folder above both"]),
+]
+
+JOB_CASES = [
+    Case("no job file", lambda s: s.remove("job.yaml"), ["job.yaml", "no such file", "Correct the path"]),
+    Case(
+        "an unknown key in the job", lambda s: s.job(chunksize=256), ["job.yaml", "'chunksize'", "Did you mean 'chunk_size'?"]
+    ),
+    Case(
+        "a recipe in place of a job",
+        nothing,
+        ["recipe.yaml", "key 'table' is missing", "unknown key 'base_model'"],
+        arguments=["run", "recipe.yaml"],
+    ),
+    Case("a missing key", lambda s: s.text("job.yaml", "recipe: r\ninput: i\n"), ["job.yaml", "'table' is missing", "Add it"]),
+    Case("a number out of its bounds", lambda s: s.job(chunk_size=0), ["job.yaml", "chunk_size is 0", "at least 1"]),
+    Case("a carried field named as a column", lambda s: s.job(carry=["id"]), ["job.yaml", "carry names 'id'", "Rename"]),
+    Case("a table in its own input", lambda s: s.job(table="shards/table"), ["job.yaml", "/shards/table", "Move one of them"]),
+    Case(
+        "`--set` without a value",
+        nothing,
+        ["--set chunk_size", "expected KEY=VALUE", "for example"],
+        arguments=with_set("chunk_size"),
+    ),
+    Case(
+        "`--set` with a wrong value",
+        nothing,
+        ["--set resources.actors.max=many", '"many"', "a whole number"],
+        arguments=with_set("resources.actors.max=many"),
+    ),
+]
+
+TABLE_CASES = [
+    Case("a table below a file", lambda s: s.job(table="recipe.yaml/table"), ["/recipe.yaml", "is a file", "below it"]),
+    Case("a table that cannot be written", locked, ["/locked", "not writable", "permissions"], as_ordinary_user=True),
+    Case(
+        "a bucket that cannot be reached",
+        lambda s: s.job(table="s3://products/table", table_storage_options=MINIO),
+        ["s3://products/table", "cannot be reached", "Check network, endpoint and keys"],
+    ),
+    Case(
+        "a storage option that is not known",
+        lambda s: s.job(table="s3://products/table", table_storage_options={"key": "k", "secret": "s", "endpiont": "http"}),
+        ["s3://products/table", "not known", "'endpiont'", "given are"],
+    ),
+    Case("an unknown kind of storage", lambda s: s.job(table="s4://products/table"), ["s4://products/table", "unknown"]),
+    Case(
+        "a table of another space",
+        lambda s: s.recipe(adapters=[{"path": "./ten"}]),
+        ["/table", "version 1 holds vectors of space", "never mix", "Name another table"],
+        published=True,
+        starts=True,
+    ),
+    Case(
+        "another precision than the table's",
+        nothing,
+        ["/table", "precision 'float32', now 'bfloat16'", "set them back, or name another table"],
+        arguments=with_set("precision=bfloat16"),
+        published=True,
+    ),
+    Case(
+        "other carried fields than the table's",
+        nothing,
+        ["/table", "carry []", "label", "set them back, or name another table"],
+        arguments=with_set("carry=[label]"),
+        published=True,
+    ),
+    Case("no table there", nothing, ["shards", "is not a table"], arguments=["status", "shards"]),
+    Case(
+        "no such version",
+        nothing,
+        ["table", "no version 9", "lora-embed status"],
+        arguments=["verify", "table", "--version", "9"],
+        published=True,
+    ),
+    Case(
+        "an encoder's directory that is not empty",
+        nothing,
+        ["shards", "not empty", "Name another directory"],
+        arguments=["build", "recipe.yaml", "--out", "shards"],
+    ),
+]
+
+CLUSTER_CASES = [
+    Case(
+        "no GPU in the cluster",
+        nothing,
+        ["resources.device is gpu", "none after 0 s", "set device to cpu"],
+        arguments=with_set("resources.device=gpu", "resources.wait_s=0"),
+        starts=True,
+    ),
+    Case(
+        "nodes too small for a decode task",
+        nothing,
+        ["resources.cpus_per_decode is 4096", "largest node", "set it lower"],
+        arguments=with_set("resources.cpus_per_decode=4096"),
+        starts=True,
+    ),
+    Case(
+        "more actors than there is room for",
+        nothing,
+        ["resources.actors", "at least 4096", "lower the minimum"],
+        arguments=with_set("resources.actors={min: 4096}"),
+        starts=True,
+    ),
+]
+
+CASES = [*RECIPE_CASES, *ADAPTER_CASES, *INPUT_CASES, *JOB_CASES, *TABLE_CASES, *CLUSTER_CASES]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny base, two adapters, two shards, a recipe and a job."""
+    folder = tmp_path_factory.mktemp("good")
+    base = save_base(folder / "base")
+    save_adapter(folder / "ten", base, 10, seed=1)
+    save_adapter(folder / "more", base, 27, seed=2)
+    write_tars(folder / "shards", shards=2, images=2)
+    Setup(folder).recipe()
+    Setup(folder).job()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def published(good: Path, cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a published table."""
+    folder = tmp_path_factory.mktemp("published") / "good"
+    shutil.copytree(good, folder)
+    run_job(load_job(folder / "job.yaml"))
+    return folder
+
+
+@pytest.fixture
+def broken(case: Case, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A fresh setup with the case's error in it, as the current folder."""
+    folder = tmp_path / "products"
+    shutil.copytree(request.getfixturevalue("published" if case.published else "good"), folder)
+    case.breaks(Setup(folder))
+    return folder
+
+
+def everything(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of all files and folders."""
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
+
+
+@pytest.fixture
+def user(case: Case) -> Iterator[None]:
+    """Where the tests run as root: access as it is for an ordinary user, which is asked by the real user's id."""
+    if case.as_ordinary_user and os.geteuid() == 0:
+        os.setresuid(ORDINARY_USER, -1, -1)
+    yield
+    if case.as_ordinary_user and os.geteuid() == 0:
+        os.setresuid(0, -1, -1)
+
+
+@pytest.mark.usefixtures("user")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)
+def test_a_user_error_is_one_message_and_nothing_is_written(
+    case: Case,
+    broken: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if case.starts:
+        request.getfixturevalue("cluster")
+    else:
+        monkeypatch.setattr(pipeline, "connect", lambda: pytest.fail("a cluster was started for what reading alone shows"))
+    monkeypatch.chdir(broken)
+    before = everything(broken.parent)
+    capsys.readouterr()
+    started = time.monotonic()
+    code = run_command(case.arguments)
+    seconds = time.monotonic() - started
+    output, errors = capsys.readouterr()
+
+    assert code == 2, errors
+    assert everything(broken.parent) == before
+    assert seconds < LIMIT_S
+    assert output == ""
+    assert "Traceback" not in errors
+    assert errors.count("error: ") == 1
+    progress, message = errors.split("error: ")
+    assert case.starts or not progress
+    for part in case.says:
+        assert part in message
+    assert case.what in documented(), f"{DOCS} has no row {case.what!r}"
+    message = re.sub(r"/tmp\S*?/(good\d*|products)(?=[/:\s])", NEUTRAL, message)
+    excerpt = ".*".join(re.escape(masked(piece)) for piece in documented()[case.what].split("…"))
+    assert re.fullmatch(excerpt, masked(message.strip()), re.DOTALL), f"{DOCS} says of {case.what!r}: {excerpt}"
+
+
+def test_the_docs_list_these_cases_and_no_others() -> None:
+    assert set(documented()) == {case.what for case in CASES}
+    assert len({case.what for case in CASES}) == len(CASES)
+
+
+def documented() -> dict[str, str]:
+    """First column of the docs' tables → second, the message."""
+    rows = re.findall(r"^\| ([^|]+) \| (`+) ?(.+?) ?\2 \| [^|]+ \|$", DOCS.read_text(), re.MULTILINE)
+    return {what: message for what, _, message in rows}
+
+
+def masked(text: str) -> str:
+    """Without ids and figures, which differ between machines."""
+    return re.sub(r"\b[0-9a-f]{12}\b|\d+", "#", text)
+
+
+def test_the_setup_that_the_cases_break_is_good(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(good)
+    before = everything(good)
+    assert run_command(["plan", "job.yaml"]) == 0
+    assert run_command(["plan", "job.yaml", "--set", "recipe=nowhere"]) == 2
+    assert everything(good) == before
+
+
+def test_a_job_script_says_the_same(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
+    Setup(tmp_path).job(chunksize=256)
+    before = everything(tmp_path)
+    assert run_command(["run", str(tmp_path / "job.yaml")]) == 2
+    command = [sys.executable, str(ROOT / "jobs" / "embed.py"), "--config", str(tmp_path / "job.yaml")]
+    script = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False, cwd=tmp_path)
+    assert (script.returncode, script.stdout, script.stderr) == (2, "", capsys.readouterr().err)
+    assert everything(tmp_path) == before
