@@ -1,7 +1,6 @@
 """What tests share: real weights and adapters, tiny random models, and one Ray cluster for all that need it."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,13 +8,12 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("LORA_EMBED_CACHE", str(Path(__file__).resolve().parents[1] / ".cache"))
 
-import ray
 import torch
 
-from lora_embed import demo
+from lora_embed import demo, pipeline
 from lora_embed.demo import parts
+from lora_embed.fetch import cache_root
 from lora_embed.progress import say
-from lora_embed.storage import cache_root
 
 torch.set_num_threads(1)  # two threads on contended cores fall to a quarter
 
@@ -46,11 +44,7 @@ def real_images(demo_cache: Path) -> list[parts.LabelledImage]:
     return parts.fetch_images(demo_cache, say)
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
-    """A Ray cluster of two CPUs in this process."""
-    from lora_embed import pipeline
-
+@pytest.fixture
+def cluster() -> None:
+    """A Ray cluster of this machine's CPUs, in this process: started where there is none, ended with the process."""
     pipeline.connect()
-    yield
-    ray.shutdown()

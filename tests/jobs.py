@@ -1,7 +1,6 @@
 """Whole jobs for tests: recipes and shards on disk, runs in this process or in one that can be killed, tables read back."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,26 +58,11 @@ def job_of(folder: Path, recipe: Path, source: Path | list[Path], **options: Any
     return load_job(write_job(folder, recipe, source, **options))
 
 
-def start_job(job: Path, log: Path, *arguments: str, **ray_resources: int) -> subprocess.Popen[bytes]:
-    """`jobs/embed.py` in a session of its own; with `ray_resources`, on a cluster that declares them."""
-    command = [sys.executable, str(ROOT / "jobs" / "embed.py"), "--config", str(job), "--json", *arguments]
-    if ray_resources:
-        declared = f"import ray, sys, runpy; ray.init(address='local', include_dashboard=False, **{ray_resources!r}); "
-        command = [sys.executable, "-c", declared + "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"]
-        command += [str(ROOT / "jobs" / "embed.py"), "--config", str(job), "--json", *arguments]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+def start_job(job: Path, log: Path) -> subprocess.Popen[bytes]:
+    """`jobs/embed.py` in a session of its own, which can be killed."""
+    command = [sys.executable, str(ROOT / "jobs" / "embed.py"), "--config", str(job), "--json"]
     with log.open("wb") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
-
-
-def run_job_alone(job: Path, log: Path, *arguments: str, timeout_s: float = 240, **ray_resources: int) -> dict[str, Any]:
-    """Run a job in its own process to its end; returns its JSON result. Fails with its log if it does not succeed."""
-    process = start_job(job, log, *arguments, **ray_resources)
-    code = process.wait(timeout=timeout_s)
-    output = log.read_text()
-    assert code == 0, output
-    result: dict[str, Any] = json.loads(output.splitlines()[-1])
-    return result
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def read_rows(table: Path) -> pa.Table:

@@ -1,5 +1,6 @@
 """Whole runs on a real Ray cluster: from recipe and images to a published table, read back by plain pyarrow."""
 
+import contextlib
 import io
 import pickle
 import random
@@ -14,6 +15,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 
 from guide import embed_by_hand, merge_by_hand
@@ -21,7 +23,6 @@ from jobs import (
     job_of,
     read_rejects,
     read_rows,
-    run_job_alone,
     snapshot,
     start_job,
     tiny_recipe,
@@ -30,7 +31,8 @@ from jobs import (
     write_recipe,
     write_tars,
 )
-from lora_embed import open_table
+from lora_embed import open_table, pipeline
+from lora_embed.config import load_job
 from lora_embed.demo.parts import LabelledImage, write_shards
 from lora_embed.errors import GateFailed, IncompleteRun
 from lora_embed.model.golden import relative_difference
@@ -235,28 +237,30 @@ def test_an_opened_table_answers_with_its_own_encoder(tmp_path: Path, tiny: Path
 def test_both_topologies_end_with_the_same_vectors(tmp_path: Path, tiny: Path, cpus: int, gpus: int) -> None:
     """A declared GPU puts decoding, embedding and writing into processes of their own; the actor computes on the CPU."""
     source = write_tars(tmp_path / "shards", shards=5, images=12)
-    job = write_job(tmp_path, tiny / "recipe.yaml", source, chunk_size=5)
-    result = run_job_alone(job, tmp_path / "log", timeout_s=120, num_cpus=cpus, num_gpus=gpus)
-    assert result["counts"] == {"shards": 5, "samples": 60, "vectors": 60, "rejects": 0}
+    job = job_of(tmp_path, tiny / "recipe.yaml", source, chunk_size=5, resources={})
+    ray.shutdown()
+    pipeline.connect(num_cpus=cpus, num_gpus=gpus)
+    topology = pipeline.choose_topology(job.resources)
+    assert (topology.decode is not None, topology.device.get("num_gpus", 0)) == (gpus == 1, gpus)
+    result = run_job(job)
+    ray.shutdown()
+    assert result.counts == {"shards": 5, "samples": 60, "vectors": 60, "rejects": 0}
     encoder = open_table(str(tmp_path / "table")).encoder()
-    vectors = vectors_by_id(read_rows(tmp_path / "table"))
     images = [Image.open(io.BytesIO(png(number))) for number in range(60)]
     expected = {f"{n // 12:04d}.tar/{n:06d}": encoder.embed([image])[0].tobytes() for n, image in enumerate(images)}
-    assert vectors == expected
+    assert vectors_by_id(read_rows(tmp_path / "table")) == expected
 
 
 def kill_all(process: psutil.Process) -> None:
     """SIGKILL to the driver and every process that it started."""
     started = [process, *process.children(recursive=True)]
     for one in started:
-        with pytest.MonkeyPatch.context():
-            try:
-                one.kill()
-            except psutil.NoSuchProcess:
-                continue
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
     psutil.wait_procs(started, timeout=20)
 
 
+@pytest.mark.usefixtures("cluster")
 def test_killed_runs_resume_to_the_same_table(tmp_path: Path, tiny: Path) -> None:
     source = write_tars(tmp_path / "shards", shards=20, images=40)
     for name in ("killed", "undisturbed", "other"):
@@ -283,16 +287,13 @@ def test_killed_runs_resume_to_the_same_table(tmp_path: Path, tiny: Path) -> Non
     assert not (tmp_path / "killed" / "table" / "versions").exists()
 
     resumed_elsewhere = shutil.copytree(tmp_path / "killed" / "table", tmp_path / "other" / "table")
-    result = run_job_alone(job, tmp_path / "log-last")
-    assert result["embedded"] == 800 - 8 * len(seen)
-    undisturbed = write_job(tmp_path / "undisturbed", tiny / "recipe.yaml", source, chunk_size=8)
-    run_job_alone(undisturbed, tmp_path / "log-undisturbed")
+    assert run_job(load_job(job)).embedded == 800 - 8 * len(seen)
+    run_job(job_of(tmp_path / "undisturbed", tiny / "recipe.yaml", source, chunk_size=8))
     expected = read_rows(tmp_path / "undisturbed" / "table")
     assert read_rows(tmp_path / "killed" / "table").equals(expected)
     assert not list(staging.rglob("*.parquet"))
 
-    other = write_job(tmp_path / "other", tiny / "recipe.yaml", source, chunk_size=7, table=str(resumed_elsewhere))
-    run_job_alone(other, tmp_path / "log-other")
+    run_job(job_of(tmp_path / "other", tiny / "recipe.yaml", source, chunk_size=7, table=str(resumed_elsewhere)))
     assert read_rows(tmp_path / "other" / "table").equals(expected)
 
 
@@ -300,10 +301,8 @@ def private_memory(process: psutil.Process) -> int:
     """Bytes that the driver and all its processes hold for themselves alone."""
     total = 0
     for one in [process, *process.children(recursive=True)]:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             total += one.memory_full_info().uss
-        except psutil.NoSuchProcess:
-            continue
     return total
 
 

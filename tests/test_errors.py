@@ -30,12 +30,8 @@ LIMIT_S = 10.0  # for one error; those found by reading alone take a few hundred
 DOCS = ROOT / "docs" / "errors.md"
 NEUTRAL = "/data/products"  # stands in the docs for the folder of a setup
 ORDINARY_USER = 65534
-MINIO = {
-    "endpoint_url": "http://127.0.0.1:9",
-    "key": "k",
-    "secret": "s",
-    "config_kwargs": {"retries": {"total_max_attempts": 1}},
-}
+KEYS = {"key": "k", "secret": "s"}
+NOWHERE = KEYS | {"endpoint_url": "http://127.0.0.1:9", "config_kwargs": {"retries": {"total_max_attempts": 1}}}
 RECIPE = {"base_model": "./base", "adapters": [{"path": "./ten", "weight": 0.5}, {"path": "./more", "weight": 0.5}]}
 JOB = {
     "recipe": "recipe.yaml",
@@ -142,6 +138,7 @@ def clashing_names(setup: Setup) -> None:
 
 
 def locked(setup: Setup) -> None:
+    setup.folder.chmod(0o755)  # the job itself can be read
     (setup.folder / "locked").mkdir(mode=0o555)
     setup.job(table="locked/table")
 
@@ -276,12 +273,12 @@ TABLE_CASES = [
     Case("a table that cannot be written", locked, ["/locked", "not writable", "permissions"], as_ordinary_user=True),
     Case(
         "a bucket that cannot be reached",
-        lambda s: s.job(table="s3://products/table", table_storage_options=MINIO),
+        lambda s: s.job(table="s3://products/table", table_storage_options=NOWHERE),
         ["s3://products/table", "cannot be reached", "Check network, endpoint and keys"],
     ),
     Case(
         "a storage option that is not known",
-        lambda s: s.job(table="s3://products/table", table_storage_options={"key": "k", "secret": "s", "endpiont": "http"}),
+        lambda s: s.job(table="s3://products/table", table_storage_options=KEYS | {"endpiont": "http"}),
         ["s3://products/table", "not known", "'endpiont'", "given are"],
     ),
     Case("an unknown kind of storage", lambda s: s.job(table="s4://products/table"), ["s4://products/table", "unknown"]),

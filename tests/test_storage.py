@@ -16,7 +16,8 @@ import pytest
 from fsspec.spec import AbstractFileSystem
 
 from lora_embed.errors import StorageError
-from lora_embed.storage import TEMPORARY, Entry, Store, fetch_directory
+from lora_embed.fetch import fetch_directory
+from lora_embed.storage import TEMPORARY, Entry, Store
 
 WRITER = """
 import sys

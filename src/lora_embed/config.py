@@ -250,6 +250,8 @@ class _Loader(yaml.SafeLoader):
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands there twice", key.start_mark)
             seen.add(key.value)
+            if key.tag != "tag:yaml.org,2002:merge":
+                key.tag = "tag:yaml.org,2002:str"  # `on` and `5` too: keys are names
         return super().construct_mapping(node, deep)
 
 
@@ -291,7 +293,7 @@ def _checked(model: type[Config], data: dict[str, Any], where: str, overridden: 
 
 def _keys_of(item: Any) -> Keys:
     """Where a pydantic error lies, without the names that pydantic gives to the branches of a union."""
-    branches = () if item["type"] == "extra_forbidden" else ("literal['auto']", "constrained-int", "[key]")
+    branches = () if item["type"] == "extra_forbidden" else ("literal['auto']", "constrained-int")
     return tuple(part for part in item["loc"] if part not in branches)
 
 
@@ -299,7 +301,7 @@ def _explain(model: type[BaseModel], keys: Keys, items: list[Any]) -> str:
     """One key's errors, several where it may be one thing or another, as a sentence: what was found, what is expected."""
     item, key = items[0], _dotted(keys)
     kind, message = item["type"], str(item["msg"]).removeprefix("Value error, ")
-    if kind in ("extra_forbidden", "invalid_key"):
+    if kind == "extra_forbidden":
         known = list(_section_at(model, keys[:-1]).model_fields)
         close = difflib.get_close_matches(str(keys[-1]), known, n=1)
         return f"unknown key {key!r}. " + (f"Did you mean {close[0]!r}?" if close else f"Known keys: {', '.join(known)}.")
@@ -310,7 +312,8 @@ def _explain(model: type[BaseModel], keys: Keys, items: list[Any]) -> str:
     expected = message.removeprefix("expected ") if kind == "value_error" else " or ".join(_expected(item) for item in items)
     if kind in ("model_type", "dict_type") and (section := _section_at(model, keys)) is not model:
         expected += f": {', '.join(section.model_fields)}"
-    return f"{key} is {_shown(item['input'])}, expected {expected}"
+    found = type(item["input"]).__name__ if key.endswith("_storage_options") else _shown(item["input"])  # may hold secrets
+    return f"{key} is {found}, expected {expected}"
 
 
 def _expected(item: Any) -> str:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from lora_embed.decode import decode_items
+from lora_embed.fetch import fetch_directory
 from lora_embed.model.encoder import FILES, load_encoder
 from lora_embed.model.preprocess import Preprocessing
 from lora_embed.schema import ChunkHead, Layout
-from lora_embed.storage import fetch_directory
 from lora_embed.write import WriteParts
 
 CPU_BATCH, GPU_BATCH = 16, 128

@@ -130,14 +130,24 @@ def ask_device(topology: Topology) -> Device:
     return device
 
 
-def connect() -> None:
-    """Join the cluster that this job was submitted to, or start one on this machine that ends with this process."""
+def connect(num_cpus: int | None = None, num_gpus: int | None = None) -> None:
+    """Join the cluster that this job was submitted to, or start one on this machine that ends with this process.
+
+    The numbers are what a cluster started here declares, by default what the machine has.
+    """
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS", "local")
     dashboard = False if address == "local" else None
-    ray.init(address=address, include_dashboard=dashboard, logging_level=logging.ERROR, log_to_driver=False)
+    ray.init(
+        address=address,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        include_dashboard=dashboard,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
     warnings.filterwarnings("ignore", category=RayDeprecationWarning)  # of arguments that the pinned Ray still takes
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it prints the tracebacks of what is raised anyway
     context = ray.data.DataContext.get_current()

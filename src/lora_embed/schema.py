@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -83,10 +84,8 @@ class Part:
     @classmethod
     def parse(cls, name: str) -> "Part | None":
         """None for a name that is not a part's."""
-        pieces = name.removesuffix(".parquet").split("-")
-        if not name.endswith(".parquet") or len(pieces) not in (2, 3) or pieces[2:] not in ([], ["last"]):
-            return None
-        return cls(shard_id=pieces[0], chunk=int(pieces[1]), last=len(pieces) == 3)
+        match = re.fullmatch(r"([0-9a-f]+)-(\d{8})(-last)?\.parquet", name)
+        return cls(shard_id=match[1], chunk=int(match[2]), last=match[3] is not None) if match else None
 
 
 @dataclass(frozen=True, kw_only=True)

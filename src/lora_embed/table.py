@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -47,16 +48,21 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest | None:
     if version is not None:
         data = store.read(manifest_path(version))
         return Manifest.from_json(data) if data is not None else None
-    number = int(store.read(CURRENT) or _highest_listed(store))
+    hint = (store.read(CURRENT) or b"").strip()
+    number = int(hint) if hint.isdigit() else 0
     latest = store.read(manifest_path(number)) if number else None
+    if latest is None:
+        number = max(listed_versions(store), default=0)
+        latest = store.read(manifest_path(number)) if number else None
     while (following := store.read(manifest_path(number + 1))) is not None:
         number, latest = number + 1, following
     return Manifest.from_json(latest) if latest is not None else None
 
 
-def _highest_listed(store: Store) -> int:
-    names = [entry.path.rsplit("/", 1)[-1] for entry in store.list_files("versions")]
-    return max((int(name.removesuffix(".json")) for name in names), default=0)
+def listed_versions(store: Store) -> list[int]:
+    """Numbers of all versions whose manifests are there, in order."""
+    names = [entry.path.removeprefix("versions/") for entry in store.list_files("versions")]
+    return sorted(int(name[:8]) for name in names if re.fullmatch(r"\d{8}\.json", name))
 
 
 def staged_parts(store: Store, space_id: str, layout_id: str) -> dict[str, list[Part]]:
@@ -408,6 +414,6 @@ def describe_table(uri: str, storage_options: dict[str, Any] | None = None) -> T
         space_id=manifest.space_id if manifest else None,
         created=manifest.created if manifest else None,
         counts=manifest.counts if manifest else {},
-        versions=[int(entry.path[-13:-5]) for entry in store.list_files("versions")],
+        versions=listed_versions(store),
         staged=dict(staged),
     )

@@ -23,13 +23,13 @@ from lora_embed.decode import decode_image
 from lora_embed.demo import parts
 from lora_embed.demo.picture import Tile, neighbour_sheet
 from lora_embed.evaluate import knn_accuracy
+from lora_embed.fetch import cache_root
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.encoder import Encoder, load_encoder
 from lora_embed.plan import list_shards
 from lora_embed.read import read_samples
 from lora_embed.run import run_job
 from lora_embed.schema import Layout, Shard
-from lora_embed.storage import cache_root
 from lora_embed.table import Table, open_table
 
 ADAPTERS = Path(__file__).parent / "adapters"

@@ -20,7 +20,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 from lora_embed.errors import AdapterMismatch
-from lora_embed.storage import fetch_directory
+from lora_embed.fetch import fetch_directory
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

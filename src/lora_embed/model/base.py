@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging
 
 from lora_embed.errors import EncoderError
-from lora_embed.storage import fetch_directory
+from lora_embed.fetch import fetch_directory
 
 MODEL_FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
 

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from lora_embed.decode import decode_image, to_rgb
 from lora_embed.errors import EncoderError
+from lora_embed.fetch import fetch_directory
 from lora_embed.model import golden
 from lora_embed.model.base import MODEL_FILES, load_headless
 from lora_embed.model.pooling import FROM_LAST_HIDDEN_STATE, HiddenState, pooler
 from lora_embed.model.preprocess import Pixels, Preprocessing
-from lora_embed.storage import fetch_directory
 
 DESCRIPTION = "encoder.json"
 FILES = (*MODEL_FILES, DESCRIPTION, "recipe.yaml", "merge_report.json", f"{golden.FOLDER}/*")
