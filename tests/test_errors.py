@@ -360,8 +360,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def published(good: Path, cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a published table."""
+    pipeline.connect()
     folder = tmp_path_factory.mktemp("published") / "good"
     shutil.copytree(good, folder)
     run_job(load_job(folder / "job.yaml"))

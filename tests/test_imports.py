@@ -37,7 +37,7 @@ HEAVY = ["torch", "transformers", "ray", "peft"]
 def modules() -> dict[str, Path]:
     """Name below the package, or `jobs.embed` and the like → file."""
     found = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")}
-    for folder in ("jobs", "scripts", "benchmarks"):
+    for folder in ("jobs", "scripts"):
         found |= {f"{folder}.{path.stem}": path for path in (ROOT / folder).glob("*.py")}
     return {name.removesuffix(".__init__"): path for name, path in found.items()}
 
@@ -93,7 +93,7 @@ def layer_of(name: str) -> int:
 
 
 def is_placed(name: str) -> bool:
-    return name != "__init__" and not name.startswith(("scripts.", "benchmarks."))
+    return name != "__init__" and not name.startswith("scripts.")
 
 
 def test_modules_are_found() -> None:
