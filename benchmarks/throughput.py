@@ -2,7 +2,7 @@
 
 The limit of a core that both decodes and embeds is 1 / (1/decode + 1/forward), with decode and forward measured alone,
 one process per core at the same time. Limits are measured before and after each run, and the mean is what counts, so
-that a machine whose speed drifts does not decide the ratio. Steady rate: from the first committed chunk to the last.
+that a machine whose speed drifts does not decide the ratio. Steady rate: from the first committed part to the last.
 """
 
 import argparse
@@ -10,7 +10,6 @@ import io
 import itertools
 import json
 import multiprocessing
-import os
 import statistics
 import tarfile
 import tempfile
@@ -20,20 +19,24 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 import yaml
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from lora_embed import pipeline, run
-from lora_embed.config import load_job
+from lora_embed.config import load_job, load_recipe
 from lora_embed.decode import decode_image
 from lora_embed.demo import parts
 from lora_embed.fetch import cache_root
+from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.encoder import load_encoder
 from lora_embed.plan import list_shards
 from lora_embed.progress import say
 from lora_embed.read import read_samples
-from lora_embed.schema import ChunkStats, Layout
+from lora_embed.schema import Layout
 
+CHUNK = 32
 LAYOUT = Layout(precision="float32", batch_size=16)
 Limits = dict[str, float]
 
@@ -75,26 +78,25 @@ def save_tiny_model(folder: Path) -> Path:
 
 
 def measure_core(encoder_uri: str, shard_folder: str, count: int, barrier: Any, answers: Any) -> None:
-    """Images/s of decoding alone and of the model alone, in one process beside its siblings."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
-
-    from lora_embed.model.encoder import load_encoder
-
+    """Images/s of decoding alone and of the model alone, chunk by chunk, in one process beside its siblings."""
     torch.set_num_threads(1)
     encoder = load_encoder(encoder_uri)
     prepare = encoder.description.preprocessing
     samples = list(read_samples(list_shards((shard_folder,), {})[0], LAYOUT, {}, lambda number: True))[:count]
-    encoder.embed_pixels(np.stack([decode_image(s.data or b"", prepare).pixels for s in samples[:16]]))
+    seconds = {"decode": 0.0, "forward": 0.0}
+    pixels = np.empty((CHUNK, *prepare.size, 3), np.uint8)
+    encoder.embed_pixels(pixels[:16])
     barrier.wait()
-    started = time.perf_counter()
-    pixels = np.stack([decode_image(sample.data or b"", prepare).pixels for sample in samples])
-    decoded = time.perf_counter()
-    barrier.wait()
-    again = time.perf_counter()
-    encoder.embed_pixels(pixels)
-    ended = time.perf_counter()
-    answers.put((len(samples) / (decoded - started), len(samples) / (ended - again)))
+    for start in range(0, len(samples) - CHUNK + 1, CHUNK):
+        began = time.perf_counter()
+        for row, sample in enumerate(samples[start : start + CHUNK]):
+            pixels[row] = decode_image(sample.data or b"", prepare).pixels
+        decoded = time.perf_counter()
+        encoder.embed_pixels(pixels)
+        seconds["decode"] += decoded - began
+        seconds["forward"] += time.perf_counter() - decoded
+    images = len(samples) // CHUNK * CHUNK
+    answers.put((images / seconds["decode"], images / seconds["forward"]))
 
 
 def measure_limits(encoder_uri: Path, shards: Path, count: int, cores: int) -> Limits:
@@ -113,25 +115,13 @@ def measure_limits(encoder_uri: Path, shards: Path, count: int, cores: int) -> L
 
 
 def measure_run(job_file: Path, table: Path) -> tuple[float, float, int]:
-    """(steady images/s, seconds of the whole run, images)."""
-    arrivals: list[tuple[float, ChunkStats]] = []
-    embed_items = pipeline.embed_items
-
-    def timed(*arguments: Any) -> Any:
-        for stats in embed_items(*arguments):
-            arrivals.append((time.perf_counter(), stats))
-            yield stats
-
-    pipeline.embed_items = timed
+    """(steady images/s, seconds of the whole run, images); steady by the times at which parts were committed."""
     started = time.perf_counter()
-    try:
-        run.run_job(load_job(job_file, [f"table={table}"]))
-    finally:
-        pipeline.embed_items = embed_items
+    result = run.run_job(load_job(job_file, [f"table={table}"]), publishes=False)
     seconds = time.perf_counter() - started
-    first, last = arrivals[0][0], arrivals[-1][0]
-    after_first = sum(stats.samples for moment, stats in arrivals[1:])
-    return after_first / (last - first), seconds, sum(stats.samples for _, stats in arrivals)
+    committed = sorted(part.stat().st_mtime_ns for part in (table / "staging").rglob("*.parquet"))
+    steady = (result.embedded - CHUNK) / (committed[-1] - committed[0]) * 1e9
+    return steady, seconds, result.embedded
 
 
 def benchmark(name: str, base: Path, shards: Path, repeats: int, probe: int) -> dict[str, Any]:
@@ -139,12 +129,12 @@ def benchmark(name: str, base: Path, shards: Path, repeats: int, probe: int) -> 
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         (home / "recipe.yaml").write_text(yaml.safe_dump({"base_model": str(base), "merge_method": "none"}))
-        job = {"recipe": "recipe.yaml", "input": str(shards), "table": "table", "chunk_size": 32, "batch_size": 16}
+        job = {"recipe": "recipe.yaml", "input": str(shards), "table": "table", "chunk_size": CHUNK, "batch_size": 16}
         (home / "job.yaml").write_text(yaml.safe_dump(job | {"precision": "float32"}))
         pipeline.connect()
         cores = int(ray.cluster_resources()["CPU"])
-        run.provide_encoder(run.gather(run.find_recipe(str(home / "recipe.yaml"))), None, run.Store(str(home / "e")), None)
-        encoder = next((home / "e" / "encoders").iterdir())
+        encoder = home / "encoder"
+        build_encoder(gather(load_recipe(home / "recipe.yaml")), encoder, say)
         limits = [measure_limits(encoder, shards, probe, cores)]
         runs = []
         for number in range(repeats):
@@ -172,9 +162,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = []
         if arguments.workload in ("feeding", "all"):
-            write_mosaics(Path(folder) / "many", 6000, per_shard=250)
+            write_mosaics(Path(folder) / "many", 8000, per_shard=1000)
             tiny = save_tiny_model(Path(folder) / "tiny")
-            results.append(benchmark("feeding-bound, tiny ViT at 224", tiny, Path(folder) / "many", arguments.repeats, 1500))
+            results.append(benchmark("feeding-bound, tiny ViT at 224", tiny, Path(folder) / "many", arguments.repeats, 1000))
         if arguments.workload in ("compute", "all"):
             write_mosaics(Path(folder) / "few", 512, per_shard=64)
             small = parts.fetch_base_model(cache_root(), say)

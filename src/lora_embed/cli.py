@@ -136,7 +136,10 @@ def _exit_code(command: Callable[[], Any]) -> int:
         say("interrupted; what is committed stays, and the same command goes on")
         return 1
     except SystemExit as end:
-        return int(end.code or 0) if not isinstance(end.code, str) else 1
+        if end.code in (None, 0, 1, 2):
+            return int(end.code or 0)
+        say("stopped by a signal; what is committed stays, and the same command goes on")
+        return 1
     return 0
 
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -140,19 +141,37 @@ def connect(num_cpus: int | None = None, num_gpus: int | None = None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS", "local")
     dashboard = False if address == "local" else None
-    ray.init(
-        address=address,
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-        include_dashboard=dashboard,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
+    _check_reachable(address)
+    try:
+        ray.init(
+            address=address,
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            include_dashboard=dashboard,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    except ConnectionError as error:
+        raise ResourcesError(f"no Ray cluster can be joined at {address}: {error}. Start one, or unset RAY_ADDRESS.") from None
     warnings.filterwarnings("ignore", category=RayDeprecationWarning)  # of arguments that the pinned Ray still takes
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it prints the tracebacks of what is raised anyway
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries an address that nobody listens at for minutes."""
+    match = re.fullmatch(r"(?:ray://)?([^/:]+):(\d+)", address)
+    if match is None:
+        return
+    try:
+        socket.create_connection((match[1], int(match[2])), timeout=10).close()
+    except OSError as error:
+        raise ResourcesError(
+            f"RAY_ADDRESS is {address}, but nobody answers there ({error}). Start the cluster, correct the address, or "
+            "unset it to run on this machine alone."
+        ) from None
 
 
 def map_tasks(task: Callable[..., R], shared: tuple[Any, ...], arguments: list[Any]) -> list[R]:

@@ -5,12 +5,12 @@ import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lora_embed import pipeline, plan, publish, table
 from lora_embed.config import JobConfig, Recipe, load_recipe
 from lora_embed.errors import IncompleteRun, TableError
-from lora_embed.model.build import Ingredients, build_encoder, gather
+from lora_embed.model.build import Ingredients, build_encoder, gather, match_adapters
 from lora_embed.model.encoder import DESCRIPTION, Description, read_description
 from lora_embed.progress import Progress, say
 from lora_embed.read import count_samples
@@ -76,7 +76,10 @@ def plan_job(job: JobConfig) -> Outlook:
     shards = plan.list_shards(job.input, job.input_storage_options)
     current = table.read_manifest(store)
     recipe = find_recipe(job.recipe)
-    encoder = find_encoder(gather(recipe), store) if isinstance(recipe, Recipe) else read_description(recipe)
+    source = gather(recipe) if isinstance(recipe, Recipe) else recipe
+    encoder = read_description(source) if isinstance(source, Path) else find_encoder(source, store)
+    if encoder is None and not isinstance(source, Path):
+        match_adapters(source)
     if encoder is not None:
         refuse_other_space(store, current, encoder)
     layout = known_layout(job, store, encoder, current) if encoder is not None else None
@@ -117,9 +120,13 @@ def run_job(job: JobConfig, *, publishes: bool = True) -> RunResult:
         result = RunResult(table=job.table, space_id=known.space_id, embedded=0, version=current.version, counts=current.counts)
         return replace(result, seconds=round(time.monotonic() - started, 2))
 
-    pipeline.connect()
-    topology = pipeline.choose_topology(job.resources)
-    encoder = provide_encoder(source, known, store, current)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = None if known is not None else prepare_encoder(source, Path(scratch) / "encoder")
+        prepared = known or read_description(cast(Path, folder))
+        refuse_other_space(store, current, prepared)
+        pipeline.connect()
+        topology = pipeline.choose_topology(job.resources)  # the last that can refuse before anything is written
+        encoder = prepared if folder is None else store_encoder(folder, store)
     layout = resolve_layout(job, store, encoder, current, topology)
     work = find_work(job, store, encoder, layout, current, shards)
     say(f"{len(shards)} shards: {len(shards) - len(work)} done, {len(work)} to embed")
@@ -165,23 +172,12 @@ def find_recipe(uri: str) -> Recipe | Path:
     return load_recipe(uri)
 
 
-def provide_encoder(
-    source: Ingredients | Path, known: Description | None, store: Store, current: Manifest | None
-) -> Description:
-    """The encoder on the table's storage: known, or built from its ingredients, or copied from its directory.
-
-    Raises TableError, before anything is written, when the table holds vectors of another space.
-    """
-    if known is not None:
-        refuse_other_space(store, current, known)
-        say(f"encoder {known.space_id}: is on the table's storage")
-        return known
+def prepare_encoder(source: Ingredients | Path, out: Path) -> Path:
+    """The directory of an encoder that the table has not: given, or built at `out`."""
     if isinstance(source, Path):
-        return _store_encoder(source, store, current)
-    with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / "encoder"
-        build_encoder(source, built, say)
-        return _store_encoder(built, store, current)
+        return source
+    build_encoder(source, out, say)
+    return out
 
 
 def find_encoder(source: Ingredients | Path, store: Store) -> Description | None:
@@ -202,10 +198,9 @@ def stored_encoder(store: Store, space_id: str) -> Description | None:
         return read_description(Path(folder))
 
 
-def _store_encoder(folder: Path, store: Store, current: Manifest | None) -> Description:
+def store_encoder(folder: Path, store: Store) -> Description:
     """Copy an encoder to the table, its description last, so that it is whole once that can be read."""
     description = read_description(folder)
-    refuse_other_space(store, current, description)
     target = encoder_path(description.space_id)
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     for file in sorted(files, key=lambda file: file.name == DESCRIPTION):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from lora_embed.errors import TableError
 from lora_embed.storage import Entry
 
 FORMAT = 1  # of manifests and parts; part of the layout id
@@ -187,7 +188,12 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: bytes) -> "Manifest":
-        fields = json.loads(data)
+        try:
+            fields = json.loads(data)
+        except ValueError as error:
+            raise TableError(f"a version's manifest is damaged ({error}); remove it to return to the version before") from None
+        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+            raise TableError(f"a version's manifest is of another format than {FORMAT}: another release of lora-embed wrote it")
         for kind in ("files", "rejects"):
             fields[kind] = tuple(FileEntry.from_dict(entry) for entry in fields[kind])
         return cls(**fields)

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,13 +139,19 @@ def _read_config(uri: str, folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise AdapterMismatch(f"{uri}: is not a PEFT adapter: it has no {CONFIG_NAME}") from None
     except ValueError as error:
         raise AdapterMismatch(f"{path}: is not valid JSON ({error})") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise AdapterMismatch(f"{uri}: expected a LoRA adapter (peft_type LORA), found {kind}")
+    for field, kinds in (("r", int), ("lora_alpha", int | float)):
+        if not isinstance(config.get(field), kinds):
+            raise AdapterMismatch(f"{path}: {field} is {json.dumps(config.get(field))}, expected a number")
+    for field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(field) or {}, dict):
+            raise AdapterMismatch(f"{path}: {field} is {json.dumps(config[field])}, expected names with numbers")
     return config
 
 
@@ -223,13 +230,16 @@ def _scale(saved: SavedAdapter, module: str, rank: int) -> float:
     """`alpha / rank`, or `alpha / sqrt(rank)` for rank-stabilised LoRA (arXiv 2312.03732), patterns respected."""
     config = saved.config
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    expected = ranks.get(get_pattern_key(list(ranks), module), config["r"])
+    try:
+        expected = ranks.get(get_pattern_key(list(ranks), module), config["r"])
+        alpha = float(alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"]))
+    except (re.error, TypeError, ValueError) as error:
+        raise AdapterMismatch(f"{saved.uri}: rank_pattern or alpha_pattern of {CONFIG_NAME} cannot be read: {error}") from None
     if expected != rank:
         raise AdapterMismatch(
             f"{saved.uri}: {module} has rank {rank}, but {CONFIG_NAME} says {expected}; "
             "configuration and weights are of different adapters"
         )
-    alpha = float(alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"]) or 0.0)
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -81,7 +81,11 @@ def read_model_config(folder: Path, where: str) -> PretrainedConfig:
 
 def read_processor(folder: Path) -> Any:
     """The image processor, always the PIL one: with torchvision installed the default's pixels would differ."""
-    return AutoImageProcessor.from_pretrained(folder, backend="pil")
+    try:
+        return AutoImageProcessor.from_pretrained(folder, backend="pil")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise EncoderError(f"{folder}/preprocessor_config.json: is not a known image processor's: {reason}") from None
 
 
 def locate(config: PretrainedConfig, shapes: dict[str, torch.Size]) -> dict[str, str | None]:
@@ -104,9 +108,9 @@ def locate(config: PretrainedConfig, shapes: dict[str, torch.Size]) -> dict[str,
     )
     absent = set(info["missing_keys"]) | {mismatch[0] for mismatch in info["mismatched_keys"]}
     places: dict[str, str | None] = dict.fromkeys(names)
-    for target, weight in model.state_dict().items():
+    for target, weight in model.named_parameters():
         if target not in absent:
-            low, high = (int(bound) for bound in torch.aminmax(weight.float()))
+            low, high = (int(bound) for bound in torch.aminmax(weight))
             if low == high:  # several names joined in one weight would show several numbers
                 places[names[low]] = target
     return places

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -59,6 +60,13 @@ def gather(recipe: Recipe) -> Ingredients:
     return Ingredients(recipe=recipe, base=base, adapters=adapters, recipe_id=_recipe_id(recipe, base, adapters))
 
 
+def match_adapters(ingredients: Ingredients) -> list[Adapter]:
+    """Match all adapters to the base. Raises AdapterMismatch for the first that does not fit it."""
+    base = ingredients.base
+    where = _locator(read_model_config(base.folder, base.uri))
+    return [match_adapter(saved, base.uri, where) for saved in ingredients.adapters]
+
+
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     """Many small products: with a thread per core, beside other work on these cores, a build took five times as long."""
@@ -79,8 +87,8 @@ def build_encoder(ingredients: Ingredients, out: Path, say: Say) -> Description:
     recipe, base = ingredients.recipe, ingredients.base
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists and is not empty; an encoder is never written over. Name another directory.")
-    where = _locator(read_model_config(base.folder, base.uri))
-    adapters = [match_adapter(saved, base.uri, where) for saved in ingredients.adapters]
+    _check_writable(out)
+    adapters = match_adapters(ingredients)
     model = load_headless(base.folder, base.uri)
     say(f"base {base.uri}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M weights, {type(model).__name__}")
     report = _fold(model, adapters, recipe, say)
@@ -107,6 +115,12 @@ def build_encoder(ingredients: Ingredients, out: Path, say: Say) -> Description:
     return read_description(out)
 
 
+def _check_writable(out: Path) -> None:
+    nearest = next(parent for parent in out.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"{out}: cannot be written: {nearest} is not a directory that this user may write to")
+
+
 def _locator(config: PretrainedConfig) -> Locate:
     """`locate` for one base; adapters that name the same modules share one answer."""
     known: dict[frozenset[tuple[str, torch.Size]], dict[str, str | None]] = {}
@@ -131,6 +145,8 @@ def _fold(model: PreTrainedModel, adapters: list[Adapter], recipe: Recipe, say: 
         parameter = parameters[name]
         before = parameter.data.double()
         parameter.data = (before + delta).float()
+        if not bool(torch.isfinite(parameter).all()):
+            raise EncoderError(f"{name} is not finite after the merge: the weights of the recipe are too large for float32")
         changed[name] = {
             "relative_change": float(delta.norm() / before.norm()),
             "shares": {
@@ -183,7 +199,14 @@ def _describe(
 ) -> Description:
     recipe = ingredients.recipe
     values = torch.tensor(pixels).permute(0, 3, 1, 2).float() / 255
-    tap, output = find_tap(model, values)
+    try:
+        tap, output = find_tap(model, values)
+    except ValueError as error:  # as a model says that it takes another size
+        height, width = preprocessing.size
+        raise EncoderError(
+            f"{ingredients.base.uri}: {type(model).__name__} does not take images of {height}×{width} pixels "
+            f"({' '.join(str(error).split())[:160]}). Correct image_size in the recipe, or leave it out."
+        ) from None
     return Description(
         space_id=space_id_of(model, preprocessing, recipe.pooling, recipe.normalize),
         recipe_id=ingredients.recipe_id,

@@ -135,8 +135,11 @@ def read_description(folder: Path) -> Description:
     path = folder / DESCRIPTION
     if not path.is_file():
         raise EncoderError(f"{folder}: is not an encoder: it has no {DESCRIPTION}. Make one with `lora-embed build`.")
-    data = json.loads(path.read_text())
-    if data.pop("format") != FORMAT:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EncoderError(f"{path}: is damaged ({error}); build the encoder again") from None
+    if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
         raise EncoderError(f"{path}: was written in another format than {FORMAT}; build the encoder again")
     geometry: dict[str, Any] = data.pop("preprocessing")
     tuples = {key: tuple(value) for key, value in geometry.items() if isinstance(value, list)}

@@ -95,6 +95,10 @@ def from_processor(processor: dict[str, Any], image_size: int | None) -> tuple[P
     normalise = settings.get("do_normalize", True)
     mean = [float(value) for value in settings["image_mean"]] if normalise else [0.0] * 3
     std = [float(value) for value in settings["image_std"]] if normalise else [1.0] * 3
+    if len(mean) != 3 or len(std) != 3 or 0 in std:
+        raise EncoderError(
+            f"the image processor's image_mean {mean} and image_std {std} are not three numbers each, std not zero"
+        )
     preprocessing = Preprocessing(
         resize=resize,
         resample=int(settings["resample"]) if settings.get("resample") is not None else 2,  # 0 is a filter: nearest

@@ -1,0 +1,227 @@
+"""The table on storage without a cluster: parts, completeness, versions, compaction, and what verify notices."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lora_embed.errors import TableError, VerificationFailed
+from lora_embed.schema import ChunkHead, ChunkStats, Manifest, Part, sample_schema
+from lora_embed.storage import Store
+from lora_embed.table import (
+    Reuse,
+    ShardCounts,
+    Source,
+    Table,
+    commit_version,
+    compact,
+    is_complete,
+    make_manifest,
+    open_table,
+    part_paths,
+    plan_compactions,
+    plan_reuse,
+    read_manifest,
+    staged_parts,
+    verify_parts,
+    verify_table,
+)
+from lora_embed.write import make_part, write_part
+from samples import layout
+
+SPACE = "5ace5ace5ace"
+LAYOUT = layout(chunk_size=3)
+
+
+def part_of(shard: str, chunk: int, last: bool) -> Part:
+    return Part(shard_id=shard, chunk=chunk, last=last)
+
+
+def stage(store: Store, shard_id: str, name: str, samples: int, rejects: int = 0) -> list[Part]:
+    """Parts of a shard whose first `rejects` samples are bad."""
+    parts = []
+    for start in range(0, max(samples, 1), LAYOUT.chunk_size):
+        numbers = range(start, min(start + LAYOUT.chunk_size, samples))
+        rows = [{"key": f"{number}", "reason": "empty" if number < rejects else None, "detail": None} for number in numbers]
+        last = start + LAYOUT.chunk_size >= samples
+        good = sum(number >= rejects for number in numbers)
+        head = ChunkHead(
+            shard_id=shard_id, shard_name=name, prefix=name, chunk=start // LAYOUT.chunk_size, last=last, good=good
+        )
+        batch = pa.RecordBatch.from_pylist(rows, schema=sample_schema(()))
+        vectors = np.array([[number, 1.0] for number in numbers if number >= rejects], np.float32).reshape(-1, 2)
+        write_part(store, SPACE, LAYOUT, head.part, make_part(head, batch, vectors, LAYOUT))
+        parts.append(head.part)
+    return parts
+
+
+def publish(store: Store, version: int, staged: dict[str, ChunkStats], reuse: Reuse, names: dict[str, str]) -> Manifest:
+    sources = []
+    for shard_id, stats in staged.items():
+        counts = ShardCounts(
+            id=shard_id, name=names[shard_id], samples=stats.samples, vectors=stats.vectors, rejects=stats.rejects
+        )
+        parts = staged_parts(store, SPACE, LAYOUT.layout_id)[shard_id]
+        sources.append(Source(shard=counts, parts=part_paths(SPACE, LAYOUT, parts)))
+    tasks = plan_compactions([*reuse.sources, *sources], LAYOUT, SPACE, 2)
+    written = [compact(store, task) for task in tasks]
+    about: dict[str, Any] = {"gates": {}, "pins": LAYOUT.pins, "lineage": {}}
+    manifest = make_manifest(version, SPACE, 2, written, reuse, **about)
+    assert commit_version(store, manifest)
+    return manifest
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A table of two shards at version 1, of which the first has one reject."""
+    store = Store(str(tmp_path / "table"))
+    store.create(f"encoders/{SPACE}/encoder.json", b"{}")
+    parts = {"aa": stage(store, "aa", "a.tar", 7, rejects=1), "bb": stage(store, "bb", "b.tar", 2)}
+    staged = {shard: verify_parts(store, SPACE, LAYOUT, of_shard) for shard, of_shard in parts.items()}
+    publish(store, 1, staged, plan_reuse(None, set()), {"aa": "a.tar", "bb": "b.tar"})
+    return store
+
+
+@pytest.mark.parametrize("name", ["x-y.parquet", "aa-1.parquet", "aa-00000001-last.txt", "aa-00000001-first.parquet", "notes"])
+def test_a_stray_file_is_no_part(name: str) -> None:
+    assert Part.parse(name) is None
+
+
+def test_a_part_is_its_name() -> None:
+    for part in (part_of("0af3", 12, False), part_of("0af3", 0, True)):
+        assert Part.parse(part.name) == part
+
+
+def test_a_shard_is_complete_when_its_parts_reach_a_proven_last_one_without_a_gap() -> None:
+    assert is_complete([part_of("aa", 0, False), part_of("aa", 1, True)])
+    assert not is_complete([])
+    assert not is_complete([part_of("aa", 0, False), part_of("aa", 1, False)])
+    assert not is_complete([part_of("aa", 0, False), part_of("aa", 2, True)])
+
+
+def test_vectors_and_rejects_are_published_apart(store: Store) -> None:
+    table = open_table(store.uri)
+    rows = table.to_dataset().to_table().sort_by("id").to_pylist()
+    assert [row["id"] for row in rows] == [f"a.tar/{n}" for n in range(1, 7)] + ["b.tar/0", "b.tar/1"]
+    assert rows[2]["embedding"] == [3.0, 1.0]
+    assert [(row["id"], row["reason"]) for row in table.rejects().to_pylist()] == [("a.tar/0", "empty")]
+    assert table.manifest.counts == {"shards": 2, "samples": 9, "vectors": 8, "rejects": 1}
+    verify_table(table)
+
+
+@pytest.mark.parametrize("hint", [b"1\n", b"", b"7", b"not a number", None])
+def test_the_current_version_is_found_whatever_the_hint_says(store: Store, hint: bytes | None) -> None:
+    store.create("versions/notes.txt", b"stray")
+    if hint is None:
+        store.delete(["CURRENT"])
+    else:
+        store.replace("CURRENT", hint)
+    first = read_manifest(store)
+    assert first is not None
+    assert first.version == 1
+    store.create("versions/00000002.json", replace(first, version=2).to_json())
+    second = read_manifest(store)
+    assert second is not None
+    assert second.version == 2
+
+
+def test_a_version_has_one_winner(store: Store) -> None:
+    first = read_manifest(store)
+    assert first is not None
+    assert not commit_version(store, replace(first, space_id="other"))
+    assert read_manifest(store) == first
+
+
+def test_unchanged_files_are_reused_and_rows_of_touched_ones_copied(store: Store) -> None:
+    first = read_manifest(store)
+    assert first is not None
+    whole = plan_reuse(first, {"aa", "bb"})
+    assert whole.files == first.files
+    assert not whole.sources
+    parts = stage(store, "cc", "c.tar", 4)
+    reuse = plan_reuse(first, {"aa", "cc"})
+    assert [source.shard.id for source in reuse.sources] == ["aa"]
+    second = publish(store, 2, {"cc": verify_parts(store, SPACE, LAYOUT, parts)}, reuse, {"cc": "c.tar"})
+    assert second.counts == {"shards": 2, "samples": 11, "vectors": 10, "rejects": 1}
+    verify_table(open_table(store.uri))
+    verify_table(open_table(store.uri, version=1))
+    rows = open_table(store.uri).to_dataset().to_table().sort_by("id").to_pylist()
+    assert [row["id"] for row in rows if row["shard"] == "a.tar"] == [f"a.tar/{n}" for n in range(1, 7)]
+
+
+def test_parts_of_another_layout_or_with_a_gap_are_noticed(store: Store) -> None:
+    parts = staged_parts(store, SPACE, LAYOUT.layout_id)["aa"]
+    assert verify_parts(store, SPACE, LAYOUT, parts).vectors == 6
+    with pytest.raises(VerificationFailed, match="its footer says"):
+        verify_parts(store, SPACE, LAYOUT, [parts[0], parts[2]])
+    other = layout(chunk_size=3, precision="bfloat16")
+    for part in parts:
+        moved = store.read(part_paths(SPACE, LAYOUT, [part])[0])
+        store.create(part_paths(SPACE, other, [part])[0], moved or b"")
+    with pytest.raises(VerificationFailed, match="layout_id"):
+        verify_parts(store, SPACE, other, parts)
+
+
+def test_verify_notices_damage(store: Store) -> None:
+    path = Path(store.full_path(open_table(store.uri).manifest.files[0].path))
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], bytes([whole[0] ^ 1]) + whole[1:]):
+        path.write_bytes(damaged)
+        with pytest.raises(VerificationFailed, match=r"not the \d+ it was published with"):
+            verify_table(open_table(store.uri))
+    path.unlink()
+    with pytest.raises(VerificationFailed, match="is gone"):
+        verify_table(open_table(store.uri))
+
+
+def test_verify_notices_counts_that_do_not_add_up(store: Store) -> None:
+    table = open_table(store.uri)
+    (entry,) = table.manifest.files
+    first, *others = entry.shards
+    wrong = replace(entry, shards=(replace(first, vectors=first.vectors + 1), *others))
+    with pytest.raises(VerificationFailed, match="rows per shard differ"):
+        verify_table(Table(store, replace(table.manifest, files=(wrong,))))
+
+
+def test_compaction_refuses_rows_that_are_not_what_was_verified(store: Store) -> None:
+    counts = ShardCounts(id="bb", name="b.tar", samples=3, vectors=3, rejects=0)
+    parts = part_paths(SPACE, LAYOUT, staged_parts(store, SPACE, LAYOUT.layout_id)["bb"])
+    (task,) = plan_compactions([Source(shard=counts, parts=parts)], LAYOUT, SPACE, 2)
+    with pytest.raises(VerificationFailed, match="holds 2 vectors and 0 rejects, expected 3 and 0"):
+        compact(store, task)
+
+
+def test_files_hold_whole_shards_up_to_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_embed.table.DATA_FILE_BYTES", 100)
+    shards = [ShardCounts(id=f"{n}", name=f"{n}.tar", samples=5, vectors=5, rejects=0) for n in range(5)]
+    tasks = plan_compactions([Source(shard=shard, parts=("p",)) for shard in shards], LAYOUT, SPACE, 2)
+    assert [[source.shard.name for source in task.sources] for task in tasks] == [
+        ["0.tar", "1.tar", "2.tar"],
+        ["3.tar", "4.tar"],
+    ]
+
+
+def test_an_absent_table_or_version_is_named(tmp_path: Path, store: Store) -> None:
+    with pytest.raises(TableError, match="has no published version"):
+        open_table(str(tmp_path / "nowhere"))
+    with pytest.raises(TableError, match="has no version 5"):
+        open_table(store.uri, version=5)
+
+
+def test_a_damaged_manifest_is_one_message(store: Store) -> None:
+    store.replace("versions/00000001.json", b"{")
+    with pytest.raises(TableError, match="manifest is damaged"):
+        open_table(store.uri)
+
+
+def test_data_files_are_plain_parquet_with_split_and_compressed_vectors(store: Store) -> None:
+    file = pq.ParquetFile(store.full_path(open_table(store.uri).manifest.files[0].path))
+    names = [file.schema_arrow.field(n).name for n in range(len(file.schema_arrow))]
+    assert names == ["id", "embedding", "shard", "key", "width", "height", "sha256"]
+    assert str(file.schema_arrow.field("embedding").type) == "fixed_size_list<element: float not null>[2]"
+    column = file.metadata.row_group(0).column(1)
+    assert (column.compression, "BYTE_STREAM_SPLIT" in column.encodings) == ("ZSTD", True)
