@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "lora_embed"
 LAYERS = [  # top to bottom: a module imports from its own layer and those above it
     ["errors", "config", "schema", "storage", "fetch"],
     ["model.*", "plan", "read", "decode", "write", "evaluate", "export", "report", "progress"],
-    ["embed", "table"],
+    ["embed", "table", "compact"],
     ["pipeline"],
     ["publish"],
     ["run"],

@@ -9,22 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lora_embed.compact import Reuse, Source, compact, make_manifest, plan_compactions, plan_reuse
 from lora_embed.errors import TableError, VerificationFailed
-from lora_embed.schema import ChunkHead, ChunkStats, Manifest, Part, sample_schema
+from lora_embed.schema import ChunkHead, ChunkStats, Manifest, Part, ShardCounts, sample_schema
 from lora_embed.storage import Store
 from lora_embed.table import (
-    Reuse,
-    ShardCounts,
-    Source,
     Table,
     commit_version,
-    compact,
     is_complete,
-    make_manifest,
     open_table,
     part_paths,
-    plan_compactions,
-    plan_reuse,
     read_manifest,
     staged_parts,
     verify_parts,
@@ -196,7 +190,7 @@ def test_compaction_refuses_rows_that_are_not_what_was_verified(store: Store) ->
 
 
 def test_files_hold_whole_shards_up_to_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_embed.table.DATA_FILE_BYTES", 100)
+    monkeypatch.setattr("lora_embed.compact.DATA_FILE_BYTES", 100)
     shards = [ShardCounts(id=f"{n}", name=f"{n}.tar", samples=5, vectors=5, rejects=0) for n in range(5)]
     tasks = plan_compactions([Source(shard=shard, parts=("p",)) for shard in shards], LAYOUT, SPACE, 2)
     assert [[source.shard.name for source in task.sources] for task in tasks] == [

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from lora_embed import pipeline, table
+from lora_embed import compact, pipeline, table
 from lora_embed.config import JobConfig
 from lora_embed.errors import GateFailed, IncompleteRun
 from lora_embed.progress import say
@@ -13,28 +13,26 @@ from lora_embed.schema import Manifest, Shard, ShardCounts
 def publish(job: JobConfig, shared: pipeline.Job, shards: list[Shard]) -> tuple[Manifest, bool]:
     """Make the shards the table's current version; False beside the manifest when they already are.
 
-    Raises IncompleteRun, VerificationFailed or GateFailed; staged parts are removed only once a version holds them.
+    Raises IncompleteRun, VerificationFailed or GateFailed; staged parts are removed only once a version holds their rows.
     """
     store = shared.store
     wanted = {shard.id: shard for shard in shards}
     while True:
         current = table.read_manifest(store)
         if current is not None and set(current.shards) == set(wanted):
+            table.clear_absorbed(store, current, shared.layout)
             return current, False
-        manifest, absorbed = _next_version(job, shared, current, wanted)
+        manifest = _next_version(job, shared, current, wanted)
         if table.commit_version(store, manifest):
-            store.delete(absorbed)
-            store.clear_temporary()
+            table.clear_absorbed(store, manifest, shared.layout)
             return manifest, True
         say(f"version {manifest.version} was published by another run meanwhile; planning again from it")
 
 
-def _next_version(
-    job: JobConfig, shared: pipeline.Job, current: Manifest | None, wanted: dict[str, Shard]
-) -> tuple[Manifest, list[str]]:
-    """The next version's manifest with its files written, and the paths of the parts that it absorbs."""
+def _next_version(job: JobConfig, shared: pipeline.Job, current: Manifest | None, wanted: dict[str, Shard]) -> Manifest:
+    """The next version's manifest, its files written."""
     store, encoder, layout = shared.store, shared.encoder, shared.layout
-    reuse = table.plan_reuse(current, set(wanted))
+    reuse = compact.plan_reuse(current, set(wanted))
     kept = set(current.shards) & set(wanted) if current is not None else set()
     staged = table.staged_parts(store, encoder.space_id, layout.layout_id)
     new = {shard_id: staged.get(shard_id, []) for shard_id in wanted if shard_id not in kept}
@@ -42,13 +40,15 @@ def _next_version(
     if incomplete:
         raise IncompleteRun(f"{len(incomplete)} shards are not complete, first {incomplete[0]}; run the same command again")
     checked = pipeline.map_tasks(table.verify_parts, (store, encoder.space_id, layout), list(new.values()))
-    counts = {stats.shard_id: table.shard_counts(wanted[stats.shard_id], stats) for stats in checked}
+    counts = {stats.shard_id: compact.shard_counts(wanted[stats.shard_id], stats) for stats in checked}
     gates = check_gates(job, current, list(counts.values()), kept)
-    paths = {shard_id: table.part_paths(encoder.space_id, layout, parts) for shard_id, parts in new.items()}
-    sources = [table.Source(shard=counts[shard_id], parts=parts) for shard_id, parts in paths.items()]
-    compactions = table.plan_compactions([*reuse.sources, *sources], layout, encoder.space_id, encoder.dimension)
-    written = pipeline.map_tasks(table.compact, (store,), compactions)
-    manifest = table.make_manifest(
+    sources = [
+        compact.Source(shard=counts[shard_id], parts=table.part_paths(encoder.space_id, layout, parts))
+        for shard_id, parts in new.items()
+    ]
+    compactions = compact.plan_compactions([*reuse.sources, *sources], layout, encoder.space_id, encoder.dimension)
+    written = pipeline.map_tasks(compact.compact, (store,), compactions)
+    return compact.make_manifest(
         1 if current is None else current.version + 1,
         encoder.space_id,
         encoder.dimension,
@@ -58,7 +58,6 @@ def _next_version(
         pins=layout.pins,
         lineage={"recipe_id": encoder.recipe_id, "input": list(job.input), "layout": asdict(layout)},
     )
-    return manifest, [path for group in paths.values() for path in group]
 
 
 def check_gates(job: JobConfig, current: Manifest | None, new: list[ShardCounts], kept: set[str]) -> dict[str, dict[str, Any]]:

@@ -117,8 +117,10 @@ def run_job(job: JobConfig, *, publishes: bool = True) -> RunResult:
     current = table.read_manifest(store)
     known = find_encoder(source, store)
     if known is not None and current is not None and _is_current(job, store, known, current, shards):
-        result = RunResult(table=job.table, space_id=known.space_id, embedded=0, version=current.version, counts=current.counts)
-        return replace(result, seconds=round(time.monotonic() - started, 2))
+        counts, seconds = current.counts, round(time.monotonic() - started, 2)
+        return RunResult(
+            table=job.table, space_id=known.space_id, embedded=0, version=current.version, counts=counts, seconds=seconds
+        )
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = None if known is not None else prepare_encoder(source, Path(scratch) / "encoder")
@@ -142,7 +144,10 @@ def _is_current(job: JobConfig, store: Store, encoder: Description, current: Man
     """Does the current version hold exactly these shards, made as this job would make them? Then no cluster is needed."""
     refuse_other_space(store, current, encoder)
     layout = known_layout(job, store, encoder, current)
-    return layout is not None and job.limit is None and set(current.shards) == {shard.id for shard in shards}
+    if layout is None or job.limit is not None or set(current.shards) != {shard.id for shard in shards}:
+        return False
+    table.clear_absorbed(store, current, layout)
+    return True
 
 
 def embed(work: list[WorkItem], shared: pipeline.Job, topology: pipeline.Topology) -> int:

@@ -5,7 +5,6 @@ import io
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -21,19 +20,16 @@ from lora_embed.schema import (
     Layout,
     Manifest,
     Part,
-    Shard,
-    ShardCounts,
     data_schema,
     encoder_path,
 )
 from lora_embed.storage import Store
-from lora_embed.write import part_path, read_footer, to_parquet
+from lora_embed.write import part_path, read_footer
 
 if TYPE_CHECKING:
     from lora_embed.model.encoder import Encoder
 
 CURRENT = "CURRENT"
-DATA_FILE_BYTES = 128 * 2**20
 
 
 def manifest_path(version: int) -> str:
@@ -110,156 +106,12 @@ def verify_parts(store: Store, space_id: str, layout: Layout, parts: list[Part])
     return ChunkStats(shard_id=parts[0].shard_id, chunk=len(parts), samples=samples, vectors=vectors, rejects=samples - vectors)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where one shard's rows come from: its parts, or a published data file and reject file that hold it among others."""
-
-    shard: ShardCounts
-    parts: tuple[str, ...] = ()
-    data: str | None = None
-    rejects: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compaction:
-    """What becomes one data file: whole shards, in the order of their names."""
-
-    space_id: str
-    dimension: int
-    vector_type: str
-    carry: tuple[tuple[str, str], ...]
-    sources: tuple[Source, ...]
-
-
-def plan_compactions(sources: list[Source], layout: Layout, space_id: str, dimension: int) -> list[Compaction]:
-    """Group shards, by name, into files of about `DATA_FILE_BYTES` of vectors."""
-    row_bytes = dimension * (2 if layout.vector_type == "float16" else 4)
-    groups: list[list[Source]] = []
-    filled = DATA_FILE_BYTES
-    for source in sorted(sources, key=lambda source: source.shard.name):
-        if filled >= DATA_FILE_BYTES:
-            groups.append([])
-            filled = 0
-        groups[-1].append(source)
-        filled += source.shard.vectors * row_bytes
-    return [
-        Compaction(
-            space_id=space_id, dimension=dimension, vector_type=layout.vector_type, carry=layout.carry, sources=tuple(group)
-        )
-        for group in groups
-    ]
-
-
-def compact(store: Store, task: Compaction) -> tuple[FileEntry, FileEntry | None]:
-    """Write one data file and, where there are rejects, one reject file, named by their content.
-
-    Raises VerificationFailed when the rows are not what the shards' counts say.
-    """
-    schema = data_schema(task.dimension, task.vector_type, task.carry)
-    data, rejects = [], []
-    for source in task.sources:
-        good, bad = _rows_of(store, source)
-        if (good.num_rows, bad.num_rows) != (source.shard.vectors, source.shard.rejects):
-            raise VerificationFailed(
-                f"{store.uri}: shard {source.shard.name} holds {good.num_rows} vectors and {bad.num_rows} rejects, "
-                f"expected {source.shard.vectors} and {source.shard.rejects}"
-            )
-        data.append(good.select(schema.names).cast(schema))
-        rejects.append(bad.select(REJECT_SCHEMA.names).cast(REJECT_SCHEMA))
-    shards = tuple(source.shard for source in task.sources)
-    data_entry = _write_file(store, f"data/{task.space_id}", pa.concat_tables(data).unify_dictionaries(), shards)
-    rejected = pa.concat_tables(rejects).unify_dictionaries()
-    if not rejected.num_rows:
-        return data_entry, None
-    return data_entry, _write_file(store, f"rejects/{task.space_id}", rejected, tuple(s for s in shards if s.rejects))
-
-
-def _rows_of(store: Store, source: Source) -> tuple[pa.Table, pa.Table]:
-    """A shard's good rows and its rejects."""
-    if source.parts:
-        table = pa.concat_tables([_read_table(store, path) for path in source.parts]).unify_dictionaries()
-        is_good = pc.is_null(table.column("reason"))
-        return table.filter(is_good), table.filter(pc.invert(is_good))
-    assert source.data is not None
-    good = _read_table(store, source.data)
-    bad = _read_table(store, source.rejects) if source.rejects else REJECT_SCHEMA.empty_table()
-    return good.filter(_is_shard(good, source.shard.name)), bad.filter(_is_shard(bad, source.shard.name))
-
-
-def _is_shard(table: pa.Table, name: str) -> pa.ChunkedArray:
-    return pc.equal(pc.cast(table.column("shard"), pa.string()), name)
-
-
-def _read_table(store: Store, path: str) -> pa.Table:
+def read_rows(store: Store, path: str) -> pa.Table:
+    """A Parquet file of the table, whole. Raises VerificationFailed when it is gone."""
     data = store.read(path)
     if data is None:
         raise VerificationFailed(f"{store.uri}/{path}: is gone, though it is referred to")
     return pq.read_table(io.BytesIO(data)).replace_schema_metadata(None)
-
-
-def _write_file(store: Store, folder: str, table: pa.Table, shards: tuple[ShardCounts, ...]) -> FileEntry:
-    data = to_parquet(table)
-    digest = hashlib.sha256(data).hexdigest()
-    path = f"{folder}/{digest[:32]}.parquet"
-    store.create(path, data)
-    return FileEntry(path=path, rows=table.num_rows, bytes=len(data), sha256=digest, shards=shards)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reuse:
-    """What the next version takes from the current one: whole files, and shards whose file also holds others."""
-
-    files: tuple[FileEntry, ...]
-    rejects: tuple[FileEntry, ...]
-    sources: tuple[Source, ...]
-
-
-def plan_reuse(current: Manifest | None, wanted: set[str]) -> Reuse:
-    """Split the current version's files by whether all of their shards are still wanted (by id)."""
-    if current is None:
-        return Reuse(files=(), rejects=(), sources=())
-    whole = tuple(entry for entry in current.files if all(shard.id in wanted for shard in entry.shards))
-    kept = {shard.id for entry in whole for shard in entry.shards}
-    reject_of = {shard.id: entry.path for entry in current.rejects for shard in entry.shards}
-    sources = tuple(
-        Source(shard=shard, data=entry.path, rejects=reject_of.get(shard.id))
-        for entry in current.files
-        for shard in entry.shards
-        if shard.id in wanted and shard.id not in kept
-    )
-    rejects = tuple(entry for entry in current.rejects if all(shard.id in kept for shard in entry.shards))
-    return Reuse(files=whole, rejects=rejects, sources=sources)
-
-
-def make_manifest(
-    version: int,
-    space_id: str,
-    dimension: int,
-    written: list[tuple[FileEntry, FileEntry | None]],
-    reuse: Reuse,
-    **about: Any,
-) -> Manifest:
-    """Put reused and newly written files together; `about` holds gates, pins and lineage."""
-    files = tuple(sorted([*reuse.files, *(data for data, _ in written)], key=lambda entry: entry.shards[0].name))
-    rejects = tuple(sorted([*reuse.rejects, *(bad for _, bad in written if bad)], key=lambda entry: entry.shards[0].name))
-    shards = [shard for entry in files for shard in entry.shards]
-    counts = {
-        "shards": len(shards),
-        "samples": sum(shard.samples for shard in shards),
-        "vectors": sum(shard.vectors for shard in shards),
-        "rejects": sum(shard.rejects for shard in shards),
-    }
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    return Manifest(
-        version=version,
-        space_id=space_id,
-        dimension=dimension,
-        created=created,
-        files=files,
-        rejects=rejects,
-        counts=counts,
-        **about,
-    )
 
 
 def commit_version(store: Store, manifest: Manifest) -> bool:
@@ -268,6 +120,14 @@ def commit_version(store: Store, manifest: Manifest) -> bool:
         return False
     store.replace(CURRENT, f"{manifest.version}\n".encode())
     return True
+
+
+def clear_absorbed(store: Store, manifest: Manifest, layout: Layout) -> None:
+    """Remove the staged parts of shards that a version holds, also where a run died just after it was committed."""
+    staged = staged_parts(store, manifest.space_id, layout.layout_id)
+    for shard_id in set(staged) & set(manifest.shards):
+        store.delete(list(part_paths(manifest.space_id, layout, staged[shard_id])))
+    store.clear_temporary()
 
 
 def verify_file(store: Store, entry: FileEntry, *, is_data: bool) -> set[str]:
@@ -327,7 +187,7 @@ class Table:
 
     def rejects(self) -> pa.Table:
         """All rejects: id, shard, key, reason, detail."""
-        tables = [_read_table(self.store, entry.path) for entry in self.manifest.rejects]
+        tables = [read_rows(self.store, entry.path) for entry in self.manifest.rejects]
         return pa.concat_tables([REJECT_SCHEMA.empty_table(), *tables]).unify_dictionaries()
 
     def encoder(self, device: str = "cpu") -> "Encoder":
@@ -345,10 +205,6 @@ def open_table(uri: str, version: int | None = None, storage_options: dict[str, 
         wanted = f"version {version}" if version is not None else "published version"
         raise TableError(f"{uri}: has no {wanted}; `lora-embed status {uri}` says what is there")
     return Table(store, manifest)
-
-
-def shard_counts(shard: Shard, stats: ChunkStats) -> ShardCounts:
-    return ShardCounts(id=shard.id, name=shard.name, samples=stats.samples, vectors=stats.vectors, rejects=stats.rejects)
 
 
 def verify_table(opened: Table) -> None:

@@ -1,0 +1,166 @@
+"""Whole shards → data files: what the next version takes over as it is, and what is written anew."""
+
+import hashlib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lora_embed.errors import VerificationFailed
+from lora_embed.schema import REJECT_SCHEMA, ChunkStats, FileEntry, Layout, Manifest, Shard, ShardCounts, data_schema
+from lora_embed.storage import Store
+from lora_embed.table import read_rows
+from lora_embed.write import to_parquet
+
+DATA_FILE_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where one shard's rows come from: its parts, or a published data file and reject file that hold it among others."""
+
+    shard: ShardCounts
+    parts: tuple[str, ...] = ()
+    data: str | None = None
+    rejects: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compaction:
+    """What becomes one data file: whole shards, in the order of their names."""
+
+    space_id: str
+    dimension: int
+    vector_type: str
+    carry: tuple[tuple[str, str], ...]
+    sources: tuple[Source, ...]
+
+
+def plan_compactions(sources: list[Source], layout: Layout, space_id: str, dimension: int) -> list[Compaction]:
+    """Group shards, by name, into files of about `DATA_FILE_BYTES` of vectors."""
+    row_bytes = dimension * (2 if layout.vector_type == "float16" else 4)
+    groups: list[list[Source]] = []
+    filled = DATA_FILE_BYTES
+    for source in sorted(sources, key=lambda source: source.shard.name):
+        if filled >= DATA_FILE_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(source)
+        filled += source.shard.vectors * row_bytes
+    return [
+        Compaction(
+            space_id=space_id, dimension=dimension, vector_type=layout.vector_type, carry=layout.carry, sources=tuple(group)
+        )
+        for group in groups
+    ]
+
+
+def compact(store: Store, task: Compaction) -> tuple[FileEntry, FileEntry | None]:
+    """Write one data file and, where there are rejects, one reject file, named by their content.
+
+    Raises VerificationFailed when the rows are not what the shards' counts say.
+    """
+    schema = data_schema(task.dimension, task.vector_type, task.carry)
+    data, rejects = [], []
+    for source in task.sources:
+        good, bad = _rows_of(store, source)
+        if (good.num_rows, bad.num_rows) != (source.shard.vectors, source.shard.rejects):
+            raise VerificationFailed(
+                f"{store.uri}: shard {source.shard.name} holds {good.num_rows} vectors and {bad.num_rows} rejects, "
+                f"expected {source.shard.vectors} and {source.shard.rejects}"
+            )
+        data.append(good.select(schema.names).cast(schema))
+        rejects.append(bad.select(REJECT_SCHEMA.names).cast(REJECT_SCHEMA))
+    shards = tuple(source.shard for source in task.sources)
+    data_entry = _write_file(store, f"data/{task.space_id}", pa.concat_tables(data).unify_dictionaries(), shards)
+    rejected = pa.concat_tables(rejects).unify_dictionaries()
+    if not rejected.num_rows:
+        return data_entry, None
+    return data_entry, _write_file(store, f"rejects/{task.space_id}", rejected, tuple(s for s in shards if s.rejects))
+
+
+def _rows_of(store: Store, source: Source) -> tuple[pa.Table, pa.Table]:
+    """A shard's good rows and its rejects."""
+    if source.parts:
+        table = pa.concat_tables([read_rows(store, path) for path in source.parts]).unify_dictionaries()
+        is_good = pc.is_null(table.column("reason"))
+        return table.filter(is_good), table.filter(pc.invert(is_good))
+    assert source.data is not None
+    good = read_rows(store, source.data)
+    bad = read_rows(store, source.rejects) if source.rejects else REJECT_SCHEMA.empty_table()
+    return good.filter(_is_shard(good, source.shard.name)), bad.filter(_is_shard(bad, source.shard.name))
+
+
+def _is_shard(table: pa.Table, name: str) -> pa.ChunkedArray:
+    return pc.equal(pc.cast(table.column("shard"), pa.string()), name)
+
+
+def _write_file(store: Store, folder: str, table: pa.Table, shards: tuple[ShardCounts, ...]) -> FileEntry:
+    data = to_parquet(table)
+    digest = hashlib.sha256(data).hexdigest()
+    path = f"{folder}/{digest[:32]}.parquet"
+    store.create(path, data)
+    return FileEntry(path=path, rows=table.num_rows, bytes=len(data), sha256=digest, shards=shards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reuse:
+    """What the next version takes from the current one: whole files, and shards whose file also holds others."""
+
+    files: tuple[FileEntry, ...]
+    rejects: tuple[FileEntry, ...]
+    sources: tuple[Source, ...]
+
+
+def plan_reuse(current: Manifest | None, wanted: set[str]) -> Reuse:
+    """Split the current version's files by whether all of their shards are still wanted (by id)."""
+    if current is None:
+        return Reuse(files=(), rejects=(), sources=())
+    whole = tuple(entry for entry in current.files if all(shard.id in wanted for shard in entry.shards))
+    kept = {shard.id for entry in whole for shard in entry.shards}
+    reject_of = {shard.id: entry.path for entry in current.rejects for shard in entry.shards}
+    sources = tuple(
+        Source(shard=shard, data=entry.path, rejects=reject_of.get(shard.id))
+        for entry in current.files
+        for shard in entry.shards
+        if shard.id in wanted and shard.id not in kept
+    )
+    rejects = tuple(entry for entry in current.rejects if all(shard.id in kept for shard in entry.shards))
+    return Reuse(files=whole, rejects=rejects, sources=sources)
+
+
+def make_manifest(
+    version: int,
+    space_id: str,
+    dimension: int,
+    written: list[tuple[FileEntry, FileEntry | None]],
+    reuse: Reuse,
+    **about: Any,
+) -> Manifest:
+    """Put reused and newly written files together; `about` holds gates, pins and lineage."""
+    files = tuple(sorted([*reuse.files, *(data for data, _ in written)], key=lambda entry: entry.shards[0].name))
+    rejects = tuple(sorted([*reuse.rejects, *(bad for _, bad in written if bad)], key=lambda entry: entry.shards[0].name))
+    shards = [shard for entry in files for shard in entry.shards]
+    counts = {
+        "shards": len(shards),
+        "samples": sum(shard.samples for shard in shards),
+        "vectors": sum(shard.vectors for shard in shards),
+        "rejects": sum(shard.rejects for shard in shards),
+    }
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return Manifest(
+        version=version,
+        space_id=space_id,
+        dimension=dimension,
+        created=created,
+        files=files,
+        rejects=rejects,
+        counts=counts,
+        **about,
+    )
+
+
+def shard_counts(shard: Shard, stats: ChunkStats) -> ShardCounts:
+    return ShardCounts(id=shard.id, name=shard.name, samples=stats.samples, vectors=stats.vectors, rejects=stats.rejects)
