@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import lora_embed.demo
-from lora_embed.demo.parts import BASE_MODEL_NAME, LabelledImage, cache_folder, fetch_base_model, fetch_images
+from lora_embed.demo.parts import BASE_MODEL_NAME, LabelledImage, fetch_base_model, fetch_images
+from lora_embed.fetch import cache_root
 
 TASKS = {"category10": "category", "group27": "group"}  # adapter: the label it is trained on
 PIXELS = 56  # 4x4 patches: the centre of a 64-pixel image
@@ -38,8 +39,8 @@ def main() -> None:
 
     torch.set_num_threads(1)  # sums in one order: the same machine gives the same adapter
     transformers.logging.set_verbosity_error()
-    base = fetch_base_model(cache_folder(), print)
-    images = fetch_images(cache_folder(), print)
+    base = fetch_base_model(cache_root(), print)
+    images = fetch_images(cache_root(), print)
     for adapter in TASKS if arguments.task == "all" else [arguments.task]:
         labelled = [image for image in images if label_of(image, TASKS[adapter]) is not None]
         model = train(base, labelled, TASKS[adapter], arguments.epochs)

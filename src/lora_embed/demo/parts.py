@@ -89,11 +89,6 @@ class LabelledImage:
     split: Literal["train", "test"]
 
 
-def cache_folder() -> Path:
-    """Where parts are kept: `$LORA_EMBED_CACHE`, else `~/.cache/lora-embed`."""
-    return Path(os.environ.get("LORA_EMBED_CACHE") or Path.home() / ".cache" / "lora-embed")
-
-
 def fetch_base_model(cache: Path, say: Say) -> Path:
     """Return a directory that `AutoModel.from_pretrained` loads: a headless ViT-S/14 (DINOv2 layout), float32.
 
