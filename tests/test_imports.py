@@ -15,7 +15,7 @@ from jobs import ROOT
 PACKAGE = ROOT / "src" / "lora_embed"
 LAYERS = [  # top to bottom: a module imports from its own layer and those above it
     ["errors", "config", "schema", "storage", "fetch"],
-    ["model.*", "plan", "read", "decode", "write", "evaluate", "export", "report", "progress"],
+    ["model.*", "plan", "read", "decode", "isolate", "write", "evaluate", "export", "report", "progress"],
     ["embed", "table", "compact"],
     ["pipeline"],
     ["publish"],
@@ -129,7 +129,9 @@ def test_peft_is_not_asked_to_inject_modules() -> None:
     assert not {target for target in used if target.endswith(("get_peft_model", "PeftModel", "inject_adapter_in_model"))}
 
 
-@pytest.mark.parametrize("module", ["lora_embed", "lora_embed.decode", "lora_embed.cli", "lora_embed.write"])
+@pytest.mark.parametrize(
+    "module", ["lora_embed", "lora_embed.decode", "lora_embed.isolate", "lora_embed.cli", "lora_embed.write"]
+)
 def test_what_must_stay_light_imports_nothing_heavy(module: str) -> None:
     """Decode workers start often and many to a machine, and `--help` is to answer at once."""
     code = f"import sys, {module}; print(*[name for name in {HEAVY} if name in sys.modules])"

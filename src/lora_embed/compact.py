@@ -1,6 +1,7 @@
 """Whole shards → data files: what the next version takes over as it is, and what is written anew."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +16,7 @@ from lora_embed.table import read_rows
 from lora_embed.write import to_parquet
 
 DATA_FILE_BYTES = 128 * 2**20
+READS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +66,11 @@ def compact(store: Store, task: Compaction) -> tuple[FileEntry, FileEntry | None
     """
     schema = data_schema(task.dimension, task.vector_type, task.carry)
     data, rejects = [], []
+    paths = [path for source in task.sources for path in source.parts]
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:  # many small objects: it is the waiting that takes the time
+        read = pool.map(lambda path: read_rows(store, path), paths)
     for source in task.sources:
-        good, bad = _rows_of(store, source)
+        good, bad = _rows_of(store, source, [next(read) for _ in source.parts])
         if (good.num_rows, bad.num_rows) != (source.shard.vectors, source.shard.rejects):
             raise VerificationFailed(
                 f"{store.uri}: shard {source.shard.name} holds {good.num_rows} vectors and {bad.num_rows} rejects, "
@@ -81,10 +86,10 @@ def compact(store: Store, task: Compaction) -> tuple[FileEntry, FileEntry | None
     return data_entry, _write_file(store, f"rejects/{task.space_id}", rejected, tuple(s for s in shards if s.rejects))
 
 
-def _rows_of(store: Store, source: Source) -> tuple[pa.Table, pa.Table]:
-    """A shard's good rows and its rejects."""
-    if source.parts:
-        table = pa.concat_tables([read_rows(store, path) for path in source.parts]).unify_dictionaries()
+def _rows_of(store: Store, source: Source, parts: list[pa.Table]) -> tuple[pa.Table, pa.Table]:
+    """A shard's good rows and its rejects, from its parts or from a published file."""
+    if parts:
+        table = pa.concat_tables(parts).unify_dictionaries()
         is_good = pc.is_null(table.column("reason"))
         return table.filter(is_good), table.filter(pc.invert(is_good))
     assert source.data is not None
@@ -101,7 +106,7 @@ def _write_file(store: Store, folder: str, table: pa.Table, shards: tuple[ShardC
     data = to_parquet(table)
     digest = hashlib.sha256(data).hexdigest()
     path = f"{folder}/{digest[:32]}.parquet"
-    store.create(path, data)
+    store.replace(path, data)  # also where it is there: one that no version refers to may be due to be removed
     return FileEntry(path=path, rows=table.num_rows, bytes=len(data), sha256=digest, shards=shards)
 
 

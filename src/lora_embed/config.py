@@ -98,7 +98,7 @@ class Resources(Section):
     device: Literal["auto", "gpu", "cpu"] = "auto"
     actors: Actors = Actors()
     cpus_per_decode: Annotated[Number, Field(gt=0)] = 1.0
-    wait_s: Annotated[Number, Field(ge=0)] = 60.0
+    wait_s: Annotated[Number, Field(ge=0)] | None = None
 
 
 class CarryField(Section):
@@ -133,6 +133,7 @@ class JobConfig(Section):
     limit: int | None = Field(default=None, ge=1)
     vector_type: Literal["float32", "float16"] = "float32"
     resources: Resources = Resources()
+    shared_filesystem: bool = False
     input_storage_options: dict[str, Any] = Field(default_factory=dict)
     table_storage_options: dict[str, Any] = Field(default_factory=dict)
 

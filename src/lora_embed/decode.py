@@ -1,13 +1,16 @@
 """Encoded bytes → uint8 RGB of the encoder's size, or a reject with its reason; a shard → whole chunks."""
 
 import contextlib
+import ctypes
 import hashlib
 import io
 import json
+import os
 import struct
+import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import ExifTags, Image
 
-from lora_embed.errors import ShardError, StorageError
+from lora_embed.errors import ShardError, StorageError, StoreUnavailable
 from lora_embed.model.preprocess import Pixels, Preprocessing
 from lora_embed.read import Sample, read_samples
 from lora_embed.schema import ChunkHead, Layout, Shard, WorkItem, sample_schema, to_ipc
@@ -24,13 +27,16 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none runs a pr
 # What Pillow's decoders raise on damaged data, none of it a fault of this program.
 _DAMAGE = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, AttributeError, OverflowError,
-    ZeroDivisionError, NotImplementedError, RuntimeError, MemoryError, struct.error, zlib.error,
+    ZeroDivisionError, NotImplementedError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+
+# Tests name images here that are to do harm: no file is known that really kills Pillow. See `_do_harm`.
+_HARM = dict(entry.split(":") for entry in os.environ.get("LORA_EMBED_TEST_POISON", "").split(",") if entry)
 
 # Pillow's own limit warns first and raises at twice its value; ours is checked as soon as the size is known.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -43,6 +49,9 @@ class BadImage(Exception):
         super().__init__(detail)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type["BadImage"], tuple[str, str]]:  # else it would be made anew from the detail alone
+        return type(self), (self.reason, str(self))
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -51,6 +60,9 @@ class Decoded:
     pixels: Pixels
     width: int
     height: int
+
+
+Decode = Callable[[bytes, Preprocessing, int], Decoded]  # `decode_image`, or what does the same elsewhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,38 +74,35 @@ class DecodedChunk:
     pixels: Pixels
 
 
-def decode_items(
-    batch: dict[str, Any], layout: Layout, preprocessing: Preprocessing, options: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """Work items → one row per chunk: `head` (JSON), `samples` (Arrow IPC), `pixels` (1, n, H, W, 3).
-
-    A shard that cannot be read on becomes a row whose head says why; the others go on.
-    """
-    for item in batch["item"]:
-        try:
-            for chunk in decode_shard(item, layout, preprocessing, options):
-                yield _row(chunk.head, chunk.samples, chunk.pixels)
-        except (ShardError, StorageError, OSError) as error:
-            shard = item.shard
-            head = ChunkHead(shard_id=shard.id, shard_name=shard.name, prefix=shard.prefix, error=str(error))
-            nothing = pa.RecordBatch.from_pylist([], schema=sample_schema(layout.carry))
-            yield _row(head, nothing, np.empty((0, *preprocessing.size, 3), np.uint8))
-
-
-def _row(head: ChunkHead, samples: pa.RecordBatch, pixels: Pixels) -> dict[str, Any]:
-    if not len(pixels):  # an empty tensor does not survive Ray's blocks; head.good says that this one holds nothing
-        pixels = np.zeros((1, *pixels.shape[1:]), np.uint8)
-    return {
-        "head": np.array([head.to_json()], dtype=object),
-        "samples": np.array([to_ipc(samples)], dtype=object),
-        "pixels": pixels[np.newaxis],
-    }
-
-
 def decode_image(data: bytes, preprocessing: Preprocessing, max_pixels: int = 100_000_000) -> Decoded:
-    """Decode and prepare one image, the first frame of an animated one. Raises BadImage."""
+    """Decode and prepare one image, the first frame of an animated one. Raises BadImage.
+
+    For tests, the environment variable LORA_EMBED_TEST_POISON makes it do harm instead: entries `<sha256>:segfault`,
+    `:memory` or `:hang`, separated by commas, read when this module is imported.
+    """
     if not data:
         raise BadImage("empty", "0 bytes")
+    try:
+        if _HARM:
+            _do_harm(data)
+        return _decode(data, preprocessing, max_pixels)
+    except MemoryError:  # the same reason where the machine kills the process for it
+        raise BadImage("decoder_crashed", "the decoder ran out of memory") from None
+
+
+def _do_harm(data: bytes) -> None:
+    """Stand in for a real image that crashes, fills the memory or never ends: kill the process or take it, for real."""
+    kind = _HARM.get(hashlib.sha256(data).hexdigest())
+    if kind == "segfault":
+        ctypes.string_at(0)
+    while kind == "hang":
+        time.sleep(1)
+    taken = []
+    while kind == "memory":
+        taken.append(bytearray(2**28))  # address space only, never touched: other processes keep their memory
+
+
+def _decode(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> Decoded:
     Image.MAX_IMAGE_PIXELS = max_pixels  # 43 bytes of GIF take 4 GB in `open` alone, where this is not set
     image: Image.Image
     try:
@@ -132,8 +141,41 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def decode_items(
+    batch: dict[str, Any],
+    layout: Layout,
+    preprocessing: Preprocessing,
+    options: dict[str, Any],
+    *,
+    decode: Decode = decode_image,
+) -> Iterator[dict[str, Any]]:
+    """Blocks of work items → one row per chunk: `head` (JSON), `samples` (Arrow IPC), `pixels` (1, n, H, W, 3).
+
+    A shard that cannot be read on becomes a row whose head says why; the others go on.
+    """
+    for item in (item for block in batch["block"] for item in block.items):
+        try:
+            for chunk in decode_shard(item, layout, preprocessing, options, decode=decode):
+                yield _row(chunk.head, chunk.samples, chunk.pixels)
+        except (ShardError, StorageError, StoreUnavailable, OSError) as error:
+            shard, may_pass = item.shard, not isinstance(error, ShardError)
+            head = ChunkHead(shard_id=shard.id, shard_name=shard.name, prefix=shard.prefix, error=str(error), may_pass=may_pass)
+            nothing = pa.RecordBatch.from_pylist([], schema=sample_schema(layout.carry))
+            yield _row(head, nothing, np.empty((0, *preprocessing.size, 3), np.uint8))
+
+
+def _row(head: ChunkHead, samples: pa.RecordBatch, pixels: Pixels) -> dict[str, Any]:
+    if not len(pixels):  # an empty tensor does not survive Ray's blocks; head.good says that this one holds nothing
+        pixels = np.zeros((1, *pixels.shape[1:]), np.uint8)
+    return {
+        "head": np.array([head.to_json()], dtype=object),
+        "samples": np.array([to_ipc(samples)], dtype=object),
+        "pixels": pixels[np.newaxis],
+    }
+
+
 def decode_shard(
-    item: WorkItem, layout: Layout, preprocessing: Preprocessing, options: dict[str, Any]
+    item: WorkItem, layout: Layout, preprocessing: Preprocessing, options: dict[str, Any], *, decode: Decode = decode_image
 ) -> Iterator[DecodedChunk]:
     """Yield a shard's chunks but those that are done, the same bytes at every call.
 
@@ -150,12 +192,12 @@ def decode_shard(
         if number % size == 0:
             if held is not None and held.chunk not in done:
                 yield held.finish(shard, last=False)
-            held = _Chunk(number // size, layout, preprocessing)
+            held = _Chunk(number // size, layout, preprocessing, decode)
         assert held is not None
         if held.chunk not in done:
             held.add(sample, is_duplicate=sample.key in keys)
         keys.add(sample.key)
-    held = held or _Chunk(0, layout, preprocessing)
+    held = held or _Chunk(0, layout, preprocessing, decode)
     if held.chunk not in done:
         yield held.finish(shard, last=True)
 
@@ -163,10 +205,11 @@ def decode_shard(
 class _Chunk:
     """A chunk that is being filled; pixels go into one array at once, so that no copy is made at the end."""
 
-    def __init__(self, chunk: int, layout: Layout, preprocessing: Preprocessing) -> None:
+    def __init__(self, chunk: int, layout: Layout, preprocessing: Preprocessing, decode: Decode) -> None:
         self.chunk = chunk
         self._layout = layout
         self._preprocessing = preprocessing
+        self._decode = decode
         self._pixels: Pixels | None = None
         self._good = 0
         self._rows: list[dict[str, Any]] = []
@@ -180,7 +223,7 @@ class _Chunk:
             row["sha256"] = hashlib.sha256(sample.data).digest()
             if is_duplicate:
                 raise BadImage("duplicate_id", "an earlier sample of this shard has the same key")
-            decoded = decode_image(sample.data, self._preprocessing, self._layout.max_pixels)
+            decoded = self._decode(sample.data, self._preprocessing, self._layout.max_pixels)
             row |= {"width": decoded.width, "height": decoded.height}
             self._keep(decoded.pixels)
         except BadImage as bad:

@@ -1,14 +1,15 @@
 """Embed chunks on one device: the heavy part once per actor, then batch to batch."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from lora_embed.decode import decode_items
+from lora_embed.decode import Decode, decode_items
 from lora_embed.fetch import fetch_directory
 from lora_embed.model.encoder import FILES, load_encoder
 from lora_embed.model.preprocess import Preprocessing
@@ -77,12 +78,20 @@ class EmbedImages:
 class EmbedShards:
     """The whole chain in one actor, for cores that decode and embed: pixels never leave the process."""
 
-    def __init__(self, embedding: tuple[Any, ...], input_options: dict[str, Any], writing: tuple[Any, ...]) -> None:
+    def __init__(
+        self,
+        embedding: tuple[Any, ...],
+        input_options: dict[str, Any],
+        writing: tuple[Any, ...],
+        choose_decoder: Callable[[], AbstractContextManager[Decode]],
+    ) -> None:
         self._embed = EmbedImages(*embedding)
         self._write = WriteParts(*writing)
+        self._choose_decoder = choose_decoder
         self._decoding = (self._embed.layout, self._embed.preprocessing, input_options)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Work items → rows `stats`, one per chunk."""
-        for row in decode_items(batch, *self._decoding):
-            yield self._write(self._embed(row))
+        """Blocks of work items → rows `stats`, one per chunk."""
+        with self._choose_decoder() as decode:
+            for row in decode_items(batch, *self._decoding, decode=decode):
+                yield self._write(self._embed(row))

@@ -37,8 +37,16 @@ class ResourcesError(ConfigError):
     """The cluster can never schedule what the job asks for."""
 
 
+class StoreUnavailable(LoraEmbedError):
+    """A store gave no proper answer for as long as its `retry_s` allows; everything committed stays."""
+
+
 class IncompleteRun(LoraEmbedError):
     """Some shards are not complete; everything committed stays and the same command goes on."""
+
+
+class WorkersLost(IncompleteRun):
+    """Workers died more often than they are replaced; what is missing can be tried again."""
 
 
 class VerificationFailed(LoraEmbedError):

@@ -1,6 +1,6 @@
 """Directories of models, adapters and encoders → on this machine's disk, copied once."""
 
-import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_embed.errors import StorageError
-from lora_embed.storage import Store
+from lora_embed.storage import Entry, Store
 
 
 def fetch_directory(uri: str, revision: str | None, patterns: tuple[str, ...], options: dict[str, Any] | None = None) -> Path:
@@ -47,9 +47,16 @@ def _copy_to_cache(store: Store, patterns: tuple[str, ...]) -> Path:
         raise StorageError(f"{store.uri}: no files there that match {', '.join(patterns)}")
     state = hashlib.sha256(repr([store.uri, entries]).encode()).hexdigest()[:24]
     target = cache_root() / "fetched" / state
-    if target.is_dir():
-        return target
-    partial = target.with_name(f"{state}.{uuid.uuid4().hex}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f"{state}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a node's actors start together: one copies, the others wait for it
+        if not target.is_dir():
+            _copy(store, entries, target)
+    return target
+
+
+def _copy(store: Store, entries: list[Entry], target: Path) -> None:
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
     try:
         for entry in entries:
             data = store.read(entry.path)
@@ -59,9 +66,5 @@ def _copy_to_cache(store: Store, patterns: tuple[str, ...]) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(data)
         partial.rename(target)
-    except OSError as error:  # another process finished the same copy first
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return target

@@ -5,7 +5,7 @@ from typing import Any
 
 from lora_embed import compact, pipeline, table
 from lora_embed.config import JobConfig
-from lora_embed.errors import GateFailed, IncompleteRun
+from lora_embed.errors import GateFailed, IncompleteRun, VerificationFailed
 from lora_embed.progress import say
 from lora_embed.schema import Manifest, Shard, ShardCounts
 
@@ -22,11 +22,20 @@ def publish(job: JobConfig, shared: pipeline.Job, shards: list[Shard]) -> tuple[
         if current is not None and set(current.shards) == set(wanted):
             table.clear_absorbed(store, current, shared.layout)
             return current, False
-        manifest = _next_version(job, shared, current, wanted)
+        try:
+            manifest = _next_version(job, shared, current, wanted)
+        except (IncompleteRun, VerificationFailed):
+            if _version(table.read_manifest(store)) == _version(current):
+                raise
+            continue  # another run published meanwhile and removed the parts that it absorbed
         if table.commit_version(store, manifest):
             table.clear_absorbed(store, manifest, shared.layout)
             return manifest, True
         say(f"version {manifest.version} was published by another run meanwhile; planning again from it")
+
+
+def _version(manifest: Manifest | None) -> int:
+    return manifest.version if manifest is not None else 0
 
 
 def _next_version(job: JobConfig, shared: pipeline.Job, current: Manifest | None, wanted: dict[str, Shard]) -> Manifest:
@@ -49,7 +58,7 @@ def _next_version(job: JobConfig, shared: pipeline.Job, current: Manifest | None
     compactions = compact.plan_compactions([*reuse.sources, *sources], layout, encoder.space_id, encoder.dimension)
     written = pipeline.map_tasks(compact.compact, (store,), compactions)
     return compact.make_manifest(
-        1 if current is None else current.version + 1,
+        _version(current) + 1,
         encoder.space_id,
         encoder.dimension,
         written,

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lora_embed.errors import ShardError
+from lora_embed.errors import ShardError, StorageError
 from lora_embed.plan import IMAGES
 from lora_embed.schema import Layout, Shard
-from lora_embed.storage import Store, explained
+from lora_embed.storage import Entry, Store, explained
 
 BLOCK = tarfile.BLOCKSIZE
 MOST_PADDING = 2**20 + 2 * BLOCK  # tar pads with zeros to a record of 10 KiB, or of up to 1 MiB where it is told to
@@ -44,15 +44,15 @@ def read_samples(shard: Shard, layout: Layout, options: dict[str, Any], wanted: 
         yield from _read_images(store, shard, wanted)
         return
     entry = shard.files[0]
-    _check_unchanged(store, shard)
+    _check_unchanged(store, entry, shard)
     reader = _read_tar if shard.kind == "tar" else _read_parquet
     try:
         with explained(store, entry.path), store.open(entry.path) as file:
             yield from reader(file, shard, layout, wanted)
-    except ShardError:
-        _check_unchanged(store, shard)  # one that is being written looks cut short
+    except (ShardError, StorageError):
+        _check_unchanged(store, entry, shard)  # one that is being written looks cut short, or is another one by now
         raise
-    _check_unchanged(store, shard)
+    _check_unchanged(store, entry, shard)
 
 
 def count_samples(shard: Shard, layout: Layout, options: dict[str, Any], most: int) -> int:
@@ -61,21 +61,22 @@ def count_samples(shard: Shard, layout: Layout, options: dict[str, Any], most: i
     return sum(1 for _ in itertools.islice(samples, most))
 
 
-def _check_unchanged(store: Store, shard: Shard) -> None:
-    for listed in shard.files:
-        now = store.info(listed.path)
-        if now != listed:
-            state = "is gone" if now is None else f"has {now.size} bytes and mark {now.etag}"
-            raise ShardError(
-                f"{shard.root}/{listed.path}: changed since it was listed with {listed.size} bytes and mark {listed.etag}: "
-                f"it {state}. Run the same command again."
-            )
+def _check_unchanged(store: Store, listed: Entry, shard: Shard) -> None:
+    now = store.info(listed.path)
+    if now != listed:
+        state = "is gone" if now is None else f"has {now.size} bytes and mark {now.etag}"
+        raise ShardError(
+            f"{shard.root}/{listed.path}: changed since it was listed with {listed.size} bytes and mark {listed.etag}: "
+            f"it {state}. Run the same command again."
+        )
 
 
 def _read_images(store: Store, shard: Shard, wanted: Wanted) -> Iterator[Sample]:
-    _check_unchanged(store, shard)
     for number, entry in enumerate(shard.files):
-        data = store.read(entry.path) if wanted(number) else None
+        data = None
+        if wanted(number):
+            _check_unchanged(store, entry, shard)
+            data = store.read(entry.path)
         if wanted(number) and (data is None or len(data) != entry.size):
             raise ShardError(f"{shard.root}/{entry.path}: changed while it was read. Run the same command again.")
         yield Sample(posixpath.basename(entry.path), data)

@@ -9,13 +9,17 @@ from typing import Any, cast
 
 from lora_embed import pipeline, plan, publish, table
 from lora_embed.config import JobConfig, Recipe, load_recipe
-from lora_embed.errors import IncompleteRun, TableError
+from lora_embed.errors import ConfigError, IncompleteRun, StorageError, StoreUnavailable, TableError, WorkersLost
 from lora_embed.model.build import Ingredients, build_encoder, gather, match_adapters
 from lora_embed.model.encoder import DESCRIPTION, Description, read_description
 from lora_embed.progress import Progress, say
 from lora_embed.read import count_samples
-from lora_embed.schema import Layout, Manifest, Shard, WorkItem, encoder_path
+from lora_embed.schema import ChunkStats, Layout, Manifest, Shard, WorkItem, encoder_path
 from lora_embed.storage import Store
+
+MARKER = "table.json"  # the first object of a table
+ATTEMPTS = 3
+MOST_IN_A_ROW = 8  # shards that fail for a store that does not answer, before a run is given up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +76,7 @@ def plan_job(job: JobConfig) -> Outlook:
 
     Raises ConfigError as `run_job` does, for what can be seen by reading.
     """
-    store = Store(job.table, job.table_storage_options)
-    shards = plan.list_shards(job.input, job.input_storage_options)
+    store, shards = _list(job)
     current = table.read_manifest(store)
     recipe = find_recipe(job.recipe)
     source = gather(recipe) if isinstance(recipe, Recipe) else recipe
@@ -84,7 +87,7 @@ def plan_job(job: JobConfig) -> Outlook:
         refuse_other_space(store, current, encoder)
     layout = known_layout(job, store, encoder, current) if encoder is not None else None
     if encoder is not None and layout is not None:
-        items = find_work(job, store, encoder, layout, current, shards)
+        items = find_work(job, store, encoder, layout, shards)
     else:
         items = [WorkItem(shard=shard) for shard in shards]
     published = set(current.shards) if current is not None else set()
@@ -109,11 +112,9 @@ def run_job(job: JobConfig, *, publishes: bool = True) -> RunResult:
     what is committed stays and the same call goes on.
     """
     started = time.monotonic()
-    store = Store(job.table, job.table_storage_options)
-    shards = plan.list_shards(job.input, job.input_storage_options)
+    store, shards = _list(job)
     recipe = find_recipe(job.recipe)
     source = gather(recipe) if isinstance(recipe, Recipe) else recipe
-    store.check_writable()
     current = table.read_manifest(store)
     known = find_encoder(source, store)
     if known is not None and current is not None and _is_current(job, store, known, current, shards):
@@ -127,13 +128,16 @@ def run_job(job: JobConfig, *, publishes: bool = True) -> RunResult:
         prepared = known or read_description(cast(Path, folder))
         refuse_other_space(store, current, prepared)
         pipeline.connect()
-        topology = pipeline.choose_topology(job.resources)  # the last that can refuse before anything is written
+        refuse_local_paths(job, shards, store)
+        topology = pipeline.choose_topology(job.resources)
+        store = store.check_writable(MARKER, b'{"format": 1}\n')  # the last that can refuse, and the first that writes
+        if not store.exclusive:
+            say(f"{job.table}: this store ignores conditional PUT: never run two jobs on this table at the same time")
         encoder = prepared if folder is None else store_encoder(folder, store)
     layout = resolve_layout(job, store, encoder, current, topology)
-    work = find_work(job, store, encoder, layout, current, shards)
-    say(f"{len(shards)} shards: {len(shards) - len(work)} done, {len(work)} to embed")
     shared = pipeline.Job(input_options=job.input_storage_options, store=store, encoder=encoder, layout=layout)
-    result = RunResult(table=job.table, space_id=encoder.space_id, embedded=embed(work, shared, topology))
+    embedded = embed_missing(job, shared, shards, topology)
+    result = RunResult(table=job.table, space_id=encoder.space_id, embedded=embedded)
     if publishes and job.limit is None:
         manifest, is_new = publish.publish(job, shared, shards)
         result = replace(result, version=manifest.version, published=is_new, counts=manifest.counts)
@@ -150,23 +154,79 @@ def _is_current(job: JobConfig, store: Store, encoder: Description, current: Man
     return True
 
 
-def embed(work: list[WorkItem], shared: pipeline.Job, topology: pipeline.Topology) -> int:
-    """Embed all work items; returns the number of samples. Raises IncompleteRun naming the shards that failed."""
-    if not work:
-        return 0
-    failures: dict[str, str] = {}
-    with Progress([item.shard for item in work]) as progress:
+def _list(job: JobConfig) -> tuple[Store, list[Shard]]:
+    """The table's store and the input's shards; what cannot be reached is said before anything else."""
+    store = Store(job.table, job.table_storage_options)
+    store.check_reachable()
+    return store, plan.list_shards(job.input, job.input_storage_options)
+
+
+def refuse_local_paths(job: JobConfig, shards: list[Shard], store: Store) -> None:
+    """Raises ConfigError when several nodes would each look for input or table on a disk of their own."""
+    roots = {shard.root for shard in shards if Store(shard.root, job.input_storage_options).is_local}
+    local = [job.table] * store.is_local + sorted(roots)
+    nodes = pipeline.cluster_capacity().nodes
+    if local and nodes > 1 and not job.shared_filesystem:
+        raise ConfigError(
+            f"{local[0]} is a local path, but this cluster has, or may come to have, {nodes} nodes, each with disks of its "
+            "own. Use a URI that all nodes reach, such as s3://…, or set shared_filesystem to true if they all mount it there."
+        )
+
+
+def embed_missing(job: JobConfig, shared: pipeline.Job, shards: list[Shard], topology: pipeline.Topology) -> int:
+    """Embed what is neither published nor staged; returns the number of samples.
+
+    When workers were lost for good or a store did not answer, what is still missing is tried again, up to `ATTEMPTS`
+    times in all. Raises IncompleteRun naming the shards that failed.
+    """
+    embedded = 0
+    for attempt in range(1, ATTEMPTS + 1):
+        work = find_work(job, shared.store, shared.encoder, shared.layout, shards)
+        say(f"{len(shards)} shards: {len(shards) - len(work)} done, {len(work)} to embed")
+        if not work:
+            break
+        failures: dict[str, ChunkStats] = {}
+        with Progress([item.shard for item in work]) as progress:
+            try:
+                _embed(work, shared, topology, progress, failures)
+            except WorkersLost as error:
+                if attempt == ATTEMPTS:
+                    raise
+                say(f"{error}\ntrying again what is missing")
+                continue
+            finally:
+                embedded += progress.samples
+        if not failures:
+            break
+        if attempt == ATTEMPTS or not all(failure.may_pass for failure in failures.values()):
+            raise _incomplete(failures, len(work))
+        say(f"{len(failures)} shards could not be read; trying them again")
+    return embedded
+
+
+def _embed(
+    work: list[WorkItem], shared: pipeline.Job, topology: pipeline.Topology, progress: Progress, failures: dict[str, ChunkStats]
+) -> None:
+    """Run the chain once, counting what it yields. Raises IncompleteRun where going on would be in vain."""
+    in_a_row = 0
+    try:
         for stats in pipeline.embed_items(work, shared, topology):
             progress.add(stats)
+            in_a_row = in_a_row + 1 if stats.may_pass else 0
             if stats.error:
-                failures[stats.shard_id] = stats.error
-    if failures:
-        first = "\n".join(f"  {message}" for message in sorted(failures.values())[:10])
-        raise IncompleteRun(
-            f"{len(failures)} of {len(work)} shards are not complete, so nothing was published; "
-            f"what was embedded is kept, and the same command goes on:\n{first}"
-        )
-    return progress.samples
+                failures[stats.shard_id] = stats
+            if in_a_row >= MOST_IN_A_ROW:
+                raise _incomplete(failures, len(work))
+    except (StorageError, StoreUnavailable) as error:  # of the table: the work is committed up to here
+        raise IncompleteRun(f"{error}\nWhat was embedded is kept, and the same command goes on.") from None
+
+
+def _incomplete(failures: dict[str, ChunkStats], of: int) -> IncompleteRun:
+    first = "\n".join(f"  {message}" for message in sorted(failure.error for failure in failures.values())[:10])
+    return IncompleteRun(
+        f"{len(failures)} of {of} shards are not complete, so nothing was published; "
+        f"what was embedded is kept, and the same command goes on:\n{first}"
+    )
 
 
 def find_recipe(uri: str) -> Recipe | Path:
@@ -272,12 +332,11 @@ def resolved_path(space_id: str) -> str:
     return f"staging/{space_id}/resolved.json"
 
 
-def find_work(
-    job: JobConfig, store: Store, encoder: Description, layout: Layout, current: Manifest | None, shards: list[Shard]
-) -> list[WorkItem]:
+def find_work(job: JobConfig, store: Store, encoder: Description, layout: Layout, shards: list[Shard]) -> list[WorkItem]:
     """Subtract what is published or staged from the listed shards; a trial run takes the first `limit` samples."""
-    published = set(current.shards) if current is not None else set()
     staged = table.staged_parts(store, encoder.space_id, layout.layout_id)
+    current = table.read_manifest(store)  # after the listing: another run may publish, and remove its parts, in between
+    published = set(current.shards) if current is not None else set()
     items = [
         WorkItem(shard=shard, done=frozenset(part.chunk for part in staged.get(shard.id, [])))
         for shard in shards

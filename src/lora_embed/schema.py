@@ -13,7 +13,8 @@ from lora_embed.storage import Entry
 
 FORMAT = 1  # of manifests and parts; part of the layout id
 REASONS = (
-    "no_image", "empty", "not_an_image", "corrupt_image", "too_many_pixels", "duplicate_id", "non_finite_vector",
+    "no_image", "empty", "not_an_image", "corrupt_image", "too_many_pixels", "decoder_crashed", "duplicate_id",
+    "non_finite_vector",
 )  # fmt: skip
 _CARRY_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 
@@ -42,6 +43,13 @@ class WorkItem:
     shard: Shard
     done: frozenset[int] = frozenset()
     limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """What one worker is given at once: one large work item, or several small ones."""
+
+    items: tuple[WorkItem, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +108,7 @@ class ChunkHead:
     last: bool = False  # the shard's end is proven and this chunk reaches it
     good: int = 0  # samples with pixels
     error: str = ""
+    may_pass: bool = False  # the error: another try may get further
 
     @property
     def part(self) -> Part:
@@ -127,6 +136,7 @@ class ChunkStats:
     rejects: int = 0
     last: bool = False
     error: str = ""
+    may_pass: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

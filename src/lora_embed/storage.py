@@ -4,29 +4,29 @@ A `Store` is a root URI; every path given to it is relative to that root, with `
 """
 
 import contextlib
-import errno
+import io
 import os
-import stat
-import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
-import aiohttp
-import botocore.exceptions  # type: ignore[import-untyped]
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from lora_embed.errors import StorageError
+from lora_embed import disk
+from lora_embed.errors import StorageError, StoreUnavailable
+from lora_embed.retry import LIBRARY_ERRORS, describe, is_no_connection, retried
 
-TEMPORARY = "_tmp"  # below a local root: files being written, hidden from listings
-_NETWORK = (botocore.exceptions.BotoCoreError, aiohttp.ClientError)  # what fsspec lets through of its libraries
+RETRY_S = 120.0  # how long transient errors are tried again; `retry_s` beside fsspec's own options changes it
+FIRST_CONTACT_S = 5.0
+READ_AHEAD = 16 * 2**20  # bytes of one request when a remote file is read on
+S3 = ("s3://", "s3a://")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Store:
-    """A root on a local disk or in an object store. Picklable: the connection is made where it is used."""
+    """A root on a local disk or in an object store. Picklable: the connection is made where it is used.
+
+    `options` go to fsspec, but for `retry_s`, the seconds for which transient errors are tried again. Every method
+    raises StorageError for what the store refuses, and StoreUnavailable once that time is over.
+    """
 
     uri: str
     options: dict[str, Any] = field(default_factory=dict, hash=False)
+    exclusive: bool = True  # it honours conditional PUT; `check_writable` finds out
 
     @property
     def is_local(self) -> bool:
-        return isinstance(self._connection[0], LocalFileSystem)
+        return isinstance(self.filesystem, LocalFileSystem)
 
     @property
     def filesystem(self) -> Any:
@@ -56,114 +61,206 @@ class Store:
 
     @property
     def _connection(self) -> tuple[Any, str]:
-        return _connect(self.uri, tuple(sorted(self.options.items())) if self.options else ())
+        return _connect(self.uri, tuple(sorted((key, value) for key, value in self.options.items() if key != "retry_s")))
+
+    @property
+    def _root(self) -> Path:
+        return Path(self.full_path(""))
 
     def full_path(self, path: str) -> str:
         root = self._connection[1].rstrip("/")
         return f"{root}/{path}" if path else root or self._connection[1]
 
-    def list_files(self, prefix: str = "") -> list[Entry]:
-        """All objects below a folder, sorted by path; an absent folder is an empty one. Never from a cache.
+    def name(self, path: str) -> str:
+        """A path's whole URI, as messages give it."""
+        return f"{self.uri.rstrip('/')}/{path}".rstrip("/")
 
-        Raises StorageError when the store refuses the listing.
-        """
-        with explained(self, prefix):
-            found = list(_walk_local(self, prefix) if self.is_local else _find(self, prefix))
-        return sorted((e for e in found if not e.path.startswith(f"{TEMPORARY}/")), key=lambda entry: entry.path)
+    def check_reachable(self) -> None:
+        """First contact, before any work: a wrong endpoint or key, or a bucket that is not there, is said at once."""
+        if self.is_local:
+            return
+        hasty = Store(self.uri, self.options | {"retry_s": min(self._retry_s, FIRST_CONTACT_S)})
+        try:
+            hasty._list_one()
+        except StoreUnavailable as error:
+            if error.__cause__ is None or not is_no_connection(error.__cause__):
+                self._list_one()  # somebody is there, who may answer later
+                return
+            raise StorageError(
+                f"{self.uri}: cannot be reached: {describe(error.__cause__)}. Check network, endpoint and keys."
+            ) from None
+
+    def list_files(self, prefix: str = "") -> list[Entry]:
+        """All objects below a folder, sorted by path; an absent folder is an empty one. Never from a cache."""
+        if self.is_local:
+            with explained(self, prefix):
+                found = [_local_entry(path, state) for path, state in disk.walk(self.full_path(""), prefix)]
+        else:
+            found = self._retried(prefix, lambda: list(_find(self, prefix)))
+        return sorted((e for e in found if not e.path.startswith(f"{disk.TEMPORARY}/")), key=lambda entry: entry.path)
 
     def open(self, path: str) -> BinaryIO:
-        """Open for reading at random. Raises StorageError when it cannot be opened, FileNotFoundError when it is gone."""
-        fs, _ = self._connection
-        with explained(self, path):
-            return cast(BinaryIO, fs.open(self.full_path(path), "rb"))
+        """Open for reading at random; FileNotFoundError when it is gone.
+
+        On S3 every read carries If-Match, so that all bytes are of the object as it was when it was opened.
+        """
+        fs = self.filesystem
+        file = self._retried(
+            path, lambda: fs.open(self.full_path(path), "rb", **({} if self.is_local else {"block_size": READ_AHEAD}))
+        )
+        return cast(BinaryIO, file if self.is_local else io.BufferedReader(_RetriedFile(self, path, file), 65536))
 
     def read(self, path: str) -> bytes | None:
         """The whole object, or None where there is none."""
-        fs, _ = self._connection
-        with explained(self, path):
-            try:
-                return cast(bytes, fs.cat_file(self.full_path(path)))
-            except FileNotFoundError:
-                return None
+        fs = self.filesystem
+        try:
+            return self._retried(path, lambda: cast(bytes, fs.cat_file(self.full_path(path))))
+        except FileNotFoundError:
+            return None
 
     def info(self, path: str) -> Entry | None:
         """The object's size and etag as they are now, or None where there is none."""
-        fs, _ = self._connection
-        fs.invalidate_cache()
-        with explained(self, path):
-            try:
-                if self.is_local:
-                    return _local_entry(path, os.stat(self.full_path(path)))
-                info = fs.info(self.full_path(path))
-            except FileNotFoundError:
-                return None
-        return _entry(path, info) if info["type"] == "file" else None
+        fs = self.filesystem
+        try:
+            if self.is_local:
+                with explained(self, path):
+                    state = os.stat(self.full_path(path))
+                return _local_entry(path, state) if os.path.isfile(self.full_path(path)) else None
+            fs.invalidate_cache()
+            found = self._retried(path, lambda: fs.info(self.full_path(path)))
+        except FileNotFoundError:
+            return None
+        return _entry(path, found) if found["type"] == "file" else None
 
     def is_directory(self, path: str = "") -> bool:
-        fs, _ = self._connection
-        with explained(self, path):
-            return bool(fs.isdir(self.full_path(path)))
+        fs = self.filesystem
+        return self._retried(path, lambda: bool(fs.isdir(self.full_path(path))))
 
-    def check_writable(self) -> None:
-        """On a local disk, refuse before any work what could not be written; object stores say it at the first write.
+    def check_writable(self, marker: str, data: bytes) -> "Store":
+        """Refuse before any work what could not be written; the store as it is to be used.
 
-        Raises StorageError.
+        On an object store the marker is created, or found to be there: a store that lets it be created twice ignores
+        conditional PUT, and two runs that publish at the same moment could both believe they were first.
         """
-        if not self.is_local:
-            return
-        folder = Path(self.full_path(""))
-        nearest = next(parent for parent in [folder, *folder.parents] if parent.exists())
-        if not nearest.is_dir():
-            raise StorageError(f"{self.uri}: {nearest} is a file, so nothing can be written below it")
-        if not os.access(nearest, os.W_OK):
-            raise StorageError(f"{self.uri}: {nearest} is not writable for this user. Change its permissions or the path.")
+        if self.is_local:
+            nearest = next(parent for parent in [self._root, *self._root.parents] if parent.exists())
+            if not nearest.is_dir():
+                raise StorageError(f"{self.uri}: {nearest} is a file, so nothing can be written below it")
+            if not os.access(nearest, os.W_OK):
+                raise StorageError(f"{self.uri}: {nearest} is not writable for this user. Change its permissions or the path.")
+            return self
+        refuses_second = not self.create(marker, data) or not self.create(marker, data)
+        return self if refuses_second else Store(self.uri, self.options, exclusive=False)
 
     def create(self, path: str, data: bytes) -> bool:
         """Commit an object in one atomic step unless it exists; True if this call made it.
 
-        Readers see the whole object or none. Raises StorageError when the store cannot be written.
+        Readers see the whole object or none. False may also mean that this call made it and the answer got lost, so
+        that it was sent again: whoever needs to know compares the content.
         """
+        if self.is_local:
+            with explained(self, path, writes=True):
+                return disk.create(self._root, Path(self.full_path(path)), data)
+        if not self.exclusive and self.info(path) is not None:
+            return False
+        mode = "create" if self.exclusive else "overwrite"
+        fs = self.filesystem
         with explained(self, path, writes=True):
-            if self.is_local:
-                return _create_local(Path(self.full_path("")), Path(self.full_path(path)), data)
-            fs, _ = self._connection
             try:
-                fs.pipe_file(self.full_path(path), data, mode="create")
+                retried(lambda: fs.pipe_file(self.full_path(path), data, mode=mode), self.name(path), self._retry_s)
             except OSError as error:  # s3fs reports a refused If-None-Match as EINVAL
                 refused = isinstance(error, FileExistsError) or "pre-conditions" in str(error)
                 if refused and self.info(path) is not None:  # not refused for what stands above it
                     return False
                 raise
-            return True
+        return True
 
     def replace(self, path: str, data: bytes) -> None:
-        """Write a small object whether or not it exists: for hints, never for what readers rely on."""
+        """Write an object in one atomic step, whether or not it exists."""
         with explained(self, path, writes=True):
             if self.is_local:
-                _replace_local(Path(self.full_path("")), Path(self.full_path(path)), data)
+                disk.replace(self._root, Path(self.full_path(path)), data)
             else:
-                self._connection[0].pipe_file(self.full_path(path), data)
+                fs = self.filesystem
+                retried(lambda: fs.pipe_file(self.full_path(path), data), self.name(path), self._retry_s)
 
     def delete(self, paths: list[str]) -> None:
         """Remove objects; one that is gone already is no error."""
-        fs, _ = self._connection
+        fs = self.filesystem
+        if self.uri.startswith(S3) and paths:  # a thousand in a request
+            self._retried(paths[0], lambda: fs.rm([self.full_path(path) for path in paths]))
+            return
         for path in paths:
-            with contextlib.suppress(FileNotFoundError), explained(self, path):
-                fs.rm_file(self.full_path(path))
+            with contextlib.suppress(FileNotFoundError):
+                self._retried(path, lambda path=path: fs.rm_file(self.full_path(path)))  # type: ignore[misc]
 
     def clear_temporary(self, older_than_s: float = 3600.0) -> None:
         """Remove what writers that were killed left behind on a local disk."""
-        folder = Path(self.full_path(TEMPORARY))
-        if not self.is_local or not folder.is_dir():
-            return
-        for file in folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - file.stat().st_mtime > older_than_s:
-                    file.unlink()
+        if self.is_local:
+            disk.clear_temporary(self._root, older_than_s)
+
+    @property
+    def _retry_s(self) -> float:
+        return float(self.options.get("retry_s", RETRY_S))
+
+    def _list_one(self) -> None:
+        """The cheapest request that fails where the bucket is not there; s3fs takes such a bucket for an empty one."""
+        fs = self.filesystem
+        bucket, _, prefix = self.full_path("").partition("/")
+        try:
+            if self.uri.startswith(S3):
+                self._retried("", lambda: fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1))
+            else:
+                self._retried("", lambda: fs.exists(self.full_path("")))
+        except FileNotFoundError:
+            raise StorageError(f"{self.uri}: there is no bucket {bucket}. Correct its name, or create it.") from None
+
+    def _retried(self, path: str, operation: Callable[[], R]) -> R:
+        with explained(self, path):
+            return retried(operation, self.name(path), self._retry_s)
+
+
+class _RetriedFile(io.RawIOBase):
+    """A remote file whose reads are tried again; its position moves only when a read succeeds."""
+
+    def __init__(self, store: Store, path: str, file: Any) -> None:
+        self._store = store
+        self._path = path
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data: bytes = self._store._retried(self._path, lambda: self._file.read(len(buffer)))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
 
 
 def _connect_anew(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, str]:
-    return cast(tuple[Any, str], fsspec.core.url_to_fs(uri, **dict(options)))
+    given = dict(options)
+    if uri.startswith(S3):
+        # One patience, this module's: botocore and s3fs would try five times each, and a stalled read 25 times.
+        given["config_kwargs"] = {"retries": {"total_max_attempts": 1}} | given.get("config_kwargs", {})
+        given.setdefault("max_concurrency", 1)  # else each read asks for the size first
+    fs, root = fsspec.core.url_to_fs(uri, **given)
+    if uri.startswith(S3):
+        fs.retries = 1
+    return fs, root
 
 
 _connect_cached = lru_cache(maxsize=64)(_connect_anew)
@@ -216,34 +313,8 @@ def _walk(fs: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from _walk(fs, name)
 
 
-def _walk_local(store: Store, prefix: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Entry]:
-    """Files below a local folder, links followed, but never round in a circle.
-
-    Not fsspec's walk: that one leaves out folders it may not read, does not follow links to folders, and gives for a
-    linked file the link's own time, which changes when nothing else does.
-    """
-    folder = store.full_path(prefix)
-    try:
-        state = os.stat(folder)
-        names = os.listdir(folder) if (state.st_dev, state.st_ino) not in above else []
-    except FileNotFoundError:
-        return
-    for name in names:
-        path = f"{prefix}/{name}" if prefix else name
-        try:
-            file = os.stat(f"{folder}/{name}")
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP):  # deleted meanwhile, or a link to nothing
-                continue
-            raise
-        if stat.S_ISDIR(file.st_mode):
-            yield from _walk_local(store, path, above | {(state.st_dev, state.st_ino)})
-        elif (entry := _local_entry(path, file)) is not None:
-            yield entry
-
-
-def _local_entry(path: str, state: os.stat_result) -> Entry | None:
-    return Entry(path=path, size=state.st_size, etag=str(state.st_mtime_ns)) if stat.S_ISREG(state.st_mode) else None
+def _local_entry(path: str, state: os.stat_result) -> Entry:
+    return Entry(path=path, size=state.st_size, etag=str(state.st_mtime_ns))
 
 
 def _entry(path: str, info: dict[str, Any]) -> Entry:
@@ -253,57 +324,13 @@ def _entry(path: str, info: dict[str, Any]) -> Entry:
     return Entry(path=path, size=int(info["size"] or 0), etag=str(etag).strip('"'))
 
 
-def _create_local(root: Path, target: Path, data: bytes) -> bool:
-    if target.is_dir():
-        raise IsADirectoryError
-    if target.exists():
-        return False
-    with _written_aside(root, target, data) as temporary:
-        try:
-            os.link(temporary, target)  # fails if the name exists: the commit, and whoever comes first wins
-        except FileExistsError:
-            return False
-    _sync_folder(target.parent)
-    return True
-
-
-def _replace_local(root: Path, target: Path, data: bytes) -> None:
-    with _written_aside(root, target, data) as temporary:
-        os.replace(temporary, target)
-    _sync_folder(target.parent)
-
-
-@contextlib.contextmanager
-def _written_aside(root: Path, target: Path, data: bytes) -> Iterator[Path]:
-    """A file with these bytes, safely on the disk; gone afterwards, whether or not it was used."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    (root / TEMPORARY).mkdir(parents=True, exist_ok=True)
-    temporary = root / TEMPORARY / uuid.uuid4().hex
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def explained(store: Store, path: str, *, writes: bool = False) -> Iterator[None]:
     """Turn what a store refuses into one message that names the object.
 
     When reading, absent objects stay FileNotFoundError.
     """
-    where = f"{store.uri.rstrip('/')}/{path}".rstrip("/")
+    where = store.name(path)
     try:
         yield
     except PermissionError as error:
@@ -318,7 +345,7 @@ def explained(store: Store, path: str, *, writes: bool = False) -> Iterator[None
         raise StorageError(f"{where}: cannot be written, what should hold it is not there ({error})") from None
     except OSError as error:
         raise StorageError(f"{where}: {error.strerror or error}") from None
-    except _NETWORK as error:
+    except LIBRARY_ERRORS as error:
         raise StorageError(f"{where}: cannot be reached: {error}. Check network, endpoint and keys.") from None
     except TypeError as error:  # file systems take their options late, and say only this of one they do not know
         if not store.options or "unexpected keyword" not in str(error):

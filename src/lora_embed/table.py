@@ -89,8 +89,11 @@ def verify_parts(store: Store, space_id: str, layout: Layout, parts: list[Part])
     samples = vectors = 0
     for part in parts:
         path = part_path(space_id, layout.layout_id, part)
-        with store.open(path) as file:
-            metadata = pq.ParquetFile(file).metadata
+        try:
+            with store.open(path) as file:
+                metadata = pq.ParquetFile(file).metadata
+        except FileNotFoundError:
+            raise VerificationFailed(f"{store.uri}/{path}: is gone, though it was listed; run the same command again") from None
         facts = read_footer(metadata)
         full = layout.chunk_size if not part.last else metadata.num_rows
         expected = {
@@ -116,7 +119,8 @@ def read_rows(store: Store, path: str) -> pa.Table:
 
 def commit_version(store: Store, manifest: Manifest) -> bool:
     """Create the version; False when another run created one of this number first."""
-    if not store.create(manifest_path(manifest.version), manifest.to_json()):
+    path, data = manifest_path(manifest.version), manifest.to_json()
+    if not store.create(path, data) and store.read(path) != data:  # equal: it is ours, and the store's answer got lost
         return False
     store.replace(CURRENT, f"{manifest.version}\n".encode())
     return True
@@ -192,9 +196,11 @@ class Table:
 
     def encoder(self, device: str = "cpu") -> "Encoder":
         """The encoder that made the vectors, in float32: the only one whose queries match them."""
-        from lora_embed.model.encoder import load_encoder  # torch, which reading a table does not need
+        from lora_embed.fetch import fetch_directory
+        from lora_embed.model.encoder import FILES, load_encoder  # torch, which reading a table does not need
 
-        return load_encoder(f"{self.store.uri}/{encoder_path(self.space_id)}", device=device)
+        uri = f"{self.store.uri}/{encoder_path(self.space_id)}"
+        return load_encoder(fetch_directory(uri, None, FILES, self.store.options), device=device)
 
 
 def open_table(uri: str, version: int | None = None, storage_options: dict[str, Any] | None = None) -> Table:

@@ -34,7 +34,7 @@ class WriteParts:
         """Rows of `EmbedImages` → committed parts, and for each a row `stats` (JSON of `ChunkStats`)."""
         assert len(batch["head"]) == 1, "chunks go one by one: batch_size=1"
         head = ChunkHead.from_json(batch["head"][0])
-        stats = ChunkStats(shard_id=head.shard_id, chunk=head.chunk, error=head.error)
+        stats = ChunkStats(shard_id=head.shard_id, chunk=head.chunk, error=head.error, may_pass=head.may_pass)
         if not head.error:
             table = make_part(head, from_ipc(batch["samples"][0]), np.asarray(batch["vectors"][0]), self._layout)
             vectors = table.column("reason").null_count

@@ -1,0 +1,93 @@
+"""Local disks: listing that misses nothing, and writing in one atomic step."""
+
+import contextlib
+import errno
+import os
+import stat
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+TEMPORARY = "_tmp"  # below a root: files being written, hidden from listings
+
+
+def walk(root: str, prefix: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, os.stat_result]]:
+    """Regular files below a folder, by path from the root; links followed, but never round in a circle.
+
+    Not fsspec's walk: that one leaves out folders it may not read, does not follow links to folders, and gives for a
+    linked file the link's own time, which changes when nothing else does.
+    """
+    folder = f"{root}/{prefix}" if prefix else root
+    try:
+        state = os.stat(folder)
+        names = os.listdir(folder) if (state.st_dev, state.st_ino) not in above else []
+    except FileNotFoundError:
+        return
+    for name in names:
+        path = f"{prefix}/{name}" if prefix else name
+        try:
+            file = os.stat(f"{folder}/{name}")
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP):  # deleted meanwhile, or a link to nothing
+                continue
+            raise
+        if stat.S_ISDIR(file.st_mode):
+            yield from walk(root, path, above | {(state.st_dev, state.st_ino)})
+        elif stat.S_ISREG(file.st_mode):
+            yield path, file
+
+
+def create(root: Path, target: Path, data: bytes) -> bool:
+    """Commit a file in one atomic step unless it exists; True if this call made it."""
+    if target.is_dir():
+        raise IsADirectoryError
+    if target.exists():
+        return False
+    with _written_aside(root, target, data) as temporary:
+        try:
+            os.link(temporary, target)  # fails if the name exists: the commit, and whoever comes first wins
+        except FileExistsError:
+            return False
+    _sync_folder(target.parent)
+    return True
+
+
+def replace(root: Path, target: Path, data: bytes) -> None:
+    """Write a file in one atomic step, whether or not it exists."""
+    with _written_aside(root, target, data) as temporary:
+        os.replace(temporary, target)
+    _sync_folder(target.parent)
+
+
+def clear_temporary(root: Path, older_than_s: float) -> None:
+    """Remove what writers that were killed left behind."""
+    folder = root / TEMPORARY
+    for file in folder.iterdir() if folder.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - file.stat().st_mtime > older_than_s:
+                file.unlink()
+
+
+@contextlib.contextmanager
+def _written_aside(root: Path, target: Path, data: bytes) -> Iterator[Path]:
+    """A file with these bytes, safely on the disk; gone afterwards, whether or not it was used."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (root / TEMPORARY).mkdir(parents=True, exist_ok=True)
+    temporary = root / TEMPORARY / uuid.uuid4().hex
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

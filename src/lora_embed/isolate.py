@@ -1,0 +1,170 @@
+"""Decoding in a child process: an image that crashes, hangs or fills the memory costs that child alone, and is a reject."""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from lora_embed.decode import BadImage, Decoded, decode_image
+from lora_embed.model.preprocess import Preprocessing
+
+TRIES = 2  # a child may die of something else than its image, such as the machine's memory killer
+# Address space for one image beyond what its process holds already. Measured with 100 megapixels: WebP takes 28 bytes a
+# pixel, a transparent PNG 20, JPEG and GIF 13.
+ROOM_BYTES = 4 * 2**30
+ROOM_BYTES_PER_PIXEL = 40  # of max_pixels, where that is more
+_CRASHED = "decoder_crashed"
+_READY = "ready"
+_START_S = 120.0  # for Python and its imports, on a machine with much else to do
+_END_S = 10.0  # from the end of a child's pipe to its own
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+class IsolatedDecoder:
+    """`decode_image` in one child process, started with the first image and anew after each image that kills it.
+
+    An image that ends two children, takes all their memory, or has no answer from them in `timeout_s` raises BadImage
+    with the reason `decoder_crashed`. ChildProcessError where no child can be started. For one thread at a time.
+    """
+
+    def __init__(self, timeout_s: float = 120.0) -> None:
+        self._timeout_s = timeout_s
+        self._child: _Child | None = None
+
+    def __call__(self, data: bytes, preprocessing: Preprocessing, max_pixels: int = 100_000_000) -> Decoded:
+        for _ in range(TRIES):
+            answer = self._ask((data, preprocessing, max_pixels))
+            if isinstance(answer, Decoded):
+                return answer
+            if not _is_crash(answer):
+                raise answer
+        raise BadImage(_CRASHED, f"{answer}, {TRIES} tries")
+
+    def close(self) -> None:
+        """End the child; another image would start another."""
+        if self._child is not None:
+            self._child.end()
+            self._child = None
+
+    def __enter__(self) -> "IsolatedDecoder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ask(self, request: tuple[Any, ...]) -> Decoded | BaseException:
+        child, self._child = self._child or _Child(), None
+        try:
+            answer = child.ask(request, self._timeout_s)
+            if isinstance(answer, Decoded | BadImage) and not _is_crash(answer):
+                self._child = child  # only now: after an interrupt, the next image would get this one's answer
+        finally:
+            if self._child is None:
+                child.end()
+        return answer
+
+
+class _Child:
+    """A running child that answers requests one by one."""
+
+    def __init__(self) -> None:
+        # Not multiprocessing's spawn, which imports the parent's __main__ again, a Ray worker; and found wherever the
+        # parent found it, -P keeping the working directory out.
+        self._pipe, end = multiprocessing.Pipe()
+        with end:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "lora_embed.isolate", str(end.fileno())],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+                pass_fds=[end.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # an interrupt at the terminal is the parent's to handle
+            )
+        started = self._answer(_START_S)
+        if started != _READY:
+            self.end()
+            raise ChildProcessError(f"a process to decode images in did not start: {started}")
+
+    def ask(self, request: tuple[Any, ...], timeout_s: float) -> Decoded | BaseException:
+        """What `decode_image` returned or raised there, or how the child ended instead."""
+        with contextlib.suppress(OSError):  # it is gone; the answer says how
+            self._pipe.send(request)
+        answer: Decoded | BaseException = self._answer(timeout_s)
+        return answer
+
+    def end(self) -> None:
+        """Kill it: it holds nothing that is of use."""
+        self._pipe.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _answer(self, timeout_s: float) -> Any:
+        try:
+            if self._pipe.poll(timeout_s):
+                return self._pipe.recv()
+            return BadImage(_CRASHED, f"the decoder gave no answer in {timeout_s:g} s")
+        except (EOFError, OSError):
+            return BadImage(_CRASHED, f"the decoder {self._ending()}")
+
+    def _ending(self) -> str:
+        try:
+            code = self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            return "closed its pipe"
+        if code >= 0:
+            return f"ended with exit code {code}"
+        names = {entry.value: entry.name for entry in signal.Signals}
+        return f"was killed by signal {-code} ({names.get(-code, 'no name')})"
+
+
+def _is_crash(answer: Decoded | BaseException) -> bool:
+    return isinstance(answer, BadImage) and answer.reason == _CRASHED
+
+
+def serve(parent: Connection) -> None:
+    """What the child does: answer the requests of its parent until it is gone."""
+    _prepare()
+    with contextlib.suppress(EOFError, ConnectionError):
+        parent.send(_READY)
+        while True:
+            data, preprocessing, max_pixels = parent.recv()
+            limit_memory(max(ROOM_BYTES, ROOM_BYTES_PER_PIXEL * max_pixels))
+            try:
+                parent.send(decode_image(data, preprocessing, max_pixels))
+            except BadImage as bad:
+                parent.send(bad)
+            except BaseException as error:  # a bug: for the parent to raise
+                error.add_note(traceback.format_exc())
+                parent.send(error)
+                raise
+
+
+def limit_memory(room: int) -> None:
+    """Let this process take that many bytes of address space more; beyond, allocations fail. Linux only."""
+    if sys.platform == "linux":
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        limit = held + room if most == resource.RLIM_INFINITY else min(held + room, most)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+
+
+def _prepare() -> None:
+    """Die with the parent, before it when memory is short, and without a word or a core dump."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # who hangs in a decoder sees no pipe end
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("1000")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # standard error, until here the parent's: why a start fails is read there
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))

@@ -1,0 +1,90 @@
+"""Transient errors of object stores: which ones they are, and trying again with jittered back-off up to a limit."""
+
+import http.client
+import itertools
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import aiohttp
+import botocore.exceptions as boto  # type: ignore[import-untyped]
+
+from lora_embed.errors import StoreUnavailable
+
+LONGEST_PAUSE_S = 15.0
+SAY_AFTER_S = 3.0  # what is over sooner needs no word
+R = TypeVar("R")
+
+# What fsspec lets through of its libraries besides OSError, of which most are.
+LIBRARY_ERRORS = (boto.BotoCoreError, boto.ClientError, aiohttp.ClientError, http.client.HTTPException)
+CONNECTION_ERRORS = (boto.EndpointConnectionError, boto.ConnectTimeoutError, aiohttp.ClientConnectorError)
+_TRANSIENT = (
+    ConnectionError, TimeoutError, boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError,
+    boto.ResponseStreamingError, aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, http.client.IncompleteRead,
+)  # fmt: skip
+# Answers in 4xx that a second try may not get: an upload that arrived damaged, and a conditional PUT that met another.
+_TRANSIENT_CODES = {
+    "BadDigest", "ConditionalRequestConflict", "IncompleteBody", "OperationAborted", "RequestTimeout", "SlowDown",
+    "Throttling", "ThrottlingException", "XAmzContentSHA256Mismatch",
+}  # fmt: skip
+
+
+def retried(operation: Callable[[], R], what: str, limit_s: float) -> R:
+    """The operation's result, tried again for up to `limit_s` seconds as long as its errors are transient.
+
+    Raises StoreUnavailable when the time is up, and every other error at once.
+    """
+    started = time.monotonic()
+    for tries in itertools.count(1):
+        try:
+            return operation()
+        except (OSError, *LIBRARY_ERRORS) as error:
+            waited = time.monotonic() - started
+            if not is_transient(error):
+                raise
+            if waited >= limit_s:
+                raise StoreUnavailable(
+                    f"{what}: no proper answer for {waited:.0f} s, {tries} tries; the last: {describe(error)}. What is "
+                    "committed stays; run the same command again once the store answers."
+                ) from error
+            pause = min(LONGEST_PAUSE_S, 0.1 * 2**tries) * random.uniform(0.5, 1.0)
+            if waited + pause > SAY_AFTER_S:
+                logging.getLogger(__name__).warning("%s: %s; trying again for up to %g s", what, describe(error), limit_s)
+            time.sleep(min(pause, max(0.0, limit_s - waited)))
+    raise AssertionError("unreachable")
+
+
+def is_transient(error: BaseException) -> bool:
+    """Connection lost, time out, body cut short, too many requests, or the server's own fault: may differ next time."""
+    return any(_is_transient(cause) for cause in _causes(error))
+
+
+def _is_transient(error: BaseException) -> bool:
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # a botocore ClientError
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return _is_transient_status(status) or response.get("Error", {}).get("Code") in _TRANSIENT_CODES
+    status = getattr(error, "status", getattr(error, "code", None))  # aiohttp's and gcsfs's
+    return isinstance(error, _TRANSIENT) or (isinstance(status, int) and _is_transient_status(status))
+
+
+def _is_transient_status(status: int) -> bool:
+    return status == 429 or (status >= 500 and status != 501)
+
+
+def is_no_connection(error: BaseException) -> bool:
+    """Nobody listens at the endpoint, or it has no address: a wrong setting as likely as an outage."""
+    return any(isinstance(cause, CONNECTION_ERRORS) for cause in _causes(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
