@@ -6,7 +6,7 @@ export LORA_EMBED_CACHE ?= $(CURDIR)/.cache
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-long lint bench clean
 
 setup: $(READY)
 
@@ -25,7 +25,10 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest --durations=12
+	$(BIN)/python -m pytest --durations=12 -m 'not long'
+
+test-long: setup
+	$(BIN)/python -m pytest --durations=12 -m long -s
 
 bench: setup
 	$(BIN)/python benchmarks/throughput.py

@@ -24,7 +24,7 @@ import yaml
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from lora_embed import pipeline, run
+from lora_embed import cluster, run
 from lora_embed.config import load_job, load_recipe
 from lora_embed.decode import decode_image
 from lora_embed.demo import parts
@@ -131,7 +131,7 @@ def benchmark(name: str, base: Path, shards: Path, repeats: int, probe: int) -> 
         (home / "recipe.yaml").write_text(yaml.safe_dump({"base_model": str(base), "merge_method": "none"}))
         job = {"recipe": "recipe.yaml", "input": str(shards), "table": "table", "chunk_size": CHUNK, "batch_size": 16}
         (home / "job.yaml").write_text(yaml.safe_dump(job | {"precision": "float32"}))
-        pipeline.connect()
+        cluster.connect()
         cores = int(ray.cluster_resources()["CPU"])
         encoder = home / "encoder"
         build_encoder(gather(load_recipe(home / "recipe.yaml")), encoder, say)

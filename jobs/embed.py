@@ -1,9 +1,12 @@
 """Embed images into a table: `ray job submit -- python jobs/embed.py --config job.yaml`."""
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # a cluster has the dependencies, not the package
+# The workers of a Ray that is started here have it from this:
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))
 
 from lora_embed.cli import embed_job
 

@@ -10,7 +10,8 @@ os.environ.setdefault("LORA_EMBED_CACHE", str(Path(__file__).resolve().parents[1
 
 import torch
 
-from lora_embed import demo, pipeline
+from lora_embed import cluster as ray_cluster
+from lora_embed import demo
 from lora_embed.demo import parts
 from lora_embed.fetch import cache_root
 from lora_embed.progress import say
@@ -47,4 +48,4 @@ def real_images(demo_cache: Path) -> list[parts.LabelledImage]:
 @pytest.fixture
 def cluster() -> None:
     """A Ray cluster of this machine's CPUs, in this process: started where there is none, ended with the process."""
-    pipeline.connect()
+    ray_cluster.connect()

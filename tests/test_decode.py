@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from lora_embed.decode import BadImage, DecodedChunk, decode_image, decode_items, decode_shard
 from lora_embed.errors import ShardError
 from lora_embed.model.preprocess import Preprocessing
-from lora_embed.schema import REASONS, ChunkHead, Shard, WorkItem, from_ipc, to_ipc
+from lora_embed.schema import REASONS, Block, ChunkHead, Shard, WorkItem, from_ipc, to_ipc
 from samples import PREPROCESSING, encoded, layout, noise, parquet_of, png, shard_at, tar_of, tar_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")  # Pillow's
@@ -269,7 +269,7 @@ def test_a_cut_shard_yields_its_full_chunks_and_then_raises(tmp_path: Path) -> N
         found.extend(decode_shard(WorkItem(shard=shard), layout(), PREPROCESSING, {}))
     assert [(chunk.head.chunk, chunk.head.last, chunk.head.good) for chunk in found] == [(0, False, 4), (1, False, 4)]
     whole = shard_at(tmp_path / "whole.tar", tar_of(numbered(1)))
-    batch = {"item": [WorkItem(shard=shard), WorkItem(shard=whole)]}
+    batch = {"block": [Block(items=(WorkItem(shard=shard), WorkItem(shard=whole)))]}
     rows = list(decode_items(batch, layout(), PREPROCESSING, {}))
     heads = [ChunkHead.from_json(row["head"][0]) for row in rows]
     assert [(head.shard_name, bool(head.error), head.last) for head in heads] == [

@@ -22,6 +22,7 @@ from PIL import Image
 from guide import embed_by_hand, merge_by_hand
 from jobs import (
     job_of,
+    kill_all,
     read_rejects,
     read_rows,
     snapshot,
@@ -32,7 +33,7 @@ from jobs import (
     write_recipe,
     write_tars,
 )
-from lora_embed import open_table, pipeline
+from lora_embed import cluster, open_table
 from lora_embed.config import JobConfig, load_job
 from lora_embed.demo.parts import LabelledImage, write_shards
 from lora_embed.errors import GateFailed, IncompleteRun
@@ -245,8 +246,8 @@ def test_both_topologies_end_with_the_same_vectors(tmp_path: Path, tiny: Path, c
     source = write_tars(tmp_path / "shards", shards=5, images=12)
     job = job_of(tmp_path, tiny / "recipe.yaml", source, chunk_size=5, resources={})
     ray.shutdown()
-    pipeline.connect(num_cpus=cpus, num_gpus=gpus)
-    topology = pipeline.choose_topology(job.resources)
+    cluster.connect(num_cpus=cpus, num_gpus=gpus)
+    topology = cluster.choose_topology(job.resources)
     assert (topology.decode is not None, topology.device.get("num_gpus", 0)) == (gpus == 1, gpus)
     result = run_job(job)
     ray.shutdown()
@@ -255,15 +256,6 @@ def test_both_topologies_end_with_the_same_vectors(tmp_path: Path, tiny: Path, c
     images = [Image.open(io.BytesIO(png(number))) for number in range(60)]
     expected = {f"{n // 12:04d}.tar/{n:06d}": encoder.embed([image])[0].tobytes() for n, image in enumerate(images)}
     assert vectors_by_id(read_rows(tmp_path / "table")) == expected
-
-
-def kill_all(process: psutil.Process) -> None:
-    """SIGKILL to the driver and every process that it started."""
-    started = [process, *process.children(recursive=True)]
-    for one in started:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    psutil.wait_procs(started, timeout=20)
 
 
 @pytest.mark.usefixtures("cluster")

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from jobs import ROOT, write_tars
-from lora_embed import pipeline
+from lora_embed import cluster
 from lora_embed.cli import run_command
 from lora_embed.config import load_job
 from lora_embed.run import run_job
@@ -325,7 +325,7 @@ CLUSTER_CASES = [
     Case(
         "no GPU in the cluster",
         nothing,
-        ["resources.device is gpu", "none after 0 s", "set device to cpu"],
+        ["resources.device is gpu", "the cluster has none", "set device to cpu"],
         arguments=with_set("resources.device=gpu", "resources.wait_s=0"),
         starts=True,
     ),
@@ -364,7 +364,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def published(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a published table."""
-    pipeline.connect()
+    cluster.connect()
     folder = tmp_path_factory.mktemp("published") / "good"
     shutil.copytree(good, folder)
     run_job(load_job(folder / "job.yaml"))
@@ -407,7 +407,7 @@ def test_a_user_error_is_one_message_and_nothing_is_written(
     if case.starts:
         request.getfixturevalue("cluster")
     else:
-        monkeypatch.setattr(pipeline, "connect", lambda: pytest.fail("a cluster was started for what reading alone shows"))
+        monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("a cluster was started for what reading alone shows"))
     monkeypatch.chdir(broken)
     before = everything(broken.parent)
     capsys.readouterr()

@@ -14,16 +14,16 @@ from jobs import ROOT
 
 PACKAGE = ROOT / "src" / "lora_embed"
 LAYERS = [  # top to bottom: a module imports from its own layer and those above it
-    ["errors", "config", "schema", "storage", "fetch"],
+    ["errors", "config", "schema", "disk", "retry", "storage", "fetch"],
     ["model.*", "plan", "read", "decode", "isolate", "write", "evaluate", "export", "report", "progress"],
-    ["embed", "table", "compact"],
+    ["embed", "table", "compact", "cluster"],
     ["pipeline"],
     ["publish"],
     ["run"],
     ["cli", "demo.*", "jobs.*"],
 ]
 FENCES = {  # library → who alone imports it
-    "ray": ["pipeline", "cli", "jobs.*"],
+    "ray": ["cluster", "pipeline", "cli", "jobs.*"],
     "peft": ["model.adapter", "model.merge"],
     "transformers": ["model.*"],
     "fsspec": ["storage"],

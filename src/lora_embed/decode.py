@@ -35,7 +35,7 @@ _TURNS = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 
-# Tests name images here that are to do harm: no file is known that really kills Pillow. See `_do_harm`.
+# Tests name images here that are to do harm: a real file that kills Pillow does so only until Pillow is mended.
 _HARM = dict(entry.split(":") for entry in os.environ.get("LORA_EMBED_TEST_POISON", "").split(",") if entry)
 
 # Pillow's own limit warns first and raises at twice its value; ours is checked as soon as the size is known.
@@ -99,7 +99,7 @@ def _do_harm(data: bytes) -> None:
         time.sleep(1)
     taken = []
     while kind == "memory":
-        taken.append(bytearray(2**28))  # address space only, never touched: other processes keep their memory
+        taken.append(np.empty(2**28, np.uint8))  # address space, never touched: other processes keep their memory
 
 
 def _decode(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> Decoded:

@@ -2,15 +2,14 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from lora_embed.decode import Decode, decode_items
 from lora_embed.fetch import fetch_directory
+from lora_embed.isolate import decode_blocks
 from lora_embed.model.encoder import FILES, load_encoder
 from lora_embed.model.preprocess import Preprocessing
 from lora_embed.schema import ChunkHead, Layout
@@ -83,15 +82,13 @@ class EmbedShards:
         embedding: tuple[Any, ...],
         input_options: dict[str, Any],
         writing: tuple[Any, ...],
-        choose_decoder: Callable[[], AbstractContextManager[Decode]],
+        was_tried: Callable[[], bool],
     ) -> None:
         self._embed = EmbedImages(*embedding)
         self._write = WriteParts(*writing)
-        self._choose_decoder = choose_decoder
-        self._decoding = (self._embed.layout, self._embed.preprocessing, input_options)
+        self._decoding = (self._embed.layout, self._embed.preprocessing, input_options, was_tried)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Blocks of work items → rows `stats`, one per chunk."""
-        with self._choose_decoder() as decode:
-            for row in decode_items(batch, *self._decoding, decode=decode):
-                yield self._write(self._embed(row))
+        for row in decode_blocks(batch, *self._decoding):
+            yield self._write(self._embed(row))

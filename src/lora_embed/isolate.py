@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from lora_embed.decode import BadImage, Decoded, decode_image
+from lora_embed.decode import BadImage, Decode, Decoded, decode_image, decode_items
 from lora_embed.model.preprocess import Preprocessing
+from lora_embed.schema import Layout
 
 TRIES = 2  # a child may die of something else than its image, such as the machine's memory killer
 # Address space for one image beyond what its process holds already. Measured with 100 megapixels: WebP takes 28 bytes a
@@ -26,6 +28,19 @@ _READY = "ready"
 _START_S = 120.0  # for Python and its imports, on a machine with much else to do
 _END_S = 10.0  # from the end of a child's pipe to its own
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+def decode_blocks(
+    batch: dict[str, Any], layout: Layout, preprocessing: Preprocessing, options: dict[str, Any], was_tried: Callable[[], bool]
+) -> Iterator[dict[str, Any]]:
+    """`decode_items`, but in a child process where a process died of the same task before.
+
+    If an image killed it, that image is the end of a child this time, and a reject; else the child does no harm.
+    """
+    isolated = IsolatedDecoder() if was_tried() else None
+    with isolated or contextlib.nullcontext():
+        decode: Decode = isolated or decode_image
+        yield from decode_items(batch, layout, preprocessing, options, decode=decode)
 
 
 class IsolatedDecoder:
@@ -136,8 +151,8 @@ def serve(parent: Connection) -> None:
         parent.send(_READY)
         while True:
             data, preprocessing, max_pixels = parent.recv()
-            limit_memory(max(ROOM_BYTES, ROOM_BYTES_PER_PIXEL * max_pixels))
             try:
+                limit_memory(max(ROOM_BYTES, ROOM_BYTES_PER_PIXEL * max_pixels))
                 parent.send(decode_image(data, preprocessing, max_pixels))
             except BadImage as bad:
                 parent.send(bad)
@@ -159,7 +174,9 @@ def limit_memory(room: int) -> None:
 def _prepare() -> None:
     """Die with the parent, before it when memory is short, and without a word or a core dump."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # who hangs in a decoder sees no pipe end
+        # A decoder that hangs would not see the end of the pipe. Linux sends this when the parent's thread ends, too:
+        # the next image then finds its first child dead and gets another.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))

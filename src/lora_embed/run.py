@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from lora_embed import pipeline, plan, publish, table
+from lora_embed import cluster, pipeline, plan, publish, table
 from lora_embed.config import JobConfig, Recipe, load_recipe
 from lora_embed.errors import ConfigError, IncompleteRun, StorageError, StoreUnavailable, TableError, WorkersLost
 from lora_embed.model.build import Ingredients, build_encoder, gather, match_adapters
@@ -115,6 +115,7 @@ def run_job(job: JobConfig, *, publishes: bool = True) -> RunResult:
     store, shards = _list(job)
     recipe = find_recipe(job.recipe)
     source = gather(recipe) if isinstance(recipe, Recipe) else recipe
+    store.check_writable()
     current = table.read_manifest(store)
     known = find_encoder(source, store)
     if known is not None and current is not None and _is_current(job, store, known, current, shards):
@@ -127,10 +128,10 @@ def run_job(job: JobConfig, *, publishes: bool = True) -> RunResult:
         folder = None if known is not None else prepare_encoder(source, Path(scratch) / "encoder")
         prepared = known or read_description(cast(Path, folder))
         refuse_other_space(store, current, prepared)
-        pipeline.connect()
+        cluster.connect()
         refuse_local_paths(job, shards, store)
-        topology = pipeline.choose_topology(job.resources)
-        store = store.check_writable(MARKER, b'{"format": 1}\n')  # the last that can refuse, and the first that writes
+        topology = cluster.choose_topology(job.resources)
+        store = store.claim(MARKER, b'{"format": 1}\n')  # the last that can refuse, and the first that writes
         if not store.exclusive:
             say(f"{job.table}: this store ignores conditional PUT: never run two jobs on this table at the same time")
         encoder = prepared if folder is None else store_encoder(folder, store)
@@ -165,7 +166,7 @@ def refuse_local_paths(job: JobConfig, shards: list[Shard], store: Store) -> Non
     """Raises ConfigError when several nodes would each look for input or table on a disk of their own."""
     roots = {shard.root for shard in shards if Store(shard.root, job.input_storage_options).is_local}
     local = [job.table] * store.is_local + sorted(roots)
-    nodes = pipeline.cluster_capacity().nodes
+    nodes = cluster.cluster_capacity().nodes
     if local and nodes > 1 and not job.shared_filesystem:
         raise ConfigError(
             f"{local[0]} is a local path, but this cluster has, or may come to have, {nodes} nodes, each with disks of its "
@@ -173,7 +174,7 @@ def refuse_local_paths(job: JobConfig, shards: list[Shard], store: Store) -> Non
         )
 
 
-def embed_missing(job: JobConfig, shared: pipeline.Job, shards: list[Shard], topology: pipeline.Topology) -> int:
+def embed_missing(job: JobConfig, shared: pipeline.Job, shards: list[Shard], topology: cluster.Topology) -> int:
     """Embed what is neither published nor staged; returns the number of samples.
 
     When workers were lost for good or a store did not answer, what is still missing is tried again, up to `ATTEMPTS`
@@ -205,7 +206,7 @@ def embed_missing(job: JobConfig, shared: pipeline.Job, shards: list[Shard], top
 
 
 def _embed(
-    work: list[WorkItem], shared: pipeline.Job, topology: pipeline.Topology, progress: Progress, failures: dict[str, ChunkStats]
+    work: list[WorkItem], shared: pipeline.Job, topology: cluster.Topology, progress: Progress, failures: dict[str, ChunkStats]
 ) -> None:
     """Run the chain once, counting what it yields. Raises IncompleteRun where going on would be in vain."""
     in_a_row = 0
@@ -284,7 +285,7 @@ def refuse_other_space(store: Store, current: Manifest | None, encoder: Descript
 
 
 def resolve_layout(
-    job: JobConfig, store: Store, encoder: Description, current: Manifest | None, topology: pipeline.Topology
+    job: JobConfig, store: Store, encoder: Description, current: Manifest | None, topology: cluster.Topology
 ) -> Layout:
     """The layout, with what `auto` leaves open taken from the table if it was resolved before, else from the device.
 

@@ -7,7 +7,7 @@ import contextlib
 import io
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -48,7 +48,7 @@ class Store:
 
     uri: str
     options: dict[str, Any] = field(default_factory=dict, hash=False)
-    exclusive: bool = True  # it honours conditional PUT; `check_writable` finds out
+    exclusive: bool = True  # it honours conditional PUT; `claim` finds out
 
     @property
     def is_local(self) -> bool:
@@ -79,12 +79,11 @@ class Store:
         """First contact, before any work: a wrong endpoint or key, or a bucket that is not there, is said at once."""
         if self.is_local:
             return
-        hasty = Store(self.uri, self.options | {"retry_s": min(self._retry_s, FIRST_CONTACT_S)})
         try:
-            hasty._list_one()
+            self._list_one(min(self._retry_s, FIRST_CONTACT_S))
         except StoreUnavailable as error:
             if error.__cause__ is None or not is_no_connection(error.__cause__):
-                self._list_one()  # somebody is there, who may answer later
+                self._list_one(self._retry_s)  # somebody is there, who may answer later
                 return
             raise StorageError(
                 f"{self.uri}: cannot be reached: {describe(error.__cause__)}. Check network, endpoint and keys."
@@ -136,21 +135,24 @@ class Store:
         fs = self.filesystem
         return self._retried(path, lambda: bool(fs.isdir(self.full_path(path))))
 
-    def check_writable(self, marker: str, data: bytes) -> "Store":
-        """Refuse before any work what could not be written; the store as it is to be used.
+    def check_writable(self) -> None:
+        """On a local disk, refuse before any work what could not be written."""
+        if not self.is_local:
+            return
+        nearest = next(parent for parent in [self._root, *self._root.parents] if parent.exists())
+        if not nearest.is_dir():
+            raise StorageError(f"{self.uri}: {nearest} is a file, so nothing can be written below it")
+        if not os.access(nearest, os.W_OK):
+            raise StorageError(f"{self.uri}: {nearest} is not writable for this user. Change its permissions or the path.")
 
-        On an object store the marker is created, or found to be there: a store that lets it be created twice ignores
-        conditional PUT, and two runs that publish at the same moment could both believe they were first.
+    def claim(self, marker: str, data: bytes) -> "Store":
+        """Create the marker unless it is there; the store as it is to be used from then on.
+
+        The first write, which shows whether there may be others. A store that lets the marker be created twice ignores
+        conditional PUT: two runs that publish at the same moment could both believe that they were first.
         """
-        if self.is_local:
-            nearest = next(parent for parent in [self._root, *self._root.parents] if parent.exists())
-            if not nearest.is_dir():
-                raise StorageError(f"{self.uri}: {nearest} is a file, so nothing can be written below it")
-            if not os.access(nearest, os.W_OK):
-                raise StorageError(f"{self.uri}: {nearest} is not writable for this user. Change its permissions or the path.")
-            return self
         refuses_second = not self.create(marker, data) or not self.create(marker, data)
-        return self if refuses_second else Store(self.uri, self.options, exclusive=False)
+        return self if refuses_second else replace(self, exclusive=False)
 
     def create(self, path: str, data: bytes) -> bool:
         """Commit an object in one atomic step unless it exists; True if this call made it.
@@ -203,21 +205,21 @@ class Store:
     def _retry_s(self) -> float:
         return float(self.options.get("retry_s", RETRY_S))
 
-    def _list_one(self) -> None:
+    def _list_one(self, limit_s: float) -> None:
         """The cheapest request that fails where the bucket is not there; s3fs takes such a bucket for an empty one."""
         fs = self.filesystem
         bucket, _, prefix = self.full_path("").partition("/")
         try:
             if self.uri.startswith(S3):
-                self._retried("", lambda: fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1))
+                self._retried("", lambda: fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1), limit_s)
             else:
-                self._retried("", lambda: fs.exists(self.full_path("")))
+                self._retried("", lambda: fs.exists(self.full_path("")), limit_s)
         except FileNotFoundError:
             raise StorageError(f"{self.uri}: there is no bucket {bucket}. Correct its name, or create it.") from None
 
-    def _retried(self, path: str, operation: Callable[[], R]) -> R:
+    def _retried(self, path: str, operation: Callable[[], R], limit_s: float | None = None) -> R:
         with explained(self, path):
-            return retried(operation, self.name(path), self._retry_s)
+            return retried(operation, self.name(path), self._retry_s if limit_s is None else limit_s)
 
 
 class _RetriedFile(io.RawIOBase):
@@ -301,7 +303,7 @@ def _find(store: Store, prefix: str) -> Iterator[Entry]:
             raise StorageError(f"{store.uri}: changed while it was listed. Run the same command again.") from None
         return
     start = len(root.rstrip("/")) + 1
-    yield from (_entry(name[start:], info) for name, info in found.items())
+    yield from (_entry(name[start:], info) for name, info in found.items() if info["type"] == "file")
 
 
 def _walk(fs: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -17,7 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as TextTable
 
-from lora_embed import pipeline
+from lora_embed import cluster, pipeline
 from lora_embed.config import Recipe, load_job, load_recipe
 from lora_embed.decode import decode_image
 from lora_embed.demo import parts
@@ -109,7 +109,7 @@ def _embed_once(folder: Path, recipe: Recipe, shards: Path, say: Say) -> dict[st
     if not (folder / "vectors.npz").is_file():
         if not (folder / "encoder").is_dir():
             build_encoder(gather(recipe), folder / "encoder", say)
-        pipeline.connect()
+        cluster.connect()
         listed = list_shards((str(shards),), {})
         found = pipeline.map_tasks(embed_shard, (str(folder / "encoder"),), listed)
         keys = [key for part in found for key in part]
