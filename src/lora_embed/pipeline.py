@@ -89,22 +89,26 @@ def ask_device(topology: Topology) -> Device:
     return device
 
 
-def map_tasks(task: Callable[..., R], shared: tuple[Any, ...], arguments: list[Any]) -> list[R]:
-    """`task(*shared, argument)` for each argument as Ray tasks, a bounded number at a time; results in order."""
-    slots = max(1, int(cluster_capacity().cpus))
-    size = max(1, min(BLOCK_ITEMS, len(arguments) // (slots * BLOCKS_PER_ACTOR)))
-    groups = [arguments[start : start + size] for start in range(0, len(arguments), size)]
+def map_tasks(task: Callable[..., R], shared: tuple[Any, ...], arguments: list[Any], *, each_has: int = 1) -> list[R]:
+    """`task(*shared, argument)` for each argument, results in order: as Ray tasks that take `each_has` arguments each.
 
-    def each(group: list[Any]) -> list[R]:  # local, so that a worker need not import this module, and torch with it
+    A bounded number runs at a time. What is one task's work is done here: to start a worker takes seconds.
+    """
+
+    def do(group: list[Any]) -> list[R]:  # local, so that a worker need not import this module, and torch with it
         return [task(*shared, argument) for argument in group]
 
-    remote: Any = ray.remote(each).options(num_cpus=1, max_retries=MAX_RETRIES)
+    groups = [arguments[start : start + each_has] for start in range(0, len(arguments), each_has)]
+    if len(groups) == 1:
+        return do(groups[0])
+    remote: Any = ray.remote(do).options(num_cpus=1, max_retries=MAX_RETRIES)
+    most = 2 * max(1, int(cluster_capacity().cpus))
     results: dict[int, list[R]] = {}
     pending: dict[Any, int] = {}
     queue = iter(enumerate(groups))
     with _own_errors():
         while len(results) < len(groups):
-            while len(pending) < 2 * slots and (following := next(queue, None)) is not None:
+            while len(pending) < most and (following := next(queue, None)) is not None:
                 pending[remote.remote(following[1])] = following[0]
             ready, _ = ray.wait(list(pending))
             for reference in ready:

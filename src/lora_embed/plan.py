@@ -57,7 +57,9 @@ def _shards_of(pattern: str, options: dict[str, Any]) -> list[Shard]:
     wanted = expand_braces(pattern[len(root) :].lstrip("/"))
     named = frozenset(name for name in wanted if not _WILD.search(name))
     globs = [name.split("/") for name in wanted if name not in named]
-    listed = Store(root, options).list_files()
+    store = Store(root, options)
+    store.check_reachable()
+    listed = store.list_files()
     entries = [e for e in listed if e.path in named or any(_fits(e.path.split("/"), glob) for glob in globs)]
     missing = sorted(named - {entry.path for entry in entries})
     if missing and entries:
@@ -71,6 +73,7 @@ def _shards_of(pattern: str, options: dict[str, Any]) -> list[Shard]:
 def _shards_at(uri: str, options: dict[str, Any]) -> list[Shard]:
     """A file's shard, or those of a directory."""
     store = Store(uri, options)
+    store.check_reachable()
     if store.is_directory():
         entries = store.list_files()
         return _group(uri, entries, frozenset(), f"input {uri}", looked_at=len(entries))

@@ -9,6 +9,8 @@ from lora_embed.errors import GateFailed, IncompleteRun, VerificationFailed
 from lora_embed.progress import say
 from lora_embed.schema import Manifest, Shard, ShardCounts
 
+SHARDS_PER_TASK = 64  # to verify one takes milliseconds
+
 
 def publish(job: JobConfig, shared: pipeline.Job, shards: list[Shard]) -> tuple[Manifest, bool]:
     """Make the shards the table's current version; False beside the manifest when they already are.
@@ -48,7 +50,8 @@ def _next_version(job: JobConfig, shared: pipeline.Job, current: Manifest | None
     incomplete = [wanted[shard_id].name for shard_id, parts in new.items() if not table.is_complete(parts)]
     if incomplete:
         raise IncompleteRun(f"{len(incomplete)} shards are not complete, first {incomplete[0]}; run the same command again")
-    checked = pipeline.map_tasks(table.verify_parts, (store, encoder.space_id, layout), list(new.values()))
+    where = (store, encoder.space_id, layout)
+    checked = pipeline.map_tasks(table.verify_parts, where, list(new.values()), each_has=SHARDS_PER_TASK)
     counts = {stats.shard_id: compact.shard_counts(wanted[stats.shard_id], stats) for stats in checked}
     gates = check_gates(job, current, list(counts.values()), kept)
     sources = [

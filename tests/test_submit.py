@@ -1,0 +1,274 @@
+"""Jobs on a cluster that has the dependencies alone: what goes there with a job, and `ray job submit` on a real Ray head."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import tomllib
+import urllib.error
+import urllib.request
+import venv
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from PIL import Image
+from ray._private.ray_constants import get_runtime_env_default_excludes
+from ray._private.runtime_env.packaging import _zip_files
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from jobs import ROOT, read_rows, tiny_recipe, write_job, write_tars
+from lora_embed import open_table
+from lora_embed.model.golden import relative_difference
+from samples import png
+
+CLUSTER_FILE = ROOT / "cluster.yaml"
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+PROBE = """
+import json, os, sys
+sys.path.insert(0, "src")  # as jobs/embed.py does
+from lora_embed import pipeline
+from lora_embed.errors import ResourcesError
+
+def look(_):
+    import lora_embed
+    return {"file": lora_embed.__file__, "key": os.environ.get("AWS_ACCESS_KEY_ID")}
+
+for address in sys.argv[1:]:
+    os.environ["RAY_ADDRESS"] = address
+    try:
+        pipeline.connect()
+    except ResourcesError as error:
+        print("refused:", error)
+pipeline.connect()
+print(json.dumps(pipeline.map_tasks(look, (), [0])[0]))
+"""
+
+
+def test_the_cluster_file_is_valid_and_its_node_types_can_all_be_reached() -> None:
+    cluster = prepare_config(yaml.safe_load(CLUSTER_FILE.read_text()))
+    validate_config(cluster)
+    head, types = cluster["head_node_type"], cluster["available_node_types"]
+    assert cluster["provider"]["region"]
+    assert types[head]["resources"] == {"CPU": 0}
+    for name, node in types.items():
+        assert set(node["resources"]) <= {"CPU", "GPU", "memory"}, name
+        if name != head:
+            assert 0 == node["min_workers"] < node["max_workers"] <= cluster["max_workers"], name
+    assert any(node["resources"].get("GPU") for node in types.values())
+
+
+def test_the_cluster_file_installs_the_packages_dependencies() -> None:
+    raw = yaml.safe_load(CLUSTER_FILE.read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {re.split(r"[<>=]", dependency)[0] for dependency in project["dependencies"]}
+    [command] = raw["setup_commands"]
+    assert command.startswith("pip install -c ~/constraints.txt ")
+    assert set(command.replace('"', "").split()[4:]) == needed
+    assert raw["file_mounts"]["~/constraints.txt"] == "./constraints.txt"
+    assert f"rayproject/ray:{dict(pinned())['ray']}-" in raw["docker"]["image"]
+
+
+def pinned() -> Iterator[tuple[str, str]]:
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            name, _, version = line.partition("==")
+            yield name, version
+
+
+@pytest.mark.parametrize(("folder", "prefix"), [("", "src/"), ("src/lora_embed", "")])
+def test_what_goes_to_a_cluster_is_small_and_complete(tmp_path: Path, folder: str, prefix: str) -> None:
+    """The working directory of `ray job submit`, and the package alone, as Ray packs them."""
+    package = tmp_path / "package.zip"
+    excludes = get_runtime_env_default_excludes() if not folder else []
+    _zip_files(str(ROOT / folder), excludes, str(package), include_gitignore=True, include_parent_dir=bool(folder))
+    names = set(zipfile.ZipFile(package).namelist())
+    modules = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src" / "lora_embed").rglob("*.py")}
+    assert package.stat().st_size < 1e6
+    assert {name for name in names if name.endswith(".py") and name.startswith(f"{prefix}lora_embed/")} == {
+        f"{prefix}{module}" for module in modules
+    }
+    assert folder or "jobs/embed.py" in names
+    assert not [name for name in names if name.startswith((".", "tests/", "docs/")) and not name.endswith("ignore")]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running Ray head with a dashboard that asks for a token; its Python does not see this package."""
+
+    dashboard: str
+    address: str
+    folder: Path
+    environment: dict[str, str]
+
+    def start(self, command: list[str], log: Path, **changes: str) -> subprocess.Popen[bytes]:
+        with log.open("wb") as file:
+            return subprocess.Popen(
+                command, cwd=ROOT, env=self.environment | changes, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def submit(self, log: Path, *arguments: str, **changes: str) -> subprocess.Popen[bytes]:
+        command = [*RAY, "job", "submit", "--address", self.dashboard, "--working-dir", ".", *arguments]
+        return self.start(command, log, **changes)
+
+
+def free_ports(number: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, limit_s: float = 120) -> None:
+    deadline = time.monotonic() + limit_s
+    while not ready():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, by which Ray ends what it started, then SIGKILL to what is left."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=30)
+    for one in psutil.wait_procs(started, timeout=5)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # Ray's sockets lie in it, and their paths must be short
+    venv.create(folder / "env", symlinks=True)
+    [site] = (folder / "env" / "lib").glob("python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])  # not followed by the .pth files therein
+    python = folder / "env" / "bin" / "python"
+    token = folder / "token"
+    token.write_text(os.urandom(32).hex())
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "AWS_", "PYTHONPATH"))}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    imported = subprocess.run([python, "-c", "import lora_embed"], env=environment, capture_output=True, check=False)
+    assert b"No module named 'lora_embed'" in imported.stderr
+
+    port, dashboard, agent, client = free_ports(4)
+    command = [str(python), *RAY[1:], "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"]
+    command += [f"--temp-dir={folder}/t", f"--port={port}", f"--dashboard-port={dashboard}"]
+    command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
+    started = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", folder, environment)
+    path = f"{python.parent}{os.pathsep}{environment['PATH']}"
+    process = started.start(command, folder / "log", PATH=path)
+    try:
+        wait_until(lambda: answers(started.dashboard, token.read_text()), process, folder / "log")
+        yield started
+    finally:
+        end(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def answers(dashboard: str, token: str) -> bool:
+    request = urllib.request.Request(f"{dashboard}/api/version", headers={"Authorization": f"Bearer {token}"})
+    with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+        return bool(urllib.request.urlopen(request, timeout=2).status == 200)
+    return False
+
+
+@pytest.fixture(scope="module")
+def ended(head: Head, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Exit code and output of four commands, run at once because each is mostly imports."""
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "probe.py").write_text(PROBE)
+    (folder / "job.yaml").write_text("recipe: recipe.yaml\ninput: shards\ntabel: table\n")
+    key = {"env_vars": {"AWS_ACCESS_KEY_ID": "key-of-the-job"}}
+    probe, broken = ["python", f"{folder}/probe.py"], ["python", "jobs/embed.py", "--config", f"{folder}/job.yaml"]
+    shell = {"RAY_ADDRESS": head.address, "AWS_ACCESS_KEY_ID": "key-of-the-shell"}
+    started = {
+        "broken": head.submit(folder / "broken", "--", *broken),
+        "no token": head.submit(folder / "no token", "--", *broken, RAY_AUTH_MODE="disabled"),
+        "job": head.submit(folder / "job", "--runtime-env-json", json.dumps(key), "--", *probe),
+        "shell": head.start([sys.executable, *probe[1:], head.dashboard, head.address], folder / "shell", **shell),
+    }
+    return {name: (process.wait(timeout=120), (folder / name).read_text()) for name, process in started.items()}
+
+
+def test_a_job_with_a_broken_configuration_fails_and_its_log_says_why(ended: dict[str, tuple[int, str]]) -> None:
+    code, output = ended["broken"]
+    assert code == 1
+    assert re.search(r"Job 'raysubmit_\w+' failed", output)
+    assert "job.yaml: unknown key 'tabel'. Did you mean 'table'?" in output
+    assert "failed with exit code 2" in output
+    assert "Traceback" not in output
+
+
+def test_without_the_token_nothing_is_submitted(ended: dict[str, tuple[int, str]]) -> None:
+    code, output = ended["no token"]
+    assert code == 1
+    assert "Unauthorized: Missing authentication token" in output
+    assert "submitted successfully" not in output
+
+
+def test_tasks_of_a_job_have_the_package_and_the_jobs_environment(head: Head, ended: dict[str, tuple[int, str]]) -> None:
+    code, output = ended["job"]
+    assert code == 0, output
+    seen = json.loads(re.findall(r"^\{.*\}$", output, re.MULTILINE)[-1])
+    assert seen["key"] == "key-of-the-job"
+    assert seen["file"].startswith(f"{head.folder}/t/")
+
+
+def test_a_shell_joins_with_its_package_and_keeps_its_keys(head: Head, ended: dict[str, tuple[int, str]]) -> None:
+    code, output = ended["shell"]
+    assert code == 0, output
+    seen = json.loads(re.findall(r"^\{.*\}$", output, re.MULTILINE)[-1])
+    assert seen["key"] is None
+    assert seen["file"].startswith(f"{head.folder}/t/")
+    [refused] = re.findall(r"^refused: (.+)$", output, re.MULTILINE)
+    assert refused.startswith(f"the Ray cluster at {head.dashboard} cannot be joined: Invalid Ray address")
+
+
+def test_a_stopped_job_goes_on_with_the_same_submit(head: Head, tmp_path: Path) -> None:
+    source = write_tars(tmp_path / "shards", shards=8, images=100)
+    job = write_job(tmp_path, tiny_recipe(tmp_path), source, chunk_size=4)
+    entrypoint = ["--", "python", "jobs/embed.py", "--config", str(job), "--json", "--set", "resources.actors.max=1"]
+    staging = tmp_path / "table" / "staging"
+
+    submitted = head.submit(tmp_path / "first", "--submission-id", "first", *entrypoint)
+    wait_until(lambda: len(list(staging.rglob("*.parquet"))) >= 3, submitted, tmp_path / "first")
+    stop = head.start([*RAY, "job", "stop", "--address", head.dashboard, "first"], tmp_path / "stop")
+    assert stop.wait(timeout=60) == 0
+    submitted.wait(timeout=60)
+    output = (tmp_path / "first").read_text()
+    assert "stopped by a signal; what is committed stays, and the same command goes on" in output
+    assert "Job 'first' was stopped" in output
+    assert not (tmp_path / "table" / "versions").exists()
+    kept = len(list(staging.rglob("*.parquet")))
+    assert 3 <= kept < 200
+
+    submitted = head.submit(tmp_path / "second", *entrypoint)
+    assert submitted.wait(timeout=180) == 0, (tmp_path / "second").read_text()
+    output = (tmp_path / "second").read_text()
+    assert re.search(r"Job 'raysubmit_\w+' succeeded", output)
+    result = json.loads(re.findall(r"^\{.*\}$", output, re.MULTILINE)[-1])
+    assert (result["embedded"], result["published"]) == (800 - 4 * kept, True)
+    rows = read_rows(tmp_path / "table")
+    assert rows.column("id").to_pylist() == [f"{number // 100:04d}.tar/{number:06d}" for number in range(800)]
+    images = [Image.open(io.BytesIO(png(number))) for number in range(800)]
+    expected = open_table(str(tmp_path / "table")).encoder().embed(images)
+    assert relative_difference(np.array(rows.column("embedding").to_pylist(), np.float32), expected) < 1e-5
