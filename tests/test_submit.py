@@ -41,7 +41,7 @@ RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 PROBE = """
 import json, os, sys
 sys.path.insert(0, "src")  # as jobs/embed.py does
-from lora_embed import pipeline
+from lora_embed import cluster, pipeline
 from lora_embed.errors import ResourcesError
 
 def look(_):
@@ -51,11 +51,11 @@ def look(_):
 for address in sys.argv[1:]:
     os.environ["RAY_ADDRESS"] = address
     try:
-        pipeline.connect()
+        cluster.connect()
     except ResourcesError as error:
         print("refused:", error)
-pipeline.connect()
-print(json.dumps(pipeline.map_tasks(look, (), [0])[0]))
+cluster.connect()
+print(json.dumps(pipeline.map_tasks(look, (), [0, 1])[0]))  # one alone would stay in this process
 """
 
 
@@ -143,15 +143,15 @@ def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes], log:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, by which Ray ends what it started, then SIGKILL to what is left."""
+    """SIGTERM, at which Ray ends what it started, then SIGKILL to what is left: after jobs it may wait for half a minute."""
     started = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=30)
-    for one in psutil.wait_procs(started, timeout=5)[1]:
+        process.wait(timeout=3)
+    process.kill()
+    for one in psutil.wait_procs(started, timeout=1)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
-    process.kill()
     process.wait()
 
 

@@ -14,6 +14,7 @@ import ray
 import ray.data
 import ray.exceptions
 from ray.autoscaler.sdk import request_resources
+from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.data import ActorPoolStrategy
 from ray.util.annotations import RayDeprecationWarning
 
@@ -22,8 +23,8 @@ from lora_embed.errors import ResourcesError
 from lora_embed.progress import say
 
 MAX_RETRIES = 3  # of a task whose process died; Ray Data's default is for ever
-JOINING_S, SCALING_S = 60.0, 1800.0  # how long a GPU is waited for, by default, where nodes join and where they are added
-MANY_NODES = 1_000_000  # an autoscaler without a limit
+# How long a node is waited for, by default: for a GPU that may be there, for what must be there, for one that is started.
+ASKING_S, JOINING_S, SCALING_S = 20.0, 60.0, 1800.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,28 +92,26 @@ def _check_reachable(address: str) -> None:
 
 
 def choose_topology(resources: Resources) -> Topology:
-    """Lay the chain out by what the cluster has or its autoscaler may add, never by the driver's own devices.
+    """Lay the chain out by what the cluster has or its autoscaler adds, never by the driver's own devices.
 
     With GPUs: an actor on each, decoding on the CPUs, and writers that hold no CPU, so that a decode task which waits
     for room downstream never waits for itself. Without: one actor per CPU does it all: no transfer, every core busy.
-    Raises ResourcesError for what this cluster can never schedule, or has not got within `wait_s`.
+    A cluster may grow to `actors.max`. Raises ResourcesError for what it can never schedule, or not within `wait_s`.
     """
-    on_gpu = resources.device == "gpu" or (resources.device == "auto" and cluster_capacity().gpus >= 1)
+    on_gpu = resources.device != "cpu" and _wait_for("GPU", 1.0, resources)
     device = {"num_gpus": 1, "num_cpus": 0} if on_gpu else {"num_cpus": resources.cpus_per_decode}
-    if on_gpu:
-        _wait_for("GPU", 1.0, resources)
     _wait_for("CPU", resources.cpus_per_decode, resources)
-    could = cluster_capacity()
-    room = int(could.gpus) if on_gpu else int(could.cpus / resources.cpus_per_decode)
-    least, most = resources.actors.min or 1, resources.actors.max or room
-    if least > room or least > most:
+    has = ray.cluster_resources()
+    room = int(has.get("GPU", 0)) if on_gpu else int(has.get("CPU", 0) / resources.cpus_per_decode)
+    least, most = resources.actors.min, resources.actors.max or max(room, resources.actors.min or 1)
+    may_grow = _is_joined() and resources.actors.max is not None
+    if not may_grow and (least or 1) > room:
         raise ResourcesError(
-            f"resources.actors asks for at least {least} and at most {most} actors, but the cluster has room for {room} "
-            f"({could.gpus:g} GPUs, {could.cpus:g} CPUs); lower the minimum, or start a larger cluster"
+            f"resources.actors asks for at least {least or 1} actors, but the cluster has room for {room} "
+            f"({has.get('GPU', 0):g} GPUs, {has.get('CPU', 0):g} CPUs); lower the minimum, or start a larger cluster"
         )
-    actors = min(most, room)
-    starts_full = resources.actors.min is None and not could.grows
-    pool = ActorPoolStrategy(min_size=actors if starts_full else least, max_size=actors)
+    actors = most if may_grow else min(most, room)
+    pool = ActorPoolStrategy(min_size=least or min(actors, room), max_size=actors)
     restarts = {"max_restarts": MAX_RETRIES, "max_task_retries": MAX_RETRIES}
     return Topology(
         decode={"num_cpus": resources.cpus_per_decode, "max_retries": MAX_RETRIES} if on_gpu else None,
@@ -123,71 +122,61 @@ def choose_topology(resources: Resources) -> Topology:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Capacity:
-    """What a cluster has, or by its autoscaler may come to have."""
-
-    nodes: int
-    cpus: float
-    gpus: float
-    grows: bool
+def count_nodes() -> int:
+    """Nodes that are there now."""
+    return len(_nodes())
 
 
-def cluster_capacity() -> Capacity:
-    """Asked of the cluster, its autoscaler's node types included."""
-    alive, groups = _alive_nodes(), _node_groups()
-    return Capacity(
-        nodes=max(len(alive), sum(most for most, _ in groups)),
-        cpus=max(_sum(alive, "CPU"), sum(most * node.get("CPU", 0.0) for most, node in groups)),
-        gpus=max(_sum(alive, "GPU"), sum(most * node.get("GPU", 0.0) for most, node in groups)),
-        grows=bool(groups),
-    )
-
-
-def _alive_nodes() -> list[dict[str, float]]:
+def _nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _node_groups() -> list[tuple[int, dict[str, float]]]:
-    """The autoscaler's node types: how many there may be, and what one has; none where there is no autoscaler."""
-    config = ray._private.state.state.get_cluster_config()  # as Ray's own libraries ask; there is no public way
-    groups = config.node_group_configs if config is not None else []
-    return [(MANY_NODES if g.max_count < 0 else g.max_count, dict(g.resources)) for g in groups if g.max_count]
+def _is_joined() -> bool:
+    return "RAY_ADDRESS" in os.environ
 
 
-def _sum(nodes: list[dict[str, float]], resource: str) -> float:
-    return sum(node.get(resource, 0.0) for node in nodes)
+def _wait_for(resource: str, amount: float, resources: Resources) -> bool:
+    """Wait until a node has this much of a resource; a cluster that was joined is asked to add one.
 
-
-def _wait_for(resource: str, amount: float, resources: Resources) -> None:
-    """Wait until a node has this much, which the autoscaler is asked for if it can add such a node.
-
-    Raises ResourcesError when it is not there in time: at once where no node can come.
+    Ray does not tell which nodes its autoscaler could add; whether it starts any when it is asked is all there is to
+    see. False for a GPU that is not there and not demanded. Raises ResourcesError when the time is up.
     """
-    started = time.monotonic()
-    could_come = any(node.get(resource, 0.0) >= amount for _, node in _node_groups())
-    default_s = SCALING_S if could_come else JOINING_S if resource == "GPU" and "RAY_ADDRESS" in os.environ else 0.0
-    limit_s = default_s if resources.wait_s is None else resources.wait_s
-    asked = False
-    while (largest := max((node.get(resource, 0.0) for node in _alive_nodes()), default=0.0)) < amount:
-        waited = time.monotonic() - started
-        if waited >= limit_s:
-            raise ResourcesError(_lacking(resource, amount, largest, waited))
-        if could_come and not asked:
-            say(f"waiting for a node with {amount:g} {resource}, up to {limit_s:g} s")
-            request_resources(bundles=[{resource: amount}])
-            asked = True
-        time.sleep(1.0)
-    if asked:
-        request_resources(bundles=[])  # from now on the actors themselves hold it
+    started, asked, grows = time.monotonic(), False, False
+    is_optional = resource == "GPU" and resources.device == "auto"
+    try:
+        while (largest := max((node.get(resource, 0.0) for node in _nodes()), default=0.0)) < amount:
+            waited = time.monotonic() - started
+            grows = grows or (asked and _is_adding_nodes())
+            limit_s = SCALING_S if grows else ASKING_S if is_optional else JOINING_S
+            if resources.wait_s is not None and (grows or not is_optional):
+                limit_s = resources.wait_s
+            if waited >= limit_s or not _is_joined():
+                if is_optional and not grows:
+                    return False
+                raise ResourcesError(_lacking(resource, amount, largest, waited, resources.device))
+            if not asked:
+                say(f"asking the cluster for a node with {amount:g} {resource}")
+                request_resources(bundles=[{resource: amount}])
+                asked = True
+            time.sleep(1.0)
+    finally:
+        if asked:
+            request_resources(bundles=[])  # from now on the actors themselves hold it
+    return True
 
 
-def _lacking(resource: str, amount: float, largest: float, waited: float) -> str:
+def _is_adding_nodes() -> bool:
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    return bool(status.pending_launches or status.pending_nodes)
+
+
+def _lacking(resource: str, amount: float, largest: float, waited: float, device: str) -> str:
     after = f" after {waited:.0f} s" if waited >= 1 else ""
+    cpus = sum(node.get("CPU", 0.0) for node in _nodes())
     if resource == "GPU":
         return (
-            f"resources.device is gpu, but the cluster has none{after} (it has {_sum(_alive_nodes(), 'CPU'):g} CPUs); start "
-            "GPU workers, or set device to cpu"
+            f"resources.device is {device}, but the cluster has none{after} (it has {cpus:g} "
+            "CPUs); start GPU workers, or set device to cpu"
         )
     return (
         f"resources.cpus_per_decode is {amount:g}, but the largest node of the cluster has {largest:g} CPUs{after}; set it "

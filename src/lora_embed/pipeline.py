@@ -12,7 +12,7 @@ import ray.data.exceptions
 import ray.exceptions
 
 from lora_embed import errors
-from lora_embed.cluster import MAX_RETRIES, Topology, cluster_capacity, was_tried_before
+from lora_embed.cluster import MAX_RETRIES, Topology, was_tried_before
 from lora_embed.embed import Device, EmbedImages, EmbedShards, inspect_device
 from lora_embed.errors import IncompleteRun, LoraEmbedError, WorkersLost
 from lora_embed.isolate import decode_blocks
@@ -102,7 +102,7 @@ def map_tasks(task: Callable[..., R], shared: tuple[Any, ...], arguments: list[A
     if len(groups) == 1:
         return do(groups[0])
     remote: Any = ray.remote(do).options(num_cpus=1, max_retries=MAX_RETRIES)
-    most = 2 * max(1, int(cluster_capacity().cpus))
+    most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     results: dict[int, list[R]] = {}
     pending: dict[Any, int] = {}
     queue = iter(enumerate(groups))

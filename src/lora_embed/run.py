@@ -129,8 +129,8 @@ def run_job(job: JobConfig, *, publishes: bool = True) -> RunResult:
         prepared = known or read_description(cast(Path, folder))
         refuse_other_space(store, current, prepared)
         cluster.connect()
-        refuse_local_paths(job, shards, store)
         topology = cluster.choose_topology(job.resources)
+        refuse_local_paths(job, shards, store)
         store = store.claim(MARKER, b'{"format": 1}\n')  # the last that can refuse, and the first that writes
         if not store.exclusive:
             say(f"{job.table}: this store ignores conditional PUT: never run two jobs on this table at the same time")
@@ -166,11 +166,11 @@ def refuse_local_paths(job: JobConfig, shards: list[Shard], store: Store) -> Non
     """Raises ConfigError when several nodes would each look for input or table on a disk of their own."""
     roots = {shard.root for shard in shards if Store(shard.root, job.input_storage_options).is_local}
     local = [job.table] * store.is_local + sorted(roots)
-    nodes = cluster.cluster_capacity().nodes
+    nodes = cluster.count_nodes()
     if local and nodes > 1 and not job.shared_filesystem:
         raise ConfigError(
-            f"{local[0]} is a local path, but this cluster has, or may come to have, {nodes} nodes, each with disks of its "
-            "own. Use a URI that all nodes reach, such as s3://…, or set shared_filesystem to true if they all mount it there."
+            f"{local[0]} is a local path, but this cluster has {nodes} nodes, each with disks of its own. "
+            "Use a URI that all nodes reach, such as s3://…, or set shared_filesystem to true if they all mount it there."
         )
 
 

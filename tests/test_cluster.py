@@ -1,0 +1,149 @@
+"""Clusters of several nodes: one lost and one added under a run, nodes that an autoscaler starts, paths not all see."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from PIL import Image
+from ray.cluster_utils import Cluster
+
+from jobs import kill_all, start_job, tiny_recipe, vectors_by_id, write_job, write_tars
+from lora_embed import open_table
+from lora_embed.model.encoder import load_encoder
+from lora_embed.storage import Store
+from s3 import Proxy, Request, S3Server, free_ports, s3_server
+from samples import png
+
+LIMIT_S = 180.0
+SHARDS, IMAGES = 30, 20
+HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
+V2 = {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with s3_server(tmp_path_factory.mktemp("server")) as server:
+        server.make_bucket("images")
+        yield server
+
+
+@pytest.fixture
+def environment(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The server's, set for the nodes that a test starts: workers take their node's environment."""
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    return server.environment()
+
+
+def finish(process: "subprocess.Popen[bytes]", log: Path) -> tuple[int, str]:
+    try:
+        code = process.wait(LIMIT_S)
+    finally:
+        kill_all(psutil.Process(process.pid)) if process.poll() is None else None
+    return code, log.read_text()
+
+
+def test_a_node_lost_and_one_added_leave_the_same_table(
+    tmp_path: Path, server: S3Server, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_tars(tmp_path / "shards", shards=SHARDS, images=IMAGES)
+    Store("s3://images", server.options()).filesystem.put(str(source), "images/shards", recursive=True)
+    recipe = tiny_recipe(tmp_path)
+    job = write_job(tmp_path, recipe, source, input="s3://images/shards", chunk_size=5, resources={})
+    with Proxy(server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
+        parts: list[str] = []
+
+        def lose_and_add(request: Request) -> None:
+            if request.method == "PUT" and "/staging/" in request.path:
+                parts.append(request.path)
+                time.sleep(0.05)  # so that there is a middle
+                if len(parts) == 20:
+                    cluster.remove_node(nodes[0], allow_graceful=False)
+                    cluster.add_node(num_cpus=1)
+
+        proxy.watch = lose_and_add
+        try:
+            local = ["--set", f"table={tmp_path / 'table'}"]
+            refused = start_job(job, tmp_path / "refused", *local, RAY_ADDRESS=cluster.address)
+            code, said = finish(refused, tmp_path / "refused")
+            assert (code, "is a local path, but this cluster has 3 nodes" in said) == (2, True), said
+            assert not (tmp_path / "table").exists()
+
+            remote = ["--set", "table=s3://images/table"]
+            variables = server.environment(proxy.endpoint)
+            process = start_job(job, tmp_path / "log", *remote, RAY_ADDRESS=cluster.address, **variables)
+            code, said = finish(process, tmp_path / "log")
+        finally:
+            proxy.watch = None
+            cluster.shutdown()
+    assert code == 0, said
+    assert len(parts) > SHARDS * IMAGES // 5, "no chunk was tried again: the node was lost too late"
+    opened = open_table("s3://images/table", storage_options=server.options())
+    assert opened.manifest.counts == {"shards": 30, "samples": 600, "vectors": 600, "rejects": 0}
+    encoder = opened.encoder()
+    expected = {
+        f"{n // IMAGES:04d}.tar/{n:06d}": encoder.embed([Image.open(io.BytesIO(png(n)))])[0].tobytes()
+        for n in range(SHARDS * IMAGES)
+    }
+    assert vectors_by_id(opened.to_dataset().to_table()) == expected
+
+
+@contextmanager
+def autoscaled_head(folder: Path, node_types: dict[str, dict[str, int]]) -> Iterator[str]:
+    """A head without CPUs and Ray's own autoscaler, which starts nodes of these types on this machine; its address."""
+    types = {
+        name: {"resources": resources, "node_config": {}, "min_workers": 0, "max_workers": 1}
+        for name, resources in node_types.items()
+    }
+    types["head"] = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
+    config = {
+        "cluster_name": "scaled",
+        "max_workers": 2,
+        "idle_timeout_minutes": 5,
+        "provider": {"type": "fake_multinode", "launch_multiple": True, "head_node_id": HEAD_ID},
+        "available_node_types": types,
+        "head_node_type": "head",
+    }
+    (folder / "autoscaling.yaml").write_text(yaml.safe_dump(config))
+    port = free_ports(1)[0]
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=0"]
+    command += ["--include-dashboard=false", f"--autoscaling-config={folder / 'autoscaling.yaml'}"]
+    variables = os.environ | {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"} | V2
+    with (folder / "head.log").open("wb") as log:
+        head = subprocess.Popen(command, stdout=log, stderr=log, env=variables, start_new_session=True)
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        kill_all(psutil.Process(head.pid))
+        head.wait()
+
+
+def test_a_cluster_scaled_to_zero_is_asked_for_what_the_job_needs(
+    tmp_path: Path, server: S3Server, environment: dict[str, str]
+) -> None:
+    """`device: auto` on a cluster that shows no GPU and no CPU, whose autoscaler may add a node with both."""
+    source = write_tars(tmp_path / "shards", shards=3, images=8)
+    Store("s3://images", server.options()).filesystem.put(str(source), "images/few", recursive=True)
+    recipe = tiny_recipe(tmp_path)
+    options = {"table": "s3://images/scaled", "chunk_size": 5, "resources": {}}
+    job = write_job(tmp_path, recipe, source, input="s3://images/few", **options)
+    with autoscaled_head(tmp_path, {"gpu": {"CPU": 2, "GPU": 1}}) as address:
+        process = start_job(job, tmp_path / "log", RAY_ADDRESS=address, **environment)
+        code, said = finish(process, tmp_path / "log")
+    assert code == 0, said
+    assert "asking the cluster for a node with 1 GPU" in said
+    result = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+    assert result["counts"]["vectors"] == 24
+    assert load_encoder("s3://images/scaled/encoders/" + result["space_id"]).space_id == result["space_id"]
