@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from samples import png
 LIMIT_S = 180.0
 SHARDS, IMAGES = 30, 20
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
+NODES = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 V2 = {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}
 
 
@@ -52,6 +54,7 @@ def finish(process: "subprocess.Popen[bytes]", log: Path) -> tuple[int, str]:
     return code, log.read_text()
 
 
+@pytest.mark.long
 def test_a_node_lost_and_one_added_leave_the_same_table(
     tmp_path: Path, server: S3Server, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,16 +67,16 @@ def test_a_node_lost_and_one_added_leave_the_same_table(
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
         parts: list[str] = []
+        in_the_middle = threading.Event()
 
-        def lose_and_add(request: Request) -> None:
+        def count(request: Request) -> None:
             if request.method == "PUT" and "/staging/" in request.path:
                 parts.append(request.path)
-                time.sleep(0.05)  # so that there is a middle
+                time.sleep(0.1)  # so that there is a middle
                 if len(parts) == 20:
-                    cluster.remove_node(nodes[0], allow_graceful=False)
-                    cluster.add_node(num_cpus=1)
+                    in_the_middle.set()
 
-        proxy.watch = lose_and_add
+        proxy.watch = count
         try:
             local = ["--set", f"table={tmp_path / 'table'}"]
             refused = start_job(job, tmp_path / "refused", *local, RAY_ADDRESS=cluster.address)
@@ -84,9 +87,11 @@ def test_a_node_lost_and_one_added_leave_the_same_table(
             remote = ["--set", "table=s3://images/table"]
             variables = server.environment(proxy.endpoint)
             process = start_job(job, tmp_path / "log", *remote, RAY_ADDRESS=cluster.address, **variables)
+            assert in_the_middle.wait(LIMIT_S), (tmp_path / "log").read_text()
+            cluster.remove_node(nodes[0], allow_graceful=False)
+            cluster.add_node(num_cpus=1)
             code, said = finish(process, tmp_path / "log")
         finally:
-            proxy.watch = None
             cluster.shutdown()
     assert code == 0, said
     assert len(parts) > SHARDS * IMAGES // 5, "no chunk was tried again: the node was lost too late"
@@ -112,7 +117,7 @@ def autoscaled_head(folder: Path, node_types: dict[str, dict[str, int]]) -> Iter
         "cluster_name": "scaled",
         "max_workers": 2,
         "idle_timeout_minutes": 5,
-        "provider": {"type": "fake_multinode", "launch_multiple": True, "head_node_id": HEAD_ID},
+        "provider": {"type": "external", "module": NODES, "launch_multiple": True, "head_node_id": HEAD_ID},
         "available_node_types": types,
         "head_node_type": "head",
     }
@@ -130,6 +135,7 @@ def autoscaled_head(folder: Path, node_types: dict[str, dict[str, int]]) -> Iter
         head.wait()
 
 
+@pytest.mark.long
 def test_a_cluster_scaled_to_zero_is_asked_for_what_the_job_needs(
     tmp_path: Path, server: S3Server, environment: dict[str, str]
 ) -> None:

@@ -18,7 +18,7 @@ LAYERS = [  # top to bottom: a module imports from its own layer and those above
     ["model.*", "plan", "read", "decode", "isolate", "write", "evaluate", "export", "report", "progress"],
     ["embed", "table", "compact", "cluster"],
     ["pipeline"],
-    ["publish"],
+    ["publish", "work"],
     ["run"],
     ["cli", "demo.*", "jobs.*"],
 ]

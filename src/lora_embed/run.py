@@ -7,19 +7,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from lora_embed import cluster, pipeline, plan, publish, table
+from lora_embed import cluster, pipeline, plan, publish, table, work
 from lora_embed.config import JobConfig, Recipe, load_recipe
-from lora_embed.errors import ConfigError, IncompleteRun, StorageError, StoreUnavailable, TableError, WorkersLost
+from lora_embed.errors import ConfigError, TableError
 from lora_embed.model.build import Ingredients, build_encoder, gather, match_adapters
 from lora_embed.model.encoder import DESCRIPTION, Description, read_description
-from lora_embed.progress import Progress, say
-from lora_embed.read import count_samples
-from lora_embed.schema import ChunkStats, Layout, Manifest, Shard, WorkItem, encoder_path
+from lora_embed.progress import say
+from lora_embed.schema import Layout, Manifest, Shard, WorkItem, encoder_path
 from lora_embed.storage import Store
 
 MARKER = "table.json"  # the first object of a table
-ATTEMPTS = 3
-MOST_IN_A_ROW = 8  # shards that fail for a store that does not answer, before a run is given up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +84,7 @@ def plan_job(job: JobConfig) -> Outlook:
         refuse_other_space(store, current, encoder)
     layout = known_layout(job, store, encoder, current) if encoder is not None else None
     if encoder is not None and layout is not None:
-        items = find_work(job, store, encoder, layout, shards)
+        items = work.find_work(job, store, encoder, layout, shards)
     else:
         items = [WorkItem(shard=shard) for shard in shards]
     published = set(current.shards) if current is not None else set()
@@ -137,7 +134,7 @@ def run_job(job: JobConfig, *, publishes: bool = True) -> RunResult:
         encoder = prepared if folder is None else store_encoder(folder, store)
     layout = resolve_layout(job, store, encoder, current, topology)
     shared = pipeline.Job(input_options=job.input_storage_options, store=store, encoder=encoder, layout=layout)
-    embedded = embed_missing(job, shared, shards, topology)
+    embedded = work.embed_missing(job, shared, shards, topology)
     result = RunResult(table=job.table, space_id=encoder.space_id, embedded=embedded)
     if publishes and job.limit is None:
         manifest, is_new = publish.publish(job, shared, shards)
@@ -172,62 +169,6 @@ def refuse_local_paths(job: JobConfig, shards: list[Shard], store: Store) -> Non
             f"{local[0]} is a local path, but this cluster has {nodes} nodes, each with disks of its own. "
             "Use a URI that all nodes reach, such as s3://…, or set shared_filesystem to true if they all mount it there."
         )
-
-
-def embed_missing(job: JobConfig, shared: pipeline.Job, shards: list[Shard], topology: cluster.Topology) -> int:
-    """Embed what is neither published nor staged; returns the number of samples.
-
-    When workers were lost for good or a store did not answer, what is still missing is tried again, up to `ATTEMPTS`
-    times in all. Raises IncompleteRun naming the shards that failed.
-    """
-    embedded = 0
-    for attempt in range(1, ATTEMPTS + 1):
-        work = find_work(job, shared.store, shared.encoder, shared.layout, shards)
-        say(f"{len(shards)} shards: {len(shards) - len(work)} done, {len(work)} to embed")
-        if not work:
-            break
-        failures: dict[str, ChunkStats] = {}
-        with Progress([item.shard for item in work]) as progress:
-            try:
-                _embed(work, shared, topology, progress, failures)
-            except WorkersLost as error:
-                if attempt == ATTEMPTS:
-                    raise
-                say(f"{error}\ntrying again what is missing")
-                continue
-            finally:
-                embedded += progress.samples
-        if not failures:
-            break
-        if attempt == ATTEMPTS or not all(failure.may_pass for failure in failures.values()):
-            raise _incomplete(failures, len(work))
-        say(f"{len(failures)} shards could not be read; trying them again")
-    return embedded
-
-
-def _embed(
-    work: list[WorkItem], shared: pipeline.Job, topology: cluster.Topology, progress: Progress, failures: dict[str, ChunkStats]
-) -> None:
-    """Run the chain once, counting what it yields. Raises IncompleteRun where going on would be in vain."""
-    in_a_row = 0
-    try:
-        for stats in pipeline.embed_items(work, shared, topology):
-            progress.add(stats)
-            in_a_row = in_a_row + 1 if stats.may_pass else 0
-            if stats.error:
-                failures[stats.shard_id] = stats
-            if in_a_row >= MOST_IN_A_ROW:
-                raise _incomplete(failures, len(work))
-    except (StorageError, StoreUnavailable) as error:  # of the table: the work is committed up to here
-        raise IncompleteRun(f"{error}\nWhat was embedded is kept, and the same command goes on.") from None
-
-
-def _incomplete(failures: dict[str, ChunkStats], of: int) -> IncompleteRun:
-    first = "\n".join(f"  {message}" for message in sorted(failure.error for failure in failures.values())[:10])
-    return IncompleteRun(
-        f"{len(failures)} of {of} shards are not complete, so nothing was published; "
-        f"what was embedded is kept, and the same command goes on:\n{first}"
-    )
 
 
 def find_recipe(uri: str) -> Recipe | Path:
@@ -331,29 +272,3 @@ def known_layout(job: JobConfig, store: Store, encoder: Description, current: Ma
 
 def resolved_path(space_id: str) -> str:
     return f"staging/{space_id}/resolved.json"
-
-
-def find_work(job: JobConfig, store: Store, encoder: Description, layout: Layout, shards: list[Shard]) -> list[WorkItem]:
-    """Subtract what is published or staged from the listed shards; a trial run takes the first `limit` samples."""
-    staged = table.staged_parts(store, encoder.space_id, layout.layout_id)
-    current = table.read_manifest(store)  # after the listing: another run may publish, and remove its parts, in between
-    published = set(current.shards) if current is not None else set()
-    items = [
-        WorkItem(shard=shard, done=frozenset(part.chunk for part in staged.get(shard.id, [])))
-        for shard in shards
-        if shard.id not in published and not table.is_complete(staged.get(shard.id, []))
-    ]
-    if job.limit is not None:
-        items = _first_samples(items, job.limit, layout, job.input_storage_options)
-    return items
-
-
-def _first_samples(items: list[WorkItem], limit: int, layout: Layout, options: dict[str, Any]) -> list[WorkItem]:
-    chosen = []
-    for item in items:
-        if limit <= 0:
-            break
-        samples = count_samples(item.shard, layout, options, limit)
-        chosen.append(replace(item, limit=min(samples, limit)))
-        limit -= samples
-    return chosen

@@ -1,0 +1,98 @@
+"""What a job has yet to embed, and embedding it, however often it takes."""
+
+from dataclasses import replace
+from typing import Any
+
+from lora_embed import cluster, pipeline, table
+from lora_embed.config import JobConfig
+from lora_embed.errors import IncompleteRun, StorageError, StoreUnavailable, WorkersLost
+from lora_embed.model.encoder import Description
+from lora_embed.progress import Progress, say
+from lora_embed.read import count_samples
+from lora_embed.schema import ChunkStats, Layout, Shard, WorkItem
+from lora_embed.storage import Store
+
+ATTEMPTS = 3
+MOST_IN_A_ROW = 8  # shards that fail for a store that does not answer, before a run is given up
+
+
+def find_work(job: JobConfig, store: Store, encoder: Description, layout: Layout, shards: list[Shard]) -> list[WorkItem]:
+    """Subtract what is published or staged from the listed shards; a trial run takes the first `limit` samples."""
+    staged = table.staged_parts(store, encoder.space_id, layout.layout_id)
+    current = table.read_manifest(store)  # after the listing: another run may publish, and remove its parts, in between
+    published = set(current.shards) if current is not None else set()
+    items = [
+        WorkItem(shard=shard, done=frozenset(part.chunk for part in staged.get(shard.id, [])))
+        for shard in shards
+        if shard.id not in published and not table.is_complete(staged.get(shard.id, []))
+    ]
+    if job.limit is not None:
+        items = _first_samples(items, job.limit, layout, job.input_storage_options)
+    return items
+
+
+def _first_samples(items: list[WorkItem], limit: int, layout: Layout, options: dict[str, Any]) -> list[WorkItem]:
+    chosen = []
+    for item in items:
+        if limit <= 0:
+            break
+        samples = count_samples(item.shard, layout, options, limit)
+        chosen.append(replace(item, limit=min(samples, limit)))
+        limit -= samples
+    return chosen
+
+
+def embed_missing(job: JobConfig, shared: pipeline.Job, shards: list[Shard], topology: cluster.Topology) -> int:
+    """Embed what is neither published nor staged; returns the number of samples.
+
+    When workers were lost for good or a store did not answer, what is still missing is tried again, up to `ATTEMPTS`
+    times in all. Raises IncompleteRun naming the shards that failed.
+    """
+    embedded = 0
+    for attempt in range(1, ATTEMPTS + 1):
+        work = find_work(job, shared.store, shared.encoder, shared.layout, shards)
+        say(f"{len(shards)} shards: {len(shards) - len(work)} done, {len(work)} to embed")
+        if not work:
+            break
+        failures: dict[str, ChunkStats] = {}
+        with Progress([item.shard for item in work]) as progress:
+            try:
+                _embed(work, shared, topology, progress, failures)
+            except WorkersLost as error:
+                if attempt == ATTEMPTS:
+                    raise
+                say(f"{error}\ntrying again what is missing")
+                continue
+            finally:
+                embedded += progress.samples
+        if not failures:
+            break
+        if attempt == ATTEMPTS or not all(failure.may_pass for failure in failures.values()):
+            raise _incomplete(failures, len(work))
+        say(f"{len(failures)} shards could not be read; trying them again")
+    return embedded
+
+
+def _embed(
+    work: list[WorkItem], shared: pipeline.Job, topology: cluster.Topology, progress: Progress, failures: dict[str, ChunkStats]
+) -> None:
+    """Run the chain once, counting what it yields. Raises IncompleteRun where going on would be in vain."""
+    in_a_row = 0
+    try:
+        for stats in pipeline.embed_items(work, shared, topology):
+            progress.add(stats)
+            in_a_row = in_a_row + 1 if stats.may_pass else 0
+            if stats.error:
+                failures[stats.shard_id] = stats
+            if in_a_row >= MOST_IN_A_ROW:
+                raise _incomplete(failures, len(work))
+    except (StorageError, StoreUnavailable) as error:  # of the table: the work is committed up to here
+        raise IncompleteRun(f"{error}\nWhat was embedded is kept, and the same command goes on.") from None
+
+
+def _incomplete(failures: dict[str, ChunkStats], of: int) -> IncompleteRun:
+    first = "\n".join(f"  {message}" for message in sorted(failure.error for failure in failures.values())[:10])
+    return IncompleteRun(
+        f"{len(failures)} of {of} shards are not complete, so nothing was published; "
+        f"what was embedded is kept, and the same command goes on:\n{first}"
+    )
