@@ -184,6 +184,19 @@ def test_patience_ends_and_what_never_passes_has_none(server: S3Server, proxy: P
     assert time.monotonic() - started < 1
 
 
+def test_what_cannot_be_removed_is_said(server: S3Server) -> None:
+    """s3fs would say nothing; one that is gone already is no error."""
+    store = Store("s3://images/removed", server.options())
+    names = [f"{number:04d}" for number in range(1200)]
+    for name in names[::100]:
+        store.create(name, b"1")
+    with pytest.raises(StorageError, match="access denied"):
+        Store(store.uri, server.read_only_options()).delete(names)
+    assert len(store.list_files()) == 12
+    store.delete(names)
+    assert store.list_files() == []
+
+
 def test_a_commit_whose_answer_is_lost_is_still_ours(server: S3Server, proxy: Proxy) -> None:
     store = store_at(server, proxy, "lost")
     counts = {"shards": 0, "samples": 0, "vectors": 0, "rejects": 0}

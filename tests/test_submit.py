@@ -253,7 +253,16 @@ def test_a_shell_joins_with_its_package_and_keeps_its_keys(head: Head, ended: di
 def test_a_stopped_job_goes_on_with_the_same_submit(head: Head, tmp_path: Path) -> None:
     source = write_tars(tmp_path / "shards", shards=4, images=100)
     job = write_job(tmp_path, tiny_recipe(tmp_path), source, chunk_size=4)
-    entrypoint = ["--", "python", "jobs/embed.py", "--config", str(job), "--json", "--set", "resources={device: cpu, actors: {max: 1}}"]
+    entrypoint = [
+        "--",
+        "python",
+        "jobs/embed.py",
+        "--config",
+        str(job),
+        "--json",
+        "--set",
+        "resources={device: cpu, actors: {max: 1}}",
+    ]
     staging = tmp_path / "table" / "staging"
 
     submitted = head.submit(tmp_path / "first", "--submission-id", "first", *entrypoint)
