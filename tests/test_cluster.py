@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import yaml
 from PIL import Image
 from ray.cluster_utils import Cluster
@@ -28,7 +29,12 @@ LIMIT_S = 180.0
 SHARDS, IMAGES = 30, 20
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 NODES = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
-V2 = {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}
+V2 = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_enable_autoscaler_v2": "1",
+    "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+}
 
 
 @pytest.fixture(scope="module")
@@ -112,17 +118,26 @@ def autoscaled_head(folder: Path, node_types: dict[str, dict[str, int]]) -> Iter
         name: {"resources": resources, "node_config": {}, "min_workers": 0, "max_workers": 1}
         for name, resources in node_types.items()
     }
-    types["head"] = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
+    types["ray.head.default"] = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
+    port = free_ports(1)[0]
+    at = {"gcs_address": f"{ray.util.get_node_ip_address()}:{port}"}
     config = {
         "cluster_name": "scaled",
         "max_workers": 2,
         "idle_timeout_minutes": 5,
-        "provider": {"type": "external", "module": NODES, "launch_multiple": True, "head_node_id": HEAD_ID},
+        "provider": {"type": "external", "module": NODES, "launch_multiple": True, "head_node_id": HEAD_ID} | at,
         "available_node_types": types,
-        "head_node_type": "head",
+        "head_node_type": "ray.head.default",
+        "auth": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "rsync_exclude": [],
+        "rsync_filter": [],
     }
+    commands = ("setup", "initialization", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    config |= {f"{name}_commands": [] for name in commands}
     (folder / "autoscaling.yaml").write_text(yaml.safe_dump(config))
-    port = free_ports(1)[0]
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=0"]
     command += ["--include-dashboard=false", f"--autoscaling-config={folder / 'autoscaling.yaml'}"]
     variables = os.environ | {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"} | V2

@@ -36,7 +36,7 @@ PHASES: dict[str, Callable[[Request], bool]] = {
 }
 MOST = {"listing": 5, "decode": 20, "commit": 50, "publish": 4}  # of such requests in a run, or a safe bound below it
 # Whose process is killed → its title under Ray; the driver and all at once have none.
-TARGETS = {"actor": "ray::MapWorker(MapBatches(Embed", "decode": "ray::MapBatches(_decode)", "write": "WriteParts"}
+TARGETS = {"actor": "ray::MapWorker(MapBatches(Embed", "decode": "ray::MapBatches(decode_blocks)", "write": "WriteParts"}
 
 
 @dataclass(frozen=True)

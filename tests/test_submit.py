@@ -268,7 +268,7 @@ def test_a_stopped_job_goes_on_with_the_same_submit(head: Head, tmp_path: Path) 
     submitted = head.submit(tmp_path / "first", "--submission-id", "first", *entrypoint)
     wait_until(lambda: len(list(staging.rglob("*.parquet"))) >= 3, submitted, tmp_path / "first")
     assert head.ask("POST", "/api/jobs/first/stop") == 200  # what `ray job stop` does, without seconds of imports
-    submitted.wait(timeout=60)
+    assert submitted.wait(timeout=60) == 0
     output = (tmp_path / "first").read_text()
     assert "stopped by a signal; what is committed stays, and the same command goes on" in output
     assert "Job 'first' was stopped" in output
