@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 import zlib
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -239,8 +240,7 @@ def test_an_opened_table_answers_with_its_own_encoder(tmp_path: Path, tiny: Path
     assert (nearest["id"], nearest["label"], float(distances.min())) == ("0000.tar/000017", 17 % 7, 0.0)
 
 
-@pytest.mark.parametrize("cpus", [1, 2, 4])
-@pytest.mark.parametrize("gpus", [0, 1])
+@pytest.mark.parametrize(("cpus", "gpus"), [(1, 0), (4, 0), (1, 1), (2, 1)])
 def test_both_topologies_end_with_the_same_vectors(tmp_path: Path, tiny: Path, cpus: int, gpus: int) -> None:
     """A declared GPU puts decoding, embedding and writing into processes of their own; the actor computes on the CPU."""
     source = write_tars(tmp_path / "shards", shards=5, images=12)
@@ -258,6 +258,24 @@ def test_both_topologies_end_with_the_same_vectors(tmp_path: Path, tiny: Path, c
     assert vectors_by_id(read_rows(tmp_path / "table")) == expected
 
 
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_an_image_that_kills_its_decoder_is_one_reject(
+    tmp_path: Path, tiny: Path, gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hook in the decoder stands in for a real image that crashes Pillow: none is known."""
+    source = write_tars(tmp_path / "shards", shards=4, images=10)
+    poison = {"0001.tar/000013": png(13), "0003.tar/000039": png(39)}
+    monkeypatch.setenv("LORA_EMBED_TEST_POISON", ",".join(f"{sha256(data).hexdigest()}:segfault" for data in poison.values()))
+    job = job_of(tmp_path, tiny / "recipe.yaml", source, chunk_size=4, max_rejects=0.1)
+    ray.shutdown()
+    cluster.connect(num_cpus=2, num_gpus=gpus)
+    assert run_job(job).counts == {"shards": 4, "samples": 40, "vectors": 38, "rejects": 2}
+    ray.shutdown()
+    assert read_rejects(tmp_path / "table") == dict.fromkeys(poison, "decoder_crashed")
+    details = open_table(str(tmp_path / "table")).rejects().column("detail").to_pylist()
+    assert details == ["the decoder was killed by signal 11 (SIGSEGV), 2 tries"] * 2
+
+
 @pytest.mark.usefixtures("cluster")
 def test_killed_runs_resume_to_the_same_table(tmp_path: Path, tiny: Path) -> None:
     source = write_tars(tmp_path / "shards", shards=20, images=40)
@@ -267,7 +285,7 @@ def test_killed_runs_resume_to_the_same_table(tmp_path: Path, tiny: Path) -> Non
     staging = tmp_path / "killed" / "table" / "staging"
     seen: dict[str, tuple[int, int]] = {}
     rng = random.Random(20)
-    for attempt in range(3):
+    for attempt in range(1):  # on S3 there are more: test_kills.py
         wanted = len(seen) + rng.randint(5, 25)
         process = start_job(job, tmp_path / f"log{attempt}")
         deadline = time.monotonic() + 120
