@@ -223,3 +223,21 @@ def test_a_store_that_ignores_conditional_put_is_found_out(tmp_path: Path) -> No
         assert not found.exclusive
         assert [found.create("b", b"1"), found.create("b", b"2")] == [True, False]
         assert found.read("b") == b"1"
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("cluster")
+def test_an_input_that_does_not_answer_is_given_up_early(
+    tmp_path: Path, server: S3Server, proxy: Proxy, local: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The table is within reach: it is the shards that cannot be read, one after the other."""
+    proxy.faults = Faults(error=1.0, only=lambda request: request.path.endswith(".tar"))
+    unreadable = server.options(proxy.endpoint) | HASTY | {"retry_s": 1}
+    job = remote_job(local, tmp_path, server.options(), "unreadable", input_storage_options=unreadable)
+    assert run_command(["run", str(job)]) == 1
+    said = capfd.readouterr().err
+    assert "8 of 20 shards are not complete, so nothing was published" in said
+    assert "no proper answer for" in said
+    proxy.faults = Faults()
+    assert run_command(["run", str(job)]) == 0
+    assert rows_at(server, "unreadable").equals(read_rows(local / "table"))
