@@ -142,7 +142,7 @@ def free_ports(number: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, limit_s: float = 120) -> None:
+def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, limit_s: float = 240) -> None:
     deadline = time.monotonic() + limit_s
     while not ready():
         assert process.poll() is None, log.read_text()
@@ -213,7 +213,7 @@ def ended(head: Head, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
         "job": head.submit(folder / "job", "--runtime-env-json", json.dumps(key), "--", *probe),
         "shell": head.start([sys.executable, *probe[1:], head.dashboard, head.address], folder / "shell", **shell),
     }
-    return {name: (process.wait(timeout=120), (folder / name).read_text()) for name, process in started.items()}
+    return {name: (process.wait(timeout=300), (folder / name).read_text()) for name, process in started.items()}
 
 
 def test_a_job_with_a_broken_configuration_fails_and_its_log_says_why(ended: dict[str, tuple[int, str]]) -> None:
