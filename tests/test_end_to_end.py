@@ -5,6 +5,7 @@ import io
 import pickle
 import random
 import shutil
+import signal
 import struct
 import threading
 import time
@@ -285,7 +286,7 @@ def test_killed_runs_resume_to_the_same_table(tmp_path: Path, tiny: Path) -> Non
     staging = tmp_path / "killed" / "table" / "staging"
     seen: dict[str, tuple[int, int]] = {}
     rng = random.Random(20)
-    for attempt in range(1):  # on S3 there are more: test_kills.py
+    for attempt, end in enumerate([signal.SIGTERM, signal.SIGKILL]):  # on S3 there are more: test_kills.py
         wanted = len(seen) + rng.randint(5, 25)
         process = start_job(job, tmp_path / f"log{attempt}")
         deadline = time.monotonic() + 120
@@ -294,8 +295,11 @@ def test_killed_runs_resume_to_the_same_table(tmp_path: Path, tiny: Path) -> Non
                 break
             time.sleep(0.005)
         assert process.poll() is None, (tmp_path / f"log{attempt}").read_text()
-        kill_all(psutil.Process(process.pid))
-        process.wait()
+        if end == signal.SIGKILL:
+            kill_all(psutil.Process(process.pid))
+        process.send_signal(end)
+        assert process.wait(30) == (1 if end == signal.SIGTERM else -signal.SIGKILL), (tmp_path / f"log{attempt}").read_text()
+        assert ("stopped by a signal; what is committed stays" in (tmp_path / f"log{attempt}").read_text()) == (attempt == 0)
         now = {name: state for name, state in snapshot(staging).items() if name.endswith(".parquet")}
         assert len(now) >= wanted
         assert {name: now[name] for name in seen} == seen, "a committed part was written again"

@@ -56,17 +56,16 @@ class Kill:
 def draw_kills(seed: int, count: int) -> list[Kill]:
     """All targets and phases in turn, the rest by chance."""
     rng = random.Random(seed)
-    pairs = [
+    pairs = [  # decoding is over before the first commit: none dies in that
         ("driver", "listing"), ("driver", "commit"), ("all", "publish"), ("actor", "commit"), ("decode", "decode"),
         ("write", "commit"), ("all", "decode"), ("driver", "publish"), ("actor", "decode"), ("all", "listing"),
-        ("all", "commit"), ("decode", "commit"),
+        ("all", "commit"), ("decode", "decode"),
     ]  # fmt: skip
     kills = []
     for turn in range(count):
         target, phase = pairs[turn % len(pairs)]
         gpus = 1 if target in ("decode", "write") else rng.randint(0, 1)
-        most = 3 if target == "decode" else MOST[phase]  # decoding is over long before the last commit
-        kills.append(Kill(target, phase, rng.randint(1, most), rng.random() < 0.5, gpus))
+        kills.append(Kill(target, phase, rng.randint(1, MOST[phase]), rng.random() < 0.5, gpus))
     return kills
 
 

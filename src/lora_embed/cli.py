@@ -1,11 +1,12 @@
 """The command line: parse, call, print, exit code."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -110,7 +111,16 @@ def embed_job(arguments: list[str]) -> int:
 
 def main() -> None:
     """The `lora-embed` command."""
-    sys.exit(run_command(sys.argv[1:]))
+    end_process(run_command(sys.argv[1:]))
+
+
+def end_process(code: int) -> NoReturn:
+    """End with this exit code, and Ray before it: after a signal the interpreter's own end aborts where Ray was loaded."""
+    if (ray := sys.modules.get("ray")) is not None:
+        ray.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run_command(arguments: list[str]) -> int:

@@ -1,6 +1,7 @@
 """A job from its file to a published version: encoder → plan → embed → verify → publish."""
 
 import json
+import os
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from lora_embed.schema import Layout, Manifest, Shard, WorkItem, encoder_path
 from lora_embed.storage import Store
 
 MARKER = "table.json"  # the first object of a table
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +162,12 @@ def _list(job: JobConfig) -> tuple[Store, list[Shard]]:
 
 
 def refuse_local_paths(job: JobConfig, shards: list[Shard], store: Store) -> None:
-    """Raises ConfigError when several nodes would each look for input or table on a disk of their own."""
+    """Raises ConfigError for a table that goes with the job, and when several nodes would each look on disks of their own."""
+    if SUBMITTED in os.environ and store.is_local and Path(job.table).is_relative_to(Path.cwd()):
+        raise ConfigError(
+            f"{job.table} lies in Ray's copy of the submitted folder and would be lost with it. Name a table outside of it, "
+            "such as s3://…"
+        )
     roots = {shard.root for shard in shards if Store(shard.root, job.input_storage_options).is_local}
     local = [job.table] * store.is_local + sorted(roots)
     nodes = cluster.count_nodes()
