@@ -89,18 +89,21 @@ def ask_device(topology: Topology) -> Device:
     return device
 
 
-def map_tasks(task: Callable[..., R], shared: tuple[Any, ...], arguments: list[Any], *, each_has: int = 1) -> list[R]:
+def map_tasks(
+    task: Callable[..., R], shared: tuple[Any, ...], arguments: list[Any], *, each_has: int = 1, here: bool = False
+) -> list[R]:
     """`task(*shared, argument)` for each argument, results in order: as Ray tasks that take `each_has` arguments each.
 
-    A bounded number runs at a time. What is one task's work is done here: to start a worker takes seconds.
+    A bounded number runs at a time. `here`: in this process, for what is not worth the seconds that a worker's start takes.
     """
 
-    def do(group: list[Any]) -> list[R]:  # local, so that a worker need not import this module, and torch with it
+    # Local, and of no type of this module, so that a worker need not import it, and torch with it.
+    def do(group: list[Any]) -> list[Any]:
         return [task(*shared, argument) for argument in group]
 
+    if here:
+        return do(arguments)
     groups = [arguments[start : start + each_has] for start in range(0, len(arguments), each_has)]
-    if len(groups) == 1:
-        return do(groups[0])
     remote: Any = ray.remote(do).options(num_cpus=1, max_retries=MAX_RETRIES)
     most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     results: dict[int, list[R]] = {}

@@ -51,7 +51,8 @@ def _next_version(job: JobConfig, shared: pipeline.Job, current: Manifest | None
     if incomplete:
         raise IncompleteRun(f"{len(incomplete)} shards are not complete, first {incomplete[0]}; run the same command again")
     where = (store, encoder.space_id, layout)
-    checked = pipeline.map_tasks(table.verify_parts, where, list(new.values()), each_has=SHARDS_PER_TASK)
+    few = len(new) + len(reuse.sources) <= SHARDS_PER_TASK
+    checked = pipeline.map_tasks(table.verify_parts, where, list(new.values()), each_has=SHARDS_PER_TASK, here=few)
     counts = {stats.shard_id: compact.shard_counts(wanted[stats.shard_id], stats) for stats in checked}
     gates = check_gates(job, current, list(counts.values()), kept)
     sources = [
@@ -59,7 +60,7 @@ def _next_version(job: JobConfig, shared: pipeline.Job, current: Manifest | None
         for shard_id, parts in new.items()
     ]
     compactions = compact.plan_compactions([*reuse.sources, *sources], layout, encoder.space_id, encoder.dimension)
-    written = pipeline.map_tasks(compact.compact, (store,), compactions)
+    written = pipeline.map_tasks(compact.compact, (store,), compactions, here=few)
     return compact.make_manifest(
         _version(current) + 1,
         encoder.space_id,
