@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from jobs import job_of, read_rows, tiny_recipe, write_job, write_tars
-from lora_embed import open_table, table
+from lora_embed import open_table, pipeline, table
 from lora_embed.cli import run_command
 from lora_embed.config import load_job
 from lora_embed.errors import StorageError, StoreUnavailable
@@ -66,9 +66,11 @@ def rows_at(server: S3Server, name: str) -> pa.Table:
 
 @pytest.mark.usefixtures("cluster")
 def test_a_table_on_s3_is_the_one_on_a_disk_whatever_fails_in_between(
-    tmp_path: Path, server: S3Server, proxy: Proxy, local: Path
+    tmp_path: Path, server: S3Server, proxy: Proxy, local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proxy.faults = Faults(seed=5, error=0.02, reset=0.02, cut=0.01, stall=0.01, lost_answer=0.01, stall_s=20)
+    """5 % of all requests fail and 1 % stall; and the run takes two waves."""
+    monkeypatch.setattr(pipeline, "MAX_BLOCKS", 12)
+    proxy.faults = Faults(seed=5, error=0.02, reset=0.01, cut=0.01, lost_answer=0.01, stall=0.01, stall_s=20)
     job = remote_job(local, tmp_path, server.options(proxy.endpoint) | HASTY | {"retry_s": 60}, "faulty")
     assert run_job(load_job(job)).counts["vectors"] == 200
     faults = [request.fault for request in proxy.requests if request.fault]

@@ -158,7 +158,7 @@ def decode_items(
             for chunk in decode_shard(item, layout, preprocessing, options, decode=decode):
                 yield _row(chunk.head, chunk.samples, chunk.pixels)
         except (ShardError, StorageError, StoreUnavailable, OSError) as error:
-            shard, may_pass = item.shard, not isinstance(error, ShardError)
+            shard, may_pass = item.shard, isinstance(error, StoreUnavailable | OSError)
             head = ChunkHead(shard_id=shard.id, shard_name=shard.name, prefix=shard.prefix, error=str(error), may_pass=may_pass)
             nothing = pa.RecordBatch.from_pylist([], schema=sample_schema(layout.carry))
             yield _row(head, nothing, np.empty((0, *preprocessing.size, 3), np.uint8))

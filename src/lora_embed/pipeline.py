@@ -129,7 +129,8 @@ def _own_errors() -> Iterator[None]:
         if own is not None:
             raise own from None
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise WorkersLost(
+        kind = IncompleteRun if isinstance(error, ray.exceptions.RayTaskError) else WorkersLost  # an exception stays one
+        raise kind(
             f"Ray gave the run up: {lines[-1][:300]}. What was embedded is kept, and the same command goes on."
         ) from error
 
