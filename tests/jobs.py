@@ -80,6 +80,7 @@ def start_job(job: Path, log: Path, *arguments: str, gpus: int = 0, **environmen
 
 def kill_all(process: psutil.Process) -> None:
     """SIGKILL to the driver and every process that it started."""
+    process.suspend()  # else it may come to its end while its children are being listed
     started = [process, *process.children(recursive=True)]
     for one in started:
         with contextlib.suppress(psutil.NoSuchProcess):

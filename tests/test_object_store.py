@@ -85,14 +85,14 @@ def test_a_table_on_s3_is_the_one_on_a_disk_whatever_fails_in_between(
 def test_an_outage_longer_than_the_limit_ends_the_run_and_loses_nothing(
     tmp_path: Path, server: S3Server, proxy: Proxy, local: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The server goes after 20 parts, for good as far as this run is concerned."""
+    """After 20 parts the server takes no more, for good as far as this run is concerned."""
     parts: list[Request] = []
 
     def breaks(request: Request) -> None:
         if request.method == "PUT" and "/staging/" in request.path and request.status == 200:
             parts.append(request)
             if len(parts) == 20:
-                proxy.faults = Faults(error=1.0)
+                proxy.faults = Faults(error=1.0, only=lambda request: request.method == "PUT")
 
     proxy.answered = breaks
     job = remote_job(local, tmp_path, server.options(proxy.endpoint) | HASTY | {"retry_s": 3}, "outage")

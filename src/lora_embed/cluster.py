@@ -132,7 +132,7 @@ def _nodes() -> list[dict[str, float]]:
 
 
 def _is_joined() -> bool:
-    return "RAY_ADDRESS" in os.environ
+    return os.environ.get("RAY_ADDRESS", "local") != "local"
 
 
 def _wait_for(resource: str, amount: float, resources: Resources) -> bool:

@@ -137,11 +137,11 @@ def _own_errors() -> Iterator[None]:
 
 def _find_own(error: BaseException | None) -> LoraEmbedError | None:
     """The error as it was raised in a task, or as the text in which Ray hands on what an actor's constructor raised."""
-    if error is None or isinstance(error, LoraEmbedError):
-        return error
-    cause = getattr(error, "cause", None)
+    cause = getattr(error, "cause", None)  # first: Ray's own error is of the cause's class too, with a traceback for text
     if isinstance(cause, LoraEmbedError):
         return cause
+    if error is None or isinstance(error, LoraEmbedError):
+        return error
     if named := _OWN_ERROR.search(str(error)):
         kind = getattr(errors, named[1], IncompleteRun)
         return cast(LoraEmbedError, kind(named[2]))

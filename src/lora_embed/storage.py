@@ -170,9 +170,10 @@ class Store:
         with explained(self, path, writes=True):
             try:
                 retried(lambda: fs.pipe_file(self.full_path(path), data, mode=mode), self.name(path), self._retry_s)
-            except OSError as error:  # s3fs reports a refused If-None-Match as EINVAL
-                refused = isinstance(error, FileExistsError) or "pre-conditions" in str(error)
-                if refused and self.info(path) is not None:  # not refused for what stands above it
+            except OSError as error:
+                if "pre-conditions" in str(error):  # so s3fs reports a refused If-None-Match; by now it may be gone again
+                    return False
+                if isinstance(error, FileExistsError) and self.info(path) is not None:  # not for what stands above it
                     return False
                 raise
         return True
