@@ -1,6 +1,7 @@
 """What tests share: real weights and adapters, tiny random models, and one Ray cluster for all that need it."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from lora_embed import demo
 from lora_embed.demo import parts
 from lora_embed.fetch import cache_root
 from lora_embed.progress import say
+from s3 import S3Server, s3_server
 
 torch.set_num_threads(1)  # two threads on contended cores fall to a quarter
 
@@ -49,3 +51,11 @@ def real_images(demo_cache: Path) -> list[parts.LabelledImage]:
 def cluster() -> None:
     """A Ray cluster of this machine's CPUs, in this process: started where there is none, ended with the process."""
     ray_cluster.connect()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server with a bucket `images`."""
+    with s3_server(tmp_path_factory.mktemp("server")) as server:
+        server.make_bucket("images")
+        yield server

@@ -22,7 +22,7 @@ from jobs import kill_all, start_job, tiny_recipe, vectors_by_id, write_job, wri
 from lora_embed import open_table
 from lora_embed.model.encoder import load_encoder
 from lora_embed.storage import Store
-from s3 import Proxy, Request, S3Server, free_ports, s3_server
+from s3 import Proxy, Request, S3Server, free_ports
 from samples import png
 
 LIMIT_S = 180.0
@@ -35,13 +35,6 @@ V2 = {
     "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
     "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
 }
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with s3_server(tmp_path_factory.mktemp("server")) as server:
-        server.make_bucket("images")
-        yield server
 
 
 @pytest.fixture

@@ -24,13 +24,6 @@ from s3 import Faults, Proxy, Request, S3Server, s3_server
 HASTY = {"config_kwargs": {"read_timeout": 1.0}}  # a stall costs a second, not fifteen
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with s3_server(tmp_path_factory.mktemp("server")) as server:
-        server.make_bucket("images")
-        yield server
-
-
 @pytest.fixture
 def proxy(server: S3Server) -> Iterator[Proxy]:
     with Proxy(server.endpoint) as proxy:
