@@ -6,7 +6,7 @@ export LORA_EMBED_CACHE ?= $(CURDIR)/.cache
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-long lint bench clean
+.PHONY: setup demo test test-long matrix lint bench clean
 
 setup: $(READY)
 
@@ -29,6 +29,9 @@ test: lint
 
 test-long: setup
 	$(BIN)/python -m pytest --durations=12 -m long -s
+
+matrix: setup
+	LORA_EMBED_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_families.py
 
 bench: setup
 	$(BIN)/python benchmarks/throughput.py

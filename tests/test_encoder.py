@@ -172,6 +172,7 @@ def test_merge_report_names_shares_and_dropped_heads(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     one, two = save_adapter(tmp_path / "one", base, seed=1), save_adapter(tmp_path / "two", base, 27, seed=2)
     report = json.loads((build(recipe_of(base, {one: 0.5, two: 0.5}), tmp_path / "encoder") / "merge_report.json").read_text())
-    assert [adapter["head_keys_dropped"] for adapter in report["adapters"]] == [["classifier.bias", "classifier.weight"]] * 2
-    assert len(report["weights"]) == 6
-    assert all(len(weight["shares"]) == 2 and weight["relative_change"] > 0 for weight in report["weights"].values())
+    (member,) = report["members"]
+    assert [adapter["head_keys_dropped"] for adapter in member["adapters"]] == [["classifier.bias", "classifier.weight"]] * 2
+    assert len(member["weights"]) == 6
+    assert all(len(weight["shares"]) == 2 and weight["change"] > 0 for weight in member["weights"].values())

@@ -1,5 +1,6 @@
 """The command line: parse, call, print, exit code."""
 
+import enum
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from lora_embed.config import JobConfig, load_job, load_recipe
-from lora_embed.errors import LoraEmbedError
+from lora_embed.errors import ConfigError, LoraEmbedError
 from lora_embed.progress import say
 
 app = typer.Typer(
@@ -27,16 +28,32 @@ JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")
 TableUri = Annotated[str, typer.Argument(metavar="TABLE", help="URI or path of a table.")]
 
 
+class Store(enum.StrEnum):
+    """How an encoder's weights are kept."""
+
+    MODEL = "model"
+    ADAPTER = "adapter"
+
+
 @app.command()
 def build(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")],
     out: Annotated[Path, typer.Option(help="Directory to write the encoder to.")],
+    store: Annotated[Store, typer.Option(help="Whole weights, or the base's name and one merged LoRA adapter.")] = Store.MODEL,
+    rank: Annotated[int | None, typer.Option(min=1, help="With --store adapter: its largest rank.")] = None,
+    energy: Annotated[float, typer.Option(help="With --store adapter: share of the change's squared norm to keep.")] = 1.0,
     as_json: Json = False,
 ) -> None:
     """Merge a recipe's adapters into an encoder directory, with its merge report."""
     from lora_embed.model.build import build_encoder, gather
+    from lora_embed.model.fold import Limit
 
-    description = build_encoder(gather(load_recipe(recipe)), out, say)
+    if store is Store.MODEL and (rank is not None or energy != 1.0):
+        raise ConfigError("--rank and --energy say how much of the merge an adapter keeps. Add --store adapter.")
+    if not 0 < energy <= 1:
+        raise ConfigError(f"--energy is {energy:g}, expected more than 0 and at most 1")
+    limit = Limit(rank=rank, energy=energy) if store is Store.ADAPTER else None
+    description = build_encoder(gather(load_recipe(recipe)), out, say, limit)
     result = {"encoder": str(out), "space_id": description.space_id, "dimension": description.dimension}
     _print(result, as_json, f"{out}: encoder of space {description.space_id}, {description.dimension} dimensions")
 

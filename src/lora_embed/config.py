@@ -1,17 +1,16 @@
 """Recipes and jobs: what users write, checked when it is read."""
 
-import difflib
-import json
 import math
 import os
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from lora_embed.errors import ConfigError
+from lora_embed.explain import Keys, checked, shown
 
 OWN_COLUMNS = ("id", "embedding", "shard", "key", "width", "height", "sha256", "reason", "detail")
 
@@ -44,8 +43,6 @@ def _not_empty(value: tuple[str, ...]) -> tuple[str, ...]:
 Number = Annotated[float, Field(strict=False), BeforeValidator(_not_bool), AfterValidator(_finite)]
 Share = Annotated[Number, Field(ge=0.0, le=1.0)]
 Text = Annotated[str, Field(min_length=1)]
-Config = TypeVar("Config", "Recipe", "JobConfig")
-Keys = tuple[str | int, ...]  # the way to a value through sections and lists
 
 
 class AdapterSpec(Section):
@@ -62,7 +59,8 @@ class Recipe(Section):
     base_model: Text
     revision: str | None = None
     adapters: tuple[AdapterSpec, ...] = Field(default=(), strict=False)
-    merge_method: Literal["weighted_sum", "linear", "none"] = "weighted_sum"
+    merge_method: Text = "weighted_sum"  # `model.merge` knows the methods, and the options of each
+    merge_options: dict[str, Any] = Field(default_factory=dict)
     pooling: Literal["mean", "patch_mean", "cls", "last_mean", "last_patch_mean", "last_cls"] = "mean"
     normalize: bool = False
     image_size: int | None = Field(default=None, ge=8, le=4096)
@@ -76,6 +74,10 @@ class Recipe(Section):
             )
         if self.merge_method != "none" and not self.adapters:
             raise ValueError("adapters is empty. Name at least one, or set merge_method to none for the base alone.")
+        if self.adapters and not any(adapter.weight for adapter in self.adapters):
+            raise ValueError("all weights of adapters are 0, which leaves the base alone. Set merge_method to none for that.")
+        if self.merge_method == "concat" and any(adapter.weight != 1 for adapter in self.adapters):
+            raise ValueError("merge_method is concat, which keeps each adapter whole. Leave out the weights, which would be 1.")
         return self
 
 
@@ -180,7 +182,18 @@ def load_recipe(path: str | Path) -> Recipe:
     for adapter in adapters if isinstance(adapters, list) else []:
         if isinstance(adapter, dict) and isinstance(adapter.get("path"), str):
             adapter["path"] = _local_or_hub(folder, adapter["path"])
-    return _checked(Recipe, data, str(path), {})
+    return checked(Recipe, data, str(path), {})
+
+
+def check_options(method: str, known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a merge method, `known` by name with type and default, as a recipe sets them.
+
+    Raises ConfigError for an option that the method does not have or take.
+    """
+    if given and not known:
+        raise ConfigError(f"merge_options sets {', '.join(given)}, but merge_method {method!r} takes no options. Remove them.")
+    options = create_model("Options", __base__=Section, **known)
+    return checked(options, given, f"merge_options of {method}", {}).model_dump()
 
 
 def load_job(path: str | Path, overrides: list[str] | None = None) -> JobConfig:
@@ -196,7 +209,7 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> JobConfig:
             value = _with_absolute_paths({keys[0]: value}, Path.cwd())[keys[0]]
         _section_for(data, keys, text)[keys[-1]] = value
         overridden[tuple(keys)] = text
-    return _checked(JobConfig, data, str(path), overridden)
+    return checked(JobConfig, data, str(path), overridden)
 
 
 def _parse_override(text: str) -> tuple[list[str], Any]:
@@ -216,7 +229,7 @@ def _section_for(data: dict[str, Any], keys: list[str], text: str) -> dict[str, 
             data[key] = {}
         data = data[key]
         if not isinstance(data, dict):
-            raise ConfigError(f"--set {text}: {key!r} is {_shown(data)}, not a section that holds {keys[-1]!r}")
+            raise ConfigError(f"--set {text}: {key!r} is {shown(data)}, not a section that holds {keys[-1]!r}")
     return data
 
 
@@ -267,7 +280,7 @@ def _read_yaml(path: Path, kind: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: is not valid YAML: {_yaml_problem(error)}") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: is {_shown(data)}, expected keys and values, a line each, such as `key: value`")
+        raise ConfigError(f"{path}: is {shown(data)}, expected keys and values, a line each, such as `key: value`")
     return data
 
 
@@ -276,90 +289,3 @@ def _yaml_problem(error: Exception) -> str:
     if mark is None:
         return " ".join(str(error).split())
     return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None)}"
-
-
-def _checked(model: type[Config], data: dict[str, Any], where: str, overridden: dict[Keys, str]) -> Config:
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        by_key: dict[Keys, list[Any]] = {}
-        for item in error.errors():
-            by_key.setdefault(_keys_of(item), []).append(item)
-    lines = []
-    for keys, items in by_key.items():
-        source = next((f"--set {text}" for changed, text in overridden.items() if keys[: len(changed)] == changed), where)
-        lines.append(f"{source}: {_explain(model, keys, items)}")
-    raise ConfigError("\n".join(lines))
-
-
-def _keys_of(item: Any) -> Keys:
-    """Where a pydantic error lies, without the names that pydantic gives to the branches of a union."""
-    branches = () if item["type"] == "extra_forbidden" else ("literal['auto']", "constrained-int")
-    return tuple(part for part in item["loc"] if part not in branches)
-
-
-def _explain(model: type[BaseModel], keys: Keys, items: list[Any]) -> str:
-    """One key's errors, several where it may be one thing or another, as a sentence: what was found, what is expected."""
-    item, key = items[0], _dotted(keys)
-    kind, message = item["type"], str(item["msg"]).removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        known = list(_section_at(model, keys[:-1]).model_fields)
-        close = difflib.get_close_matches(str(keys[-1]), known, n=1)
-        return f"unknown key {key!r}. " + (f"Did you mean {close[0]!r}?" if close else f"Known keys: {', '.join(known)}.")
-    if kind == "missing":
-        return f"key {key!r} is missing. Add it."
-    if kind == "value_error" and not message.startswith("expected"):
-        return f"{key}: {message}" if key else message
-    expected = message.removeprefix("expected ") if kind == "value_error" else " or ".join(_expected(item) for item in items)
-    if kind in ("model_type", "dict_type") and (section := _section_at(model, keys)) is not model:
-        expected += f": {', '.join(section.model_fields)}"
-    found = type(item["input"]).__name__ if key.endswith("_storage_options") else _shown(item["input"])  # may hold secrets
-    return f"{key} is {found}, expected {expected}"
-
-
-def _expected(item: Any) -> str:
-    """What pydantic would have taken, in a user's words."""
-    context = item.get("ctx") or {}
-    bounds = {"greater_than": "more than", "greater_than_equal": "at least", "less_than_equal": "at most"}
-    if item["type"] in bounds:
-        return f"{bounds[item['type']]} {next(iter(context.values())):g}"
-    if item["type"] == "literal_error":
-        return str(context["expected"]).replace("'", "")
-    if item["type"] == "string_type" and isinstance(item["input"], int | float | bool):
-        return "text: put quotes around it"
-    words = {
-        "string_type": "text",
-        "string_too_short": "text that is not empty",
-        "int_type": "a whole number",
-        "int_from_float": "a whole number",
-        "float_type": "a number",
-        "float_parsing": "a number",
-        "bool_type": "true or false",
-        "tuple_type": "a list",
-        "dict_type": "a section of keys and values",
-        "model_type": "a section with keys",
-    }
-    return words.get(item["type"]) or str(item["msg"])
-
-
-def _dotted(keys: Keys) -> str:
-    """`resources.actors.max`, `adapters[0].weight`."""
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
-
-
-def _shown(value: Any) -> str:
-    """A value as a user would write it, cut where it is long."""
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool | float) else str(value)
-    text = text if value is not None else "empty"
-    return text if len(text) <= 60 else f"{text[:60]} …"
-
-
-def _section_at(model: type[BaseModel], keys: Keys) -> type[BaseModel]:
-    """The section that a key leads to or lies in; list positions are passed over."""
-    for name in keys:
-        if name in model.model_fields:
-            kind: Any = model.model_fields[str(name)].annotation
-            kind = next((arg for arg in getattr(kind, "__args__", ()) if isinstance(arg, type)), kind)
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                model = kind
-    return model

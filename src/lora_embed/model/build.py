@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lora_embed.config import Recipe
 from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.model import golden, merge
-from lora_embed.model.adapter import Adapter, Locate, SavedAdapter, match_adapter, read_adapter
-from lora_embed.model.base import Base, find_base, load_headless, locate, read_model_config, read_processor
+from lora_embed.model.adapter import PROCESSOR_NAME, SavedAdapter, read_adapter, some
+from lora_embed.model.base import Base, find_base, read_processor
 from lora_embed.model.encoder import (
+    BaseReference,
     Description,
     Encoder,
     golden_pixels,
@@ -30,8 +31,12 @@ from lora_embed.model.encoder import (
     space_id_of,
     write_description,
 )
+from lora_embed.model.fold import Limit
+from lora_embed.model.match import Adapter, match_adapter, target_of
+from lora_embed.model.member import Member, fold_members, prove_members, write_member
 from lora_embed.model.pooling import find_tap
 from lora_embed.model.preprocess import Preprocessing, from_processor
+from lora_embed.model.report import write_report
 
 Say = Callable[[str], None]
 
@@ -47,7 +52,8 @@ class Ingredients:
 
 
 def gather(recipe: Recipe) -> Ingredients:
-    """Read what a recipe names. Raises AdapterMismatch, EncoderError or StorageError for what cannot be used."""
+    """Read what a recipe names. Raises AdapterMismatch, ConfigError, EncoderError or StorageError for what cannot be used."""
+    merge.options_of(recipe.merge_method, recipe.merge_options)
     base = find_base(recipe.base_model, recipe.revision)
     adapters = tuple(read_adapter(spec.path, spec.revision) for spec in recipe.adapters)
     seen: dict[str, str] = {}
@@ -57,14 +63,13 @@ def gather(recipe: Recipe) -> Ingredients:
                 f"{adapter.uri}: is the same adapter as {seen[adapter.content_hash]}; name it once, with the sum of the weights"
             )
         seen[adapter.content_hash] = adapter.uri
-    return Ingredients(recipe=recipe, base=base, adapters=adapters, recipe_id=_recipe_id(recipe, base, adapters))
+    return Ingredients(recipe=recipe, base=base, adapters=adapters, recipe_id=_recipe_id(recipe, base, adapters, None))
 
 
 def match_adapters(ingredients: Ingredients) -> list[Adapter]:
     """Match all adapters to the base. Raises AdapterMismatch for the first that does not fit it."""
-    base = ingredients.base
-    where = _locator(read_model_config(base.folder, base.uri))
-    return [match_adapter(saved, base.uri, where) for saved in ingredients.adapters]
+    target = target_of(ingredients.base)
+    return [match_adapter(saved, target) for saved in ingredients.adapters]
 
 
 @contextlib.contextmanager
@@ -79,99 +84,108 @@ def _one_thread() -> Iterator[None]:
 
 
 @_one_thread()
-def build_encoder(ingredients: Ingredients, out: Path, say: Say) -> Description:
-    """Fold, check and write an encoder to `out`, which must not exist; nothing is left there when a check fails.
+def build_encoder(ingredients: Ingredients, out: Path, say: Say, limit: Limit | None = None) -> Description:
+    """Fold, write, check and prove an encoder at `out`, which must not exist; nothing is left there when a check fails.
 
+    With a `limit`, what is written is the merged change as one LoRA adapter cut to it, and a reference to the base.
     Raises AdapterMismatch, EncoderError or ConfigError.
     """
     recipe, base = ingredients.recipe, ingredients.base
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: exists and is not empty; an encoder is never written over. Name another directory.")
-    _check_writable(out)
+    _check_out(out)
+    if limit is not None and not recipe.adapters:
+        raise ConfigError("there is no adapter to store: merge_method is none. Name adapters, or store the model.")
     adapters = match_adapters(ingredients)
-    model = load_headless(base.folder, base.uri)
-    say(f"base {base.uri}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M weights, {type(model).__name__}")
-    report = _fold(model, adapters, recipe, say)
     preprocessing, processor = _checked_preprocessing(base, recipe)
+    notes = _notes(ingredients, preprocessing)
+    for note in notes:
+        say(f"note: {note}")
     images = golden.make_images()
     pixels = golden_pixels(images, preprocessing)
-    description = _describe(model, preprocessing, ingredients, pixels)
-    vectors = Encoder(model, description, device="cpu", precision="float32", batch_size=len(images)).embed_pixels(pixels)
-    if not np.isfinite(vectors).all() or not np.linalg.norm(vectors, axis=1).all():
-        raise EncoderError(f"{base.uri}: the merged encoder gives vectors that are not finite or zero; check the weights")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
-        folder = Path(aside) / "encoder"
-        model.save_pretrained(folder)
+    whole = None
+    if limit is not None:  # to say what the limit costs
+        models = [member.model for member in fold_members(base, recipe, adapters, None)]
+        whole = _vectors(models, _describe(models, preprocessing, ingredients, None, pixels), pixels, base)
+        del models
+    members = fold_members(base, recipe, adapters, limit)
+    _say_folds(ingredients, adapters, members, say)
+    models = [member.model for member in members]
+    description = _describe(models, preprocessing, ingredients, limit, pixels)
+    vectors = _vectors(models, description, pixels, base)
+    moved = None if whole is None else golden.relative_difference(vectors, whole)
+    with _written_aside(out) as folder:
+        for member, place in zip(members, description.members, strict=True):
+            write_member(member, folder / place, base)
         (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-        (folder / "merge_report.json").write_text(json.dumps(report, indent=2) + "\n")
         golden.save(folder, images, vectors)
         write_description(folder, description)
-        if out.is_dir():
-            out.rmdir()
-        shutil.move(folder, out)
+        for model in models:
+            torch.nn.Module.to(model, "meta")  # what was saved is opened again below, and memory is for that
+        write_report(folder, description, base, members, prove_members(base, members, description, folder), notes, moved)
     say(f"encoder {description.space_id}: {description.dimension}-d vectors, pooling {description.pooling}")
     return read_description(out)
 
 
-def _check_writable(out: Path) -> None:
+def _check_out(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: exists and is not empty; an encoder is never written over. Name another directory.")
     nearest = next(parent for parent in out.absolute().parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ConfigError(f"{out}: cannot be written: {nearest} is not a directory that this user may write to")
 
 
-def _locator(config: PretrainedConfig) -> Locate:
-    """`locate` for one base; adapters that name the same modules share one answer."""
-    known: dict[frozenset[tuple[str, torch.Size]], dict[str, str | None]] = {}
+@contextlib.contextmanager
+def _written_aside(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place when all went well, and is gone when not."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
+        folder = Path(aside) / "encoder"
+        folder.mkdir()
+        yield folder
+        if out.is_dir():
+            out.rmdir()
+        shutil.move(folder, out)
 
-    def locate_once(shapes: dict[str, torch.Size]) -> dict[str, str | None]:
-        key = frozenset(shapes.items())
-        if key not in known:
-            known[key] = locate(config, shapes)
-        return known[key]
 
-    return locate_once
+def _vectors(
+    models: list[PreTrainedModel], description: Description, pixels: np.ndarray[Any, Any], base: Base
+) -> np.ndarray[Any, Any]:
+    """The golden images' vectors, which must be numbers and not zero."""
+    vectors = Encoder(models, description, device="cpu", precision="float32", batch_size=len(pixels)).embed_pixels(pixels)
+    if not np.isfinite(vectors).all() or not np.linalg.norm(vectors, axis=1).all():
+        raise EncoderError(f"{base.uri}: the merged encoder gives vectors that are not finite or zero; check the weights")
+    return vectors
 
 
-def _fold(model: PreTrainedModel, adapters: list[Adapter], recipe: Recipe, say: Say) -> dict[str, Any]:
-    """Add the merged change to each weight, in float64, rounded once; return the merge report."""
-    weights = [spec.weight for spec in recipe.adapters]
-    for adapter, weight in zip(adapters, weights, strict=True):
-        say(f"adapter {adapter.uri}: {len(adapter.factors)} weights, {len(adapter.head_keys)} head tensors dropped, × {weight}")
-    parameters = dict(model.named_parameters())
-    changed = {}
-    for name, delta in merge.merge(adapters, weights, recipe.merge_method):
-        parameter = parameters[name]
-        before = parameter.data.double()
-        parameter.data = (before + delta).float()
-        if not bool(torch.isfinite(parameter).all()):
-            raise EncoderError(f"{name} is not finite after the merge: the weights of the recipe are too large for float32")
-        changed[name] = {
-            "relative_change": float(delta.norm() / before.norm()),
-            "shares": {
-                adapter.content_hash[:12]: abs(weight) * adapter.factors[name].norm()
-                for adapter, weight in zip(adapters, weights, strict=True)
-                if name in adapter.factors
-            },
-        }
+def _say_folds(ingredients: Ingredients, adapters: list[Adapter], members: list[Member], say: Say) -> None:
+    model, recipe = members[0].model, ingredients.recipe
+    say(f"base {ingredients.base.uri}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M weights, {type(model).__name__}")
+    for adapter, spec in zip(adapters, recipe.adapters, strict=True):
+        counted = f"{len(adapter.changes)} weights, {len(adapter.head_keys)} head tensors dropped"
+        say(f"adapter {adapter.uri}: {counted}, × {spec.weight}")
     if adapters:
-        say(f"merge {recipe.merge_method}: {len(changed)} weights changed")
-    return {
-        "merge_method": recipe.merge_method,
-        "adapters": [
-            {
-                "uri": adapter.uri,
-                "content_hash": adapter.content_hash,
-                "weight": weight,
-                "trained_on": adapter.trained_on,
-                "weights_changed": len(adapter.factors),
-                "head_keys_dropped": list(adapter.head_keys),
-            }
-            for adapter, weight in zip(adapters, weights, strict=True)
-        ],
-        "weights": changed,
-    }
+        say(f"merge {recipe.merge_method}: {len({name for member in members for name in member.rows})} weights changed")
+
+
+def _notes(ingredients: Ingredients, preprocessing: Preprocessing) -> list[str]:
+    """What is no error for certain, and looks like one."""
+    notes = []
+    names = {str(saved.config.get("base_model_name_or_path") or "") for saved in ingredients.adapters}
+    strangers = sorted(name for name in names if name and Path(name).name != Path(ingredients.base.uri).name)
+    if strangers:
+        notes.append(
+            f"trained on {some(strangers)} by their own word, merged into {ingredients.base.uri}: right if that is the same "
+            "model under another name; shapes fit, and no more than that can be seen"
+        )
+    for saved in ingredients.adapters:
+        if (saved.folder / PROCESSOR_NAME).is_file():
+            own, _ = from_processor(read_processor(saved.folder).to_dict(), ingredients.recipe.image_size)
+            if own != preprocessing:
+                notes.append(
+                    f"{saved.uri} holds a {PROCESSOR_NAME} that prepares images otherwise than the base's, which is used: "
+                    f"{own} against {preprocessing}"
+                )
+    return notes
 
 
 def _checked_preprocessing(base: Base, recipe: Recipe) -> tuple[Preprocessing, dict[str, Any]]:
@@ -195,28 +209,39 @@ def _checked_preprocessing(base: Base, recipe: Recipe) -> tuple[Preprocessing, d
 
 @torch.inference_mode()
 def _describe(
-    model: PreTrainedModel, preprocessing: Preprocessing, ingredients: Ingredients, pixels: np.ndarray[Any, Any]
+    models: list[PreTrainedModel],
+    preprocessing: Preprocessing,
+    ingredients: Ingredients,
+    limit: Limit | None,
+    pixels: np.ndarray[Any, Any],
 ) -> Description:
-    recipe = ingredients.recipe
+    recipe, base, model = ingredients.recipe, ingredients.base, models[0]
     values = torch.tensor(pixels).permute(0, 3, 1, 2).float() / 255
     try:
         tap, output = find_tap(model, values)
     except ValueError as error:  # as a model says that it takes another size
         height, width = preprocessing.size
         raise EncoderError(
-            f"{ingredients.base.uri}: {type(model).__name__} does not take images of {height}×{width} pixels "
+            f"{base.uri}: {type(model).__name__} does not take images of {height}×{width} pixels "
             f"({' '.join(str(error).split())[:160]}). Correct image_size in the recipe, or leave it out."
         ) from None
+    reference = BaseReference(uri=base.uri, revision=recipe.revision, content_hash=base.content_hash)
     return Description(
-        space_id=space_id_of(model, preprocessing, recipe.pooling, recipe.normalize),
-        recipe_id=ingredients.recipe_id,
-        dimension=output.shape[1] if output.ndim == 4 else output.shape[2],
+        space_id=space_id_of(models, preprocessing, recipe.pooling, recipe.normalize),
+        recipe_id=_recipe_id(recipe, base, ingredients.adapters, limit),
+        dimension=len(models) * (output.shape[1] if output.ndim == 4 else output.shape[2]),
         pooling=recipe.pooling,
         normalize=recipe.normalize,
         tap=tap,
         prefix_tokens=_prefix_tokens(model, output, preprocessing),
         preprocessing=preprocessing,
+        members=_folders(len(models), "adapter" if limit else "."),
+        base=reference if limit else None,
     )
+
+
+def _folders(members: int, single: str) -> tuple[str, ...]:
+    return (single,) if members == 1 else tuple(f"member-{number}" for number in range(members))
 
 
 def _prefix_tokens(model: PreTrainedModel, output: torch.Tensor, preprocessing: Preprocessing) -> int:
@@ -228,13 +253,14 @@ def _prefix_tokens(model: PreTrainedModel, output: torch.Tensor, preprocessing: 
     return max(0, int(output.shape[1]) - (height // patch) * (width // patch))
 
 
-def _recipe_id(recipe: Recipe, base: Base, adapters: tuple[SavedAdapter, ...]) -> str:
+def _recipe_id(recipe: Recipe, base: Base, adapters: tuple[SavedAdapter, ...], limit: Limit | None) -> str:
     """12 hex digits over contents and options, so that moved files and another order of adapters change nothing."""
     weights = [spec.weight for spec in recipe.adapters]
     parts = {
         "base": base.content_hash,
         "adapters": sorted([saved.content_hash, weight] for saved, weight in zip(adapters, weights, strict=True)),
-        "merge": [recipe.merge_method, merge.VERSION],
+        "merge": [recipe.merge_method, merge.options_of(recipe.merge_method, recipe.merge_options), merge.VERSION],
+        "limit": asdict(limit) if limit else None,
         "pooling": [recipe.pooling, recipe.normalize, recipe.image_size],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]

@@ -17,12 +17,18 @@ from lora_embed.decode import decode_image, to_rgb
 from lora_embed.errors import EncoderError
 from lora_embed.fetch import fetch_directory
 from lora_embed.model import golden
-from lora_embed.model.base import MODEL_FILES, load_headless
+from lora_embed.model.adapter import read_adapter
+from lora_embed.model.base import MODEL_FILES, find_base, load_headless
+from lora_embed.model.fold import Merge, fold
+from lora_embed.model.match import match_adapter, target_of
 from lora_embed.model.pooling import FROM_LAST_HIDDEN_STATE, HiddenState, pooler
 from lora_embed.model.preprocess import Pixels, Preprocessing
 
 DESCRIPTION = "encoder.json"
-FILES = (*MODEL_FILES, DESCRIPTION, "recipe.yaml", "merge_report.json", f"{golden.FOLDER}/*")
+FILES = (
+    *MODEL_FILES, "*/config.json", "*/adapter_config.json", "adapter_config.json", DESCRIPTION, "recipe.yaml",
+    "merge_report.json", "README.md", f"{golden.FOLDER}/*",
+)  # fmt: skip
 FORMAT = 1
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Parts of a model's configuration that name things or follow the library's version, and do not change its output.
@@ -30,6 +36,15 @@ _NAMES_ONLY = {
     "transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "id2label", "label2id",
     "num_labels", "problem_type", "output_hidden_states", "output_attentions", "return_dict",
 }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseReference:
+    """The base model that an encoder stored as an adapter is rebuilt from."""
+
+    uri: str
+    revision: str | None
+    content_hash: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,22 +59,28 @@ class Description:
     tap: str  # module whose output is the hidden state; "" for the final output
     prefix_tokens: int
     preprocessing: Preprocessing
+    members: tuple[str, ...] = (".",)  # folders of its models, or of its adapters; several when vectors are concatenated
+    base: BaseReference | None = None  # where the members are adapters
 
 
 class Encoder:
-    """Images → vectors on one device, in fixed-size batches so that a vector does not depend on its neighbours."""
+    """Images → vectors on one device, in fixed-size batches so that a vector does not depend on its neighbours.
+
+    The vectors of several models, all of one architecture, stand side by side.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, description: Description, *, device: str, precision: str, batch_size: int
+        self, models: list[PreTrainedModel], description: Description, *, device: str, precision: str, batch_size: int
     ) -> None:
         self.description = description
         self.device = torch.device(device)
         self.precision = precision
         self.batch_size = batch_size
         self._dtype = _DTYPES[precision]
-        torch.nn.Module.to(model, self.device, self._dtype)
-        from_end = description.pooling in FROM_LAST_HIDDEN_STATE
-        self._hidden_state = HiddenState(model, "" if from_end else description.tap)
+        for model in models:
+            torch.nn.Module.to(model, self.device, self._dtype)
+        tap = "" if description.pooling in FROM_LAST_HIDDEN_STATE else description.tap
+        self._hidden_states = [HiddenState(model, tap) for model in models]
         self._pool = pooler(description.pooling, description.prefix_tokens)
         shape = (1, 3, 1, 1)
         self._multiply = torch.tensor(description.preprocessing.multiply, device=self.device).view(shape)
@@ -105,7 +126,8 @@ class Encoder:
         """uint8 (b, H, W, 3) → float32 (b, d)."""
         batch = torch.tensor(pixels, device=self.device).permute(0, 3, 1, 2)
         values = torch.addcmul(self._add, batch.float(), self._multiply).to(self._dtype)
-        vectors = self._pool(self._hidden_state(values.contiguous()).float())
+        values = values.contiguous()
+        vectors = torch.cat([self._pool(state(values).float()) for state in self._hidden_states], dim=1)
         return functional.normalize(vectors, dim=1) if self.description.normalize else vectors
 
 
@@ -123,11 +145,41 @@ def load_encoder(
     """
     folder = fetch_directory(str(uri), None, FILES)
     description = read_description(folder)
-    model = load_headless(folder, str(uri))
-    encoder = Encoder(model, description, device=device, precision=precision, batch_size=batch_size)
+    models = load_members(folder, description, str(uri))
+    encoder = Encoder(models, description, device=device, precision=precision, batch_size=batch_size)
     if check:
         encoder.check_golden(folder)
     return encoder
+
+
+def load_members(folder: Path, description: Description, where: str) -> list[PreTrainedModel]:
+    """An encoder's models: saved whole, or rebuilt from the base and an adapter each, and then proven to be the same.
+
+    Raises EncoderError, naming `where`, for a base that is another one by now.
+    """
+    if description.base is None:
+        return [load_headless(folder / member, where) for member in description.members]
+    base = find_base(description.base.uri, description.base.revision)
+    if base.content_hash != description.base.content_hash:
+        raise EncoderError(
+            f"{where}: is kept as an adapter of {base.uri}, whose files are others by now. Bring back those it was built "
+            "from, or build the encoder again."
+        )
+    target = target_of(base)
+    models = []
+    for member in description.members:
+        adapter = match_adapter(read_adapter(str(folder / member)), target)
+        model = load_headless(base.folder, base.uri)
+        for _ in fold(model, Merge(adapters=(adapter,), weights=(1.0,), options={})):
+            pass
+        models.append(model)
+    found = space_id_of(models, description.preprocessing, description.pooling, description.normalize)
+    if found != description.space_id:
+        raise EncoderError(
+            f"{where}: its base and adapter give an encoder of space {found} here, not {description.space_id} as it was built. "
+            "Another version of the libraries multiplies otherwise: build the encoder again, or store whole models."
+        )
+    return models
 
 
 def read_description(folder: Path) -> Description:
@@ -143,7 +195,10 @@ def read_description(folder: Path) -> Description:
         raise EncoderError(f"{path}: was written in another format than {FORMAT}; build the encoder again")
     geometry: dict[str, Any] = data.pop("preprocessing")
     tuples = {key: tuple(value) for key, value in geometry.items() if isinstance(value, list)}
-    return Description(**data, preprocessing=Preprocessing(**geometry | tuples))
+    members = tuple(data.pop("members", (".",)))
+    base = data.pop("base", None)
+    reference = BaseReference(**base) if base else None
+    return Description(**data, members=members, base=reference, preprocessing=Preprocessing(**geometry | tuples))
 
 
 def write_description(folder: Path, description: Description) -> None:
@@ -151,13 +206,13 @@ def write_description(folder: Path, description: Description) -> None:
     (folder / DESCRIPTION).write_text(json.dumps({"format": FORMAT} | asdict(description), indent=2) + "\n")
 
 
-def space_id_of(model: PreTrainedModel, preprocessing: Preprocessing, pooling: str, normalize: bool) -> str:
+def space_id_of(models: list[PreTrainedModel], preprocessing: Preprocessing, pooling: str, normalize: bool) -> str:
     """12 hex digits of the SHA-256 over all that makes a vector: float32 weights, configuration, pixels, pooling."""
-    config = {key: value for key, value in model.config.to_diff_dict().items() if key not in _NAMES_ONLY}
+    config = {key: value for key, value in models[0].config.to_diff_dict().items() if key not in _NAMES_ONLY}
     digest = hashlib.sha256()
     for part in (config, asdict(preprocessing), pooling, normalize):
         digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
-    for name, weight in sorted(model.state_dict().items()):
+    for name, weight in [item for model in models for item in sorted(model.state_dict().items())]:
         assert weight.dtype in (torch.float32, torch.int64), (name, weight.dtype)
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())
         digest.update(_bytes_of(weight))

@@ -1,66 +1,227 @@
-"""Factors and weights of several adapters → the change of each weight of the base; one function per method."""
+"""Changes and weights of several adapters → the one change of each weight of the base; one function per method.
 
+To add a method, write its function and list it in `METHODS`. Its keyword arguments are the options that a recipe may set,
+with their types and bounds; one named `seed` arrives different for each weight of the base.
+"""
+
+import contextlib
+import hashlib
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
+from peft.utils import merge_utils
+from pydantic import Field
 
-from lora_embed.errors import AdapterMismatch
-from lora_embed.model.adapter import Adapter, Factors
+from lora_embed.config import check_options
+from lora_embed.errors import AdapterMismatch, ConfigError
+from lora_embed.model.change import LowRank
+from lora_embed.model.match import Adapter
 
-VERSION = 1  # part of the recipe id: raise it when a method's numbers change
+VERSION = 2  # part of the recipe id: raise it when a method's numbers change
+CONCAT = "concat"  # no method of merging: each adapter keeps a model of its own, see `build.py`
+
+Options = dict[str, Any]
+Rank = Annotated[int, Field(ge=1)] | None
+Energy = Annotated[float, Field(gt=0, le=1, strict=False)]
+Density = Annotated[float, Field(gt=0, le=1, strict=False)]
+Seed = Annotated[int, Field(ge=0)]
+MajoritySign = Literal["total", "frequency"]
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """One adapter's factors at one weight of the base, with the recipe's weight."""
+    """One adapter's change of one weight of the base, with the recipe's weight."""
 
     weight: float
-    factors: Factors
+    change: Any  # a Change, or anything with its `delta`
 
 
-def weighted_sum(parts: list[Weighted]) -> torch.Tensor:
-    """The exact sum of all changes, `Σ w·s·B@A`, in float64; PEFT reaches it as `cat`.
+def weighted_sum(parts: list[Weighted], before: torch.Tensor) -> torch.Tensor:
+    """The exact sum of all changes, `Σ w·Δ`, in float64; PEFT reaches it as `cat` where it is right at all.
 
-    An adapter at weight 0 takes no part, so weights [1, 0] give adapter one bit for bit.
+    Task arithmetic (arXiv 2212.04089). An adapter at weight 0 takes no part, so weights [1, 0] give adapter one bit
+    for bit. Low-rank changes are added as one product of their factors side by side, `[w·s·B …] @ [A …]`.
     """
-    deltas = [part.weight * part.factors.delta() for part in parts if part.weight != 0]
-    total = deltas[0] if deltas else torch.zeros_like(parts[0].factors.delta())
-    for delta in deltas[1:]:
-        total = total + delta
+    parts = [part for part in parts if part.weight != 0]
+    products = [part for part in parts if isinstance(part.change, LowRank)]
+    total = torch.zeros_like(before, dtype=torch.float64)
+    if products:
+        up = torch.cat([part.weight * part.change.scale * part.change.up.double() for part in products], dim=1)
+        down = torch.cat([part.change.down.double() for part in products])
+        total = (up @ down).reshape(before.shape)
+    for part in parts:
+        if not isinstance(part.change, LowRank):
+            total = total + part.weight * part.change.delta(before)
     return total
 
 
-def linear(parts: list[Weighted]) -> torch.Tensor:
+def linear(parts: list[Weighted], before: torch.Tensor) -> torch.Tensor:
     """PEFT's `linear`: factors are summed before they are multiplied, `(Σ √(w·s)·B) @ (Σ √(w·s)·A)`.
 
     Source: `LoraModel._generalized_task_arithmetic_weighted_adapter` of PEFT 0.21. The product holds the cross terms
     `B_i @ A_j`, which belong to no adapter; `weighted_sum` has none. As there, a negative weight's sign goes to A.
-    Raises AdapterMismatch for unequal ranks, which cannot be added.
+    Raises AdapterMismatch for unequal ranks, which cannot be added, and for changes that are more than factors.
     """
-    ranks = {part.factors.down.shape[0] for part in parts}
+    if not all(isinstance(part.change, LowRank) for part in parts):
+        kinds = sorted({type(part.change).__name__ for part in parts} - {"LowRank"})
+        raise AdapterMismatch(
+            f"merge_method 'linear' adds LoRA factors, and an adapter holds more than those ({', '.join(kinds)}: DoRA, biases, "
+            "weights trained whole, or PiSSA and OLoRA); use 'weighted_sum'"
+        )
+    ranks = {part.change.down.shape[0] for part in parts}
     if len(ranks) > 1:
         raise AdapterMismatch(
             f"merge_method 'linear' adds LoRA factors and needs equal ranks, found {sorted(ranks)}; use 'weighted_sum'"
         )
-    scales = [part.weight * part.factors.scale for part in parts]
+    scales = [part.weight * part.change.scale for part in parts]
     roots = [math.sqrt(abs(scale)) for scale in scales]
     signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
-    down = torch.stack([root * part.factors.down.double() for root, part in zip(signed, parts, strict=True)]).sum(dim=0)
-    up = torch.stack([root * part.factors.up.double() for root, part in zip(roots, parts, strict=True)]).sum(dim=0)
-    return up @ down
+    down = torch.stack([root * part.change.down.double() for root, part in zip(signed, parts, strict=True)]).sum(dim=0)
+    up = torch.stack([root * part.change.up.double() for root, part in zip(roots, parts, strict=True)]).sum(dim=0)
+    return (up @ down).reshape(before.shape)
 
 
-METHODS: dict[str, Callable[[list[Weighted]], torch.Tensor]] = {"weighted_sum": weighted_sum, "linear": linear}
+def svd(parts: list[Weighted], before: torch.Tensor, *, rank: Rank = None, energy: Energy = 1.0) -> torch.Tensor:
+    """The exact sum, then its best approximation of low rank: `U·S·Vᵀ` cut after `rank`, or where `energy` is reached.
+
+    `energy` is the share of the squared Frobenius norm to keep. Eckart–Young; PEFT's `svd` with full deltas.
+    """
+    total = weighted_sum(parts, before)
+    if total.ndim < 2:
+        return total
+    up, down = truncate(total, rank, energy)
+    return (up @ down).reshape(before.shape)
 
 
-def merge(adapters: list[Adapter], weights: list[float], method: str) -> Iterator[tuple[str, torch.Tensor]]:
+def ties(
+    parts: list[Weighted], before: torch.Tensor, *, density: Density = 0.2, majority_sign: MajoritySign = "total"
+) -> torch.Tensor:
+    """TIES (arXiv 2306.01708): keep the largest `density` of each delta, elect a sign, average what agrees with it.
+
+    By PEFT's `merge_utils.ties`, on full deltas in float32; the paper keeps a fifth.
+    """
+    return merge_utils.ties(*_task_tensors(parts, before), density, majority_sign).double()
+
+
+def dare_linear(parts: list[Weighted], before: torch.Tensor, *, density: Density = 0.5, seed: Seed = 0) -> torch.Tensor:
+    """DARE (arXiv 2311.03099): drop all but `density` of each delta at random, rescale by 1/density, add.
+
+    By PEFT's `merge_utils.dare_linear`, on full deltas in float32.
+    """
+    with _seeded(seed):
+        return merge_utils.dare_linear(*_task_tensors(parts, before), density).double()
+
+
+def dare_ties(
+    parts: list[Weighted],
+    before: torch.Tensor,
+    *,
+    density: Density = 0.5,
+    majority_sign: MajoritySign = "total",
+    seed: Seed = 0,
+) -> torch.Tensor:
+    """DARE's random dropping (arXiv 2311.03099), then the sign election of TIES (arXiv 2306.01708).
+
+    By PEFT's `merge_utils.dare_ties`, on full deltas in float32.
+    """
+    with _seeded(seed):
+        return merge_utils.dare_ties(*_task_tensors(parts, before), density, majority_sign).double()
+
+
+def magnitude_prune(parts: list[Weighted], before: torch.Tensor, *, density: Density = 0.5) -> torch.Tensor:
+    """Keep the largest `density` of each delta, then add: TIES without its election.
+
+    By PEFT's `merge_utils.magnitude_prune`, on full deltas in float32.
+    """
+    return merge_utils.magnitude_prune(*_task_tensors(parts, before), density).double()
+
+
+def iso_c(parts: list[Weighted], before: torch.Tensor) -> torch.Tensor:
+    """Iso-C (arXiv 2502.04959): the sum's singular values replaced by their mean, `σ̄·U·Vᵀ`, so that no task dominates.
+
+    The mean is over the sum's rank, not over the weight's: a sum of LoRA changes has no other directions. Biases and
+    norms, which have no singular values, are added as they are.
+    """
+    total = weighted_sum(parts, before)
+    if total.ndim < 2 or not bool(total.any()):
+        return total
+    u, s, vh = torch.linalg.svd(total.flatten(1), full_matrices=False)
+    rank = _rank_of(s, total.flatten(1).shape)
+    evened: torch.Tensor = s[:rank].mean() * (u[:, :rank] @ vh[:rank])
+    return evened.reshape(before.shape)
+
+
+METHODS: dict[str, Callable[..., torch.Tensor]] = {
+    method.__name__: method for method in (weighted_sum, linear, svd, ties, dare_linear, dare_ties, magnitude_prune, iso_c)
+}
+
+
+def options_of(method: str, given: Options) -> Options:
+    """A method's options, the given ones checked and the others at their defaults.
+
+    Raises ConfigError for an unknown method, and for an option that the method does not have or take.
+    """
+    names = [*METHODS, CONCAT, "none"]
+    if method not in names:
+        raise ConfigError(f"merge_method is {method!r}, expected {', '.join(names[:-1])} or {names[-1]}")
+    parameters = inspect.signature(METHODS[method]).parameters.values() if method in METHODS else ()
+    known = {p.name: (p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return check_options(method, known, given)
+
+
+def merge(
+    adapters: list[Adapter], weights: list[float], method: str, options: Options, before: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (weight name, merged change in float64), one weight at a time so that memory does not grow with adapters.
 
-    Adapters are taken in the order of their content hashes, whatever the recipe's: float sums depend on it.
+    `before` holds the base's weights. Adapters are taken in the order of their content hashes, whatever the recipe's:
+    float sums depend on it.
     """
     ordered = sorted(zip(adapters, weights, strict=True), key=lambda pair: (pair[0].content_hash, pair[1]))
-    for name in sorted({name for adapter in adapters for name in adapter.factors}):
-        parts = [Weighted(weight, adapter.factors[name]) for adapter, weight in ordered if name in adapter.factors]
-        yield name, METHODS[method](parts)
+    for name in sorted({name for adapter in adapters for name in adapter.changes}):
+        parts = [Weighted(weight, adapter.changes[name]) for adapter, weight in ordered if name in adapter.changes]
+        yield name, merge_one(name, parts, before[name], method, options)
+
+
+def merge_one(name: str, parts: list[Weighted], before: torch.Tensor, method: str, options: Options) -> torch.Tensor:
+    """The merged change of the weight of that name, in float64."""
+    if "seed" in options:
+        digest = hashlib.sha256(f"{options['seed']} {name}".encode()).digest()
+        options = options | {"seed": int.from_bytes(digest[:7], "big")}
+    return METHODS[method](parts, before, **options)
+
+
+def truncate(matrix: torch.Tensor, rank: int | None, energy: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors (rows, r) and (r, columns), float64, of a matrix's best approximation: r as in `svd`, and at least 1."""
+    flat = matrix.flatten(1)
+    u, s, vh = torch.linalg.svd(flat, full_matrices=False)
+    kept = _rank_of(s, flat.shape)
+    if energy < 1:
+        squares = s.square().cumsum(0)
+        kept = min(kept, int((squares < energy * squares[-1]).sum()) + 1)
+    kept = max(1, min(kept, rank or kept))
+    root = s[:kept].sqrt()
+    return u[:, :kept] * root, root[:, None] * vh[:kept]
+
+
+def _rank_of(singular_values: torch.Tensor, shape: torch.Size) -> int:
+    """Numerical rank, by the usual bound on what rounding leaves of a zero."""
+    return int((singular_values > singular_values[0] * max(shape) * torch.finfo(torch.float64).eps).sum())
+
+
+def _task_tensors(parts: list[Weighted], before: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Full deltas and their weights as `merge_utils` takes them; one at weight 0 takes no part in elections either."""
+    parts = [part for part in parts if part.weight != 0] or parts
+    return [part.change.delta(before).float() for part in parts], torch.tensor([part.weight for part in parts])
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random numbers from a seed within, and the generator as it was afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

@@ -35,20 +35,31 @@ class HiddenState:
 def find_tap(model: nn.Module, pixel_values: torch.Tensor) -> tuple[str, torch.Tensor]:
     """Name of the module whose output is `hidden_states[-1]` bit for bit, or "" where the final output is; and that state.
 
-    Raises EncoderError when the model gives no hidden states or none of its blocks' outputs equals the last.
+    Raises EncoderError when the model gives no hidden states that can be pooled, or none of its blocks' outputs equals the
+    last; ValueError when it does not take images of this size.
     """
     outputs: dict[str, Any] = {}
-    blocks = [f"{name}.{len(part) - 1}" for name, part in model.named_modules() if isinstance(part, nn.ModuleList)]
+    lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList)]
+    blocks = [f"{name}.{len(part) - 1}" for name, part in lists if len(part)]
     handles = [
         model.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: outputs.update({name: _first(out)}))
         for name in blocks
     ]
-    output = model(pixel_values=pixel_values, output_hidden_states=True)
-    for handle in handles:
-        handle.remove()
+    try:
+        output = model(pixel_values=pixel_values, output_hidden_states=True)
+    except RuntimeError as error:  # of torch, where a model does not look at the size itself (SigLIP)
+        raise ValueError(str(error)) from None
+    finally:
+        for handle in handles:
+            handle.remove()
     states = getattr(output, "hidden_states", None)
     if not states:
         raise EncoderError(f"{type(model).__name__} gives no hidden states, so there is nothing to pool")
+    if states[-1].ndim not in (3, 4):
+        raise EncoderError(
+            f"{type(model).__name__} gives hidden states of shape {tuple(states[-1].shape)}; tokens (n, tokens, d) or maps "
+            "(n, d, h, w) can be pooled"
+        )
     if torch.equal(states[-1], output.last_hidden_state):
         return "", states[-1]
     for name in blocks:

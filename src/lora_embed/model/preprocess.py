@@ -76,21 +76,30 @@ def from_processor(processor: dict[str, Any], image_size: int | None) -> tuple[P
     Raises EncoderError for settings that no fixed size follows from.
     """
     settings = dict(processor)
-    size = settings.get("size") or {}
-    crop = settings.get("crop_size") if settings.get("do_center_crop") else None
+    kind, size = settings.get("image_processor_type"), settings.get("size") or {}
     if image_size is not None:
-        size, crop = _with_image_size(size, crop, image_size)
-        settings["size"] = size
-        if crop:
-            settings["crop_size"] = crop
-    resize = _resize_of(settings, size)
+        _set_image_size(settings, size, image_size)
+        size = settings["size"]
+    resize, crop = _resize_and_crop(settings, size)
     if crop is None and not isinstance(resize, tuple):
         raise EncoderError(
-            f"the image processor ({settings.get('image_processor_type')}, size {size}) gives images of different sizes; "
+            f"the image processor ({kind}, size {size}) gives images of different sizes; "
             "set image_size in the recipe, or use a processor with a square size or a centre crop"
         )
     if settings.get("do_pad"):
-        raise EncoderError(f"the image processor ({settings.get('image_processor_type')}) pads images; that is not supported")
+        raise EncoderError(f"the image processor ({kind}) pads images; that is not supported")
+    multiply, add = _multiply_and_add(settings)
+    preprocessing = Preprocessing(
+        resize=resize,
+        resample=int(settings["resample"]) if settings.get("resample") is not None else 2,  # 0 is a filter: nearest
+        crop=crop,
+        multiply=multiply,
+        add=add,
+    )
+    return preprocessing, settings
+
+
+def _multiply_and_add(settings: dict[str, Any]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     scale = float(settings["rescale_factor"]) if settings.get("do_rescale", True) else 1.0
     normalise = settings.get("do_normalize", True)
     mean = [float(value) for value in settings["image_mean"]] if normalise else [0.0] * 3
@@ -99,22 +108,47 @@ def from_processor(processor: dict[str, Any], image_size: int | None) -> tuple[P
         raise EncoderError(
             f"the image processor's image_mean {mean} and image_std {std} are not three numbers each, std not zero"
         )
-    preprocessing = Preprocessing(
-        resize=resize,
-        resample=int(settings["resample"]) if settings.get("resample") is not None else 2,  # 0 is a filter: nearest
-        crop=(int(crop["height"]), int(crop["width"])) if crop else None,
-        multiply=(scale / std[0], scale / std[1], scale / std[2]),
-        add=(-mean[0] / std[0], -mean[1] / std[1], -mean[2] / std[2]),
-    )
-    return preprocessing, settings
+    return (scale / std[0], scale / std[1], scale / std[2]), (-mean[0] / std[0], -mean[1] / std[1], -mean[2] / std[2])
 
 
-def _with_image_size(size: dict[str, Any], crop: dict[str, Any] | None, image_size: int) -> tuple[Any, Any]:
+def _set_image_size(settings: dict[str, Any], size: dict[str, Any], image_size: int) -> None:
     square = {"height": image_size, "width": image_size}
-    if crop is None:
-        return square, None
-    factor = image_size / min(int(crop["height"]), int(crop["width"]))
-    return {edge: round(int(length) * factor) for edge, length in size.items() if length}, square
+    crop = settings.get("crop_size") if settings.get("do_center_crop") else None
+    if _is_convnext(settings):
+        settings["size"] = {"shortest_edge": image_size}
+    elif crop is None:
+        settings["size"] = square
+    else:
+        factor = image_size / min(int(crop["height"]), int(crop["width"]))
+        settings["size"] = {edge: round(int(length) * factor) for edge, length in size.items() if length}
+        settings["crop_size"] = square
+
+
+def _resize_and_crop(
+    settings: dict[str, Any], size: dict[str, Any]
+) -> tuple[tuple[int, int] | int | None, tuple[int, int] | None]:
+    if _is_convnext(settings) and settings.get("do_resize", True):
+        return _convnext_resize_and_crop(settings, size)
+    crop = settings.get("crop_size") if settings.get("do_center_crop") else None
+    return _resize_of(settings, size), (int(crop["height"]), int(crop["width"])) if crop else None
+
+
+def _is_convnext(settings: dict[str, Any]) -> bool:
+    return str(settings.get("image_processor_type")).startswith("ConvNext")
+
+
+def _convnext_resize_and_crop(
+    settings: dict[str, Any], size: dict[str, Any]
+) -> tuple[tuple[int, int] | int, tuple[int, int] | None]:
+    """ConvNeXT's `size` is that of the crop below 384 pixels, and of a plain square from there on."""
+    if not size.get("shortest_edge"):
+        raise EncoderError(
+            f"the image processor's size {size} has no shortest edge, as {settings['image_processor_type']} needs"
+        )
+    edge = int(size["shortest_edge"])
+    if edge >= 384:
+        return (edge, edge), None
+    return int(edge / float(settings["crop_pct"])), (edge, edge)
 
 
 def _resize_of(settings: dict[str, Any], size: dict[str, Any]) -> tuple[int, int] | int | None:

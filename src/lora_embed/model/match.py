@@ -1,0 +1,270 @@
+"""A saved adapter + the base's architecture → the change of each weight, named as the base names it; or a refusal.
+
+transformers' own checkpoint loader says which weight of the base each tensor belongs to (`base.locate`), PEFT's
+pattern rules which rank and alpha hold there.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+
+from lora_embed.errors import AdapterMismatch
+from lora_embed.model.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, SavedAdapter, residual_kind, some
+from lora_embed.model.base import Base, head_names, locate, read_model_config, weight_shapes
+from lora_embed.model.change import Change, LowRank, Normed, Replaced, Residual, Shift
+
+# Names of tensors → for each, the base weight that takes it, or None; as `base.locate` finds it.
+Locate = Callable[[dict[str, torch.Size]], dict[str, str | None]]
+_HALVES = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
+_KINDS = (*_HALVES, "lora_B.bias", "lora_magnitude_vector", "lora_magnitude_vector.weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """The architecture that adapters are matched to."""
+
+    uri: str  # of the base, for messages
+    locate: Locate
+    head_names: frozenset[str]  # modules of a task's own head, which an encoder does without
+    shapes: dict[str, torch.Size]  # of all weights of the headless model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """What one adapter does to a base: changes by weight name, and what was left out of the fold."""
+
+    saved: SavedAdapter
+    changes: dict[str, Change]
+    places: dict[str, str]  # the adapter's own names of weights → the base's
+    head_keys: tuple[str, ...]  # tensors of the task's own head, dropped
+
+    @property
+    def uri(self) -> str:
+        """Where it was read from."""
+        return self.saved.uri
+
+    @property
+    def content_hash(self) -> str:
+        """Of the configuration that matters and all tensors."""
+        return self.saved.content_hash
+
+    @property
+    def trained_on(self) -> str | None:
+        """The base that its configuration names."""
+        return self.saved.config.get("base_model_name_or_path")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Module:
+    """The tensors of one LoRA module, by kind."""
+
+    name: str
+    lora: LowRank
+    bias: torch.Tensor | None
+    magnitude: torch.Tensor | None
+
+
+def target_of(base: Base) -> Target:
+    """The architecture of a base; adapters that name the same weights share one answer of its loader."""
+    config = read_model_config(base.folder, base.uri)
+    known: dict[frozenset[tuple[str, torch.Size]], dict[str, str | None]] = {}
+
+    def locate_once(shapes: dict[str, torch.Size]) -> dict[str, str | None]:
+        key = frozenset(shapes.items())
+        if key not in known:
+            known[key] = locate(config, shapes)
+        return known[key]
+
+    return Target(uri=base.uri, locate=locate_once, head_names=head_names(config), shapes=weight_shapes(config))
+
+
+def match_adapter(saved: SavedAdapter, target: Target) -> Adapter:
+    """Match every tensor of an adapter to a weight of the base.
+
+    Raises AdapterMismatch when a tensor matches nothing, the file is not whole, ranks disagree, or the adapter
+    would change nothing.
+    """
+    modules, others = _split(saved)
+    shapes = {f"{module.name}.weight": module.lora.shape for module in modules}
+    shapes |= {f"{module.name}.bias": module.bias.shape for module in modules if module.bias is not None}
+    clash = sorted(set(shapes) & set(others))
+    if clash:
+        raise AdapterMismatch(f"{saved.uri}: {clash[0]} is saved whole and changed by LoRA as well; save the adapter again")
+    shapes |= {name: tensor.shape for name, tensor in others.items()}
+    found = target.locate(shapes)
+    heads = {name for name, place in found.items() if place is None and _is_of_head(name, target)}
+    _check_places(saved, target, shapes, {name: place for name, place in found.items() if name not in heads})
+    places = {name: place for name, place in found.items() if place is not None}
+    _check_whole(saved, target, {places[name] for name in places if name.removesuffix(".weight") in {m.name for m in modules}})
+    changes: dict[str, Change] = {places[name]: Replaced(trained=others[name]) for name in others if name in places}
+    for module in modules:
+        if f"{module.name}.weight" in places:
+            changes[places[f"{module.name}.weight"]] = _weight_change(saved, module)
+        if module.bias is not None and f"{module.name}.bias" in places:
+            changes[places[f"{module.name}.bias"]] = Shift(bias=module.bias, scale=module.lora.scale)
+    _check_effect(saved, changes)
+    own = sorted(key.removeprefix(PREFIX) for key in saved.tensors)
+    dropped = tuple(key for key in own if _is_below(key, heads))
+    return Adapter(saved=saved, changes=changes, places=places, head_keys=dropped)
+
+
+def _split(saved: SavedAdapter) -> tuple[list[_Module], dict[str, torch.Tensor]]:
+    """LoRA modules, and all other tensors by their own name."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    others: dict[str, torch.Tensor] = {}
+    for key, tensor in saved.tensors.items():
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        kind = next((kind for kind in _KINDS if name.endswith(f".{kind}")), None)
+        if kind is not None:
+            found.setdefault(name.removesuffix(f".{kind}"), {})[kind.removesuffix(".weight")] = tensor
+        elif "lora_" in name:
+            raise AdapterMismatch(f"{saved.uri}: {key} is a kind of LoRA tensor that cannot be folded exactly")
+        elif name in others:
+            raise AdapterMismatch(f"{saved.uri}: {name} is saved twice, with and without base_layer; save the adapter again")
+        else:
+            others[name] = tensor
+    if not found:
+        raise AdapterMismatch(f"{saved.uri}: {WEIGHTS_NAME} holds no LoRA tensors, so it would change nothing")
+    return [_module(saved, name, tensors) for name, tensors in found.items()], others
+
+
+def _module(saved: SavedAdapter, name: str, tensors: dict[str, torch.Tensor]) -> _Module:
+    """Check that a module's tensors are all there and fit each other."""
+    kind = "lora_embedding" if any(key.startswith("lora_embedding") for key in tensors) else "lora"
+    wanted = [f"{kind}_A", f"{kind}_B"]
+    if saved.config.get("use_dora"):
+        wanted.append("lora_magnitude_vector")
+    if saved.config.get("lora_bias") and kind == "lora":
+        wanted.append("lora_B.bias")
+    for half in wanted:
+        if half not in tensors:
+            raise AdapterMismatch(f"{saved.uri}: {name} has no {half}; the file is not whole. Save it again.")
+    surplus = sorted(set(tensors) - set(wanted))
+    if surplus:
+        raise AdapterMismatch(
+            f"{saved.uri}: {name} has a {surplus[0]} that {CONFIG_NAME} knows nothing of; "
+            "configuration and weights are of different adapters"
+        )
+    down, up = tensors[wanted[0]], tensors[wanted[1]]
+    if kind == "lora_embedding":
+        down, up = up.T, down.T
+    elif not (down.ndim == up.ndim >= 2 and all(size == 1 for size in up.shape[2:])):
+        raise AdapterMismatch(
+            f"{saved.uri}: {name} has a lora_A of shape {_shape(down)} and a lora_B of shape {_shape(up)}, "
+            "which are no linear layer's, convolution's or embedding's. Save it again."
+        )
+    if down.shape[0] != up.shape[1] or not down.shape[0]:
+        raise AdapterMismatch(
+            f"{saved.uri}: {name} has rank {down.shape[0]} in {wanted[0]} but {up.shape[1]} in {wanted[1]}. Either the file is "
+            "damaged, or the layer is a convolution in groups, whose LoRA is no change of its own weight."
+        )
+    shape = torch.Size((up.shape[0], *down.shape[1:]))
+    lora = LowRank(down=down.flatten(1), up=up.flatten(1), scale=_scale(saved, name, down.shape[0]), shape=shape)
+    return _Module(name=name, lora=lora, bias=tensors.get("lora_B.bias"), magnitude=tensors.get("lora_magnitude_vector"))
+
+
+def _weight_change(saved: SavedAdapter, module: _Module) -> Change:
+    inner: LowRank | Residual = module.lora
+    residual = residual_kind(saved.config)
+    if residual is not None:
+        if len(module.lora.shape) != 2:
+            raise AdapterMismatch(
+                f"{saved.uri}: {module.name} is no linear layer, and init_lora_weights={residual} knows no other"
+            )
+        inner = Residual(lora=module.lora, kind=residual)
+    if module.magnitude is None:
+        return inner
+    if module.magnitude.numel() != module.lora.shape[0]:
+        raise AdapterMismatch(
+            f"{saved.uri}: {module.name} has {module.magnitude.numel()} DoRA magnitudes for {module.lora.shape[0]} outputs; "
+            "only linear layers and convolutions are folded with DoRA"
+        )
+    return Normed(inner=inner, magnitude=module.magnitude.reshape(-1))
+
+
+def _is_of_head(name: str, target: Target) -> bool:
+    """A head stands beside the body (`classifier.…`) or at its end (`vit.pooler.…`)."""
+    return bool(set(name.split(".")[:2]) & target.head_names)
+
+
+def _is_below(key: str, heads: set[str]) -> bool:
+    modules = {name.removesuffix(".weight").removesuffix(".bias") for name in heads}
+    return any(key.replace(".base_layer.", ".").startswith(f"{module}.") for module in modules) or key in heads
+
+
+def _check_places(saved: SavedAdapter, target: Target, shapes: dict[str, torch.Size], places: dict[str, str | None]) -> None:
+    unused = [name for name in places if places[name] is None]
+    if not unused:
+        return
+    kernels = any(len(shapes[name]) > 2 for name in unused)
+    hint = " A convolution in groups cannot be folded: its LoRA mixes channels that its weight keeps apart." if kernels else ""
+    raise AdapterMismatch(
+        f"{saved.uri}: {len(unused)} of {len(places)} weights that it changes match none of {target.uri}: "
+        f"{some([f'{name} {_shape_of(shapes[name])}' for name in unused])}. "
+        f"It was trained on {saved.config.get('base_model_name_or_path')!r}; name that base in the recipe.{hint}"
+    )
+
+
+def _check_whole(saved: SavedAdapter, target: Target, changed: set[str]) -> None:
+    """Modules named by the end of their name are all adapted, in each layer that has one; a gap is a lost tensor.
+
+    Not so where the configuration leaves layers out, or names modules by a pattern or with their layer's number.
+    """
+    config = saved.config
+    named = config.get("target_modules")
+    if not isinstance(named, list) or any(re.search(r"(^|\.)\d+(\.|$)", str(name)) for name in named):
+        return
+    if config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+        return
+    kinds = {re.sub(r"\.\d+\.", ".#.", name) for name in changed}
+    expected = {name for name in target.shapes if re.sub(r"\.\d+\.", ".#.", name) in kinds}
+    missing = sorted(expected - changed)
+    if missing:
+        raise AdapterMismatch(
+            f"{saved.uri}: {CONFIG_NAME} targets {some(sorted(map(str, named)), 6)} in every layer, but {WEIGHTS_NAME} has "
+            f"nothing for {some(missing)}; the file is not whole. Save it again."
+        )
+
+
+def _check_effect(saved: SavedAdapter, changes: dict[str, Change]) -> None:
+    if all(isinstance(change, LowRank) and not change.norm() for change in changes.values()):
+        raise AdapterMismatch(
+            f"{saved.uri}: all of its LoRA products are zero, so it would change nothing. "
+            "Was it saved before training? Train it, or leave it out of the recipe."
+        )
+    biases = [name for name in changes if name.endswith(".bias")]
+    if saved.config.get("bias", "none") not in (None, "none") and not biases:
+        raise AdapterMismatch(
+            f"{saved.uri}: was trained with bias={saved.config['bias']!r}, but {WEIGHTS_NAME} holds no biases, so what it "
+            'learned there is lost. Save it from a PEFT version that keeps them, or train it with bias="none".'
+        )
+
+
+def _scale(saved: SavedAdapter, module: str, rank: int) -> float:
+    """`alpha / rank`, or `alpha / sqrt(rank)` for rank-stabilised LoRA (arXiv 2312.03732), patterns respected."""
+    config = saved.config
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    try:
+        expected = ranks.get(get_pattern_key(list(ranks), module), config["r"])
+        alpha = float(alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"]))
+    except re.error as error:
+        raise AdapterMismatch(f"{saved.uri}: rank_pattern or alpha_pattern of {CONFIG_NAME} cannot be read: {error}") from None
+    if expected != rank:
+        raise AdapterMismatch(
+            f"{saved.uri}: {module} has rank {rank}, but {CONFIG_NAME} says {expected}; "
+            "configuration and weights are of different adapters"
+        )
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return _shape_of(tensor.shape)
+
+
+def _shape_of(shape: Any) -> str:
+    return "×".join(map(str, shape)) or "scalar"

@@ -1,0 +1,110 @@
+"""One model of an encoder: folded, measured, written, and proven by opening it again.
+
+An encoder has one, or as many as adapters where their vectors are to stand side by side (`concat`).
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from lora_embed.config import Recipe
+from lora_embed.errors import AdapterMismatch
+from lora_embed.model import merge
+from lora_embed.model.adapter import read_adapter, write_adapter
+from lora_embed.model.base import Base, load_headless
+from lora_embed.model.change import LowRank
+from lora_embed.model.encoder import Description, load_members
+from lora_embed.model.fold import Folded, Limit, Merge, fold
+from lora_embed.model.match import Adapter, match_adapter, target_of
+from lora_embed.model.proof import Proof, prove
+from lora_embed.model.relate import Relations
+
+NOTHING = 1e-6  # a change of less than this share of the weights themselves is what rounding leaves of none
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightRow:
+    """One changed weight: Frobenius norms of it, of the merged change, of each adapter's share; what a limit cut off."""
+
+    before: float
+    change: float
+    shares: list[float]
+    rank: int | None  # kept by a limit
+    cut: float | None  # norm of what it cut off
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One folded model of an encoder, and what is known of its fold."""
+
+    merged: Merge
+    model: PreTrainedModel
+    kept: dict[str, LowRank]  # by weight, where a limit cut the changes to low rank
+    rows: dict[str, WeightRow]
+    relations: Relations
+
+
+def fold_members(base: Base, recipe: Recipe, adapters: list[Adapter], limit: Limit | None) -> list[Member]:
+    """Fold a recipe's models. Raises AdapterMismatch, ConfigError or EncoderError for what cannot be folded or kept."""
+    return [_fold(base, merged, limit) for merged in _merges(recipe, adapters)]
+
+
+def _merges(recipe: Recipe, adapters: list[Adapter]) -> list[Merge]:
+    """What each model of the encoder is folded from, in an order that the recipe's own does not change."""
+    options = merge.options_of(recipe.merge_method, recipe.merge_options)
+    if recipe.merge_method == merge.CONCAT:
+        ordered = sorted(adapters, key=lambda adapter: adapter.content_hash)
+        return [Merge(adapters=(adapter,), weights=(1.0,), options={}) for adapter in ordered]
+    weights = tuple(spec.weight for spec in recipe.adapters)
+    return [Merge(adapters=tuple(adapters), weights=weights, method=recipe.merge_method, options=options)]
+
+
+def _fold(base: Base, merged: Merge, limit: Limit | None) -> Member:
+    model = load_headless(base.folder, base.uri)
+    relations, rows, kept = Relations.of(len(merged.adapters)), {}, {}
+    for folded in fold(model, merged, limit):
+        shares = relations.add(merged, folded.name, folded.before)
+        if folded.kept is not None:
+            kept[folded.name] = folded.kept
+        rows[folded.name] = _weight_row(folded, shares)
+    for number, (adapter, weight) in enumerate(zip(merged.adapters, merged.weights, strict=True)):
+        changed = math.hypot(*(rows[name].before for name in adapter.changes))
+        if weight and relations.norms()[number] < abs(weight) * NOTHING * changed:
+            raise AdapterMismatch(
+                f"{adapter.uri}: changes the base by less than rounding does, so it would change nothing. "
+                "Was it saved before training? Train it, or leave it out of the recipe."
+            )
+    return Member(merged=merged, model=model, kept=kept, rows=rows, relations=relations)
+
+
+def write_member(member: Member, folder: Path, base: Base) -> None:
+    if member.kept:
+        write_adapter(folder, {name.removesuffix(".weight"): change for name, change in member.kept.items()}, base.uri)
+    else:
+        member.model.save_pretrained(folder)
+
+
+def prove_members(base: Base, members: list[Member], description: Description, folder: Path) -> list[Proof]:
+    """Open what was written as any user does, and hold it against the adapter files, which are read again as well."""
+    saved, original = load_members(folder, description, str(folder)), load_headless(base.folder, base.uri)
+    if description.base is None:
+        return [prove(member.merged, original, model) for member, model in zip(members, saved, strict=True)]
+    target, proofs = target_of(base), []
+    for place, model in zip(description.members, saved, strict=True):
+        adapter = match_adapter(read_adapter(str(folder / place)), target)
+        proofs.append(prove(Merge(adapters=(adapter,), weights=(1.0,), options={}), original, model))
+    return proofs
+
+
+def _weight_row(folded: Folded, shares: list[float]) -> WeightRow:
+    """Measure one folded weight."""
+    kept = folded.kept
+    return WeightRow(
+        before=float(folded.before.double().norm()),
+        change=float(folded.delta.norm()),
+        shares=shares,
+        rank=None if kept is None else kept.down.shape[0],
+        cut=None if kept is None else float((folded.delta - kept.delta()).norm()),
+    )

@@ -1,0 +1,148 @@
+"""Was the merge done right? Adapter files read again, in other code, and held against what was saved.
+
+Nothing here shares code with `adapter`, `change` or the methods that are sums: tensors are read one by one, and numpy
+does the arithmetic. Only which weight of the base a tensor belongs to is taken over from the match.
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from lora_embed.errors import EncoderError
+from lora_embed.model import merge
+from lora_embed.model.adapter import PREFIX, WEIGHTS_NAME
+from lora_embed.model.fold import Merge
+from lora_embed.model.match import Adapter
+
+Proof = dict[str, dict[str, float]]  # by weight: `error` and `rounding`
+Array = NDArray[np.float64]
+# Largest error of a weight's change, relative to the change itself, beyond what rounding the weight to float32 explains.
+# Where a method chooses entries by size or sign, a last digit can turn a choice.
+BOUND = 1e-6
+CHOOSING = {"ties": 1e-2, "dare_ties": 1e-2, "magnitude_prune": 1e-2}
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A change computed here, for methods that take any."""
+
+    value: torch.Tensor
+
+    def delta(self, before: torch.Tensor) -> torch.Tensor:
+        return self.value
+
+
+def prove(merged: Merge, base: PreTrainedModel, saved: PreTrainedModel) -> Proof:
+    """Hold each weight of the saved model against the base and the adapter files.
+
+    Returns for each changed weight `error`, ‖saved − base − expected‖ / ‖expected‖, and `rounding`, the part of it that
+    float32 may explain. Raises EncoderError when a weight is off by more, or changed although no adapter has it.
+    """
+    before, after = dict(base.named_parameters()), dict(saved.named_parameters())
+    changed = {name for adapter in merged.adapters for name in adapter.changes}
+    strays = [name for name in before if name not in changed and not torch.equal(before[name], after[name])]
+    if strays or set(before) != set(after):
+        names = strays or sorted(set(before) ^ set(after))
+        raise EncoderError(
+            f"the saved encoder differs from its base in weights that no adapter changes: {names[:3]}. A bug here."
+        )
+    return {name: _prove_one(merged, name, before[name].detach(), after[name].detach()) for name in sorted(changed)}
+
+
+def _prove_one(merged: Merge, name: str, before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
+    expected = _expected(merged, name, before)
+    old, new = before.numpy(), after.numpy()
+    norm = float(np.linalg.norm(expected)) or 1.0
+    error = float(np.linalg.norm(new.astype(np.float64) - old - expected)) / norm
+    rounding = float(np.linalg.norm(np.spacing(np.abs(new)).astype(np.float64))) / 2 / norm
+    bound = CHOOSING.get(merged.method, BOUND)
+    if not error <= rounding + bound:
+        raise EncoderError(
+            f"{name}: the saved change differs from the one computed anew from the adapter files by {error:.1e} of its norm; "
+            f"rounding explains {rounding:.1e}, allowed beside it is {bound:.0e}. The encoder was not written."
+        )
+    return {"error": error, "rounding": rounding}
+
+
+def _expected(merged: Merge, name: str, before: torch.Tensor) -> Array:
+    pairs = sorted(zip(merged.adapters, merged.weights, strict=True), key=lambda pair: (pair[0].content_hash, pair[1]))
+    parts = [(adapter, weight) for adapter, weight in pairs if name in adapter.changes]
+    old = before.numpy().astype(np.float64)
+    if merged.method == "linear":
+        return _linear(parts, name, old.shape)
+    if merged.method == "weighted_sum":
+        total = np.zeros(old.shape)
+        for adapter, weight in parts:
+            if weight:
+                total += weight * _change(adapter, name, old)
+        return total
+    deltas = [merge.Weighted(weight, _Known(torch.from_numpy(_change(adapter, name, old)))) for adapter, weight in parts]
+    return merge.merge_one(name, deltas, before, merged.method, merged.options).numpy()
+
+
+def _linear(parts: list[tuple[Adapter, float]], name: str, shape: tuple[int, ...]) -> Array:
+    ups, downs = [], []
+    for adapter, weight in parts:
+        down, up, scale = _factors(adapter, *_read(adapter, name))
+        ups.append(np.sqrt(np.abs(weight * scale)) * up)
+        downs.append(np.sign(weight) * np.sqrt(np.abs(weight * scale)) * down)
+    product: Array = (np.sum(ups, axis=0) @ np.sum(downs, axis=0)).reshape(shape)
+    return product
+
+
+def _change(adapter: Adapter, name: str, old: Array) -> Array:
+    """One adapter's change of one weight, from its file."""
+    own, tensors = _read(adapter, name)
+    if "whole" in tensors:
+        return tensors["whole"] - old
+    down, up, scale = _factors(adapter, own, tensors)
+    if own.endswith(".bias"):
+        return scale * tensors["lora_B.bias"]
+    change = (scale * (up @ down)).reshape(old.shape)
+    initialisation = str(adapter.saved.config.get("init_lora_weights")).lower()
+    if initialisation == "pissa":
+        u, s, vh = np.linalg.svd(old, full_matrices=False)
+        change = change - u[:, : len(down)] @ np.diag(s[: len(down)]) @ vh[: len(down)]
+    elif initialisation == "olora":
+        q, r = np.linalg.qr(old)
+        change = change - scale * q[:, : len(down)] @ r[: len(down)]
+    if "lora_magnitude_vector" in tensors:
+        moved = old + change
+        lengths = np.sqrt((moved.reshape(len(moved), -1) ** 2).sum(axis=1))
+        factor = tensors["lora_magnitude_vector"].reshape(-1) / lengths
+        change = moved * factor.reshape(-1, *[1] * (moved.ndim - 1)) - old
+    return change
+
+
+def _read(adapter: Adapter, name: str) -> tuple[str, dict[str, Array]]:
+    """The adapter's own name of a weight of the base, and its tensors for it: a whole weight, or LoRA's by kind."""
+    own = next(own for own, place in adapter.places.items() if place == name)
+    module = own.rpartition(".")[0]
+    tensors = {}
+    with safe_open(adapter.saved.folder / WEIGHTS_NAME, "pt") as file:
+        for key in file.keys():  # noqa: SIM118 - no mapping
+            found = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            if found == own:
+                tensors["whole"] = file.get_tensor(key).double().numpy()
+            elif found.startswith(f"{module}.lora_"):
+                kind = found.removeprefix(f"{module}.").removesuffix(".weight")
+                tensors[kind] = file.get_tensor(key).double().numpy()
+    return own, tensors
+
+
+def _factors(adapter: Adapter, own: str, tensors: dict[str, Array]) -> tuple[Array, Array, float]:
+    """(rank, columns), (rows, rank) and scale of one LoRA module."""
+    if "lora_embedding_A" in tensors:
+        down, up = tensors["lora_embedding_B"].T, tensors["lora_embedding_A"].T
+    else:
+        down, up = tensors["lora_A"], tensors["lora_B"]
+    rank, module, config = len(down), own.rpartition(".")[0], adapter.saved.config
+    patterns = (config.get("alpha_pattern") or {}).items()
+    alpha = next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", module)), config["lora_alpha"])
+    scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+    return down.reshape(rank, -1), up.reshape(len(up), -1), float(scale)

@@ -1,0 +1,80 @@
+"""How several adapters' changes lie to each other: cosine, sign conflicts, overlap of their subspaces."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lora_embed.model.change import LowRank
+from lora_embed.model.fold import Merge
+
+Square = NDArray[np.float64]
+
+
+@dataclass
+class Relations:
+    """Sums over all weights seen so far; each figure is a (k, k) table over k adapters, weighted as in the merge."""
+
+    products: Square  # ⟨wᵢΔᵢ, wⱼΔⱼ⟩
+    conflicts: Square  # entries that both change, in opposite directions
+    shared: Square  # entries that both change
+    overlaps: Square  # sum over weights of ‖UᵢᵀUⱼ‖² / smaller rank
+    overlapping: Square  # weights with an overlap
+
+    @classmethod
+    def of(cls, adapters: int) -> "Relations":
+        """Nothing seen yet."""
+        return cls(*(np.zeros((adapters, adapters)) for _ in range(5)))
+
+    def add(self, merged: Merge, name: str, before: torch.Tensor) -> list[float]:
+        """Take in one weight of the base; returns the norm of each adapter's share in it, 0 where it has none."""
+        taking = [number for number, adapter in enumerate(merged.adapters) if name in adapter.changes]
+        rows = torch.empty(len(taking), before.numel(), dtype=torch.float32)
+        for row, number in zip(rows, taking, strict=True):
+            delta = merged.weights[number] * merged.adapters[number].changes[name].delta(before)
+            row.copy_(delta.flatten())
+        at = np.ix_(taking, taking)
+        products = (rows @ rows.T).double().numpy()
+        self.products[at] += products
+        present = rows.ne(0).float()
+        shared = (present @ present.T).double().numpy()
+        del present
+        rows.sign_()
+        self.conflicts[at] += (shared - (rows @ rows.T).double().numpy()) / 2
+        self.shared[at] += shared
+        self._add_overlaps(merged, name, taking)
+        norms = np.zeros(len(merged.adapters))
+        norms[taking] = np.sqrt(np.diag(products))
+        return [float(norm) for norm in norms]
+
+    def _add_overlaps(self, merged: Merge, name: str, taking: list[int]) -> None:
+        changes = {number: merged.adapters[number].changes[name] for number in taking}
+        bases = {
+            number: torch.linalg.qr(change.up.double()).Q for number, change in changes.items() if isinstance(change, LowRank)
+        }
+        for i, one in bases.items():
+            for j, other in bases.items():
+                self.overlaps[i, j] += float((one.T @ other).square().sum()) / min(one.shape[1], other.shape[1])
+                self.overlapping[i, j] += 1
+
+    def norms(self) -> list[float]:
+        """Frobenius norm of each adapter's share over all weights."""
+        return [float(norm) for norm in np.sqrt(np.diag(self.products))]
+
+    def tables(self) -> dict[str, Any]:
+        """The figures for the report; None where there is nothing to compare."""
+        norms = np.sqrt(np.diag(self.products))
+        return {
+            "cosine": _ratio(self.products, np.outer(norms, norms)),
+            "sign_conflicts": _ratio(self.conflicts, self.shared),
+            "subspace_overlap": _ratio(self.overlaps, self.overlapping),
+        }
+
+
+def _ratio(above: Square, below: Square) -> list[list[float | None]]:
+    return [
+        [round(float(a / b), 6) if b else None for a, b in zip(row, divisors, strict=True)]
+        for row, divisors in zip(above, below, strict=True)
+    ]

@@ -1,0 +1,168 @@
+"""What a build knows of its merge → `merge_report.json`, and the same as a page for people, the encoder's README.md."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lora_embed.model.base import Base
+from lora_embed.model.encoder import Description
+from lora_embed.model.member import Member
+from lora_embed.model.proof import Proof
+
+FORMAT = 1
+
+
+def write_report(
+    folder: Path,
+    description: Description,
+    base: Base,
+    members: list[Member],
+    proofs: list[Proof],
+    notes: list[str],
+    vectors_moved: float | None,
+) -> None:
+    """Write both into an encoder's folder, whose other files are there already.
+
+    `vectors_moved` is what storing it as an adapter cost, as a relative L2 difference of vectors.
+    """
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*.safetensors"))}
+    report = {
+        "format": FORMAT,
+        "base": {"uri": base.uri, "content_hash": base.content_hash},
+        "notes": notes,
+        "store": {
+            "is_adapter": description.base is not None,
+            "bytes": sum(file.stat().st_size for file in files.values()),
+            "base_bytes": sum(file.stat().st_size for file in base.folder.glob("*.safetensors")),
+            "vectors_moved": vectors_moved,
+        },
+        "members": [_describe_member(member, proof) for member, proof in zip(members, proofs, strict=True)],
+        "files": {name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for name, file in files.items()},
+    }
+    (folder / "merge_report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / "README.md").write_text(_page(report, description))
+
+
+def _describe_member(member: Member, proof: Proof) -> dict[str, Any]:
+    merged, rows, relations = member.merged, member.rows, member.relations
+    total = math.hypot(*(row.change for row in rows.values())) if rows else 0.0
+    cut = [row.cut for row in rows.values() if row.cut is not None]
+    return {
+        "merge_method": merged.method,
+        "merge_options": merged.options,
+        "adapters": [
+            {
+                "uri": adapter.uri,
+                "content_hash": adapter.content_hash,
+                "weight": weight,
+                "norm": norm,
+                "trained_on": adapter.trained_on,
+                "weights_changed": len(adapter.changes),
+                "head_keys_dropped": list(adapter.head_keys),
+            }
+            for adapter, weight, norm in zip(merged.adapters, merged.weights, relations.norms(), strict=True)
+        ],
+        "relations": relations.tables(),
+        "norm": total,
+        "relative_change": total / math.hypot(*(row.before for row in rows.values())) if rows else 0.0,
+        "cut": math.hypot(*cut) / total if cut and total else None,
+        "largest_error": max((row["error"] for row in proof.values()), default=0.0),
+        "largest_error_beyond_rounding": max((max(0.0, row["error"] - row["rounding"]) for row in proof.values()), default=0.0),
+        "weights": {name: asdict(row) | proof[name] for name, row in rows.items()},
+    }
+
+
+def _page(report: dict[str, Any], description: Description) -> str:
+    """The report as Markdown, which model hubs show as the page of an encoder's directory."""
+    lines = [
+        "# Encoder " + description.space_id,
+        "",
+        f"Made by lora-embed from `{report['base']['uri']}`: {description.dimension}-dimensional vectors, pooling "
+        f"`{description.pooling}`, images of {description.preprocessing.size[0]}×{description.preprocessing.size[1]} pixels.",
+    ]
+    if report["store"]["is_adapter"]:
+        lines += ["", _store_page(report["store"])]
+    lines += [f"\nNote: {note}." for note in report["notes"]]
+    for number, member in enumerate(report["members"]):
+        title = f" {number + 1} of {len(report['members'])}" if len(report["members"]) > 1 else ""
+        lines += ["", *_member_page(member, title)]
+    lines += ["", "## Files", "", "| file | bytes | sha256 |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {file['bytes']:,} | `{file['sha256']}` |" for name, file in report["files"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _store_page(store: dict[str, Any]) -> str:
+    kept, saved = store["bytes"] / 1e6, (store["base_bytes"] - store["bytes"]) / 1e6
+    return (
+        f"Kept as {kept:,.1f} MB of adapter beside the base, {saved:,.1f} MB less than a model of its own. Against "
+        f"the whole merge that moves the golden images' vectors by up to {store['vectors_moved']:.1e} (relative L2)."
+    )
+
+
+def _member_page(member: dict[str, Any], title: str) -> list[str]:
+    if not member["adapters"]:
+        return [
+            f"## Model{title}",
+            "",
+            "The base alone; nothing was merged, and the saved weights equal the base's bit by bit.",
+        ]
+    options = ", ".join(f"{key} {value}" for key, value in member["merge_options"].items())
+    lines = [
+        f"## Merge{title}: {member['merge_method']}" + (f" ({options})" if options else ""),
+        "",
+        f"{len(member['weights'])} weights changed, by {member['relative_change']:.2%} of their norm. The saved files were "
+        "opened again and held against the change computed anew from the adapter files: the largest error of a weight's "
+        f"change is {member['largest_error']:.1e} of that change{_unexplained(member['largest_error_beyond_rounding'])}. All "
+        "other weights equal the base's bit by bit.",
+    ]
+    if member["cut"] is not None:
+        ranks = [row["rank"] for row in member["weights"].values()]
+        lines += [
+            "",
+            f"Kept as one adapter of ranks {min(ranks)} to {max(ranks)}: that cut off {member['cut']:.1e} of the change.",
+        ]
+    lines += ["", "| | adapter | weight | norm of its share | weights | trained on |", "| --- | --- | --- | --- | --- | --- |"]
+    for number, adapter in enumerate(member["adapters"], 1):
+        lines.append(
+            f"| {number} | `{adapter['uri']}` | {adapter['weight']} | {adapter['norm']:.3g} | {adapter['weights_changed']} "
+            f"| {adapter['trained_on'] or 'not said'} |"
+        )
+    if len(member["adapters"]) > 1:
+        lines += _relations_page(member["relations"])
+    lines += ["", "<details><summary>Weight by weight</summary>", ""]
+    lines += ["| weight | change / weight | shares | error |", "| --- | --- | --- | --- |"]
+    for name, row in member["weights"].items():
+        shares = " · ".join(f"{share:.3g}" for share in row["shares"])
+        lines.append(f"| {name} | {row['change'] / (row['before'] or 1):.2%} | {shares} | {row['error']:.1e} |")
+    return [*lines, "", "</details>"]
+
+
+def _unexplained(error: float) -> str:
+    """What rounding the weights to float32 does not account for."""
+    return f", of which {error:.1e} is not due to rounding to float32" if error else ", all of it due to rounding to float32"
+
+
+def _relations_page(relations: dict[str, Any]) -> list[str]:
+    """One row for each pair of adapters."""
+    names = {"cosine": "cosine", "sign_conflicts": "sign conflicts", "subspace_overlap": "overlap of subspaces"}
+    lines = ["", f"| adapters | {' | '.join(names.values())} |", "| --- " * 4 + "|"]
+    count = len(relations["cosine"])
+    for one in range(count):
+        for other in range(one + 1, count):
+            cells = [relations[key][one][other] for key in names]
+            shown = " | ".join("–" if cell is None else f"{cell:.3f}" for cell in cells)
+            lines.append(f"| {one + 1}, {other + 1} | {shown} |")
+    return [
+        *lines,
+        "",
+        "Cosine of their changes; share of the entries that both change, but in opposite directions (0.5 for unrelated ones); "
+        "share of the smaller output space that lies in the other's.",
+    ]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
