@@ -87,8 +87,11 @@ def test_automodel_loads_what_was_built(tmp_path: Path, base_model: Path, real_a
 
 
 def test_space_id_follows_what_makes_a_vector_and_nothing_else(tmp_path: Path) -> None:
-    base = save_base(tmp_path / "base")
+    base = save_base(tmp_path / "base", "dinov2")
     one, two = save_adapter(tmp_path / "one", base, seed=1), save_adapter(tmp_path / "two", base, 27, seed=2)
+    other = shutil.copytree(base, tmp_path / "other-processor")
+    settings = json.loads((other / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").write_text(json.dumps(settings | {"resample": 2}))
 
     def space(name: str, recipe: Recipe) -> str:
         return read_description(build(recipe, tmp_path / name)).space_id
@@ -100,6 +103,13 @@ def test_space_id_follows_what_makes_a_vector_and_nothing_else(tmp_path: Path) -
     changes: list[tuple[dict[Path, float], dict[str, object]]] = [
         ({one: 0.5, two: 0.6}, {}),
         ({one: 0.5, two: 0.5}, {"merge_method": "linear"}),
+        ({one: 0.5, two: 0.5}, {"merge_method": "ties"}),
+        ({one: 0.5, two: 0.5}, {"merge_method": "ties", "merge_options": {"density": 0.3}}),
+        ({one: 0.5, two: 0.5}, {"merge_method": "dare_linear"}),
+        ({one: 0.5, two: 0.5}, {"merge_method": "dare_linear", "merge_options": {"seed": 1}}),
+        ({one: 1.0, two: 1.0}, {"merge_method": "concat"}),
+        ({one: 0.5, two: 0.5}, {"image_size": 24}),
+        ({one: 0.5, two: 0.5}, {"base_model": str(other)}),
         ({one: 0.5, two: 0.5}, {"pooling": "cls"}),
         ({one: 0.5, two: 0.5}, {"normalize": True}),
         ({one: 0.5}, {}),

@@ -35,10 +35,12 @@ from jobs import (
     write_recipe,
     write_tars,
 )
-from lora_embed import cluster, open_table
-from lora_embed.config import JobConfig, load_job
+from lora_embed import cluster, load_encoder, open_table
+from lora_embed.config import JobConfig, load_job, load_recipe
 from lora_embed.demo.parts import LabelledImage, write_shards
-from lora_embed.errors import GateFailed, IncompleteRun
+from lora_embed.errors import EncoderError, GateFailed, IncompleteRun
+from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.fold import Limit
 from lora_embed.model.golden import relative_difference
 from lora_embed.run import plan_job, run_job
 from lora_embed.table import verify_table
@@ -100,6 +102,32 @@ def test_every_kind_of_input_gives_the_same_vectors(tmp_path: Path, tiny: Path) 
     assert result.counts == {"shards": 3, "samples": 90, "vectors": 90, "rejects": 0}
     for key in images:
         assert vectors[f"a.tar/{key}"] == vectors[f"a.parquet/{key}"] == vectors[f"deep/{key}.png"]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_encoder_kept_as_an_adapter_makes_a_table(tmp_path: Path, tiny: Path) -> None:
+    encoder = tmp_path / "encoder"
+    build_encoder(gather(load_recipe(tiny / "recipe.yaml")), encoder, lambda message: None, Limit())
+    write_tars(tmp_path / "shards", shards=1, images=9)
+    result = run_job(job_of(tmp_path, encoder, tmp_path / "shards"))
+    table = open_table(str(tmp_path / "table"))
+    assert table.space_id == result.space_id == load_encoder(encoder).space_id
+    assert not list((tmp_path / "table" / "encoders").rglob("model.safetensors"))
+    expected = table.encoder().embed([Image.open(io.BytesIO(png(number))) for number in range(9)])
+    assert np.array_equal(np.array(read_rows(tmp_path / "table").column("embedding").to_pylist(), np.float32), expected)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_device_that_computes_something_else_stops_the_job(tmp_path: Path, tiny: Path) -> None:
+    encoder = tmp_path / "encoder"
+    build_encoder(gather(load_recipe(tiny / "recipe.yaml")), encoder, lambda message: None)
+    stored = np.load(encoder / "golden" / "vectors.npy")
+    np.save(encoder / "golden" / "vectors.npy", stored * np.float32(1.01))  # as if made where sums come out otherwise
+    write_tars(tmp_path / "shards", shards=1, images=3)
+    with pytest.raises(EncoderError, match=r"golden vectors: cpu in float32 differs by 9\.9.e-03 .*allowed is 1e-05"):
+        run_job(job_of(tmp_path, encoder, tmp_path / "shards"))
+    assert not (tmp_path / "table" / "versions").exists()
+    assert not list((tmp_path / "table" / "staging").rglob("*.parquet"))
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:

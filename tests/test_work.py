@@ -44,4 +44,4 @@ def test_a_table_in_the_submitted_folder_is_refused(tmp_path: Path, monkeypatch:
     job = job_of(tmp_path / "submitted", tmp_path / "recipe.yaml", tmp_path / "shards")
     monkeypatch.setenv(SUBMITTED, "{}")
     with pytest.raises(ConfigError, match="lies in Ray's copy of the submitted folder and would be lost with it"):
-        refuse_local_paths(job, [], Store(job.table))
+        refuse_local_paths(job, [], Store(job.table), None)

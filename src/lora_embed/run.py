@@ -12,7 +12,7 @@ from lora_embed import cluster, pipeline, plan, publish, table, work
 from lora_embed.config import JobConfig, Recipe, load_recipe
 from lora_embed.errors import ConfigError, TableError
 from lora_embed.model.build import Ingredients, build_encoder, gather, match_adapters
-from lora_embed.model.encoder import DESCRIPTION, Description, read_description
+from lora_embed.model.encoder import DESCRIPTION, BaseReference, Description, read_description
 from lora_embed.progress import say
 from lora_embed.schema import Layout, Manifest, Shard, WorkItem, encoder_path
 from lora_embed.storage import Store
@@ -129,7 +129,7 @@ def run_job(job: JobConfig, *, publishes: bool = True) -> RunResult:
         refuse_other_space(store, current, prepared)
         cluster.connect()
         topology = cluster.choose_topology(job.resources)
-        refuse_local_paths(job, shards, store)
+        refuse_local_paths(job, shards, store, prepared.base)
         store = store.claim(MARKER, b'{"format": 1}\n')  # the last that can refuse, and the first that writes
         if not store.exclusive:
             say(f"{job.table}: this store ignores conditional PUT: never run two jobs on this table at the same time")
@@ -161,7 +161,7 @@ def _list(job: JobConfig) -> tuple[Store, list[Shard]]:
     return store, plan.list_shards(job.input, job.input_storage_options)
 
 
-def refuse_local_paths(job: JobConfig, shards: list[Shard], store: Store) -> None:
+def refuse_local_paths(job: JobConfig, shards: list[Shard], store: Store, base: BaseReference | None) -> None:
     """Raises ConfigError for a table that goes with the job, and when several nodes would each look on disks of their own."""
     if SUBMITTED in os.environ and store.is_local and Path(job.table).is_relative_to(Path.cwd()):
         raise ConfigError(
@@ -170,6 +170,8 @@ def refuse_local_paths(job: JobConfig, shards: list[Shard], store: Store) -> Non
         )
     roots = {shard.root for shard in shards if Store(shard.root, job.input_storage_options).is_local}
     local = [job.table] * store.is_local + sorted(roots)
+    if base is not None and os.path.isabs(base.uri):  # each node rebuilds the encoder from it
+        local.append(base.uri)
     nodes = cluster.count_nodes()
     if local and nodes > 1 and not job.shared_filesystem:
         raise ConfigError(

@@ -7,8 +7,8 @@ what each of its fields means for the merge is decided here, by name.
 import dataclasses
 import hashlib
 import json
-import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from lora_embed.errors import AdapterMismatch
+from lora_embed.errors import AdapterMismatch, StorageError
 from lora_embed.fetch import fetch_directory
 from lora_embed.model.change import LowRank
 
@@ -43,6 +43,7 @@ _IRRELEVANT = {
 # Initialisations that leave the base as it was, and two whose change of it follows from the base alone.
 _HARMLESS_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 _RESIDUAL_INITIALISATIONS = ("pissa", "olora")
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +66,13 @@ def read_adapter(uri: str, revision: str | None = None) -> SavedAdapter:
     config = _read_config(uri, folder)
     path = folder / WEIGHTS_NAME
     if not path.is_file():
-        pickled = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()]
-        found = f"found {pickled[0]}, a pickle, which is never opened" if pickled else "found no weights"
-        raise AdapterMismatch(f"{uri}: expected {WEIGHTS_NAME}, {found}. Save it again with safe_serialization=True.")
+        raise AdapterMismatch(f"{uri}: expected {WEIGHTS_NAME}, {_found_instead(folder)}")
     try:
         tensors = load_file(path)
     except (safetensors.SafetensorError, ValueError) as error:
         raise AdapterMismatch(f"{path}: is not a whole safetensors file ({error}). Copy or save it again.") from None
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror or error}). Mend its permissions or the disk.") from None
     _check_fields(uri, config)
     _check_numbers(uri, tensors)
     content_hash = _content_hash(config, tensors)
@@ -118,17 +119,30 @@ def some(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (" …" if len(names) > most else "")
 
 
+def _found_instead(folder: Path) -> str:
+    """What lies in the place of an adapter's weights, and what to do about it."""
+    pickled = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()]
+    if pickled:
+        return f"found {pickled[0]}, a pickle, which is never opened. Save it again with safe_serialization=True."
+    others = sorted(path.name for path in folder.glob("*.safetensors*"))
+    if others:
+        return f"found {some(others)}. Rename it if it is the adapter's, or save the adapter again, in one file."
+    return "found no weights. Copy or save it again."
+
+
 def _read_config(uri: str, folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise AdapterMismatch(f"{uri}: is not a PEFT adapter: it has no {CONFIG_NAME}") from None
-    except ValueError as error:
-        raise AdapterMismatch(f"{path}: is not valid JSON ({error})") from None
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror or error}). Mend its permissions or the disk.") from None
+    except (ValueError, RecursionError) as error:
+        raise AdapterMismatch(f"{path}: is not valid JSON ({error}). Copy it again, or save the adapter again.") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterMismatch(f"{uri}: expected a LoRA adapter (peft_type LORA), found {kind}")
+        raise AdapterMismatch(f"{uri}: expected a LoRA adapter (peft_type LORA), found {kind}. Name one trained with LoRA.")
     return config
 
 
@@ -148,7 +162,8 @@ def _check_fields(uri: str, config: dict[str, Any]) -> None:
             "Merge that adapter into its base with PEFT first, or train it without."
         )
     initialisation = config.get("init_lora_weights", True)
-    if initialisation not in _HARMLESS_INITIALISATIONS and residual_kind(config) is None:
+    lowered = initialisation.lower() if isinstance(initialisation, str) else initialisation
+    if lowered not in _HARMLESS_INITIALISATIONS and residual_kind(config) is None:
         raise AdapterMismatch(
             f"{uri}: was trained with init_lora_weights={json.dumps(initialisation)}, which changes the base's own weights "
             "in a way that the files do not hold. Convert it to a plain LoRA adapter: save it with PEFT's "
@@ -159,7 +174,7 @@ def _check_fields(uri: str, config: dict[str, Any]) -> None:
 def _check_types(uri: str, config: dict[str, Any]) -> None:
     expectations: dict[str, tuple[str, Any]] = {
         "r": ("a whole number of at least 1", lambda value: type(value) is int and value >= 1),
-        "lora_alpha": ("a finite number", lambda value: type(value) in (int, float) and math.isfinite(value)),
+        "lora_alpha": ("a finite number", _is_number),
         "rank_pattern": ("names with numbers", _is_pattern),
         "alpha_pattern": ("names with numbers", _is_pattern),
         "use_rslora": ("true or false", lambda value: isinstance(value, bool)),
@@ -178,13 +193,21 @@ def _check_types(uri: str, config: dict[str, Any]) -> None:
 
 
 def _is_pattern(value: Any) -> bool:
-    return isinstance(value, dict) and all(type(number) in (int, float) and math.isfinite(number) for number in value.values())
+    return isinstance(value, dict) and all(_is_number(number) for number in value.values())
+
+
+def _is_number(value: Any) -> bool:
+    """A finite number, not beyond what a float holds."""
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _check_numbers(uri: str, tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise AdapterMismatch(f"{uri}: {name} holds {tensor.dtype}, expected floating point. Save the adapter unquantised.")
+        if tensor.dtype not in _DTYPES:
+            raise AdapterMismatch(
+                f"{uri}: {name} holds {tensor.dtype}, expected float32, float16, bfloat16 or float64. "
+                "Save the adapter unquantised."
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterMismatch(f"{uri}: {name} holds NaN or infinity. The training diverged; use another checkpoint.")
 

@@ -176,8 +176,8 @@ def load_members(folder: Path, description: Description, where: str) -> list[Pre
     found = space_id_of(models, description.preprocessing, description.pooling, description.normalize)
     if found != description.space_id:
         raise EncoderError(
-            f"{where}: its base and adapter give an encoder of space {found} here, not {description.space_id} as it was built. "
-            "Another version of the libraries multiplies otherwise: build the encoder again, or store whole models."
+            f"{where}: its base and adapter give an encoder of space {found}, not {description.space_id} as it was built. "
+            "Its files were changed since: bring them back, or build the encoder again."
         )
     return models
 

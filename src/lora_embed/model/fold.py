@@ -1,5 +1,6 @@
 """The merged change of each weight, added to a model's own: what `build` does, and `load_encoder` does again."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class Folded:
 def fold(model: PreTrainedModel, merged: Merge, limit: Limit | None = None) -> Iterator[Folded]:
     """Add the merged change to each weight, in float64, rounded to float32 once; yield weight by weight.
 
-    Under a limit, the change is cut to low rank and its float32 factors are multiplied as `load_encoder` will. Raises
+    Under a limit, the change is cut to low rank, and what is added is what `load_encoder` will add on any machine. Raises
     EncoderError for a weight that is not finite then, ConfigError for one that no limit can be put on.
     """
     parameters = dict(model.named_parameters())
@@ -54,7 +55,7 @@ def fold(model: PreTrainedModel, merged: Merge, limit: Limit | None = None) -> I
         if limit is not None:
             _check_storable(model, name)
             up, down = merge.truncate(delta, limit.rank, limit.energy)
-            kept = LowRank(down=down.float(), up=up.float(), scale=1.0, shape=old.shape)
+            kept = LowRank(down=on_grid(down, len(down)), up=on_grid(up, len(down)), scale=1.0, shape=old.shape)
             added = merge.weighted_sum([merge.Weighted(1.0, kept)], old)
         parameter.data = (old.double() + added).float()
         if not bool(torch.isfinite(parameter).all()):
@@ -63,6 +64,18 @@ def fold(model: PreTrainedModel, merged: Merge, limit: Limit | None = None) -> I
                 "are too large for float32: make them smaller."
             )
         yield Folded(name=name, before=old, delta=delta, kept=kept)
+
+
+def on_grid(factor: torch.Tensor, rank: int) -> torch.Tensor:
+    """A factor of a product of that rank, in float32, with so few bits that float64 multiplies and adds it without rounding.
+
+    Sums then come out the same in whatever order a processor takes them: an encoder kept as an adapter has one space id
+    everywhere. Entries are multiples of one step, at most 2**bits of them, and rank · 2**(2·bits) stays within 2**53.
+    """
+    bits = min(24, (53 - math.ceil(math.log2(rank))) // 2)
+    largest = float(factor.abs().max())
+    step = 2.0 ** (math.frexp(largest)[1] - bits) if largest else 1.0
+    return (factor / step).round().mul(step).float()
 
 
 def _check_storable(model: PreTrainedModel, name: str) -> None:

@@ -21,6 +21,8 @@ from lora_embed.model.change import Change, LowRank, Normed, Replaced, Residual,
 # Names of tensors → for each, the base weight that takes it, or None; as `base.locate` finds it.
 Locate = Callable[[dict[str, torch.Size]], dict[str, str | None]]
 _HALVES = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
+# PEFT saves bias="all" of a module in modules_to_save three times: the trained one, beside its wrapper's two.
+_COPIES = (".modules_to_save.", ".original_module.")
 _KINDS = (*_HALVES, "lora_B.bias", "lora_magnitude_vector", "lora_magnitude_vector.weight")
 
 
@@ -65,6 +67,7 @@ class _Module:
 
     name: str
     lora: LowRank
+    embedding: bool
     bias: torch.Tensor | None
     magnitude: torch.Tensor | None
 
@@ -72,15 +75,20 @@ class _Module:
 def target_of(base: Base) -> Target:
     """The architecture of a base; adapters that name the same weights share one answer of its loader."""
     config = read_model_config(base.folder, base.uri)
+    weights = weight_shapes(config)
+    sizes = set(weights.values())
     known: dict[frozenset[tuple[str, torch.Size]], dict[str, str | None]] = {}
 
     def locate_once(shapes: dict[str, torch.Size]) -> dict[str, str | None]:
         key = frozenset(shapes.items())
         if key not in known:
-            known[key] = locate(config, shapes)
+            # What is as large as no weight is not tried: a language model's adapter would take its memory.
+            fitting = {name: shape for name, shape in shapes.items() if shape in sizes}
+            found = locate(config, fitting) if fitting else {}
+            known[key] = {name: found.get(name) for name in shapes}
         return known[key]
 
-    return Target(uri=base.uri, locate=locate_once, head_names=head_names(config), shapes=weight_shapes(config))
+    return Target(uri=base.uri, locate=locate_once, head_names=head_names(config), shapes=weights)
 
 
 def match_adapter(saved: SavedAdapter, target: Target) -> Adapter:
@@ -91,23 +99,29 @@ def match_adapter(saved: SavedAdapter, target: Target) -> Adapter:
     """
     modules, others = _split(saved)
     shapes = {f"{module.name}.weight": module.lora.shape for module in modules}
-    shapes |= {f"{module.name}.bias": module.bias.shape for module in modules if module.bias is not None}
     clash = sorted(set(shapes) & set(others))
     if clash:
-        raise AdapterMismatch(f"{saved.uri}: {clash[0]} is saved whole and changed by LoRA as well; save the adapter again")
+        raise AdapterMismatch(
+            f"{saved.uri}: {clash[0]} is saved whole and changed by LoRA as well. Save the adapter again, with "
+            "save_embedding_layers=False."
+        )
+    shapes |= {f"{module.name}.bias": module.bias.shape for module in modules if module.bias is not None}
     shapes |= {name: tensor.shape for name, tensor in others.items()}
     found = target.locate(shapes)
     heads = {name for name, place in found.items() if place is None and _is_of_head(name, target)}
     _check_places(saved, target, shapes, {name: place for name, place in found.items() if name not in heads})
     places = {name: place for name, place in found.items() if place is not None}
-    _check_whole(saved, target, {places[name] for name in places if name.removesuffix(".weight") in {m.name for m in modules}})
+    adapted = {places[f"{module.name}.weight"] for module in modules if f"{module.name}.weight" in places}
+    _check_whole(saved, target, adapted)
+    _check_biases(saved, target, adapted, {places[name] for name in others if name in places})
     changes: dict[str, Change] = {places[name]: Replaced(trained=others[name]) for name in others if name in places}
     for module in modules:
         if f"{module.name}.weight" in places:
             changes[places[f"{module.name}.weight"]] = _weight_change(saved, module)
         if module.bias is not None and f"{module.name}.bias" in places:
-            changes[places[f"{module.name}.bias"]] = Shift(bias=module.bias, scale=module.lora.scale)
-    _check_effect(saved, changes)
+            whole = others.get(f"{module.name}.bias")
+            changes[places[f"{module.name}.bias"]] = _bias_change(module.lora.scale, module.bias, whole)
+    _check_effect(saved, changes, heads)
     own = sorted(key.removeprefix(PREFIX) for key in saved.tensors)
     dropped = tuple(key for key in own if _is_below(key, heads))
     return Adapter(saved=saved, changes=changes, places=places, head_keys=dropped)
@@ -119,15 +133,19 @@ def _split(saved: SavedAdapter) -> tuple[list[_Module], dict[str, torch.Tensor]]
     others: dict[str, torch.Tensor] = {}
     for key, tensor in saved.tensors.items():
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        if any(part in key and key.replace(part, ".") in saved.tensors for part in _COPIES):
+            continue
         kind = next((kind for kind in _KINDS if name.endswith(f".{kind}")), None)
-        if kind is not None:
-            found.setdefault(name.removesuffix(f".{kind}"), {})[kind.removesuffix(".weight")] = tensor
-        elif "lora_" in name:
-            raise AdapterMismatch(f"{saved.uri}: {key} is a kind of LoRA tensor that cannot be folded exactly")
-        elif name in others:
-            raise AdapterMismatch(f"{saved.uri}: {name} is saved twice, with and without base_layer; save the adapter again")
-        else:
-            others[name] = tensor
+        if kind is None and "lora_" in name:
+            raise AdapterMismatch(
+                f"{saved.uri}: {key} is a kind of LoRA tensor that cannot be folded exactly. "
+                "Merge that adapter into its base with PEFT first, or train it without."
+            )
+        module, short = (name.removesuffix(f".{kind}"), kind.removesuffix(".weight")) if kind else (name, "")
+        place = found.setdefault(module, {}) if kind else others
+        if (short or name) in place:
+            raise AdapterMismatch(f"{saved.uri}: {name} is saved twice, under two names. Save the adapter again.")
+        place[short or name] = tensor
     if not found:
         raise AdapterMismatch(f"{saved.uri}: {WEIGHTS_NAME} holds no LoRA tensors, so it would change nothing")
     return [_module(saved, name, tensors) for name, tensors in found.items()], others
@@ -151,13 +169,14 @@ def _module(saved: SavedAdapter, name: str, tensors: dict[str, torch.Tensor]) ->
             "configuration and weights are of different adapters"
         )
     down, up = tensors[wanted[0]], tensors[wanted[1]]
-    if kind == "lora_embedding":
-        down, up = up.T, down.T
-    elif not (down.ndim == up.ndim >= 2 and all(size == 1 for size in up.shape[2:])):
+    embedding = kind == "lora_embedding"
+    if not (down.ndim == up.ndim >= 2 and all(size == 1 for size in up.shape[2:])) or (embedding and down.ndim > 2):
         raise AdapterMismatch(
-            f"{saved.uri}: {name} has a lora_A of shape {_shape(down)} and a lora_B of shape {_shape(up)}, "
+            f"{saved.uri}: {name} has a {wanted[0]} of shape {_shape(down)} and a {wanted[1]} of shape {_shape(up)}, "
             "which are no linear layer's, convolution's or embedding's. Save it again."
         )
+    if embedding:
+        down, up = up.T, down.T
     if down.shape[0] != up.shape[1] or not down.shape[0]:
         raise AdapterMismatch(
             f"{saved.uri}: {name} has rank {down.shape[0]} in {wanted[0]} but {up.shape[1]} in {wanted[1]}. Either the file is "
@@ -165,26 +184,38 @@ def _module(saved: SavedAdapter, name: str, tensors: dict[str, torch.Tensor]) ->
         )
     shape = torch.Size((up.shape[0], *down.shape[1:]))
     lora = LowRank(down=down.flatten(1), up=up.flatten(1), scale=_scale(saved, name, down.shape[0]), shape=shape)
-    return _Module(name=name, lora=lora, bias=tensors.get("lora_B.bias"), magnitude=tensors.get("lora_magnitude_vector"))
+    bias, magnitude = tensors.get("lora_B.bias"), tensors.get("lora_magnitude_vector")
+    return _Module(name=name, lora=lora, embedding=embedding, bias=bias, magnitude=magnitude)
 
 
 def _weight_change(saved: SavedAdapter, module: _Module) -> Change:
     inner: LowRank | Residual = module.lora
     residual = residual_kind(saved.config)
     if residual is not None:
-        if len(module.lora.shape) != 2:
+        if len(module.lora.shape) != 2 or module.embedding:
             raise AdapterMismatch(
-                f"{saved.uri}: {module.name} is no linear layer, and init_lora_weights={residual} knows no other"
+                f"{saved.uri}: {module.name} is no linear layer, and init_lora_weights={residual} knows no other. "
+                "Save the adapter again."
             )
         inner = Residual(lora=module.lora, kind=residual)
     if module.magnitude is None:
         return inner
+    if module.embedding:  # it is an embedding's columns whose lengths are learned
+        raise AdapterMismatch(
+            f"{saved.uri}: {module.name} is an embedding; only linear layers and convolutions are folded with DoRA. "
+            "Merge that adapter into its base with PEFT first."
+        )
     if module.magnitude.numel() != module.lora.shape[0]:
         raise AdapterMismatch(
-            f"{saved.uri}: {module.name} has {module.magnitude.numel()} DoRA magnitudes for {module.lora.shape[0]} outputs; "
-            "only linear layers and convolutions are folded with DoRA"
+            f"{saved.uri}: {module.name} has {module.magnitude.numel()} DoRA magnitudes for {module.lora.shape[0]} outputs. "
+            "Save the adapter again."
         )
     return Normed(inner=inner, magnitude=module.magnitude.reshape(-1))
+
+
+def _bias_change(scale: float, bias: torch.Tensor, whole: torch.Tensor | None) -> Change:
+    """`lora_bias` is added to the layer's own bias, or to the one that `bias` in the configuration had trained as well."""
+    return Shift(bias=bias, scale=scale) if whole is None else Replaced(trained=whole.double() + scale * bias.double())
 
 
 def _is_of_head(name: str, target: Target) -> bool:
@@ -231,17 +262,29 @@ def _check_whole(saved: SavedAdapter, target: Target, changed: set[str]) -> None
         )
 
 
-def _check_effect(saved: SavedAdapter, changes: dict[str, Change]) -> None:
+def _check_biases(saved: SavedAdapter, target: Target, adapted: set[str], whole: set[str]) -> None:
+    """The biases that `bias` in the configuration had trained are all there; old versions of PEFT left them out."""
+    kind = saved.config.get("bias")
+    biases = {name for name in target.shapes if name.endswith(".bias")}
+    owners = {"all": biases, "lora_only": {f"{name.removesuffix('.weight')}.bias" for name in adapted} & biases}
+    missing = sorted(owners.get(str(kind), set()) - whole)
+    if missing:
+        raise AdapterMismatch(
+            f"{saved.uri}: was trained with bias={kind!r}, but {WEIGHTS_NAME} does not hold {some(missing)}, so what it "
+            'learned there is lost. Save it with a version of PEFT that keeps them, or train it with bias="none".'
+        )
+
+
+def _check_effect(saved: SavedAdapter, changes: dict[str, Change], heads: set[str]) -> None:
+    if not changes:
+        raise AdapterMismatch(
+            f"{saved.uri}: changes {some(sorted(heads))} alone, a task's own head, which an encoder does without. "
+            "Leave it out of the recipe."
+        )
     if all(isinstance(change, LowRank) and not change.norm() for change in changes.values()):
         raise AdapterMismatch(
             f"{saved.uri}: all of its LoRA products are zero, so it would change nothing. "
             "Was it saved before training? Train it, or leave it out of the recipe."
-        )
-    biases = [name for name in changes if name.endswith(".bias")]
-    if saved.config.get("bias", "none") not in (None, "none") and not biases:
-        raise AdapterMismatch(
-            f"{saved.uri}: was trained with bias={saved.config['bias']!r}, but {WEIGHTS_NAME} holds no biases, so what it "
-            'learned there is lost. Save it from a PEFT version that keeps them, or train it with bias="none".'
         )
 
 

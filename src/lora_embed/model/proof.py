@@ -98,11 +98,12 @@ def _linear(parts: list[tuple[Adapter, float]], name: str, shape: tuple[int, ...
 def _change(adapter: Adapter, name: str, old: Array) -> Array:
     """One adapter's change of one weight, from its file."""
     own, tensors = _read(adapter, name)
+    learned = tensors.get("whole", old) - old
+    if own.endswith(".bias") and "lora_B.bias" in tensors:
+        return learned + _factors(adapter, own, tensors)[2] * tensors["lora_B.bias"]
     if "whole" in tensors:
-        return tensors["whole"] - old
+        return learned
     down, up, scale = _factors(adapter, own, tensors)
-    if own.endswith(".bias"):
-        return scale * tensors["lora_B.bias"]
     change = (scale * (up @ down)).reshape(old.shape)
     initialisation = str(adapter.saved.config.get("init_lora_weights")).lower()
     if initialisation == "pissa":
