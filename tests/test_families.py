@@ -13,7 +13,17 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, BertConfig, BertModel, Dinov2Config, Siglip2VisionConfig, Siglip2VisionModel
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    Dinov2Config,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    conversion_mapping,
+)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import Transpose, WeightConverter
 
 from family_docs import DOCS, INTRODUCTION, cells, measures
 from lora_embed.config import AdapterSpec, Recipe
@@ -219,6 +229,24 @@ def test_a_weight_that_is_two_today_is_not_taken_for_one(tmp_path: Path) -> None
     gate = weight_shapes(config)["encoder.layer.0.mlp.gate_proj.weight"]
     name = "dinov2.encoder.layer.0.mlp.weights_in.weight"
     assert locate(config, {name: torch.Size((2 * gate[0], gate[1]))}) == {name: None}
+
+
+def test_a_weight_that_the_loader_turns_is_not_taken_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A square weight has the same shape when it lies the other way, and a change would be added crosswise."""
+    config = read_model_config(save_base(tmp_path / "base"), "base")
+    name = "layers.0.attention.q_proj.weight"
+    get_checkpoint_conversion_mapping("ViTModel")
+    turned = WeightConverter(name.replace("q_proj", "turned"), name, operations=[Transpose(0, 1)])
+    monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "ViTModel", [turned])
+    shape = weight_shapes(config)[name]
+    assert locate(config, {name: shape}) == {name: name}
+    assert locate(config, {turned.source_patterns[0]: shape}) == {turned.source_patterns[0]: None}
+
+
+def test_siglip_s_attention_pooling_is_not_needed_and_not_made(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "siglip")
+    drop_weights(base, "head.")
+    assert not any(name.startswith("head.") for name, _ in load_headless(base, "base").named_parameters())
 
 
 def test_pretraining_s_mask_token_may_be_missing_and_is_then_left_out(tmp_path: Path) -> None:

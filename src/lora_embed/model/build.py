@@ -150,10 +150,16 @@ def _written_aside(out: Path) -> Iterator[Path]:
 def _vectors(
     models: list[PreTrainedModel], description: Description, pixels: np.ndarray[Any, Any], base: Base
 ) -> np.ndarray[Any, Any]:
-    """The golden images' vectors, which must be numbers and not zero."""
-    vectors = Encoder(models, description, device="cpu", precision="float32", batch_size=len(pixels)).embed_pixels(pixels)
+    """The golden images' vectors, which must be numbers, not zero, and the same each time."""
+    encoder = Encoder(models, description, device="cpu", precision="float32", batch_size=len(pixels))
+    vectors = encoder.embed_pixels(pixels)
     if not np.isfinite(vectors).all() or not np.linalg.norm(vectors, axis=1).all():
         raise EncoderError(f"{base.uri}: the merged encoder gives vectors that are not finite or zero; check the weights")
+    if not np.array_equal(encoder.embed_pixels(pixels), vectors):
+        raise EncoderError(
+            f"{base.uri}: {type(models[0]).__name__} gives the same images other vectors each time, as models do that mask "
+            "patches at random; it makes no encoder"
+        )
     return vectors
 
 
@@ -247,10 +253,11 @@ def _folders(members: int, single: str) -> tuple[str, ...]:
 def _prefix_tokens(model: PreTrainedModel, output: torch.Tensor, preprocessing: Preprocessing) -> int:
     """Class, distillation and register tokens that stand before the patches, by counting."""
     patch = getattr(model.config, "patch_size", None)
-    if output.ndim == 4 or not isinstance(patch, int):
+    if output.ndim == 4 or patch is None:
         return 0
+    rows, columns = (patch, patch) if isinstance(patch, int) else patch
     height, width = preprocessing.size
-    return max(0, int(output.shape[1]) - (height // patch) * (width // patch))
+    return max(0, int(output.shape[1]) - (height // rows) * (width // columns))
 
 
 def _recipe_id(recipe: Recipe, base: Base, adapters: tuple[SavedAdapter, ...], limit: Limit | None) -> str:
