@@ -82,6 +82,7 @@ CANDIDATES = (
     Candidate(method="svd", weights=HALVES, options={"rank": 8}),
     Candidate(method="ties", weights=ONES, options={"density": 0.2}),
     Candidate(method="dare_linear", weights=HALVES, options={"density": 0.5}),
+    Candidate(method="dare_linear", weights=HALVES, options={"density": 0.5, "seed": 1}),  # what its chance is worth
     Candidate(method="dare_ties", weights=ONES, options={"density": 0.5}),
     Candidate(method="magnitude_prune", weights=HALVES, options={"density": 0.5}),
     Candidate(method="iso_c", weights=HALVES),
@@ -231,6 +232,8 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=5)
     parser.add_argument("--out", type=Path, default=cache_root() / "quality", help="folder for quality.json and the vectors")
     arguments = parser.parse_args()
+    if arguments.splits < 2:
+        parser.error("--splits: two or more, or nothing can be said of noise")
     base = parts.fetch_base_model(cache_root(), say)
     images = [image for image in parts.fetch_images(cache_root(), say) if image.split == "test"]
     (arguments.out / "vectors").mkdir(parents=True, exist_ok=True)

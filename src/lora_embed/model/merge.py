@@ -24,6 +24,8 @@ from lora_embed.model.match import Adapter
 VERSION = 2  # part of the recipe id: raise it when a method's numbers change
 CONCAT = "concat"  # no method of merging: each adapter keeps a model of its own, see `build.py`
 
+_BLOCK = 2**18  # entries of a weight that are merged at a time
+
 Options = dict[str, Any]
 Rank = Annotated[int, Field(ge=1)] | None
 Energy = Annotated[float, Field(gt=0, le=1, strict=False)]
@@ -102,18 +104,18 @@ def ties(
 ) -> torch.Tensor:
     """TIES (arXiv 2306.01708): keep the largest `density` of each delta, elect a sign, average what agrees with it.
 
-    By PEFT's `merge_utils.ties`, on full deltas in float32; the paper keeps a fifth.
+    As PEFT's `merge_utils.ties` on full deltas in float32; the paper keeps a fifth.
     """
-    return merge_utils.ties(*_task_tensors(parts, before), density, majority_sign).double()
+    return _elected(_pruned(parts, before, density, "magnitude"), majority_sign, before)
 
 
 def dare_linear(parts: list[Weighted], before: torch.Tensor, *, density: Density = 0.5, seed: Seed = 0) -> torch.Tensor:
     """DARE (arXiv 2311.03099): drop all but `density` of each delta at random, rescale by 1/density, add.
 
-    By PEFT's `merge_utils.dare_linear`, on full deltas in float32.
+    As PEFT's `merge_utils.dare_linear` on full deltas in float32.
     """
     with _seeded(seed):
-        return merge_utils.dare_linear(*_task_tensors(parts, before), density).double()
+        return _added(_pruned(parts, before, density, "random"), before)
 
 
 def dare_ties(
@@ -126,18 +128,18 @@ def dare_ties(
 ) -> torch.Tensor:
     """DARE's random dropping (arXiv 2311.03099), then the sign election of TIES (arXiv 2306.01708).
 
-    By PEFT's `merge_utils.dare_ties`, on full deltas in float32.
+    As PEFT's `merge_utils.dare_ties` on full deltas in float32.
     """
     with _seeded(seed):
-        return merge_utils.dare_ties(*_task_tensors(parts, before), density, majority_sign).double()
+        return _elected(_pruned(parts, before, density, "random"), majority_sign, before)
 
 
 def magnitude_prune(parts: list[Weighted], before: torch.Tensor, *, density: Density = 0.5) -> torch.Tensor:
     """Keep the largest `density` of each delta, then add: TIES without its election.
 
-    By PEFT's `merge_utils.magnitude_prune`, on full deltas in float32.
+    As PEFT's `merge_utils.magnitude_prune` on full deltas in float32.
     """
-    return merge_utils.magnitude_prune(*_task_tensors(parts, before), density).double()
+    return _added(_pruned(parts, before, density, "magnitude"), before)
 
 
 def iso_c(parts: list[Weighted], before: torch.Tensor) -> torch.Tensor:
@@ -213,10 +215,40 @@ def _rank_of(singular_values: torch.Tensor, shape: torch.Size) -> int:
     return int((singular_values > singular_values[0] * max(shape) * torch.finfo(torch.float64).eps).sum())
 
 
-def _task_tensors(parts: list[Weighted], before: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Full deltas and their weights as `merge_utils` takes them; one at weight 0 takes no part in elections either."""
+@dataclass(frozen=True)
+class _Pruned:
+    """Full deltas that PEFT's `prune` has thinned out, (adapters, entries) in float32, and the weights they are due."""
+
+    deltas: torch.Tensor
+    weights: torch.Tensor
+
+    def blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Deltas and weights as `merge_utils` takes them, some entries at a time: it copies all that it is given."""
+        for block in torch.split(self.deltas, _BLOCK, dim=1):
+            yield block, self.weights
+
+
+def _pruned(parts: list[Weighted], before: torch.Tensor, density: float, kind: Literal["magnitude", "random"]) -> _Pruned:
+    """A delta at weight 0 takes no part in elections either."""
     parts = [part for part in parts if part.weight != 0] or parts
-    return [part.change.delta(before).float() for part in parts], torch.tensor([part.weight for part in parts])
+    deltas = torch.empty(len(parts), before.numel())
+    for row, part in zip(deltas, parts, strict=True):
+        delta = part.change.delta(before).float()
+        row.copy_((delta if density == 1 else merge_utils.prune(delta, density, kind, rescale=kind == "random")).flatten())
+    return _Pruned(deltas, torch.tensor([part.weight for part in parts]))
+
+
+def _added(pruned: _Pruned, before: torch.Tensor) -> torch.Tensor:
+    sums = [merge_utils.task_arithmetic(list(block), weights) for block, weights in pruned.blocks()]
+    return torch.cat(sums).reshape(before.shape).double()
+
+
+def _elected(pruned: _Pruned, majority_sign: MajoritySign, before: torch.Tensor) -> torch.Tensor:
+    merged = []
+    for block, weights in pruned.blocks():
+        mask = merge_utils.calculate_majority_sign_mask(block, majority_sign)
+        merged.append(merge_utils.disjoint_merge(block * weights[:, None], mask))
+    return torch.cat(merged).reshape(before.shape).double()
 
 
 @contextlib.contextmanager

@@ -28,13 +28,14 @@ CHOOSING = {"ties": 1e-2, "dare_ties": 1e-2, "magnitude_prune": 1e-2}
 
 
 @dataclass(frozen=True)
-class _Known:
+class _Anew:
     """A change computed here, for methods that take any."""
 
-    value: torch.Tensor
+    adapter: Adapter
+    name: str
 
     def delta(self, before: torch.Tensor) -> torch.Tensor:
-        return self.value
+        return torch.from_numpy(_change(self.adapter, self.name, before.numpy().astype(np.float64)))
 
 
 def prove(merged: Merge, base: PreTrainedModel, saved: PreTrainedModel) -> Proof:
@@ -81,8 +82,8 @@ def _expected(merged: Merge, name: str, before: torch.Tensor) -> Array:
             if weight:
                 total += weight * _change(adapter, name, old)
         return total
-    deltas = [merge.Weighted(weight, _Known(torch.from_numpy(_change(adapter, name, old)))) for adapter, weight in parts]
-    return merge.merge_one(name, deltas, before, merged.method, merged.options).numpy()
+    anew = [merge.Weighted(weight, _Anew(adapter, name)) for adapter, weight in parts]
+    return merge.merge_one(name, anew, before, merged.method, merged.options).numpy()
 
 
 def _linear(parts: list[tuple[Adapter, float]], name: str, shape: tuple[int, ...]) -> Array:

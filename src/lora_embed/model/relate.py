@@ -11,6 +11,7 @@ from lora_embed.model.change import LowRank
 from lora_embed.model.fold import Merge
 
 Square = NDArray[np.float64]
+_BLOCK = 2**18  # entries of a weight that are compared at a time
 
 
 @dataclass
@@ -35,19 +36,15 @@ class Relations:
         for row, number in zip(rows, taking, strict=True):
             delta = merged.weights[number] * merged.adapters[number].changes[name].delta(before)
             row.copy_(delta.flatten())
-        at = np.ix_(taking, taking)
-        products = (rows @ rows.T).double().numpy()
-        self.products[at] += products
-        present = rows.ne(0).float()
-        shared = (present @ present.T).double().numpy()
-        del present
-        rows.sign_()
-        self.conflicts[at] += (shared - (rows @ rows.T).double().numpy()) / 2
-        self.shared[at] += shared
+        at, squares = np.ix_(taking, taking), np.zeros(len(merged.adapters))
+        for block in torch.split(rows, _BLOCK, dim=1):  # copies of 20 adapters' changes are 20 weights' size
+            products, signs, present = _gram(block), _gram(block.sign()), _gram(block.ne(0).float())
+            self.products[at] += products
+            self.conflicts[at] += (present - signs) / 2
+            self.shared[at] += present
+            squares[taking] += np.diag(products)
         self._add_overlaps(merged, name, taking)
-        norms = np.zeros(len(merged.adapters))
-        norms[taking] = np.sqrt(np.diag(products))
-        return [float(norm) for norm in norms]
+        return [float(norm) for norm in np.sqrt(squares)]
 
     def _add_overlaps(self, merged: Merge, name: str, taking: list[int]) -> None:
         changes = {number: merged.adapters[number].changes[name] for number in taking}
@@ -71,6 +68,11 @@ class Relations:
             "sign_conflicts": _ratio(self.conflicts, self.shared),
             "subspace_overlap": _ratio(self.overlaps, self.overlapping),
         }
+
+
+def _gram(rows: torch.Tensor) -> Square:
+    products: Square = (rows @ rows.T).double().numpy()
+    return products
 
 
 def _ratio(above: Square, below: Square) -> list[list[float | None]]:
