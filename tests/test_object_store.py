@@ -11,10 +11,12 @@ import pyarrow as pa
 import pytest
 
 from jobs import job_of, read_rows, tiny_recipe, write_job, write_tars
-from lora_embed import open_table, pipeline, table
+from lora_embed import load_encoder, open_table, pipeline, table
 from lora_embed.cli import run_command
-from lora_embed.config import load_job
+from lora_embed.config import load_job, load_recipe
 from lora_embed.errors import StorageError, StoreUnavailable
+from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.fold import Limit
 from lora_embed.run import run_job
 from lora_embed.schema import Manifest
 from lora_embed.storage import Store
@@ -72,6 +74,26 @@ def test_a_table_on_s3_is_the_one_on_a_disk_whatever_fails_in_between(
     assert rows_at(server, "faulty").equals(read_rows(local / "table"))
     proxy.faults = Faults()
     assert run_job(load_job(job)).embedded == 0
+
+
+def test_base_and_adapters_on_s3_make_the_encoder_of_those_on_a_disk(
+    tmp_path: Path, server: S3Server, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LORA_EMBED_CACHE", str(tmp_path / "cache"))
+    for folder in ("base", "ten", "more"):
+        Store("s3://images").filesystem.put(str(local / folder), f"images/models/{folder}", recursive=True)
+    here = load_recipe(local / "recipe.yaml")
+    adapters = tuple(spec.model_copy(update={"path": f"s3://images/models/{Path(spec.path).name}"}) for spec in here.adapters)
+    there = here.model_copy(update={"base_model": "s3://images/models/base", "adapters": adapters})
+    for name, limit in (("whole", None), ("kept", Limit())):
+        spaces = []
+        for place, recipe in (("here", here), ("there", there)):
+            out = tmp_path / name / place
+            spaces.append(build_encoder(gather(recipe), out, lambda message: None, limit).space_id)
+            assert load_encoder(out).space_id == spaces[-1]
+        assert spaces[0] == spaces[1]
 
 
 @pytest.mark.usefixtures("cluster")
