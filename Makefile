@@ -6,7 +6,7 @@ export LORA_EMBED_CACHE ?= $(CURDIR)/.cache
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-long matrix lint bench clean
+.PHONY: setup demo test test-long matrix lint bench quality clean
 
 setup: $(READY)
 
@@ -31,10 +31,13 @@ test-long: setup
 	$(BIN)/python -m pytest --durations=12 -m long -s
 
 matrix: setup
-	LORA_EMBED_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_families.py
+	LORA_EMBED_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_families.py tests/test_features.py
 
 bench: setup
 	$(BIN)/python benchmarks/throughput.py
+
+quality: setup
+	$(BIN)/python benchmarks/quality.py
 
 clean:
 	rm -rf demo-run .cache .mypy_cache .ruff_cache

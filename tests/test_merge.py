@@ -84,6 +84,13 @@ def test_scaling_weights_scales_deltas(drawn: list[tuple[int, int, float, float]
     assert float(difference.norm()) <= 1e-14 * factor * size
 
 
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_under_every_method_twice_the_weights_are_twice_the_change(method: str) -> None:
+    adapters = [adapter(seed) for seed in (1, 3, 5)]
+    once, twice = merged(adapters, [0.4, -0.2, 0.3], method), merged(adapters, [0.8, -0.4, 0.6], method)
+    assert all(relative(twice[name], 2 * once[name]) < 1e-6 for name in once)
+
+
 @given(st.integers(1, 20), st.integers(0, 2**31))
 def test_k_equal_deltas_at_one_kth_give_one(count: int, seed: int) -> None:
     parts = [Weighted(1 / count, low_rank(seed))] * count

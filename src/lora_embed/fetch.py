@@ -20,8 +20,11 @@ def fetch_directory(uri: str, revision: str | None, patterns: tuple[str, ...], o
     """
     if "://" in uri:
         return _copy_to_cache(Store(uri, options or {}), patterns)
-    if Path(uri).is_dir():
-        return Path(uri)
+    try:
+        if Path(uri).is_dir():
+            return Path(uri)
+    except PermissionError:  # of a folder above it
+        raise StorageError(f"{uri}: this user may not look there. Give it read access, or name another directory.") from None
     if Path(uri).is_absolute():
         raise StorageError(f"{uri}: no such directory")
     import huggingface_hub  # slow to import, and only a name of the hub needs it

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ _IRRELEVANT = {
     "corda_config", "lora_ga_config", "loftq_config", "fan_in_fan_out",
 }  # fmt: skip
 # Initialisations that leave the base as it was, and two whose change of it follows from the base alone.
-_HARMLESS_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+_HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _RESIDUAL_INITIALISATIONS = ("pissa", "olora")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -68,6 +69,7 @@ def read_adapter(uri: str, revision: str | None = None) -> SavedAdapter:
     if not path.is_file():
         raise AdapterMismatch(f"{uri}: expected {WEIGHTS_NAME}, {_found_instead(folder)}")
     try:
+        path.open("rb").close()  # safetensors calls a file that may not be read one that is not there
         tensors = load_file(path)
     except (safetensors.SafetensorError, ValueError) as error:
         raise AdapterMismatch(f"{path}: is not a whole safetensors file ({error}). Copy or save it again.") from None
@@ -124,6 +126,8 @@ def _found_instead(folder: Path) -> str:
     pickled = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()]
     if pickled:
         return f"found {pickled[0]}, a pickle, which is never opened. Save it again with safe_serialization=True."
+    if (folder / WEIGHTS_NAME).exists():
+        return "found a directory of that name. Copy or save it again."
     others = sorted(path.name for path in folder.glob("*.safetensors*"))
     if others:
         return f"found {some(others)}. Rename it if it is the adapter's, or save the adapter again, in one file."
@@ -158,7 +162,7 @@ def _check_fields(uri: str, config: dict[str, Any]) -> None:
             continue
         known = "cannot be folded exactly" if field in defaults else "is not known to this version"
         raise AdapterMismatch(
-            f"{uri}: {CONFIG_NAME} sets {field}={json.dumps(value)}, which {known}. "
+            f"{uri}: {CONFIG_NAME} sets {field}={_shown(value)}, which {known}. "
             "Merge that adapter into its base with PEFT first, or train it without."
         )
     initialisation = config.get("init_lora_weights", True)
@@ -166,7 +170,7 @@ def _check_fields(uri: str, config: dict[str, Any]) -> None:
     if lowered not in _HARMLESS_INITIALISATIONS and residual_kind(config) is None:
         raise AdapterMismatch(
             f"{uri}: was trained with init_lora_weights={json.dumps(initialisation)}, which changes the base's own weights "
-            "in a way that the files do not hold. Convert it to a plain LoRA adapter: save it with PEFT's "
+            "in a way that the files do not hold, or is not known. Convert it to a plain LoRA adapter: save it with PEFT's "
             "path_initial_model_for_weight_conversion."
         )
 
@@ -181,6 +185,11 @@ def _check_types(uri: str, config: dict[str, Any]) -> None:
         "use_dora": ("true or false", lambda value: isinstance(value, bool)),
         "lora_bias": ("true or false", lambda value: isinstance(value, bool)),
         "bias": ("none, all or lora_only", lambda value: value in ("none", "all", "lora_only")),
+        "target_modules": ("a list of names, or a pattern", _is_names),
+        "exclude_modules": ("a list of names, or a pattern", _is_names),
+        "modules_to_save": ("a list of names", lambda value: isinstance(value, list) and _is_names(value)),
+        "layers_pattern": ("a list of names, or a pattern", _is_names),
+        "layers_to_transform": ("numbers of layers", lambda value: all(type(n) is int for n in _listed(value))),
         "init_lora_weights": ("true, false or a name", lambda value: isinstance(value, bool | str)),
     }
     for field, (expected, is_right) in expectations.items():
@@ -188,12 +197,29 @@ def _check_types(uri: str, config: dict[str, Any]) -> None:
         if value is None and field not in ("r", "lora_alpha"):
             continue
         if not is_right(value):
-            found = f"is {json.dumps(value)}" if field in config else "is missing"
+            found = f"is {_shown(value)}" if field in config else "is missing"
             raise AdapterMismatch(f"{uri}: {field} of {CONFIG_NAME} {found}, expected {expected}. Save the adapter again.")
+
+
+def _shown(value: Any) -> str:
+    """As it stands in the file, for a message."""
+    return (
+        textwrap.shorten(json.dumps(value), 100, placeholder=" …")
+        if isinstance(value, dict | list)
+        else json.dumps(value)[:100]
+    )
 
 
 def _is_pattern(value: Any) -> bool:
     return isinstance(value, dict) and all(_is_number(number) for number in value.values())
+
+
+def _is_names(value: Any) -> bool:
+    return all(isinstance(name, str) for name in _listed(value))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _is_number(value: Any) -> bool:

@@ -60,8 +60,8 @@ def fold(model: PreTrainedModel, merged: Merge, limit: Limit | None = None) -> I
         parameter.data = (old.double() + added).float()
         if not bool(torch.isfinite(parameter).all()):
             raise EncoderError(
-                f"{name} is not finite after the merge. Either the base's own weights are not, or the recipe's weights "
-                "are too large for float32: make them smaller."
+                f"{name} is not finite after the merge: the base's own weights are not, or an adapter's values times the "
+                "recipe's weight are too large for float32. Make that weight smaller, or leave the adapter out."
             )
         yield Folded(name=name, before=old, delta=delta, kept=kept)
 

@@ -8,9 +8,11 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from lora_embed.errors import AdapterMismatch
@@ -23,6 +25,7 @@ Locate = Callable[[dict[str, torch.Size]], dict[str, str | None]]
 _HALVES = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
 # PEFT saves bias="all" of a module in modules_to_save three times: the trained one, beside its wrapper's two.
 _COPIES = (".modules_to_save.", ".original_module.")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer
 _KINDS = (*_HALVES, "lora_B.bias", "lora_magnitude_vector", "lora_magnitude_vector.weight")
 
 
@@ -111,9 +114,9 @@ def match_adapter(saved: SavedAdapter, target: Target) -> Adapter:
     heads = {name for name, place in found.items() if place is None and _is_of_head(name, target)}
     _check_places(saved, target, shapes, {name: place for name, place in found.items() if name not in heads})
     places = {name: place for name, place in found.items() if place is not None}
-    adapted = {places[f"{module.name}.weight"] for module in modules if f"{module.name}.weight" in places}
+    adapted = {name: places[name] for name in (f"{module.name}.weight" for module in modules) if name in places}
     _check_whole(saved, target, adapted)
-    _check_biases(saved, target, adapted, {places[name] for name in others if name in places})
+    _check_biases(saved, target, set(adapted.values()), {places[name] for name in others if name in places})
     changes: dict[str, Change] = {places[name]: Replaced(trained=others[name]) for name in others if name in places}
     for module in modules:
         if f"{module.name}.weight" in places:
@@ -147,7 +150,7 @@ def _split(saved: SavedAdapter) -> tuple[list[_Module], dict[str, torch.Tensor]]
             raise AdapterMismatch(f"{saved.uri}: {name} is saved twice, under two names. Save the adapter again.")
         place[short or name] = tensor
     if not found:
-        raise AdapterMismatch(f"{saved.uri}: {WEIGHTS_NAME} holds no LoRA tensors, so it would change nothing")
+        raise AdapterMismatch(f"{saved.uri}: {WEIGHTS_NAME} holds no LoRA tensors, so it would change nothing. Leave it out.")
     return [_module(saved, name, tensors) for name, tensors in found.items()], others
 
 
@@ -166,7 +169,7 @@ def _module(saved: SavedAdapter, name: str, tensors: dict[str, torch.Tensor]) ->
     if surplus:
         raise AdapterMismatch(
             f"{saved.uri}: {name} has a {surplus[0]} that {CONFIG_NAME} knows nothing of; "
-            "configuration and weights are of different adapters"
+            "configuration and weights are of different adapters. Bring together those of one."
         )
     down, up = tensors[wanted[0]], tensors[wanted[1]]
     embedding = kind == "lora_embedding"
@@ -232,6 +235,14 @@ def _check_places(saved: SavedAdapter, target: Target, shapes: dict[str, torch.S
     unused = [name for name in places if places[name] is None]
     if not unused:
         return
+    alone = target.locate({name: shapes[name] for name in unused})
+    for name, place in alone.items():
+        if place is not None and place in places.values():
+            other = next(own for own, taken in places.items() if taken == place)
+            raise AdapterMismatch(
+                f"{saved.uri}: {other} and {name} are both names of {place}, of two versions of transformers. "
+                "Save the adapter again."
+            )
     kernels = any(len(shapes[name]) > 2 for name in unused)
     hint = " A convolution in groups cannot be folded: its LoRA mixes channels that its weight keeps apart." if kernels else ""
     raise AdapterMismatch(
@@ -241,25 +252,40 @@ def _check_places(saved: SavedAdapter, target: Target, shapes: dict[str, torch.S
     )
 
 
-def _check_whole(saved: SavedAdapter, target: Target, changed: set[str]) -> None:
-    """Modules named by the end of their name are all adapted, in each layer that has one; a gap is a lost tensor.
-
-    Not so where the configuration leaves layers out, or names modules by a pattern or with their layer's number.
-    """
-    config = saved.config
-    named = config.get("target_modules")
-    if not isinstance(named, list) or any(re.search(r"(^|\.)\d+(\.|$)", str(name)) for name in named):
+def _check_whole(saved: SavedAdapter, target: Target, adapted: dict[str, str]) -> None:
+    """All modules that the configuration targets, by PEFT's own rule, are there; a gap is a lost tensor."""
+    fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+    rule = SimpleNamespace(**{field: saved.config.get(field) for field in fields})
+    named = rule.target_modules
+    if not named:
         return
-    if config.get("layers_to_transform") is not None or config.get("exclude_modules"):
-        return
-    kinds = {re.sub(r"\.\d+\.", ".#.", name) for name in changed}
-    expected = {name for name in target.shapes if re.sub(r"\.\d+\.", ".#.", name) in kinds}
-    missing = sorted(expected - changed)
+    absent = {place: own for place, own in _own_names(target, adapted).items() if place not in adapted.values()}
+    try:
+        missing = sorted(place for place, own in absent.items() if check_target_module_exists(rule, own))
+    except re.error as error:
+        raise AdapterMismatch(
+            f"{saved.uri}: a pattern of {CONFIG_NAME} cannot be read: {error}. Save the adapter again."
+        ) from None
     if missing:
         raise AdapterMismatch(
-            f"{saved.uri}: {CONFIG_NAME} targets {some(sorted(map(str, named)), 6)} in every layer, but {WEIGHTS_NAME} has "
-            f"nothing for {some(missing)}; the file is not whole. Save it again."
+            f"{saved.uri}: {CONFIG_NAME} targets {some(sorted([named] if isinstance(named, str) else named), 6)}, but "
+            f"{WEIGHTS_NAME} has nothing for {some(missing)}; the file is not whole. Save it again."
         )
+
+
+def _own_names(target: Target, adapted: dict[str, str]) -> dict[str, str]:
+    """Weights of the base → what the adapter calls their modules, as far as the names in its file show that."""
+    weights = [name for name, shape in target.shapes.items() if name.endswith(".weight") and len(shape) > 1]
+    fronts = {own.removesuffix(place) if own.endswith(place) else None for own, place in adapted.items()}
+    if len(fronts) == 1 and None not in fronts:
+        return {place: f"{fronts.copy().pop()}{place}".removesuffix(".weight") for place in weights}
+    templates = {}  # other names in other layers differ by numbers alone
+    for own, place in adapted.items():
+        template = _NUMBER.sub("{}", own)
+        if template.format(*_NUMBER.findall(place), *[""] * template.count("{}")) == own:
+            templates[_NUMBER.sub("#", place)] = template.removesuffix(".weight")
+    kinds = {place: templates.get(_NUMBER.sub("#", place)) for place in weights}
+    return {place: template.format(*_NUMBER.findall(place)) for place, template in kinds.items() if template}
 
 
 def _check_biases(saved: SavedAdapter, target: Target, adapted: set[str], whole: set[str]) -> None:
@@ -296,11 +322,13 @@ def _scale(saved: SavedAdapter, module: str, rank: int) -> float:
         expected = ranks.get(get_pattern_key(list(ranks), module), config["r"])
         alpha = float(alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"]))
     except re.error as error:
-        raise AdapterMismatch(f"{saved.uri}: rank_pattern or alpha_pattern of {CONFIG_NAME} cannot be read: {error}") from None
+        raise AdapterMismatch(
+            f"{saved.uri}: a pattern of {CONFIG_NAME} cannot be read: {error}. Save the adapter again."
+        ) from None
     if expected != rank:
         raise AdapterMismatch(
             f"{saved.uri}: {module} has rank {rank}, but {CONFIG_NAME} says {expected}; "
-            "configuration and weights are of different adapters"
+            "configuration and weights are of different adapters. Bring together those of one."
         )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

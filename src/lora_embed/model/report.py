@@ -31,6 +31,7 @@ def write_report(
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*.safetensors"))}
     report = {
         "format": FORMAT,
+        "space_id": description.space_id,
         "base": {"uri": base.uri, "content_hash": base.content_hash},
         "notes": notes,
         "store": {
