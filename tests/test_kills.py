@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 
 from jobs import kill_all, start_job, tiny_recipe, write_job, write_tars
-from lora_embed import open_table, table
+from lora_embed import open_table, versions
 from lora_embed.schema import encoder_path
 from lora_embed.storage import Store
 from s3 import Proxy, Request, S3Server, s3_server
@@ -154,9 +154,9 @@ def check_table(place: Place, name: str, proxy: Proxy) -> None:
     """Equal to an undisturbed one, every object committed once, and nothing there that the version does not refer to."""
     assert rows_of(place.server, name).equals(place.expected)
     store = place.store(name)
-    manifest = table.read_manifest(store)
+    manifest = versions.read_manifest(store)
     assert manifest is not None
-    assert (manifest.version, table.listed_versions(store)) == (1, [1])
+    assert (manifest.version, versions.listed_versions(store)) == (1, [1])
     writes = [r for r in proxy.requests if r.method == "PUT" and r.status == 200 and f"/{name}/" in r.path]
     parts = {"data", "rejects", "CURRENT"}  # these may be written again until a version refers to them
     once = Counter(r.path for r in writes if r.path.split(f"/{name}/")[1].split("/")[0] not in parts)
@@ -213,5 +213,5 @@ def test_two_runs_at_once_make_one_version(place: Place) -> None:
         codes = [run.wait(2 * LIMIT_S) for run in runs]
         assert codes == [0, 0], [log.read_text()[-2000:] for log in place.folder.glob("twice-*.log")]
         assert rows_of(place.server, "twice").equals(place.expected)
-        assert table.listed_versions(place.store("twice")) == [1]
+        assert versions.listed_versions(place.store("twice")) == [1]
         assert not place.store("twice").list_files("staging")

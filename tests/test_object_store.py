@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from jobs import job_of, read_rows, tiny_recipe, write_job, write_tars
-from lora_embed import load_encoder, open_table, pipeline, table
+from lora_embed import load_encoder, open_table, pipeline
 from lora_embed.cli import run_command
 from lora_embed.config import load_job, load_recipe
 from lora_embed.errors import StorageError, StoreUnavailable
@@ -20,7 +20,8 @@ from lora_embed.model.fold import Limit
 from lora_embed.run import run_job
 from lora_embed.schema import Manifest
 from lora_embed.storage import Store
-from lora_embed.table import commit_version, verify_table
+from lora_embed.table import verify_table
+from lora_embed.versions import commit_version, read_manifest
 from s3 import Faults, Proxy, Request, S3Server, s3_server
 
 HASTY = {"config_kwargs": {"read_timeout": 1.0}}  # a stall costs a second, not fifteen
@@ -225,7 +226,7 @@ def test_a_commit_whose_answer_is_lost_is_still_ours(server: S3Server, proxy: Pr
     assert [(r.status, r.fault) for r in proxy.requests if r.is_conditional] == [(0, "lost_answer"), (412, "")]
     other = Manifest(version=1, space_id="s", dimension=1, created="later", **about)
     assert not commit_version(store, other)
-    assert table.read_manifest(store) == ours
+    assert read_manifest(store) == ours
 
 
 def test_a_store_that_ignores_conditional_put_is_found_out(tmp_path: Path) -> None:

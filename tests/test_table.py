@@ -15,15 +15,14 @@ from lora_embed.schema import ChunkHead, ChunkStats, Manifest, Part, ShardCounts
 from lora_embed.storage import Store
 from lora_embed.table import (
     Table,
-    commit_version,
     is_complete,
     open_table,
     part_paths,
-    read_manifest,
     staged_parts,
     verify_parts,
     verify_table,
 )
+from lora_embed.versions import commit_version, read_manifest
 from lora_embed.write import make_part, write_part
 from samples import layout
 

@@ -79,6 +79,37 @@ def run(
 
 
 @app.command()
+def publish(
+    job: JobFile,
+    set_: Set = None,
+    release: Annotated[bool, typer.Option("--release", help="Publish a space that a rollback holds back.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish what is staged as the next version, without embedding anything."""
+    from lora_embed.run import publish_job
+
+    result = publish_job(load_job(job, set_), releases=release)
+    _print(asdict(result), as_json, result.describe())
+
+
+@app.command()
+def rollback(
+    table: TableUri,
+    to: Annotated[int, typer.Option(metavar="VERSION", help="The version whose content is to be current again.")],
+    why: Annotated[str, typer.Option(help="The reason, kept in the new version.")],
+    as_json: Json = False,
+) -> None:
+    """Make an earlier version's content the next version, and hold back the space that it replaces."""
+    from lora_embed.storage import Store as TableStore
+    from lora_embed.versions import roll_back
+
+    manifest = roll_back(TableStore(table, {}), to, why)
+    held = f"; held back: {', '.join(manifest.held)}" if manifest.held else ""
+    result = {"table": table, "version": manifest.version, "space_id": manifest.space_id, "held": manifest.held}
+    _print(result, as_json, f"version {manifest.version} has the content of version {to}, space {manifest.space_id}{held}")
+
+
+@app.command()
 def status(table: TableUri, as_json: Json = False) -> None:
     """Show a table's versions and what is staged for the next."""
     from lora_embed.table import describe_table
@@ -107,6 +138,26 @@ def demo(folder: Annotated[Path, typer.Argument(help="Where everything is writte
 
     folder.mkdir(parents=True, exist_ok=True)
     run_demo(folder, say)
+
+
+def nightly_job(arguments: list[str]) -> int:
+    """`jobs/reembed_nightly.py`: `--config JOB [--set KEY=VALUE …] [--release] [--json]`; returns the exit code."""
+    entry = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+    @entry.command()
+    def main(
+        config: Annotated[Path, typer.Option(help="Job file (YAML).")],
+        set_: Set = None,
+        release: Annotated[bool, typer.Option("--release", help="Publish a space that a rollback holds back.")] = False,
+        as_json: Json = False,
+    ) -> None:
+        """Embed what is stale: new and changed shards, or everything where the recipe makes another space; publish."""
+        from lora_embed.run import run_job
+
+        result = run_job(load_job(config, set_), replaces=True, releases=release)
+        _print(asdict(result), as_json, result.describe())
+
+    return _exit_code(lambda: entry(arguments, prog_name="reembed_nightly.py"))
 
 
 def embed_job(arguments: list[str]) -> int:

@@ -103,6 +103,13 @@ class Resources(Section):
     wait_s: Annotated[Number, Field(ge=0)] | None = None
 
 
+class Retain(Section):
+    """How long a table keeps what its current version does not need."""
+
+    versions: int = Field(default=10, ge=2)
+    grace_days: Annotated[Number, Field(ge=0)] = 7.0
+
+
 class CarryField(Section):
     """A sample field kept as a column of the table."""
 
@@ -135,6 +142,7 @@ class JobConfig(Section):
     limit: int | None = Field(default=None, ge=1)
     vector_type: Literal["float32", "float16"] = "float32"
     resources: Resources = Resources()
+    retain: Retain = Retain()
     shared_filesystem: bool = False
     input_storage_options: dict[str, Any] = Field(default_factory=dict)
     table_storage_options: dict[str, Any] = Field(default_factory=dict)

@@ -3,37 +3,54 @@
 from dataclasses import asdict
 from typing import Any
 
-from lora_embed import compact, pipeline, table
+from lora_embed import compact, pipeline, retention, table, versions
 from lora_embed.config import JobConfig
 from lora_embed.errors import GateFailed, IncompleteRun, VerificationFailed
 from lora_embed.progress import say
 from lora_embed.schema import Manifest, Shard, ShardCounts
+from lora_embed.storage import Store
 
 SHARDS_PER_TASK = 64  # to verify one takes milliseconds
 
 
-def publish(job: JobConfig, shared: pipeline.Job, shards: list[Shard]) -> tuple[Manifest, bool]:
+def publish(
+    job: JobConfig, shared: pipeline.Job, shards: list[Shard], *, replaces: str | None = None, releases: bool = False
+) -> tuple[Manifest, bool]:
     """Make the shards the table's current version; False beside the manifest when they already are.
 
-    Raises IncompleteRun, VerificationFailed or GateFailed; staged parts are removed only once a version holds their rows.
+    `replaces` is the space whose vectors the run set out to replace, if another one; `releases` publishes a space that a
+    rollback holds back. Raises IncompleteRun, VerificationFailed or GateFailed; staged parts are removed only once a
+    version holds their rows.
     """
     store = shared.store
     wanted = {shard.id: shard for shard in shards}
     while True:
-        current = table.read_manifest(store)
-        if current is not None and set(current.shards) == set(wanted):
+        current = versions.read_manifest(store)
+        versions.refuse_held(current, shared.encoder.space_id, releases=releases)
+        _refuse_backwards(store, current, shared.encoder.space_id, replaces)
+        if current is not None and current.space_id == shared.encoder.space_id and set(current.shards) == set(wanted):
             table.clear_absorbed(store, current, shared.layout)
             return current, False
         try:
             manifest = _next_version(job, shared, current, wanted)
         except (IncompleteRun, VerificationFailed):
-            if _version(table.read_manifest(store)) == _version(current):
+            if _version(versions.read_manifest(store)) == _version(current):
                 raise
             continue  # another run published meanwhile and removed the parts that it absorbed
-        if table.commit_version(store, manifest):
+        if versions.commit_version(store, manifest):
             table.clear_absorbed(store, manifest, shared.layout)
+            retention.retire(store, job.retain.versions, job.retain.grace_days * 86400, frozenset(wanted))
             return manifest, True
         say(f"version {manifest.version} was published by another run meanwhile; planning again from it")
+
+
+def _refuse_backwards(store: Store, current: Manifest | None, space_id: str, replaces: str | None) -> None:
+    """A run that took long must not put back what another one has replaced meanwhile."""
+    if current is not None and current.space_id not in (space_id, replaces):
+        raise IncompleteRun(
+            f"{store.uri}: version {current.version} has vectors of space {current.space_id} by now, published while this run "
+            f"made those of space {space_id}. What was embedded is kept: if that is still wanted, run it again."
+        )
 
 
 def _version(manifest: Manifest | None) -> int:
@@ -43,8 +60,9 @@ def _version(manifest: Manifest | None) -> int:
 def _next_version(job: JobConfig, shared: pipeline.Job, current: Manifest | None, wanted: dict[str, Shard]) -> Manifest:
     """The next version's manifest, its files written."""
     store, encoder, layout = shared.store, shared.encoder, shared.layout
-    reuse = compact.plan_reuse(current, set(wanted))
-    kept = set(current.shards) & set(wanted) if current is not None else set()
+    before = versions.newest_of(store, encoder.space_id, layout.pins, current)
+    reuse = compact.plan_reuse(before, set(wanted))
+    kept = set(before.shards) & set(wanted) if before is not None else set()
     staged = table.staged_parts(store, encoder.space_id, layout.layout_id)
     new = {shard_id: staged.get(shard_id, []) for shard_id in wanted if shard_id not in kept}
     incomplete = [wanted[shard_id].name for shard_id, parts in new.items() if not table.is_complete(parts)]
@@ -69,6 +87,7 @@ def _next_version(job: JobConfig, shared: pipeline.Job, current: Manifest | None
         reuse,
         gates=gates,
         pins=layout.pins,
+        held={space: why for space, why in (current.held if current else {}).items() if space != encoder.space_id},
         lineage={"recipe_id": encoder.recipe_id, "input": list(job.input), "layout": asdict(layout)},
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from lora_embed import cluster, pipeline, plan, publish, table, work
+from lora_embed import cluster, pipeline, plan, publish, table, versions, work
 from lora_embed.config import JobConfig, Recipe, load_recipe
 from lora_embed.errors import ConfigError, TableError
 from lora_embed.model.build import Ingredients, build_encoder, gather, match_adapters
@@ -76,7 +76,7 @@ def plan_job(job: JobConfig) -> Outlook:
     Raises ConfigError as `run_job` does, for what can be seen by reading.
     """
     store, shards = _list(job)
-    current = table.read_manifest(store)
+    current = versions.read_manifest(store)
     recipe = find_recipe(job.recipe)
     source = gather(recipe) if isinstance(recipe, Recipe) else recipe
     encoder = read_description(source) if isinstance(source, Path) else find_encoder(source, store)
@@ -104,19 +104,23 @@ def plan_job(job: JobConfig) -> Outlook:
     )
 
 
-def run_job(job: JobConfig, *, publishes: bool = True) -> RunResult:
+def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, releases: bool = False) -> RunResult:
     """Run a job to a published version, or to where it must stop.
 
-    Raises a ConfigError before anything is written; IncompleteRun, VerificationFailed or GateFailed afterwards, when
-    what is committed stays and the same call goes on.
+    With `replaces`, vectors of another space may take the place of the table's: all of them are embedded anew while the
+    current version stays, as the nightly run does; with `releases`, also those that a rollback holds back. Raises a
+    ConfigError before anything is written; IncompleteRun, VerificationFailed or GateFailed afterwards, when what is
+    committed stays and the same call goes on.
     """
     started = time.monotonic()
     store, shards = _list(job)
     recipe = find_recipe(job.recipe)
     source = gather(recipe) if isinstance(recipe, Recipe) else recipe
     store.check_writable()
-    current = table.read_manifest(store)
+    current = versions.read_manifest(store)
     known = find_encoder(source, store)
+    if known is not None:
+        _refuse_space(store, current, known, replaces=replaces, releases=releases)
     if known is not None and current is not None and _is_current(job, store, known, current, shards):
         counts, seconds = current.counts, round(time.monotonic() - started, 2)
         return RunResult(
@@ -126,27 +130,57 @@ def run_job(job: JobConfig, *, publishes: bool = True) -> RunResult:
     with tempfile.TemporaryDirectory() as scratch:
         folder = None if known is not None else prepare_encoder(source, Path(scratch) / "encoder")
         prepared = known or read_description(cast(Path, folder))
-        refuse_other_space(store, current, prepared)
+        _refuse_space(store, current, prepared, replaces=replaces, releases=releases)
         cluster.connect()
         topology = cluster.choose_topology(job.resources)
         refuse_local_paths(job, shards, store, prepared.base)
         store = store.claim(MARKER, b'{"format": 1}\n')  # the last that can refuse, and the first that writes
         if not store.exclusive:
             say(f"{job.table}: this store ignores conditional PUT: never run two jobs on this table at the same time")
-        encoder = prepared if folder is None else store_encoder(folder, store)
+        encoder = renew_encoder(known, store) if folder is None else store_encoder(folder, store)
     layout = resolve_layout(job, store, encoder, current, topology)
     shared = pipeline.Job(input_options=job.input_storage_options, store=store, encoder=encoder, layout=layout)
     embedded = work.embed_missing(job, shared, shards, topology)
     result = RunResult(table=job.table, space_id=encoder.space_id, embedded=embedded)
     if publishes and job.limit is None:
-        manifest, is_new = publish.publish(job, shared, shards)
+        before = current.space_id if current is not None else None
+        manifest, is_new = publish.publish(job, shared, shards, replaces=before, releases=releases)
         result = replace(result, version=manifest.version, published=is_new, counts=manifest.counts)
     return replace(result, seconds=round(time.monotonic() - started, 2))
 
 
+def publish_job(job: JobConfig, *, releases: bool = False) -> RunResult:
+    """Publish what is staged, without embedding anything.
+
+    Raises ConfigError when nothing was ever embedded for this recipe; IncompleteRun, VerificationFailed or GateFailed.
+    """
+    started = time.monotonic()
+    store, shards = _list(job)
+    recipe = find_recipe(job.recipe)
+    source = gather(recipe) if isinstance(recipe, Recipe) else recipe
+    current, encoder = versions.read_manifest(store), find_encoder(source, store)
+    layout = known_layout(job, store, encoder, current) if encoder is not None else None
+    if encoder is None or layout is None:
+        raise TableError(f"{job.table}: nothing was embedded there with this recipe yet. Use `lora-embed run`.")
+    cluster.connect()
+    shared = pipeline.Job(input_options=job.input_storage_options, store=store, encoder=encoder, layout=layout)
+    before = current.space_id if current is not None else None
+    manifest, is_new = publish.publish(job, shared, shards, replaces=before, releases=releases)
+    return RunResult(
+        table=job.table,
+        space_id=encoder.space_id,
+        embedded=0,
+        version=manifest.version,
+        published=is_new,
+        counts=manifest.counts,
+        seconds=round(time.monotonic() - started, 2),
+    )
+
+
 def _is_current(job: JobConfig, store: Store, encoder: Description, current: Manifest, shards: list[Shard]) -> bool:
     """Does the current version hold exactly these shards, made as this job would make them? Then no cluster is needed."""
-    refuse_other_space(store, current, encoder)
+    if current.space_id != encoder.space_id:
+        return False
     layout = known_layout(job, store, encoder, current)
     if layout is None or job.limit is not None or set(current.shards) != {shard.id for shard in shards}:
         return False
@@ -214,6 +248,16 @@ def stored_encoder(store: Store, space_id: str) -> Description | None:
         return read_description(Path(folder))
 
 
+def renew_encoder(encoder: Description | None, store: Store) -> Description:
+    """Say by its time that an encoder is in use: one that no version refers to is removed after the grace period."""
+    assert encoder is not None
+    path = f"{encoder_path(encoder.space_id)}/{DESCRIPTION}"
+    data = store.read(path)
+    if data is not None:
+        store.replace(path, data)
+    return encoder
+
+
 def store_encoder(folder: Path, store: Store) -> Description:
     """Copy an encoder to the table, its description last, so that it is whole once that can be read."""
     description = read_description(folder)
@@ -225,12 +269,19 @@ def store_encoder(folder: Path, store: Store) -> Description:
     return description
 
 
+def _refuse_space(store: Store, current: Manifest | None, encoder: Description, *, replaces: bool, releases: bool) -> None:
+    if not replaces:
+        refuse_other_space(store, current, encoder)
+    versions.refuse_held(current, encoder.space_id, releases=releases)
+
+
 def refuse_other_space(store: Store, current: Manifest | None, encoder: Description) -> None:
     """Raises TableError when the table's current version holds vectors of another space than the encoder's."""
     if current is not None and current.space_id != encoder.space_id:
         raise TableError(
             f"{store.uri}: version {current.version} holds vectors of space {current.space_id}, this recipe makes space "
-            f"{encoder.space_id}; vectors of two spaces never mix. Name another table, or the recipe that made this one."
+            f"{encoder.space_id}; vectors of two spaces never mix. Name another table or the recipe that made this one, or "
+            "let jobs/reembed_nightly.py replace them all."
         )
 
 

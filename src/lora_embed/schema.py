@@ -186,6 +186,7 @@ class Manifest:
     gates: dict[str, dict[str, Any]]
     pins: dict[str, Any]
     lineage: dict[str, Any]
+    held: dict[str, str] = field(default_factory=dict)  # spaces that a rollback holds back → why
     format: int = field(default=FORMAT)
 
     @property

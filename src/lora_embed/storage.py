@@ -31,11 +31,12 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored object: its path below the root, its size in bytes and what changes when its content does."""
+    """One stored object: its path below the root, its size in bytes, what changes when its content does, and its time."""
 
     path: str
     size: int
     etag: str
+    modified: float = field(default=0.0, compare=False, repr=False)  # by the store's clock, seconds since 1970
 
 
 @dataclass(frozen=True)
@@ -327,14 +328,17 @@ def _walk(fs: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _local_entry(path: str, state: os.stat_result) -> Entry:
-    return Entry(path=path, size=state.st_size, etag=str(state.st_mtime_ns))
+    return Entry(path=path, size=state.st_size, etag=str(state.st_mtime_ns), modified=state.st_mtime)
 
 
 def _entry(path: str, info: dict[str, Any]) -> Entry:
     etag = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or info.get("created")
     if isinstance(etag, datetime):  # some give a number when they list, and a date when they are asked for one object
         etag = etag.timestamp()
-    return Entry(path=path, size=int(info["size"] or 0), etag=str(etag).strip('"'))
+    modified = info.get("LastModified") or info.get("mtime") or info.get("created") or 0.0
+    if isinstance(modified, datetime):
+        modified = modified.timestamp()
+    return Entry(path=path, size=int(info["size"] or 0), etag=str(etag).strip('"'), modified=float(modified))
 
 
 @contextlib.contextmanager

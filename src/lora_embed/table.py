@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,41 +23,11 @@ from lora_embed.schema import (
     encoder_path,
 )
 from lora_embed.storage import Store
+from lora_embed.versions import listed_versions, read_manifest
 from lora_embed.write import part_path, read_footer
 
 if TYPE_CHECKING:
     from lora_embed.model.encoder import Encoder
-
-CURRENT = "CURRENT"
-
-
-def manifest_path(version: int) -> str:
-    return f"versions/{version:08d}.json"
-
-
-def read_manifest(store: Store, version: int | None = None) -> Manifest | None:
-    """One version's manifest, by default the highest; None where there is none.
-
-    `CURRENT` is a hint: the search starts there and goes on as long as there is a next version.
-    """
-    if version is not None:
-        data = store.read(manifest_path(version))
-        return Manifest.from_json(data) if data is not None else None
-    hint = (store.read(CURRENT) or b"").strip()
-    number = int(hint) if hint.isdigit() else 0
-    latest = store.read(manifest_path(number)) if number else None
-    if latest is None:
-        number = max(listed_versions(store), default=0)
-        latest = store.read(manifest_path(number)) if number else None
-    while (following := store.read(manifest_path(number + 1))) is not None:
-        number, latest = number + 1, following
-    return Manifest.from_json(latest) if latest is not None else None
-
-
-def listed_versions(store: Store) -> list[int]:
-    """Numbers of all versions whose manifests are there, in order."""
-    names = [entry.path.removeprefix("versions/") for entry in store.list_files("versions")]
-    return sorted(int(name[:8]) for name in names if re.fullmatch(r"\d{8}\.json", name))
 
 
 def staged_parts(store: Store, space_id: str, layout_id: str) -> dict[str, list[Part]]:
@@ -115,15 +84,6 @@ def read_rows(store: Store, path: str) -> pa.Table:
     if data is None:
         raise VerificationFailed(f"{store.uri}/{path}: is gone, though it is referred to")
     return pq.read_table(io.BytesIO(data)).replace_schema_metadata(None)
-
-
-def commit_version(store: Store, manifest: Manifest) -> bool:
-    """Create the version; False when another run created one of this number first."""
-    path, data = manifest_path(manifest.version), manifest.to_json()
-    if not store.create(path, data) and store.read(path) != data:  # equal: it is ours, and the store's answer got lost
-        return False
-    store.replace(CURRENT, f"{manifest.version}\n".encode())
-    return True
 
 
 def clear_absorbed(store: Store, manifest: Manifest, layout: Layout) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from lora_embed import cluster, pipeline, table
+from lora_embed import cluster, pipeline, table, versions
 from lora_embed.config import JobConfig
 from lora_embed.errors import IncompleteRun, StorageError, StoreUnavailable, WorkersLost
 from lora_embed.model.encoder import Description
@@ -19,8 +19,9 @@ MOST_IN_A_ROW = 8  # shards that fail for a store that does not answer, before a
 def find_work(job: JobConfig, store: Store, encoder: Description, layout: Layout, shards: list[Shard]) -> list[WorkItem]:
     """Subtract what is published or staged from the listed shards; a trial run takes the first `limit` samples."""
     staged = table.staged_parts(store, encoder.space_id, layout.layout_id)
-    current = table.read_manifest(store)  # after the listing: another run may publish, and remove its parts, in between
-    published = set(current.shards) if current is not None else set()
+    current = versions.read_manifest(store)  # after the listing: another run may publish, and remove its parts, in between
+    before = versions.newest_of(store, encoder.space_id, layout.pins, current)
+    published = set(before.shards) if before is not None else set()
     items = [
         WorkItem(shard=shard, done=frozenset(part.chunk for part in staged.get(shard.id, [])))
         for shard in shards

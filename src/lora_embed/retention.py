@@ -1,0 +1,99 @@
+"""What a table no longer needs: old versions, and what nothing refers to, once a grace period is over."""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+
+from lora_embed.schema import Manifest, Part, encoder_path
+from lora_embed.storage import Entry, Store
+from lora_embed.versions import CURRENT, manifest_path, newest_first
+
+RETIRED = "retired"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retained:
+    """What stays whatever its age: the versions kept, those retired within the grace period, and the shards being embedded."""
+
+    manifests: tuple[Manifest, ...]
+    wanted: frozenset[str]  # shard ids
+
+    @property
+    def files(self) -> set[str]:
+        """Paths of published files."""
+        return {entry.path for manifest in self.manifests for entry in (*manifest.files, *manifest.rejects)}
+
+    @property
+    def spaces(self) -> set[str]:
+        """Spaces whose encoders readers need."""
+        return {manifest.space_id for manifest in self.manifests}
+
+
+def retire(store: Store, keep: int, grace_s: float, wanted: frozenset[str] = frozenset()) -> int:
+    """Retire all but the newest `keep` versions, and remove what nothing has referred to for `grace_s`; returns how much.
+
+    To be called after a commit: `CURRENT` was just written and tells the store's own time. A version is retired by moving
+    its manifest to `retired/`; for `grace_s` from then on its files stay, for readers that have it open and for a
+    rollback to it or a run that takes rows over from it, which began before. Parts of `wanted` shards are never removed.
+    """
+    written = store.info(CURRENT)
+    assert written is not None
+    oldest = written.modified - grace_s
+    kept = []
+    for place, manifest in enumerate(newest_first(store)):
+        if place < keep:
+            kept.append(manifest)
+        else:
+            store.create(f"{RETIRED}/{manifest.version:08d}.json", manifest.to_json())
+            store.delete([manifest_path(manifest.version)])
+    tombs = store.list_files(RETIRED)
+    young = [_read(store, tomb) for tomb in tombs if tomb.modified >= oldest]
+    retained = Retained(manifests=(*kept, *(manifest for manifest in young if manifest)), wanted=wanted)
+    doomed = _files(store, retained, oldest) + _encoders(store, retained, oldest) + _parts(store, retained, oldest)
+    doomed += [tomb.path for tomb in tombs if tomb.modified < oldest]  # last: while it is there, its files may be
+    if doomed:
+        store.delete(doomed)
+    return len(doomed)
+
+
+def _read(store: Store, tomb: Entry) -> Manifest | None:
+    data = store.read(tomb.path)
+    return Manifest.from_json(data) if data is not None else None
+
+
+def _files(store: Store, retained: Retained, oldest: float) -> list[str]:
+    """Published files of no version, and those that a run wrote for a version that it could not create."""
+    listed = [*store.list_files("data"), *store.list_files("rejects")]
+    referred = retained.files
+    return [entry.path for entry in listed if entry.path not in referred and entry.modified < oldest]
+
+
+def _encoders(store: Store, retained: Retained, oldest: float) -> list[str]:
+    """Encoders of no version, with their recipes, unless something was staged with them lately."""
+    found: dict[str, list[Entry]] = defaultdict(list)
+    for entry in (*store.list_files("encoders"), *store.list_files("staging")):
+        found[entry.path.split("/")[1]].append(entry)
+    unused = {
+        space
+        for space, entries in found.items()
+        if space not in retained.spaces and max(entry.modified for entry in entries) < oldest
+    }
+    doomed = [entry.path for space in unused for entry in found[space] if entry.path.startswith(encoder_path(space))]
+    if unused:
+        for entry in store.list_files("recipes"):
+            data = store.read(entry.path)
+            if data is not None and json.loads(data)["space_id"] in unused:
+                doomed.append(entry.path)
+    return doomed
+
+
+def _parts(store: Store, retained: Retained, oldest: float) -> list[str]:
+    """Staged parts that were left behind: of shards that are no longer there, and of layouts that no run uses."""
+    doomed = []
+    for entry in store.list_files("staging"):
+        part = Part.parse(entry.path.rsplit("/", 1)[-1])
+        is_wanted = part is not None and part.shard_id in retained.wanted
+        is_needed = part is None and entry.path.split("/")[1] in retained.spaces  # what `auto` was resolved to
+        if entry.modified < oldest and not is_wanted and not is_needed:
+            doomed.append(entry.path)
+    return doomed

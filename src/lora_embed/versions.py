@@ -1,0 +1,98 @@
+"""The versions of a table: immutable manifests, created one after another, of which the highest is current."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from lora_embed.errors import GateFailed, TableError
+from lora_embed.schema import Manifest
+from lora_embed.storage import Store
+
+CURRENT = "CURRENT"
+
+
+def manifest_path(version: int) -> str:
+    return f"versions/{version:08d}.json"
+
+
+def read_manifest(store: Store, version: int | None = None) -> Manifest | None:
+    """One version's manifest, by default the highest; None where there is none.
+
+    `CURRENT` is a hint: the search starts there and goes on as long as there is a next version.
+    """
+    if version is not None:
+        data = store.read(manifest_path(version))
+        return Manifest.from_json(data) if data is not None else None
+    hint = (store.read(CURRENT) or b"").strip()
+    number = int(hint) if hint.isdigit() else 0
+    latest = store.read(manifest_path(number)) if number else None
+    if latest is None:
+        number = max(listed_versions(store), default=0)
+        latest = store.read(manifest_path(number)) if number else None
+    while (following := store.read(manifest_path(number + 1))) is not None:
+        number, latest = number + 1, following
+    return Manifest.from_json(latest) if latest is not None else None
+
+
+def listed_versions(store: Store) -> list[int]:
+    """Numbers of all versions whose manifests are there, in order."""
+    names = [entry.path.removeprefix("versions/") for entry in store.list_files("versions")]
+    return sorted(int(name[:8]) for name in names if re.fullmatch(r"\d{8}\.json", name))
+
+
+def newest_first(store: Store) -> Iterator[Manifest]:
+    """The manifests that are retained, from the highest down."""
+    for number in reversed(listed_versions(store)):
+        if (manifest := read_manifest(store, number)) is not None:
+            yield manifest
+
+
+def newest_of(store: Store, space_id: str, pins: dict[str, Any], current: Manifest | None) -> Manifest | None:
+    """The newest retained version whose rows a version of this space can take over; mostly the current one."""
+    if current is None or (current.space_id, current.pins) == (space_id, pins):
+        return current
+    return next((m for m in newest_first(store) if (m.space_id, m.pins) == (space_id, pins)), None)
+
+
+def refuse_held(current: Manifest | None, space_id: str, *, releases: bool) -> None:
+    """Raises GateFailed when a rollback holds vectors of this space back."""
+    why = current.held.get(space_id) if current is not None and not releases else None
+    if why is not None:
+        raise GateFailed(
+            f"space {space_id} is held back since a rollback ({why}), so it is not published. Change the recipe or an "
+            "adapter, or publish it with --release."
+        )
+
+
+def roll_back(store: Store, to: int, why: str) -> Manifest:
+    """Publish an earlier version's content as the next version, and hold the space that it replaces back.
+
+    Raises TableError for a version that is not there, or is the current one.
+    """
+    while True:
+        current, wanted = read_manifest(store), read_manifest(store, to)
+        if current is None or wanted is None:
+            there = ", ".join(map(str, listed_versions(store))) or "none"
+            raise TableError(f"{store.uri}: has no version {to} to return to; versions there: {there}")
+        if wanted.version == current.version:
+            raise TableError(f"{store.uri}: version {to} is the current one already")
+        held = dict(current.held)
+        if current.space_id != wanted.space_id:
+            held[current.space_id] = why
+        held.pop(wanted.space_id, None)
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        lineage = wanted.lineage | {"rollback": {"from": current.version, "to": to, "why": why}}
+        manifest = replace(wanted, version=current.version + 1, created=created, held=held, lineage=lineage)
+        if commit_version(store, manifest):
+            return manifest
+
+
+def commit_version(store: Store, manifest: Manifest) -> bool:
+    """Create the version; False when another run created one of this number first."""
+    path, data = manifest_path(manifest.version), manifest.to_json()
+    if not store.create(path, data) and store.read(path) != data:  # equal: it is ours, and the store's answer got lost
+        return False
+    store.replace(CURRENT, f"{manifest.version}\n".encode())
+    return True

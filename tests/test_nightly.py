@@ -1,0 +1,89 @@
+"""The nightly run, night after night: what is stale is embedded, what was rolled back stays away."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs import read_rows, tiny_recipe, vectors_by_id, write_job, write_tars
+from lora_embed import cluster, load_encoder, open_table
+from lora_embed.cli import nightly_job, run_command
+from lora_embed.table import verify_table
+from lora_embed.versions import listed_versions
+from models import edit_tensors
+from samples import png, tar_of
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    write_tars(tmp_path / "shards", shards=4, images=3)
+    return write_job(tmp_path, tiny_recipe(tmp_path), tmp_path / "shards", max_removed=0.5)
+
+
+def tonight(job: Path, capfd: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+    """What the nightly run says as JSON; it must end well."""
+    capfd.readouterr()
+    code = nightly_job(["--config", str(job), "--json", *arguments])
+    output, errors = capfd.readouterr()
+    assert code == 0, errors
+    said: dict[str, object] = json.loads(output.splitlines()[-1])
+    return said
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_week(job: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    table, shards = tmp_path / "table", tmp_path / "shards"
+
+    first = tonight(job, capfd)
+    assert (first["version"], first["embedded"], first["published"]) == (1, 12, True)
+
+    with monkeypatch.context() as patch:  # nothing is stale
+        patch.setattr(cluster, "connect", lambda: pytest.fail("a cluster was started for nothing"))
+        second = tonight(job, capfd)
+    assert (second["version"], second["embedded"], second["published"]) == (1, 0, False)
+
+    (shards / "0000.tar").write_bytes(tar_of([("new.png", png(99)), ("newer.png", png(98))]))
+    (shards / "0001.tar").unlink()
+    (shards / "0004.tar").write_bytes(tar_of([("added.png", png(97))]))
+    unchanged = {id_: bits for id_, bits in vectors_by_id(read_rows(table)).items() if id_[:4] in ("0002", "0003")}
+    third = tonight(job, capfd)
+    assert (third["version"], third["embedded"]) == (2, 3)
+    rows = vectors_by_id(read_rows(table))
+    assert set(rows) - set(unchanged) == {"0000.tar/new", "0000.tar/newer", "0004.tar/added"}
+    assert {id_: rows[id_] for id_ in unchanged} == unchanged
+
+    shutil.copytree(tmp_path / "ten", tmp_path / "ten-before")
+    edit_tensors(tmp_path / "ten", lambda tensors: {name: tensor * 1.5 for name, tensor in tensors.items()})
+    assert run_command(["run", str(job)]) == 2  # only the nightly run replaces a space
+    assert listed_versions(open_table(str(table)).store) == [1, 2]
+    retrained = tonight(job, capfd)
+    assert (retrained["version"], retrained["embedded"]) == (3, 9)
+    assert retrained["space_id"] != third["space_id"]
+    expected = load_encoder(table / "encoders" / str(retrained["space_id"])).embed([Image.open(io.BytesIO(png(99)))])
+    assert np.array_equal(np.frombuffer(vectors_by_id(read_rows(table))["0000.tar/new"], np.float32), expected[0])
+    assert open_table(str(table), version=2).space_id == third["space_id"]
+
+    assert run_command(["rollback", str(table), "--to", "2", "--why", "search got worse"]) == 0
+    assert vectors_by_id(read_rows(table)) == rows
+    capfd.readouterr()
+    assert nightly_job(["--config", str(job)]) == 1
+    assert f"space {retrained['space_id']} is held back since a rollback (search got worse)" in capfd.readouterr().err
+    assert open_table(str(table)).version == 4
+
+    shutil.rmtree(tmp_path / "ten")
+    shutil.copytree(tmp_path / "ten-before", tmp_path / "ten")
+    (shards / "0005.tar").write_bytes(tar_of([("more.png", png(96))]))
+    back = tonight(job, capfd)
+    assert (back["version"], back["embedded"], back["space_id"]) == (5, 1, third["space_id"])
+
+    edit_tensors(tmp_path / "ten", lambda tensors: {name: tensor * 1.5 for name, tensor in tensors.items()})
+    released = tonight(job, capfd, "--release")
+    assert (released["version"], released["space_id"]) == (6, retrained["space_id"])
+    assert released["embedded"] == 1  # the others' rows are in version 3
+    for version in listed_versions(open_table(str(table)).store):
+        verify_table(open_table(str(table), version))
+    assert not list((table / "staging").rglob("*.parquet"))
