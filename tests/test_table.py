@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lora_embed.compact import Reuse, Source, compact, make_manifest, plan_compactions, plan_reuse
+from lora_embed.compact import SMALL_FILES, Reuse, Source, compact, make_manifest, plan_compactions, plan_reuse
 from lora_embed.errors import TableError, VerificationFailed
 from lora_embed.schema import ChunkHead, ChunkStats, Manifest, Part, ShardCounts, sample_schema
 from lora_embed.storage import Store
@@ -82,6 +82,23 @@ def store(tmp_path: Path) -> Store:
 @pytest.mark.parametrize("name", ["x-y.parquet", "aa-1.parquet", "aa-00000001-last.txt", "aa-00000001-first.parquet", "notes"])
 def test_a_stray_file_is_no_part(name: str) -> None:
     assert Part.parse(name) is None
+
+
+def test_many_small_files_are_put_together_and_a_few_are_left_alone(store: Store) -> None:
+    names, files = {"aa": "a.tar", "bb": "b.tar"}, []
+    current = read_manifest(store)
+    for night in range(2, 14):
+        shard_id, name = f"{night:04x}", f"night{night:02d}.tar"
+        names[shard_id] = name
+        before = {entry.path for entry in current.files} if current else set()
+        stats = verify_parts(store, SPACE, LAYOUT, stage(store, shard_id, name, 4, rejects=night % 2))
+        current = publish(store, night, {shard_id: stats}, plan_reuse(current, set(names)), names)
+        files.append(len(current.files))
+        assert len(before - {entry.path for entry in current.files}) in (0, SMALL_FILES)
+    assert max(files) == SMALL_FILES
+    assert current is not None
+    assert {shard.name for shard in current.shards.values()} == set(names.values())
+    verify_table(open_table(store.uri))
 
 
 def test_a_part_is_its_name() -> None:

@@ -16,6 +16,7 @@ from lora_embed.table import read_rows
 from lora_embed.write import to_parquet
 
 DATA_FILE_BYTES = 128 * 2**20
+SMALL_FILES = 8
 READS_AT_ONCE = 8
 
 
@@ -120,10 +121,16 @@ class Reuse:
 
 
 def plan_reuse(current: Manifest | None, wanted: set[str]) -> Reuse:
-    """Split the current version's files by whether all of their shards are still wanted (by id)."""
+    """Split the current version's files by whether all of their shards are still wanted (by id).
+
+    Small files, one for each night that brought little, are put together once there are `SMALL_FILES` of them.
+    """
     if current is None:
         return Reuse(files=(), rejects=(), sources=())
     whole = tuple(entry for entry in current.files if all(shard.id in wanted for shard in entry.shards))
+    small = [entry for entry in whole if entry.bytes < DATA_FILE_BYTES / 2]
+    if len(small) >= SMALL_FILES:
+        whole = tuple(entry for entry in whole if entry not in small)
     kept = {shard.id for entry in whole for shard in entry.shards}
     reject_of = {shard.id: entry.path for entry in current.rejects for shard in entry.shards}
     sources = tuple(
