@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "lora_embed"
 LAYERS = [  # top to bottom: a module imports from its own layer and those above it
     ["errors", "explain", "config", "schema", "disk", "retry", "storage", "fetch"],
     ["model.*", "plan", "read", "decode", "isolate", "write", "evaluate", "export", "report", "progress"],
-    ["embed", "versions", "retention", "table", "compact", "cluster"],
+    ["embed", "versions", "retention", "table", "compact", "lineage", "search", "cluster"],
     ["pipeline"],
     ["publish", "work"],
     ["run"],

@@ -1,5 +1,6 @@
 """The nightly run, night after night: what is stale is embedded, what was rolled back stays away."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs import read_rows, tiny_recipe, vectors_by_id, write_job, write_tars
+from jobs import read_rejects, read_rows, tiny_recipe, vectors_by_id, write_job, write_tars
 from lora_embed import cluster, load_encoder, open_table
 from lora_embed.cli import nightly_job, run_command
 from lora_embed.table import verify_table
@@ -80,6 +81,7 @@ def test_a_week(job: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], mo
     back = tonight(job, capfd)
     assert (back["version"], back["embedded"], back["space_id"]) == (5, 1, third["space_id"])
 
+    back_ids = list(vectors_by_id(read_rows(table)))
     edit_tensors(tmp_path / "ten", lambda tensors: {name: tensor * 1.5 for name, tensor in tensors.items()})
     released = tonight(job, capfd, "--release")
     assert (released["version"], released["space_id"]) == (6, retrained["space_id"])
@@ -87,3 +89,24 @@ def test_a_week(job: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], mo
     for version in listed_versions(open_table(str(table)).store):
         verify_table(open_table(str(table), version))
     assert not list((table / "staging").rglob("*.parquet"))
+
+    capfd.readouterr()
+    assert run_command(["explain", str(table), "0000.tar/new", "--json"]) == 0
+    explained = json.loads(capfd.readouterr().out)
+    assert (explained["shard"], explained["space_id"]) == ("0000.tar", released["space_id"])
+    assert explained["image_sha256"] == hashlib.sha256(png(99)).hexdigest()
+    assert explained["first_version"] == 3
+    assert [Path(adapter["uri"]).name for adapter in explained["adapters"]] == ["ten", "more"]
+
+    assert run_command(["forget", str(table), "0000.tar/new", "--why", "its owner asked"]) == 0
+    assert listed_versions(open_table(str(table)).store) == [1, 7]  # version 1 had another 0000.tar
+    assert set(vectors_by_id(read_rows(table))) == set(back_ids) - {"0000.tar/new"}
+    assert read_rejects(table) == {"0000.tar/new": "forgotten"}
+    edit_tensors(tmp_path / "ten", lambda tensors: {name: tensor * 1.5 for name, tensor in tensors.items()})
+    anew = tonight(job, capfd)
+    assert (anew["version"], anew["embedded"]) == (8, 10)
+    assert read_rejects(table) == {"0000.tar/new": "forgotten"}
+    verify_table(open_table(str(table)))
+    capfd.readouterr()
+    assert run_command(["forget", str(table), "0000.tar/nobody", "--why", "typo"]) == 2
+    assert "no retained version holds '0000.tar/nobody'" in capfd.readouterr().err

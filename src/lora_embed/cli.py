@@ -110,6 +110,31 @@ def rollback(
 
 
 @app.command()
+def explain(table: TableUri, id: str, version: int | None = None, as_json: Json = False) -> None:
+    """Say where a row came from: image, shard, encoder, adapters, and the first version that holds it."""
+    from lora_embed.lineage import explain_row
+    from lora_embed.table import open_table
+
+    explanation = explain_row(open_table(table, version), id)
+    _print(asdict(explanation), as_json, explanation.describe())
+
+
+@app.command()
+def forget(
+    table: TableUri,
+    ids: Annotated[list[str], typer.Argument(metavar="ID…", help="Ids of images.")],
+    why: Annotated[str, typer.Option(help="The reason, kept in the new version.")],
+    as_json: Json = False,
+) -> None:
+    """Publish a version without these images, keep them out, and retire the versions that hold them."""
+    from lora_embed.lineage import forget as forget_images
+    from lora_embed.storage import Store as TableStore
+
+    forgotten = forget_images(TableStore(table, {}), ids, why)
+    _print(asdict(forgotten), as_json, forgotten.describe())
+
+
+@app.command()
 def status(table: TableUri, as_json: Json = False) -> None:
     """Show a table's versions and what is staged for the next."""
     from lora_embed.table import describe_table
@@ -129,6 +154,46 @@ def verify(table: TableUri, version: int | None = None, as_json: Json = False) -
     files = len(opened.manifest.files) + len(opened.manifest.rejects)
     result = {"table": table, "version": opened.version, "files": files, "counts": counts}
     _print(result, as_json, f"version {opened.version}: {files} files, {_counted(counts)}; sums, counts and ids are right")
+
+
+@app.command()
+def export(
+    table: TableUri,
+    to: Annotated[str, typer.Option(metavar="KIND", help="faiss-flat, faiss-ivf, faiss-hnsw or lance.")],
+    out: Annotated[Path, typer.Option(help="New directory to write the index to.")],
+    version: Annotated[int | None, typer.Option(help="Another version than the current one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a version's vectors as an index for search by cosine."""
+    from lora_embed.export import export_index
+    from lora_embed.table import open_table
+
+    about = export_index(open_table(table, version), to, out)
+    text = f"{out}: {about.kind} index of {about.count:,} vectors, version {about.version}, space {about.space_id}"
+    _print({"index": str(out)} | asdict(about), as_json, text)
+
+
+@app.command()
+def search(
+    table: TableUri,
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="Path or URI of the image to look for.")],
+    k: Annotated[int, typer.Option("-k", "--k", min=1, help="How many to find.")] = 10,
+    index: Annotated[Path | None, typer.Option(help="Search this index, which `export` wrote, not all vectors.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write an HTML page that shows what was found.")] = None,
+    version: Annotated[int | None, typer.Option(help="Another version than the current one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the images of a table that are nearest to one, by the table's own encoder."""
+    from lora_embed.search import find_pictures, search_image, write_page
+    from lora_embed.table import open_table
+
+    opened = open_table(table, version)
+    found = search_image(opened, image, k, index)
+    if page is not None:
+        write_page(found, find_pictures(opened, found.hits), page)
+    names = ("image", "table", "version", "space_id", "method", "count")
+    result = {name: getattr(found, name) for name in names} | {"hits": [asdict(hit) for hit in found.hits]}
+    _print(result, as_json, found.describe())
 
 
 @app.command()

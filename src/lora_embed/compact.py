@@ -1,8 +1,9 @@
 """Whole shards → data files: what the next version takes over as it is, and what is written anew."""
 
 import hashlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lora_embed.errors import VerificationFailed
-from lora_embed.schema import REJECT_SCHEMA, ChunkStats, FileEntry, Layout, Manifest, Shard, ShardCounts, data_schema
+from lora_embed.schema import REJECT_SCHEMA, ChunkStats, FileEntry, Layout, Manifest, Shard, ShardCounts, data_schema, may_hold
 from lora_embed.storage import Store
 from lora_embed.table import read_rows
 from lora_embed.write import to_parquet
@@ -39,9 +40,12 @@ class Compaction:
     vector_type: str
     carry: tuple[tuple[str, str], ...]
     sources: tuple[Source, ...]
+    forgotten: tuple[str, ...]  # ids whose rows become rejects
 
 
-def plan_compactions(sources: list[Source], layout: Layout, space_id: str, dimension: int) -> list[Compaction]:
+def plan_compactions(
+    sources: list[Source], layout: Layout, space_id: str, dimension: int, forgotten: tuple[str, ...] = ()
+) -> list[Compaction]:
     """Group shards, by name, into files of about `DATA_FILE_BYTES` of vectors."""
     row_bytes = dimension * (2 if layout.vector_type == "float16" else 4)
     groups: list[list[Source]] = []
@@ -54,7 +58,12 @@ def plan_compactions(sources: list[Source], layout: Layout, space_id: str, dimen
         filled += source.shard.vectors * row_bytes
     return [
         Compaction(
-            space_id=space_id, dimension=dimension, vector_type=layout.vector_type, carry=layout.carry, sources=tuple(group)
+            space_id=space_id,
+            dimension=dimension,
+            vector_type=layout.vector_type,
+            carry=layout.carry,
+            sources=tuple(group),
+            forgotten=forgotten,
         )
         for group in groups
     ]
@@ -66,7 +75,7 @@ def compact(store: Store, task: Compaction) -> tuple[FileEntry, FileEntry | None
     Raises VerificationFailed when the rows are not what the shards' counts say.
     """
     schema = data_schema(task.dimension, task.vector_type, task.carry)
-    data, rejects = [], []
+    data, rejects, shards = [], [], []
     paths = [path for source in task.sources for path in source.parts]
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:  # many small objects: it is the waiting that takes the time
         read = pool.map(lambda path: read_rows(store, path), paths)
@@ -77,14 +86,27 @@ def compact(store: Store, task: Compaction) -> tuple[FileEntry, FileEntry | None
                 f"{store.uri}: shard {source.shard.name} holds {good.num_rows} vectors and {bad.num_rows} rejects, "
                 f"expected {source.shard.vectors} and {source.shard.rejects}"
             )
-        data.append(good.select(schema.names).cast(schema))
-        rejects.append(bad.select(REJECT_SCHEMA.names).cast(REJECT_SCHEMA))
-    shards = tuple(source.shard for source in task.sources)
-    data_entry = _write_file(store, f"data/{task.space_id}", pa.concat_tables(data).unify_dictionaries(), shards)
+        bad = bad.select(REJECT_SCHEMA.names).cast(REJECT_SCHEMA)
+        good, dropped = _forget(good.select(schema.names).cast(schema), task.forgotten)
+        data.append(good)
+        rejects += [bad, dropped]
+        shards.append(replace(source.shard, vectors=good.num_rows, rejects=bad.num_rows + dropped.num_rows))
+    data_entry = _write_file(store, f"data/{task.space_id}", pa.concat_tables(data).unify_dictionaries(), tuple(shards))
     rejected = pa.concat_tables(rejects).unify_dictionaries()
     if not rejected.num_rows:
         return data_entry, None
     return data_entry, _write_file(store, f"rejects/{task.space_id}", rejected, tuple(s for s in shards if s.rejects))
+
+
+def _forget(good: pa.Table, forgotten: tuple[str, ...]) -> tuple[pa.Table, pa.Table]:
+    """The rows that may stay, and rejects in place of the others."""
+    if not forgotten:
+        return good, REJECT_SCHEMA.empty_table()
+    goes = pc.is_in(good.column("id"), value_set=pa.array(forgotten, pa.string()))
+    dropped = good.filter(goes).select(["id", "shard", "key"])
+    dropped = dropped.append_column("reason", pa.array(["forgotten"] * dropped.num_rows, pa.string()))
+    dropped = dropped.append_column("detail", pa.nulls(dropped.num_rows, pa.string()))
+    return good.filter(pc.invert(goes)), dropped.cast(REJECT_SCHEMA)
 
 
 def _rows_of(store: Store, source: Source, parts: list[pa.Table]) -> tuple[pa.Table, pa.Table]:
@@ -120,14 +142,15 @@ class Reuse:
     sources: tuple[Source, ...]
 
 
-def plan_reuse(current: Manifest | None, wanted: set[str]) -> Reuse:
-    """Split the current version's files by whether all of their shards are still wanted (by id).
+def plan_reuse(current: Manifest | None, wanted: set[str], forgets: Iterable[str] = ()) -> Reuse:
+    """Split a version's files by whether all of their shards are still wanted (by id) and hold nothing to be forgotten.
 
     Small files, one for each night that brought little, are put together once there are `SMALL_FILES` of them.
     """
     if current is None:
         return Reuse(files=(), rejects=(), sources=())
     whole = tuple(entry for entry in current.files if all(shard.id in wanted for shard in entry.shards))
+    whole = tuple(entry for entry in whole if not any(may_hold(shard, id_) for shard in entry.shards for id_ in forgets))
     small = [entry for entry in whole if entry.bytes < DATA_FILE_BYTES / 2]
     if len(small) >= SMALL_FILES:
         whole = tuple(entry for entry in whole if entry not in small)

@@ -61,7 +61,8 @@ def _next_version(job: JobConfig, shared: pipeline.Job, current: Manifest | None
     """The next version's manifest, its files written."""
     store, encoder, layout = shared.store, shared.encoder, shared.layout
     before = versions.newest_of(store, encoder.space_id, layout.pins, current)
-    reuse = compact.plan_reuse(before, set(wanted))
+    forgotten = current.forgotten if current is not None else ()
+    reuse = compact.plan_reuse(before, set(wanted), set(forgotten) - set(before.forgotten if before is not None else ()))
     kept = set(before.shards) & set(wanted) if before is not None else set()
     staged = table.staged_parts(store, encoder.space_id, layout.layout_id)
     new = {shard_id: staged.get(shard_id, []) for shard_id in wanted if shard_id not in kept}
@@ -77,7 +78,8 @@ def _next_version(job: JobConfig, shared: pipeline.Job, current: Manifest | None
         compact.Source(shard=counts[shard_id], parts=table.part_paths(encoder.space_id, layout, parts))
         for shard_id, parts in new.items()
     ]
-    compactions = compact.plan_compactions([*reuse.sources, *sources], layout, encoder.space_id, encoder.dimension)
+    sources = [*reuse.sources, *sources]
+    compactions = compact.plan_compactions(sources, layout, encoder.space_id, encoder.dimension, forgotten)
     written = pipeline.map_tasks(compact.compact, (store,), compactions, here=few)
     return compact.make_manifest(
         _version(current) + 1,
@@ -87,6 +89,7 @@ def _next_version(job: JobConfig, shared: pipeline.Job, current: Manifest | None
         reuse,
         gates=gates,
         pins=layout.pins,
+        forgotten=forgotten,
         held={space: why for space, why in (current.held if current else {}).items() if space != encoder.space_id},
         lineage={"recipe_id": encoder.recipe_id, "input": list(job.input), "layout": asdict(layout)},
     )

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from lora_embed.schema import Manifest, Part, encoder_path
 from lora_embed.storage import Entry, Store
-from lora_embed.versions import CURRENT, manifest_path, newest_first
-
-RETIRED = "retired"
+from lora_embed.versions import CURRENT, RETIRED, move_aside, newest_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +42,7 @@ def retire(store: Store, keep: int, grace_s: float, wanted: frozenset[str] = fro
         if place < keep:
             kept.append(manifest)
         else:
-            store.create(f"{RETIRED}/{manifest.version:08d}.json", manifest.to_json())
-            store.delete([manifest_path(manifest.version)])
+            move_aside(store, manifest.version)
     tombs = store.list_files(RETIRED)
     young = [_read(store, tomb) for tomb in tombs if tomb.modified >= oldest]
     retained = Retained(manifests=(*kept, *(manifest for manifest in young if manifest)), wanted=wanted)

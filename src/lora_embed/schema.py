@@ -14,7 +14,7 @@ from lora_embed.storage import Entry
 FORMAT = 1  # of manifests and parts; part of the layout id
 REASONS = (
     "no_image", "empty", "not_an_image", "corrupt_image", "too_many_pixels", "decoder_crashed", "duplicate_id",
-    "non_finite_vector",
+    "non_finite_vector", "forgotten",
 )  # fmt: skip
 _CARRY_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 
@@ -157,6 +157,14 @@ class ShardCounts:
     rejects: int
 
 
+def may_hold(shard: ShardCounts, id_: str) -> bool:
+    """Can a sample of that id be the shard's? Before the key stands its name, or the folder of a group of loose images."""
+    folder, group, _ = shard.name.rpartition("/#")
+    if not group:
+        return id_.startswith(f"{shard.name}/")
+    return id_.rpartition("/")[0] == ("" if folder == "." else folder)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
     """A published Parquet file; `shards` are those whose rows it holds, empty ones included."""
@@ -187,6 +195,7 @@ class Manifest:
     pins: dict[str, Any]
     lineage: dict[str, Any]
     held: dict[str, str] = field(default_factory=dict)  # spaces that a rollback holds back → why
+    forgotten: tuple[str, ...] = ()  # ids that stay out
     format: int = field(default=FORMAT)
 
     @property
@@ -205,6 +214,7 @@ class Manifest:
             raise TableError(f"a version's manifest is damaged ({error}); remove it to return to the version before") from None
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:
             raise TableError(f"a version's manifest is of another format than {FORMAT}: another release of lora-embed wrote it")
+        fields["forgotten"] = tuple(fields.get("forgotten", ()))
         for kind in ("files", "rejects"):
             fields[kind] = tuple(FileEntry.from_dict(entry) for entry in fields[kind])
         return cls(**fields)

@@ -2,8 +2,13 @@
 
 import hashlib
 import io
+import re
+from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -28,6 +33,8 @@ from lora_embed.write import part_path, read_footer
 
 if TYPE_CHECKING:
     from lora_embed.model.encoder import Encoder
+
+BATCH_ROWS = 8192
 
 
 def staged_parts(store: Store, space_id: str, layout_id: str) -> dict[str, list[Part]]:
@@ -117,6 +124,27 @@ def verify_file(store: Store, entry: FileEntry, *, is_data: bool) -> set[str]:
     return ids
 
 
+def _prefix_of(shard_name: str) -> str:
+    """What stands before `/` and key in ids of a shard: its name, or for a group of loose images their folder."""
+    group = re.fullmatch(r"(.*)/#\d+of\d+", shard_name)
+    return shard_name if group is None else group[1] if group[1] != "." else ""
+
+
+def _rows_with(file: pq.ParquetFile, ids: set[str], columns: list[str]) -> list[pa.Table]:
+    """Rows of a data file that have one of these ids, from the row groups that can hold one."""
+    ordered, found = sorted(ids), []
+    for group in range(file.num_row_groups):
+        bounds = file.metadata.row_group(group).column(0).statistics  # of the first column, `id`
+        if bounds is not None and bounds.has_min_max:
+            first = bisect_left(ordered, bounds.min)
+            if first == len(ordered) or ordered[first] > bounds.max:
+                continue
+        here = pc.is_in(file.read_row_group(group, columns=["id"]).column("id"), pa.array(ordered, pa.string()))
+        if pc.any(here).as_py():
+            found.append(file.read_row_group(group, columns=columns).select(columns).filter(here))
+    return found
+
+
 @dataclass(frozen=True)
 class Table:
     """One version of an embedding table, open for reading; other versions may be published meanwhile."""
@@ -144,10 +172,79 @@ class Table:
 
     def to_dataset(self) -> pds.Dataset:
         """All data files as one dataset; columns as in `schema.data_schema`."""
-        carry = tuple((name, kind) for name, kind in self.manifest.pins["carry"])
-        schema = data_schema(self.dimension, self.manifest.pins["vector_type"], carry)
         paths = [self.store.full_path(entry.path) for entry in self.manifest.files]
-        return pds.dataset(paths, schema=schema, format="parquet", filesystem=self.store.filesystem)
+        return pds.dataset(paths, schema=self.schema, format="parquet", filesystem=self.store.filesystem)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of the data files: `schema.data_schema` of this version."""
+        carry = tuple((name, kind) for name, kind in self.manifest.pins["carry"])
+        return data_schema(self.dimension, self.manifest.pins["vector_type"], carry)
+
+    @property
+    def files(self) -> list[str]:
+        """URIs of all data files, for readers of Parquet."""
+        return [self.store.name(entry.path) for entry in self.manifest.files]
+
+    def batches(self, columns: Sequence[str], rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
+        """These columns of all rows, in batches of up to `rows`: one file open at a time, no other column read.
+
+        Raises TableError for a column that is not there, and VerificationFailed for a file that is gone.
+        """
+        self._check_columns(columns)
+        for entry in self.manifest.files:
+            if entry.rows:
+                with self._opened(entry) as file:
+                    yield from (batch.select(columns) for batch in file.iter_batches(rows, columns=columns))
+
+    def rows(self, ids: Iterable[str], columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of these ids, in their order; an id that this version lacks has none. All columns unless told which.
+
+        Opened are only the files of shards that an id begins with, and read only their row groups whose smallest and
+        largest id lie around one. Raises as `batches` does.
+        """
+        names = list(self.schema.names if columns is None else columns)
+        self._check_columns(names)
+        wanted = list(ids)
+        of_file: dict[int, set[str]] = defaultdict(set)
+        for sample_id in wanted:
+            for number in self._may_hold(sample_id):
+                of_file[number].add(sample_id)
+        found = [self.schema.empty_table().select(names if "id" in names else ["id", *names])]
+        for number, some in sorted(of_file.items()):
+            with self._opened(self.manifest.files[number]) as file:
+                found += _rows_with(file, some, found[0].column_names)
+        rows = pa.concat_tables(found).unify_dictionaries()
+        place = {sample_id: row for row, sample_id in enumerate(rows.column("id").to_pylist())}
+        order = pa.array([place[sample_id] for sample_id in wanted if sample_id in place], pa.int64())
+        return rows.take(order).select(names)
+
+    def _may_hold(self, sample_id: str) -> set[int]:
+        """Numbers of the files that hold a shard whose samples' ids begin as this one does."""
+        cuts = (cut.start() for cut in re.finditer("/", sample_id))
+        begins = [sample_id[:cut] for cut in cuts]
+        return set().union(*(self._files_by_prefix.get(prefix, ()) for prefix in ["", *begins]))
+
+    @cached_property
+    def _files_by_prefix(self) -> dict[str, list[int]]:
+        """What stands before the key in ids of a shard → numbers of the files that hold such rows."""
+        found: dict[str, list[int]] = defaultdict(list)
+        for number, entry in enumerate(self.manifest.files):
+            for prefix in {_prefix_of(shard.name) for shard in entry.shards if shard.vectors}:
+                found[prefix].append(number)
+        return found
+
+    @contextmanager
+    def _opened(self, entry: FileEntry) -> Iterator[pq.ParquetFile]:
+        try:
+            with self.store.open(entry.path) as file:
+                yield pq.ParquetFile(file)
+        except FileNotFoundError:
+            raise VerificationFailed(f"{self.store.name(entry.path)}: is gone, though the version refers to it") from None
+
+    def _check_columns(self, columns: Sequence[str]) -> None:
+        if unknown := [name for name in columns if name not in self.schema.names]:
+            raise TableError(f"{self.store.uri}: has no column {unknown[0]!r}; it has {', '.join(self.schema.names)}")
 
     def rejects(self) -> pa.Table:
         """All rejects: id, shard, key, reason, detail."""

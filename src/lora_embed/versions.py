@@ -11,6 +11,7 @@ from lora_embed.schema import Manifest
 from lora_embed.storage import Store
 
 CURRENT = "CURRENT"
+RETIRED = "retired"
 
 
 def manifest_path(version: int) -> str:
@@ -78,6 +79,8 @@ def roll_back(store: Store, to: int, why: str) -> Manifest:
             raise TableError(f"{store.uri}: has no version {to} to return to; versions there: {there}")
         if wanted.version == current.version:
             raise TableError(f"{store.uri}: version {to} is the current one already")
+        if set(current.forgotten) - set(wanted.forgotten):
+            raise TableError(f"{store.uri}: version {to} holds images that were forgotten since, so it is not brought back")
         held = dict(current.held)
         if current.space_id != wanted.space_id:
             held[current.space_id] = why
@@ -87,6 +90,14 @@ def roll_back(store: Store, to: int, why: str) -> Manifest:
         manifest = replace(wanted, version=current.version + 1, created=created, held=held, lineage=lineage)
         if commit_version(store, manifest):
             return manifest
+
+
+def move_aside(store: Store, version: int) -> None:
+    """Retire a version: its manifest goes to `retired/`, where its age tells for how long its files stay."""
+    data = store.read(manifest_path(version))
+    if data is not None:
+        store.create(f"{RETIRED}/{version:08d}.json", data)
+        store.delete([manifest_path(version)])
 
 
 def commit_version(store: Store, manifest: Manifest) -> bool:

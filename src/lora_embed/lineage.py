@@ -1,0 +1,161 @@
+"""Where a row came from, and how an image is taken out of a table for good."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as pds
+
+from lora_embed import compact, versions
+from lora_embed.errors import TableError
+from lora_embed.schema import FileEntry, Layout, Manifest, encoder_path, may_hold
+from lora_embed.storage import Store
+from lora_embed.table import Table
+
+COLUMNS = ["id", "shard", "key", "width", "height", "sha256"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What made one row of a table."""
+
+    id: str
+    version: int
+    shard: str
+    shard_id: str  # of the shard's content as it was embedded
+    image_sha256: str
+    width: int
+    height: int
+    space_id: str
+    base: str
+    adapters: tuple[dict[str, Any], ...]  # uri, content hash, weight
+    merge_method: str
+    first_version: int  # of those retained, that holds this row
+
+    def describe(self) -> str:
+        """For a person."""
+        adapters = "".join(f"\n          {a['uri']} × {a['weight']} ({a['content_hash'][:12]})" for a in self.adapters)
+        return (
+            f"image     {self.id}, {self.width}×{self.height} pixels, sha256 {self.image_sha256}\n"
+            f"shard     {self.shard} ({self.shard_id})\n"
+            f"encoder   space {self.space_id}, {self.merge_method} on {self.base}{adapters}\n"
+            f"version   in {self.version}; the first retained one that holds this row is {self.first_version}"
+        )
+
+
+def explain_row(opened: Table, id_: str) -> Explanation:
+    """Trace a row back to image, shard, encoder and adapters. Raises TableError for an id that is not there."""
+    store, manifest = opened.store, opened.manifest
+    rows = find_rows(store, manifest, [id_], COLUMNS)
+    if not rows.num_rows:
+        raise TableError(f"{store.uri}: version {manifest.version} has no vector of {id_!r}; is it among the rejects?")
+    row = rows.to_pylist()[0]
+    shard = next(shard for shard in manifest.shards.values() if shard.name == row["shard"])
+    report = json.loads(store.read(f"{encoder_path(manifest.space_id)}/merge_report.json") or b"{}")
+    holders = [m.version for m in versions.newest_first(store) if m.space_id == manifest.space_id and shard.id in m.shards]
+    members = report.get("members", [])
+    kept = ("uri", "content_hash", "weight")
+    return Explanation(
+        id=id_,
+        version=manifest.version,
+        shard=shard.name,
+        shard_id=shard.id,
+        image_sha256=row["sha256"].hex(),
+        width=row["width"],
+        height=row["height"],
+        space_id=manifest.space_id,
+        base=report.get("base", {}).get("uri", "unknown"),
+        adapters=tuple({key: adapter[key] for key in kept} for member in members for adapter in member["adapters"]),
+        merge_method=members[0]["merge_method"] if members else "unknown",
+        first_version=min(holders, default=manifest.version),
+    )
+
+
+def find_rows(store: Store, manifest: Manifest, ids: list[str], columns: list[str]) -> pa.Table:
+    """The rows of these ids, from the files alone whose shards can hold them."""
+    paths = [store.full_path(entry.path) for entry in _holding(manifest.files, ids)]
+    if not paths:
+        return pa.table({column: [] for column in columns})
+    found = pds.dataset(paths, format="parquet", filesystem=store.filesystem)
+    return found.to_table(columns=columns, filter=pds.field("id").isin(ids))
+
+
+def _holding(files: Iterable[FileEntry], ids: list[str]) -> list[FileEntry]:
+    return [entry for entry in files if any(may_hold(shard, id_) for shard in entry.shards for id_ in ids)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgotten:
+    """What forgetting did."""
+
+    table: str
+    version: int  # the new one, without the images
+    held_by: tuple[int, ...]  # versions that held one of them, retired now
+    images: int
+
+    def describe(self) -> str:
+        """For a person."""
+        held = ", ".join(map(str, self.held_by)) or "none"
+        return (
+            f"{self.table}: version {self.version} is without {self.images} images, and they stay out. Versions that held them "
+            f"are retired: {held}. Their files go once the grace period is over, at the next publication."
+        )
+
+
+def forget(store: Store, ids: list[str], why: str) -> Forgotten:
+    """Publish the current version without these images, keep them out of later ones, and retire the versions that hold them.
+
+    A forgotten image stays a sample of its shard: it is a reject with the reason `forgotten`. Raises TableError when an
+    id is in no retained version.
+    """
+    while True:
+        current = versions.read_manifest(store)
+        if current is None:
+            raise TableError(f"{store.uri}: has no published version")
+        holders = {m.version: set(_ids_in(store, m, ids)) for m in versions.newest_first(store)}
+        unknown = sorted(set(ids) - set(current.forgotten) - set().union(*holders.values()))
+        if unknown:
+            raise TableError(
+                f"{store.uri}: no retained version holds {unknown[0]!r}, of {len(unknown)} ids like that. Correct them."
+            )
+        held_by = tuple(sorted(version for version, held in holders.items() if held))
+        manifest = _without(store, current, ids, why)
+        if versions.commit_version(store, manifest):
+            for version in held_by:
+                versions.move_aside(store, version)
+            return Forgotten(table=store.uri, version=manifest.version, held_by=held_by, images=len(set(ids)))
+
+
+def _ids_in(store: Store, manifest: Manifest, ids: list[str]) -> list[str]:
+    found: list[str] = find_rows(store, manifest, ids, ["id"]).column("id").to_pylist()
+    return found
+
+
+def _without(store: Store, current: Manifest, ids: list[str], why: str) -> Manifest:
+    """The next version: files that hold none of the images as they are, the others written anew."""
+    pins = current.pins
+    layout = Layout(
+        precision=pins["precision"],
+        batch_size=1,
+        vector_type=pins["vector_type"],
+        carry=tuple((name, kind) for name, kind in pins["carry"]),
+    )
+    forgotten = tuple(sorted({*current.forgotten, *ids}))
+    reuse = compact.plan_reuse(current, set(current.shards), forgets=ids)
+    tasks = compact.plan_compactions(list(reuse.sources), layout, current.space_id, current.dimension, forgotten)
+    written = [compact.compact(store, task) for task in tasks]
+    manifest = compact.make_manifest(
+        current.version + 1,
+        current.space_id,
+        current.dimension,
+        written,
+        reuse,
+        gates=current.gates,
+        pins=pins,
+        held=current.held,
+        forgotten=forgotten,
+        lineage=current.lineage,
+    )
+    return replace(manifest, lineage=current.lineage | {"forgot": {"images": len(set(ids)), "why": why}})

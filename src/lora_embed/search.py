@@ -1,0 +1,219 @@
+"""Nearest images of a query: exact over a table's files or through an index, and a page that shows them."""
+
+import base64
+import html
+import io
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from lora_embed.decode import BadImage, decode_image
+from lora_embed.errors import ConfigError, LoraEmbedError, StorageError
+from lora_embed.export import HIT_COLUMNS, Hit, open_index, refuse_other_space, unit, unit_queries, vectors_of
+from lora_embed.model.preprocess import Preprocessing
+from lora_embed.plan import list_shards
+from lora_embed.read import read_samples
+from lora_embed.schema import Layout
+from lora_embed.storage import Store
+from lora_embed.table import Table
+
+if TYPE_CHECKING:
+    from lora_embed.model.encoder import Encoder
+
+QUERIES_AT_ONCE = 1024  # each pass over the files: its scores are 4 bytes a query and row of a batch
+THUMBNAIL = Preprocessing(resize=160, resample=3, crop=(160, 160), multiply=(1.0, 1.0, 1.0), add=(0.0, 0.0, 0.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found for one image."""
+
+    image: str
+    table: str
+    version: int  # of the vectors that were searched: the index's own where there is one
+    space_id: str
+    method: str  # `exact`, or the kind of the index
+    count: int  # vectors searched
+    hits: tuple[Hit, ...]  # best first
+    data: bytes = field(repr=False)  # the query's file
+
+    def describe(self) -> str:
+        """For a person: a line for each hit, score and id."""
+        if not self.count:
+            return f"version {self.version} of {self.table} holds no vectors, so nothing is near"
+        head = (
+            f"{len(self.hits)} nearest of {self.count:,} images, version {self.version}, space {self.space_id}, {self.method}"
+        )
+        return "\n".join([head, *(f"{hit.score: .6f}  {printable(hit.id)}" for hit in self.hits)])
+
+
+def search_table(table: Table, vectors: NDArray[Any], k: int, space_id: str | None = None) -> list[list[Hit]]:
+    """The k nearest of all of a table's vectors for each query (m, d) by cosine, best first, equal scores by id.
+
+    Reads file by file, in memory that does not depend on the table's size. All rows where k is larger than the table.
+    Raises ConfigError for queries of another shape or, where `space_id` says which encoder made them, another space.
+    """
+    if space_id is not None:
+        refuse_other_space(f"{table.store.uri}: version {table.version}", table.space_id, space_id, "It is table.encoder().")
+    queries = unit_queries(vectors, table.dimension, k)
+    blocks = [queries[start : start + QUERIES_AT_ONCE] for start in range(0, len(queries), QUERIES_AT_ONCE)]
+    return [hits for block in blocks for hits in _search_block(table, block, k)]
+
+
+def _search_block(table: Table, queries: NDArray[np.float32], k: int) -> list[list[Hit]]:
+    found: list[list[Hit]] = [[] for _ in queries]
+    for batch in table.batches([*HIT_COLUMNS, "embedding"]):
+        for number, scores in enumerate(queries @ unit(vectors_of(batch)).T):
+            floor = found[number][-1].score if len(found[number]) == k else -np.inf
+            if len(scores) > k:
+                floor = max(floor, np.partition(scores, -k)[-k])
+            rows = np.flatnonzero(scores >= floor)  # with those that tie, so that ids decide and not the order of files
+            near = batch.select(HIT_COLUMNS).take(rows).to_pylist() if len(rows) else []
+            new = [Hit(score=float(score), **row) for score, row in zip(scores[rows], near, strict=True)]
+            found[number] = sorted([*found[number], *new], key=lambda hit: (-hit.score, hit.id))[:k]
+    return found
+
+
+def search_image(table: Table, image: str, k: int = 10, index: Path | None = None) -> Found:
+    """Embed an image, a path or URI, with the table's own encoder, and find the nearest ones.
+
+    Raises ConfigError for an image that cannot be read, and for an index of another space.
+    """
+    data = _read_image(image)
+    opened = open_index(index) if index is not None else None
+    encoder = table.encoder()
+    vectors = embed_bytes(encoder, data, image)
+    version, count, method = table.version, table.count, "exact"
+    if opened is None:
+        hits = search_table(table, vectors, k, encoder.space_id)[0]
+    else:
+        hits = opened.search(vectors, k, encoder.space_id)[0]
+        version, count, method = opened.description.version, opened.description.count, opened.description.kind
+    return Found(
+        image=image,
+        table=table.store.uri,
+        version=version,
+        space_id=encoder.space_id,
+        method=method,
+        count=count,
+        hits=tuple(hits),
+        data=data,
+    )
+
+
+def embed_bytes(encoder: "Encoder", data: bytes, name: str) -> NDArray[np.float32]:
+    """One encoded image → float32 (1, d), decoded as a run decodes it. Raises ConfigError where it cannot be decoded."""
+    try:
+        return encoder.embed_pixels(decode_image(data, encoder.description.preprocessing).pixels[None])
+    except BadImage as error:
+        raise ConfigError(f"{name}: cannot be searched for: {error.reason} ({error}). Give another image.") from None
+
+
+def _read_image(image: str) -> bytes:
+    if "://" in image:
+        root, _, name = image.rpartition("/")
+        data = Store(root).read(name)
+    else:
+        path = Path(image)
+        data = Store(str(path.absolute().parent)).read(path.name) if path.name else None
+    if data is None:
+        raise ConfigError(f"{image}: no such file, expected an image. Correct the path.")
+    return data
+
+
+def find_pictures(table: Table, hits: tuple[Hit, ...]) -> dict[str, bytes]:
+    """Encoded images of hits by id, read again from the shards that the version was made from.
+
+    Left out are those of shards that cannot be read now, or are others by now; tars are read up to the last one wanted.
+    """
+    lineage = table.manifest.lineage
+    if not {"input", "layout"} <= set(lineage):
+        return {}
+    try:
+        shards = {shard.id: shard for shard in list_shards(tuple(lineage["input"]), {})}
+    except LoraEmbedError:
+        return {}
+    published = {shard.name: shard.id for shard in table.manifest.shards.values()}
+    layout = Layout(**lineage["layout"] | {"carry": tuple(map(tuple, lineage["layout"]["carry"]))})
+    wanted: dict[str, dict[str, str]] = defaultdict(dict)
+    for hit in hits:
+        if published.get(hit.shard) in shards:
+            wanted[published[hit.shard]][hit.key] = hit.id
+    found: dict[str, bytes] = {}
+    for shard_id, ids in wanted.items():
+        left = dict(ids)
+        try:
+            for sample in read_samples(shards[shard_id], layout, {}, lambda number: True):
+                if sample.data and sample.key in left:
+                    found[left.pop(sample.key)] = sample.data
+                if not left:
+                    break
+        except LoraEmbedError:
+            continue
+    return found
+
+
+def write_page(found: Found, pictures: dict[str, bytes], out: Path) -> None:
+    """One HTML file that needs nothing else: the query, and the hits with their pictures where there are any.
+
+    Raises StorageError when it cannot be written.
+    """
+    figures = [_figure(found.data, "query", printable(found.image))]
+    figures += [_figure(pictures.get(hit.id), f"{hit.score:.4f}", hit.id) for hit in found.hits]
+    title = f"Nearest of {found.count:,} images"
+    about = f"version {found.version} of {found.table}, space {found.space_id}, {found.method}, cosine"
+    page = _PAGE.format(title=html.escape(title), about=html.escape(about), figures="\n".join(figures))
+    try:
+        out.write_text(page, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be written ({error.strerror}). Name another file.") from None
+
+
+def _figure(data: bytes | None, score: str, name: str) -> str:
+    picture = "<div>no picture</div>"
+    if data is not None and (thumbnail := _thumbnail(data)):
+        picture = f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(thumbnail).decode()}">'
+    shown = html.escape(printable(name))
+    return f"<figure>{picture}<figcaption><b>{html.escape(score)}</b><br><bdi>{shown}</bdi></figcaption></figure>"
+
+
+def _thumbnail(data: bytes) -> bytes | None:
+    """A square JPEG, or None where the image cannot be decoded."""
+    try:
+        pixels = decode_image(data, THUMBNAIL).pixels
+    except BadImage:
+        return None
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def printable(text: str) -> str:
+    """Text with characters that would steer a terminal or turn the line's direction written as escapes."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2rem; color: #1f2328 }}
+main {{ display: flex; flex-wrap: wrap; gap: 14px }}
+figure {{ margin: 0; width: 160px }}
+figure:first-child {{ margin-right: 24px }}
+img, figure div {{ width: 160px; height: 160px; border-radius: 8px; background: #f0f2f5 }}
+figure div {{ display: grid; place-items: center; color: #6b7280 }}
+figcaption {{ font-size: 13px; overflow-wrap: anywhere }}
+</style></head><body>
+<h1>{title}</h1><p>{about}</p>
+<main>
+{figures}
+</main></body></html>
+"""
