@@ -16,6 +16,7 @@ REASONS = (
     "no_image", "empty", "not_an_image", "corrupt_image", "too_many_pixels", "decoder_crashed", "duplicate_id",
     "non_finite_vector", "forgotten",
 )  # fmt: skip
+_PART = re.compile(r"([0-9a-f]+)-(\d{8})(-last)?\.parquet")
 _CARRY_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 
 
@@ -93,7 +94,7 @@ class Part:
     @classmethod
     def parse(cls, name: str) -> "Part | None":
         """None for a name that is not a part's."""
-        match = re.fullmatch(r"([0-9a-f]+)-(\d{8})(-last)?\.parquet", name)
+        match = _PART.fullmatch(name)
         return cls(shard_id=match[1], chunk=int(match[2]), last=match[3] is not None) if match else None
 
 
