@@ -15,6 +15,8 @@ from lora_embed import cluster as ray_cluster
 from lora_embed import demo
 from lora_embed.demo import parts
 from lora_embed.fetch import cache_root
+from lora_embed.model.base import Base, find_base
+from lora_embed.model.match import Target, target_of
 from lora_embed.progress import say
 from s3 import S3Server, s3_server
 
@@ -33,6 +35,18 @@ def demo_cache() -> Path:
 def base_model(demo_cache: Path) -> Path:
     """A real pretrained ViT-S/14."""
     return parts.fetch_base_model(demo_cache, say)
+
+
+@pytest.fixture(scope="session")
+def base(base_model: Path) -> Base:
+    """The same, found and hashed."""
+    return find_base(str(base_model), None)
+
+
+@pytest.fixture(scope="session")
+def target(base: Base) -> Target:
+    """Its architecture, for adapters to be matched to."""
+    return target_of(base)
 
 
 @pytest.fixture(scope="session")

@@ -293,7 +293,7 @@ CASES = [
     Case("names without prefix", renamed(lambda name: name.removeprefix("base_model.model.")), SAME),
     Case("names of both versions", doubled(lambda name: v4_name(name, "dinov2")), "are both names of encoder"),
     Case("names with and without prefix", doubled(lambda name: name.removeprefix("base_model.model.")), "is saved twice"),
-    Case("names with and without model", doubled(lambda name: name.replace("dinov2.", "")), "1 of 49 weights that it"),
+    Case("names with and without model", doubled(lambda name: name.replace("dinov2.", "")), "are both names of encoder"),
     Case("names with and without base_layer", doubled(lambda name: name.replace(".lora", ".base_layer.lora")), "saved twice"),
     Case("a weight saved whole beside its LoRA", put(f"{FIRST}.base_layer.weight", 384, 384), "whole and changed by LoRA"),
     Case("names of an adapter within PEFT", renamed(lambda name: name.replace("A.weight", "A.default.weight")), "kind of LoRA"),

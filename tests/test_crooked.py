@@ -19,22 +19,12 @@ from jobs import ROOT
 from lora_embed.config import AdapterSpec, Recipe
 from lora_embed.errors import AdapterMismatch, ConfigError, StorageError
 from lora_embed.model.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
-from lora_embed.model.base import Base, find_base, load_headless
+from lora_embed.model.base import Base, load_headless
 from lora_embed.model.build import gather
 from lora_embed.model.match import Adapter, Target, match_adapter, target_of
 from lora_embed.model.member import fold_members
 
 DOCS = ROOT / "docs" / "adapters.md"
-
-
-@pytest.fixture(scope="module")
-def base(base_model: Path) -> Base:
-    return find_base(str(base_model), None)
-
-
-@pytest.fixture(scope="module")
-def target(base: Base) -> Target:
-    return target_of(base)
 
 
 @pytest.fixture(scope="module")

@@ -8,23 +8,13 @@ import pytest
 import torch
 
 from lora_embed.model.adapter import read_adapter
-from lora_embed.model.base import Base, find_base, load_headless
+from lora_embed.model.base import Base, load_headless
 from lora_embed.model.fold import Merge, fold
-from lora_embed.model.match import Adapter, Target, match_adapter, target_of
+from lora_embed.model.match import Adapter, Target, match_adapter
 from models import edit_tensors
 
 Weights = dict[str, torch.Tensor]
 Change = Callable[[torch.Tensor, str], torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def base(base_model: Path) -> Base:
-    return find_base(str(base_model), None)
-
-
-@pytest.fixture(scope="module")
-def target(base: Base) -> Target:
-    return target_of(base)
 
 
 @pytest.fixture(scope="module")

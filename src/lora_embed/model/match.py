@@ -240,8 +240,7 @@ def _check_places(saved: SavedAdapter, target: Target, shapes: dict[str, torch.S
         if place is not None and place in places.values():
             other = next(own for own, taken in places.items() if taken == place)
             raise AdapterMismatch(
-                f"{saved.uri}: {other} and {name} are both names of {place}, of two versions of transformers. "
-                "Save the adapter again."
+                f"{saved.uri}: {other} and {name} are both names of {place}, so it is saved twice. Save the adapter again."
             )
     kernels = any(len(shapes[name]) > 2 for name in unused)
     hint = " A convolution in groups cannot be folded: its LoRA mixes channels that its weight keeps apart." if kernels else ""
