@@ -15,9 +15,10 @@ from jobs import ROOT
 PACKAGE = ROOT / "src" / "lora_embed"
 LAYERS = [  # top to bottom: a module imports from its own layer and those above it
     ["errors", "explain", "config", "schema", "disk", "retry", "storage", "fetch"],
-    ["model.*", "plan", "read", "decode", "isolate", "write", "evaluate", "export", "report", "progress"],
+    ["model.*", "plan", "read", "decode", "isolate", "write", "evaluate", "health", "gates", "export", "report", "progress"],
     ["embed", "versions", "retention", "table", "compact", "lineage", "search", "cluster"],
     ["pipeline"],
+    ["judge"],
     ["publish", "work"],
     ["run"],
     ["cli", "demo.*", "jobs.*"],

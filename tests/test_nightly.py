@@ -3,16 +3,19 @@
 import hashlib
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from jobs import read_rejects, read_rows, tiny_recipe, vectors_by_id, write_job, write_tars
+from jobs import read_rejects, read_rows, tiny_recipe, vectors_by_id, write_job, write_recipe, write_tars
 from lora_embed import cluster, load_encoder, open_table
 from lora_embed.cli import nightly_job, run_command
+from lora_embed.demo.parts import LabelledImage, write_shards
 from lora_embed.table import verify_table
 from lora_embed.versions import listed_versions
 from models import edit_tensors
@@ -110,3 +113,49 @@ def test_a_week(job: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], mo
     capfd.readouterr()
     assert run_command(["forget", str(table), "0000.tar/nobody", "--why", "typo"]) == 2
     assert "no retained version holds '0000.tar/nobody'" in capfd.readouterr().err
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("cluster")
+def test_bad_updates_are_stopped_and_the_version_before_stays(
+    tmp_path: Path,
+    base_model: Path,
+    real_adapters: dict[str, Path],
+    real_images: list[LabelledImage],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Real weights and images: one adapter at weight 20, a collapsed encoder, another processor; and two good updates."""
+    write_shards(real_images[:: len(real_images) // 300][:300], tmp_path / "shards", per_shard=75)
+    ten, more = real_adapters.values()
+
+    def night(weights: tuple[float, float], base: Path = base_model, code: int = 0) -> str:
+        recipe = write_recipe(tmp_path, base, {ten: weights[0], more: weights[1]}, image_size=56)
+        job = write_job(tmp_path, recipe, tmp_path / "shards", carry=["category:int64"])
+        capfd.readouterr()
+        assert nightly_job(["--config", str(job)]) == code, capfd.readouterr().err
+        return capfd.readouterr().err
+
+    collapsed = shutil.copytree(base_model, tmp_path / "collapsed")
+    weights = load_file(collapsed / "model.safetensors")
+    late = [name for name in weights if re.search(r"layer\.(8|9|10|11)\.layer_scale", name)]
+    assert late
+    save_file(weights | {name: weights[name] * 30 for name in late}, collapsed / "model.safetensors", metadata={"format": "pt"})
+    other_pixels = shutil.copytree(base_model, tmp_path / "other-pixels")
+    settings = json.loads((other_pixels / "preprocessor_config.json").read_text())
+    settings |= {"image_mean": settings["image_std"], "image_std": settings["image_mean"]}
+    (other_pixels / "preprocessor_config.json").write_text(json.dumps(settings))
+
+    night((0.5, 0.5))
+    assert "neighbours" in night((20.0, 0.5), code=1)
+    assert re.search("collapsed|spread|neighbours", night((0.5, 0.5), collapsed, code=1))
+    assert "processor: images are prepared in another way: " in night((0.5, 0.5), other_pixels, code=1)
+    table = open_table(str(tmp_path / "table"))
+    assert (table.version, table.count) == (1, 300)
+    night((0.6, 0.4))
+    accepted = ["publish", str(tmp_path / "job.yaml"), "--accept", "processor", "--why", "the new camera"]
+    night((0.6, 0.4), other_pixels, code=1)
+    assert run_command(accepted) == 0
+    manifest = open_table(str(tmp_path / "table")).manifest
+    assert (manifest.version, manifest.gates["processor"]["accepted"]) == (3, "the new camera")
+    assert manifest.gates["neighbours"]["holds"]
+    print({name: round(gate["value"], 3) for name, gate in manifest.gates.items()})

@@ -83,12 +83,16 @@ def publish(
     job: JobFile,
     set_: Set = None,
     release: Annotated[bool, typer.Option("--release", help="Publish a space that a rollback holds back.")] = False,
+    accept: Annotated[list[str] | None, typer.Option(metavar="GATE", help="Let a failed gate through.")] = None,
+    why: Annotated[str, typer.Option(help="The reason for that, kept in the version.")] = "",
     as_json: Json = False,
 ) -> None:
     """Publish what is staged as the next version, without embedding anything."""
     from lora_embed.run import publish_job
 
-    result = publish_job(load_job(job, set_), releases=release)
+    if accept and not why:
+        raise ConfigError("--accept lets a failed gate through. Say why with --why: the version keeps the reason.")
+    result = publish_job(load_job(job, set_), releases=release, accepted=dict.fromkeys(accept or [], why))
     _print(asdict(result), as_json, result.describe())
 
 
@@ -189,11 +193,14 @@ def search(
 
     opened = open_table(table, version)
     found = search_image(opened, image, k, index)
+    text = found.describe()
     if page is not None:
-        write_page(found, find_pictures(opened, found.hits), page)
+        pictures = find_pictures(opened, found.hits)
+        write_page(found, pictures, page)
+        text += f"\n{page}: {len(pictures)} of {len(found.hits)} with their pictures"
     names = ("image", "table", "version", "space_id", "method", "count")
     result = {name: getattr(found, name) for name in names} | {"hits": [asdict(hit) for hit in found.hits]}
-    _print(result, as_json, found.describe())
+    _print(result, as_json, text)
 
 
 @app.command()

@@ -143,6 +143,7 @@ class JobConfig(Section):
     vector_type: Literal["float32", "float16"] = "float32"
     resources: Resources = Resources()
     retain: Retain = Retain()
+    gates: dict[str, Number] = Field(default_factory=dict)  # limits by name: `gates.Limits` has them and their defaults
     shared_filesystem: bool = False
     input_storage_options: dict[str, Any] = Field(default_factory=dict)
     table_storage_options: dict[str, Any] = Field(default_factory=dict)

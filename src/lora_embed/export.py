@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from lora_embed.errors import ConfigError, VerificationFailed
+from lora_embed.errors import ConfigError, LoraEmbedError, StorageError, VerificationFailed
 from lora_embed.schema import carry_fields
 from lora_embed.storage import Store
 
@@ -151,6 +151,8 @@ def export_index(table: "Table", kind: str, out: Path, seed: int = 0) -> IndexDe
         )
         (aside / DESCRIPTION).write_text(json.dumps(asdict(description), indent=1) + "\n")
         aside.rename(out)
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be written: {' '.join(str(error).split())}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return description
@@ -194,7 +196,10 @@ def _write_faiss(faiss: Any, table: "Table", kind: str, folder: Path, seed: int)
         for batch in table.batches([*HIT_COLUMNS, "embedding"]):
             index.add(unit(vectors_of(batch)))
             ids.write_batch(batch.select(HIT_COLUMNS).cast(_IDS))  # a row group each, so that a hit reads only that
-    faiss.write_index(index, str(folder / FAISS_FILE))
+    try:
+        faiss.write_index(index, str(folder / FAISS_FILE))
+    except RuntimeError as error:  # a full disk, say
+        raise OSError(str(error)) from None
     return index.ntotal, parameters
 
 
@@ -213,7 +218,7 @@ def _new_faiss(faiss: Any, table: "Table", kind: str, seed: int) -> tuple[Any, d
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(table.dimension), table.dimension, lists, faiss.METRIC_INNER_PRODUCT)
     index.cp.seed, index.cp.min_points_per_centroid = seed, 1  # fewer than `least` only in a table of fewer vectors
     index.train(sample)
-    index.nprobe = max(min(lists, 8), round(math.sqrt(lists)))
+    index.nprobe = min(lists, max(8, round(2 * math.sqrt(lists))))
     return index, {"lists": lists, "probes": index.nprobe, "trained_on": len(sample), "seed": seed}
 
 
@@ -276,9 +281,22 @@ def _write_lance(lance: Any, table: "Table", kind: str, folder: Path, seed: int)
     vector = pa.field("vector", pa.list_(pa.float32(), table.dimension))
     schema = pa.schema([_IDS.field("id"), vector, _IDS.field("shard"), _IDS.field("key"), *carried])
     columns = ["id", "embedding", "shard", "key", *(one.name for one in carried)]
-    reader = pa.RecordBatchReader.from_batches(schema, _lance_batches(table, columns, schema))
-    dataset = lance.write_dataset(reader, str(folder / f"{LANCE_NAME}.lance"))
-    return dataset.count_rows(), {}
+    failed: list[LoraEmbedError] = []  # Lance makes an OSError of its own of what goes wrong while it reads
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        try:
+            yield from _lance_batches(table, columns, schema)
+        except LoraEmbedError as error:
+            failed.append(error)
+            raise
+
+    try:
+        reader = pa.RecordBatchReader.from_batches(schema, batches())
+        return lance.write_dataset(reader, str(folder / f"{LANCE_NAME}.lance")).count_rows(), {}
+    except OSError:
+        if failed:
+            raise failed[0] from None
+        raise
 
 
 def _lance_batches(table: "Table", columns: list[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:

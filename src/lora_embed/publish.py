@@ -1,11 +1,11 @@
 """Staged parts → the next version: verify, gates, compact, commit."""
 
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
 
-from lora_embed import compact, pipeline, retention, table, versions
+from lora_embed import compact, judge, pipeline, retention, table, versions
 from lora_embed.config import JobConfig
-from lora_embed.errors import GateFailed, IncompleteRun, VerificationFailed
+from lora_embed.errors import IncompleteRun, VerificationFailed
+from lora_embed.gates import Gate
 from lora_embed.progress import say
 from lora_embed.schema import Manifest, Shard, ShardCounts
 from lora_embed.storage import Store
@@ -14,13 +14,19 @@ SHARDS_PER_TASK = 64  # to verify one takes milliseconds
 
 
 def publish(
-    job: JobConfig, shared: pipeline.Job, shards: list[Shard], *, replaces: str | None = None, releases: bool = False
+    job: JobConfig,
+    shared: pipeline.Job,
+    shards: list[Shard],
+    *,
+    replaces: str | None = None,
+    releases: bool = False,
+    accepted: dict[str, str] | None = None,
 ) -> tuple[Manifest, bool]:
     """Make the shards the table's current version; False beside the manifest when they already are.
 
     `replaces` is the space whose vectors the run set out to replace, if another one; `releases` publishes a space that a
-    rollback holds back. Raises IncompleteRun, VerificationFailed or GateFailed; staged parts are removed only once a
-    version holds their rows.
+    rollback holds back; `accepted` are gates that a person lets through, with the reason. Raises IncompleteRun,
+    VerificationFailed or GateFailed; staged parts are removed only once a version holds their rows.
     """
     store = shared.store
     wanted = {shard.id: shard for shard in shards}
@@ -32,7 +38,7 @@ def publish(
             table.clear_absorbed(store, current, shared.layout)
             return current, False
         try:
-            manifest = _next_version(job, shared, current, wanted)
+            manifest = _next_version(job, shared, current, wanted, accepted or {})
         except (IncompleteRun, VerificationFailed):
             if _version(versions.read_manifest(store)) == _version(current):
                 raise
@@ -57,8 +63,10 @@ def _version(manifest: Manifest | None) -> int:
     return manifest.version if manifest is not None else 0
 
 
-def _next_version(job: JobConfig, shared: pipeline.Job, current: Manifest | None, wanted: dict[str, Shard]) -> Manifest:
-    """The next version's manifest, its files written."""
+def _next_version(
+    job: JobConfig, shared: pipeline.Job, current: Manifest | None, wanted: dict[str, Shard], accepted: dict[str, str]
+) -> Manifest:
+    """The next version's manifest, its files written and its gates passed."""
     store, encoder, layout = shared.store, shared.encoder, shared.layout
     before = versions.newest_of(store, encoder.space_id, layout.pins, current)
     forgotten = current.forgotten if current is not None else ()
@@ -73,7 +81,8 @@ def _next_version(job: JobConfig, shared: pipeline.Job, current: Manifest | None
     few = len(new) + len(reuse.sources) <= SHARDS_PER_TASK
     checked = pipeline.map_tasks(table.verify_parts, where, list(new.values()), each_has=SHARDS_PER_TASK, here=few)
     counts = {stats.shard_id: compact.shard_counts(wanted[stats.shard_id], stats) for stats in checked}
-    gates = check_gates(job, current, list(counts.values()), kept)
+    shares = _shares(job, current, list(counts.values()), kept)
+    judge.decide(job.table, shares, accepted)
     sources = [
         compact.Source(shard=counts[shard_id], parts=table.part_paths(encoder.space_id, layout, parts))
         for shard_id, parts in new.items()
@@ -81,37 +90,44 @@ def _next_version(job: JobConfig, shared: pipeline.Job, current: Manifest | None
     sources = [*reuse.sources, *sources]
     compactions = compact.plan_compactions(sources, layout, encoder.space_id, encoder.dimension, forgotten)
     written = pipeline.map_tasks(compact.compact, (store,), compactions, here=few)
-    return compact.make_manifest(
+    found = judge.measure(shared, [data for data, _ in written], here=few)
+    same_space = current is not None and current.space_id == encoder.space_id
+    known = current.lineage.get("figures") if current is not None and same_space else None
+    manifest = compact.make_manifest(
         _version(current) + 1,
         encoder.space_id,
         encoder.dimension,
         written,
         reuse,
-        gates=gates,
+        gates={},
         pins=layout.pins,
         forgotten=forgotten,
         held={space: why for space, why in (current.held if current else {}).items() if space != encoder.space_id},
-        lineage={"recipe_id": encoder.recipe_id, "input": list(job.input), "layout": asdict(layout)},
+        lineage={
+            "recipe_id": encoder.recipe_id,
+            "input": list(job.input),
+            "layout": asdict(layout),
+            "figures": known or (found.to_dict() if found is not None else None),
+        },
     )
+    judged = [*shares, *judge.judge(shared, manifest, found, current, judge.limits_of(job))]
+    return replace(manifest, gates=judge.decide(job.table, judged, accepted))
 
 
-def check_gates(job: JobConfig, current: Manifest | None, new: list[ShardCounts], kept: set[str]) -> dict[str, dict[str, Any]]:
-    """The checks before a version, each with its figure and limit. Raises GateFailed naming those that do not hold."""
+def _shares(job: JobConfig, current: Manifest | None, new: list[ShardCounts], kept: set[str]) -> list[Gate]:
+    """The gates that counts alone decide, before anything is written."""
     samples, rejects = sum(shard.samples for shard in new), sum(shard.rejects for shard in new)
     before = current.shards if current is not None else {}
     removed = [shard for shard_id, shard in before.items() if shard_id not in kept and shard.name not in {s.name for s in new}]
-    gates = {
-        "rejects": {"value": rejects / max(samples, 1), "limit": job.max_rejects},
-        "removed": {"value": len(removed) / max(len(before), 1), "limit": job.max_removed},
+    figures = {
+        "rejects": (rejects / max(samples, 1), job.max_rejects, f"{rejects:,} of {samples:,} new samples cannot be embedded"),
+        "removed": (
+            len(removed) / max(len(before), 1),
+            job.max_removed,
+            f"{len(removed):,} of {len(before):,} shards of the version before are gone from the input",
+        ),
     }
-    failed = [
-        f"the share of {name} is {gate['value']:.2%}, and max_{name} is {gate['limit']:.2%}"
-        for name, gate in gates.items()
-        if gate["value"] > gate["limit"]
+    return [
+        Gate(name=name, value=value, limit=limit, direction="at most", says=says)
+        for name, (value, limit, says) in figures.items()
     ]
-    if failed:
-        raise GateFailed(
-            f"{job.table}: not published: {'; '.join(failed)}. What was embedded is kept: mend the input, or raise the limit "
-            "in the job, and run it again."
-        )
-    return gates

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from lora_embed import cluster, pipeline, plan, publish, table, versions, work
+from lora_embed import cluster, judge, pipeline, plan, publish, table, versions, work
 from lora_embed.config import JobConfig, Recipe, load_recipe
 from lora_embed.errors import ConfigError, TableError
 from lora_embed.model.build import Ingredients, build_encoder, gather, match_adapters
@@ -113,6 +113,7 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
     committed stays and the same call goes on.
     """
     started = time.monotonic()
+    judge.limits_of(job)
     store, shards = _list(job)
     recipe = find_recipe(job.recipe)
     source = gather(recipe) if isinstance(recipe, Recipe) else recipe
@@ -149,8 +150,8 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
     return replace(result, seconds=round(time.monotonic() - started, 2))
 
 
-def publish_job(job: JobConfig, *, releases: bool = False) -> RunResult:
-    """Publish what is staged, without embedding anything.
+def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, str] | None = None) -> RunResult:
+    """Publish what is staged, without embedding anything; `accepted` gates are let through, each with a reason.
 
     Raises ConfigError when nothing was ever embedded for this recipe; IncompleteRun, VerificationFailed or GateFailed.
     """
@@ -165,7 +166,7 @@ def publish_job(job: JobConfig, *, releases: bool = False) -> RunResult:
     cluster.connect()
     shared = pipeline.Job(input_options=job.input_storage_options, store=store, encoder=encoder, layout=layout)
     before = current.space_id if current is not None else None
-    manifest, is_new = publish.publish(job, shared, shards, replaces=before, releases=releases)
+    manifest, is_new = publish.publish(job, shared, shards, replaces=before, releases=releases, accepted=accepted)
     return RunResult(
         table=job.table,
         space_id=encoder.space_id,

@@ -1,0 +1,115 @@
+"""A version about to be created, measured on storage and held against the one before: the gates after compaction."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lora_embed import gates, lineage, pipeline
+from lora_embed.config import JobConfig, check_options
+from lora_embed.errors import GateFailed
+from lora_embed.gates import Gate, Limits
+from lora_embed.health import Figures, Health, combine, measure_rows, seeded_sample
+from lora_embed.model.encoder import DESCRIPTION
+from lora_embed.schema import FileEntry, Manifest, encoder_path
+from lora_embed.storage import Store
+from lora_embed.table import read_rows
+
+SAMPLE_SHARDS, SAMPLE_IMAGES = 200, 2000
+LABEL = "label"  # the carried field that evaluation takes for an image's class
+
+
+def limits_of(job: JobConfig) -> Limits:
+    """The job's limits, those it does not set at their defaults. Raises ConfigError for a name that is none."""
+    known = {limit.name: (float, limit.default) for limit in fields(Limits)}
+    return Limits(**check_options("gates", known, job.gates))
+
+
+def measure(shared: pipeline.Job, written: list[FileEntry], *, here: bool) -> Figures | None:
+    """Figures of the files written for a version; None where they hold no vector."""
+    parts = pipeline.map_tasks(measure_file, (shared.store,), written, here=here)
+    health = combine(parts) if parts else None
+    return health.figures() if health is not None and health.count else None
+
+
+def measure_file(store: Store, entry: FileEntry) -> Health:
+    """What one data file's vectors are like."""
+    return measure_rows(read_rows(store, entry.path).select(["id", "sha256", "embedding"]))
+
+
+def judge(shared: pipeline.Job, new: Manifest, found: Figures | None, before: Manifest | None, limits: Limits) -> list[Gate]:
+    """The gates of a version whose files are written, of which `found` are the figures.
+
+    `before` is the current version: of the same space, the new rows must be like those that are there; of another, a
+    seeded sample of the images of both is compared.
+    """
+    same_space = before is not None and before.space_id == new.space_id
+    known = before.lineage.get("figures") if before is not None else None
+    figures = Figures.from_dict(known) if known else None
+    judged = gates.health_gates(found, figures, same_space=same_space, limits=limits) if found is not None else []
+    if before is None or same_space:
+        return judged
+    judged.append(gates.processor(_preprocessing(shared.store, before.space_id), _preprocessing(shared.store, new.space_id)))
+    compared = compare(shared.store, before, new)
+    return judged + (gates.comparison_gates(compared, limits) if compared is not None else [])
+
+
+def compare(store: Store, before: Manifest, new: Manifest) -> gates.Comparison | None:
+    """Two versions on a seeded sample of the images that both hold; None for too few."""
+    ids = _common_ids(store, before, new)
+    has_labels = all(any(name == LABEL for name, _ in manifest.pins["carry"]) for manifest in (before, new))
+    columns = ["id", "sha256", "embedding", *([LABEL] if has_labels else [])]
+    old_rows, new_rows = (_by_id(lineage.find_rows(store, manifest, ids, columns)) for manifest in (before, new))
+    same = [id_ for id_ in ids if id_ in old_rows and id_ in new_rows and old_rows[id_]["sha256"] == new_rows[id_]["sha256"]]
+    if not same:
+        return None
+    old, now = (np.array([rows[id_]["embedding"] for id_ in same], np.float32) for rows in (old_rows, new_rows))
+    labels = [new_rows[id_][LABEL] for id_ in same] if has_labels else None
+    return gates.compare(same, old, now, labels)
+
+
+def _common_ids(store: Store, before: Manifest, new: Manifest) -> list[str]:
+    names = {shard.name for shard in before.shards.values()} & {shard.name for shard in new.shards.values()}
+    chosen = set(seeded_sample(names, SAMPLE_SHARDS))
+    paths = [entry.path for entry in new.files if any(shard.name in chosen for shard in entry.shards)]
+    ids: list[str] = []
+    for path in paths:
+        rows = _columns(store, path, ["id", "shard"])
+        keep = [name in chosen for name in rows.column("shard").to_pylist()]
+        ids += rows.column("id").filter(pa.array(keep, pa.bool_())).to_pylist()
+    return seeded_sample(ids, SAMPLE_IMAGES)
+
+
+def _columns(store: Store, path: str, columns: list[str]) -> pa.Table:
+    return read_rows(store, path).select(columns)
+
+
+def _by_id(rows: pa.Table) -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in rows.to_pylist()}
+
+
+def _preprocessing(store: Store, space_id: str) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(store.read(f"{encoder_path(space_id)}/{DESCRIPTION}") or b"{}").get(
+        "preprocessing", {}
+    )
+    return settings
+
+
+def decide(where: str, judged: Iterable[Gate], accepted: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """The gates for the manifest. Raises GateFailed for those that do not hold and that nobody has accepted."""
+    kept = {gate.name: gate.to_dict() for gate in judged}
+    failed = [gate for gate in judged if not gate.holds and gate.name not in accepted]
+    if failed:
+        lines = "".join(
+            f"\n  {gate.name}: {gate.says} ({gate.value:.4g}, {gate.direction} {gate.limit:.4g})" for gate in failed
+        )
+        raise GateFailed(
+            f"{where}: not published, the version before stays. What was embedded is kept. Mend the input or the recipe and "
+            f"run it again, or let it through with `lora-embed publish JOB --accept {failed[0].name} --why …`:{lines}"
+        )
+    for name in accepted.keys() & kept.keys():
+        kept[name]["accepted"] = accepted[name]
+    return kept
