@@ -33,13 +33,16 @@ def seeded_sample(ids: Iterable[str], n: int, seed: int = 0) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Doubles:
-    """Which vectors stand in several rows: by hash of the vector, rows and the two extreme hashes of their images."""
+    """Which vectors stand in several rows: by hash of the vector, rows and the two extreme hashes of their images.
+
+    Of more than `DISTINCT` vectors those with the lowest hashes are kept. They are among the lowest of each file too, so
+    that all their rows are counted, in whatever order files are put together.
+    """
 
     vector: NDArray[np.uint64]  # sorted, distinct
     rows: NDArray[np.int64]
     low: NDArray[np.uint64]
     high: NDArray[np.uint64]
-    below: int = 2**64  # only vectors whose hash is below it are counted
 
     @property
     def share(self) -> float:
@@ -98,7 +101,7 @@ class Health:
             rank=participation_ratio(self.sample),
             spread=float(max(0.0, 1 - np.sum((self.directions / self.count) ** 2))),
             norms=(low, median, high),
-            # A vector that very many rows have may be beyond `below`: the sample of rows holds it all the more surely.
+            # A vector that very many rows have may not be among those counted: the sample of rows holds it all the surer.
             duplicates=max(self.doubles.share, _doubles(self.sample, self.images).share),
         )
 
@@ -202,25 +205,18 @@ def _doubles(vectors: Vectors, images: NDArray[np.uint64]) -> Doubles:
 
 def _reduced(parts: Sequence[Doubles]) -> Doubles:
     """Several counts as one, of no more than `DISTINCT` vectors."""
-    below = min(part.below for part in parts)
     vector, rows, low, high = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("vector", "rows", "low", "high")
     )
+    if not len(vector):
+        return Doubles(vector=vector, rows=rows, low=low, high=high)
     order = np.argsort(vector, kind="stable")
-    if below < 2**64:
-        order = order[: np.searchsorted(vector[order], np.uint64(below))]
     distinct, starts = np.unique(vector[order], return_index=True)
-    if len(distinct) > DISTINCT:
-        below = int(distinct[DISTINCT])
-        order, distinct, starts = order[: starts[DISTINCT]], distinct[:DISTINCT], starts[:DISTINCT]
-    if not len(distinct):
-        return Doubles(vector=vector[:0], rows=rows[:0], low=low[:0], high=high[:0], below=below)
     return Doubles(
-        vector=distinct,
-        rows=np.add.reduceat(rows[order], starts),
-        low=np.minimum.reduceat(low[order], starts),
-        high=np.maximum.reduceat(high[order], starts),
-        below=below,
+        vector=distinct[:DISTINCT],
+        rows=np.add.reduceat(rows[order], starts)[:DISTINCT],
+        low=np.minimum.reduceat(low[order], starts)[:DISTINCT],
+        high=np.maximum.reduceat(high[order], starts)[:DISTINCT],
     )
 
 

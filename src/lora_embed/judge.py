@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lora_embed import gates, lineage, pipeline
+from lora_embed import gates, pipeline
 from lora_embed.config import JobConfig, check_options
 from lora_embed.errors import GateFailed
 from lora_embed.gates import Gate, Limits
@@ -16,7 +16,7 @@ from lora_embed.health import Figures, Health, combine, measure_rows, seeded_sam
 from lora_embed.model.encoder import DESCRIPTION
 from lora_embed.schema import FileEntry, Manifest, encoder_path
 from lora_embed.storage import Store
-from lora_embed.table import read_rows
+from lora_embed.table import Table, read_rows
 
 SAMPLE_SHARDS, SAMPLE_IMAGES = 200, 2000
 LABEL = "label"  # the carried field that evaluation takes for an image's class
@@ -62,7 +62,7 @@ def compare(store: Store, before: Manifest, new: Manifest) -> gates.Comparison |
     ids = _common_ids(store, before, new)
     has_labels = all(any(name == LABEL for name, _ in manifest.pins["carry"]) for manifest in (before, new))
     columns = ["id", "sha256", "embedding", *([LABEL] if has_labels else [])]
-    old_rows, new_rows = (_by_id(lineage.find_rows(store, manifest, ids, columns)) for manifest in (before, new))
+    old_rows, new_rows = (_by_id(Table(store, manifest).rows(ids, columns)) for manifest in (before, new))
     same = [id_ for id_ in ids if id_ in old_rows and id_ in new_rows and old_rows[id_]["sha256"] == new_rows[id_]["sha256"]]
     if not same:
         return None

@@ -1,16 +1,12 @@
 """Where a row came from, and how an image is taken out of a table for good."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.dataset as pds
-
 from lora_embed import compact, versions
 from lora_embed.errors import TableError
-from lora_embed.schema import FileEntry, Layout, Manifest, encoder_path, may_hold
+from lora_embed.schema import Layout, Manifest, encoder_path
 from lora_embed.storage import Store
 from lora_embed.table import Table
 
@@ -48,7 +44,7 @@ class Explanation:
 def explain_row(opened: Table, id_: str) -> Explanation:
     """Trace a row back to image, shard, encoder and adapters. Raises TableError for an id that is not there."""
     store, manifest = opened.store, opened.manifest
-    rows = find_rows(store, manifest, [id_], COLUMNS)
+    rows = opened.rows([id_], COLUMNS)
     if not rows.num_rows:
         raise TableError(f"{store.uri}: version {manifest.version} has no vector of {id_!r}; is it among the rejects?")
     row = rows.to_pylist()[0]
@@ -71,19 +67,6 @@ def explain_row(opened: Table, id_: str) -> Explanation:
         merge_method=members[0]["merge_method"] if members else "unknown",
         first_version=min(holders, default=manifest.version),
     )
-
-
-def find_rows(store: Store, manifest: Manifest, ids: list[str], columns: list[str]) -> pa.Table:
-    """The rows of these ids, from the files alone whose shards can hold them."""
-    paths = [store.full_path(entry.path) for entry in _holding(manifest.files, ids)]
-    if not paths:
-        return pa.table({column: [] for column in columns})
-    found = pds.dataset(paths, format="parquet", filesystem=store.filesystem)
-    return found.to_table(columns=columns, filter=pds.field("id").isin(ids))
-
-
-def _holding(files: Iterable[FileEntry], ids: list[str]) -> list[FileEntry]:
-    return [entry for entry in files if any(may_hold(shard, id_) for shard in entry.shards for id_ in ids)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +112,7 @@ def forget(store: Store, ids: list[str], why: str) -> Forgotten:
 
 
 def _ids_in(store: Store, manifest: Manifest, ids: list[str]) -> list[str]:
-    found: list[str] = find_rows(store, manifest, ids, ["id"]).column("id").to_pylist()
+    found: list[str] = Table(store, manifest).rows(ids, ["id"]).column("id").to_pylist()
     return found
 
 

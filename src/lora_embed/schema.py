@@ -158,12 +158,16 @@ class ShardCounts:
     rejects: int
 
 
+def prefix_of(shard_name: str) -> str:
+    """What stands before `/` and key in ids of a shard: its name, or for a group of loose images their folder."""
+    group = re.fullmatch(r"(.*)/#\d+of\d+", shard_name)
+    return shard_name if group is None else group[1] if group[1] != "." else ""
+
+
 def may_hold(shard: ShardCounts, id_: str) -> bool:
-    """Can a sample of that id be the shard's? Before the key stands its name, or the folder of a group of loose images."""
-    folder, group, _ = shard.name.rpartition("/#")
-    if not group:
-        return id_.startswith(f"{shard.name}/")
-    return id_.rpartition("/")[0] == ("" if folder == "." else folder)
+    """Can a sample of that id be the shard's?"""
+    prefix = prefix_of(shard.name)
+    return not prefix or id_.startswith(f"{prefix}/")
 
 
 @dataclass(frozen=True, kw_only=True)

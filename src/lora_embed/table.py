@@ -26,6 +26,7 @@ from lora_embed.schema import (
     Part,
     data_schema,
     encoder_path,
+    prefix_of,
 )
 from lora_embed.storage import Store
 from lora_embed.versions import listed_versions, read_manifest
@@ -122,12 +123,6 @@ def verify_file(store: Store, entry: FileEntry, *, is_data: bool) -> set[str]:
     if is_data and len(ids) != table.num_rows:
         raise VerificationFailed(f"{where}: {table.num_rows - len(ids)} ids stand there twice")
     return ids
-
-
-def _prefix_of(shard_name: str) -> str:
-    """What stands before `/` and key in ids of a shard: its name, or for a group of loose images their folder."""
-    group = re.fullmatch(r"(.*)/#\d+of\d+", shard_name)
-    return shard_name if group is None else group[1] if group[1] != "." else ""
 
 
 def _rows_with(file: pq.ParquetFile, ids: set[str], columns: list[str]) -> list[pa.Table]:
@@ -230,7 +225,7 @@ class Table:
         """What stands before the key in ids of a shard → numbers of the files that hold such rows."""
         found: dict[str, list[int]] = defaultdict(list)
         for number, entry in enumerate(self.manifest.files):
-            for prefix in {_prefix_of(shard.name) for shard in entry.shards if shard.vectors}:
+            for prefix in {prefix_of(shard.name) for shard in entry.shards if shard.vectors}:
                 found[prefix].append(number)
         return found
 
