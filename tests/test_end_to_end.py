@@ -229,7 +229,9 @@ def test_changed_new_and_removed_shards_make_the_next_version(tmp_path: Path, ti
     run_job(job)
     before = vectors_by_id(read_rows(tmp_path / "table"))
     (source / "0003.tar").unlink()
-    with pytest.raises(GateFailed, match=r"removed: 1 of 4 shards of the version before are gone from the input \(0\.25, at most 0\.05\)"):
+    with pytest.raises(
+        GateFailed, match=r"removed: 1 of 4 shards of the version before are gone from the input \(0\.25, at most 0\.05\)"
+    ):
         run_job(job)
     assert open_table(str(tmp_path / "table")).version == 1
     job = job.model_copy(update={"max_removed": 0.5})

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from lora_embed import pipeline
 from lora_embed.compact import plan_reuse
-from lora_embed.errors import GateFailed, TableError
+from lora_embed.config import JobConfig
+from lora_embed.errors import GateFailed, StoreUnavailable, TableError
+from lora_embed.publish import _clear
 from lora_embed.retention import retire
-from lora_embed.schema import Manifest
+from lora_embed.schema import Manifest, ShardCounts
 from lora_embed.storage import Store
 from lora_embed.table import open_table, verify_parts, verify_table
 from lora_embed.versions import commit_version, listed_versions, newest_of, read_manifest, refuse_held, roll_back
@@ -17,6 +20,7 @@ from test_table import LAYOUT, SPACE, publish, stage
 
 OTHER = "07e207e207e2"
 DAY = 86400.0
+SHARD = ShardCounts(id="ee", name="e.tar", samples=2, vectors=2, rejects=0)
 
 
 @pytest.fixture
@@ -163,3 +167,20 @@ def test_an_encoder_in_use_is_kept_whatever_its_age(store: Store) -> None:
     store.replace("CURRENT", b"3\n")
     retire(store, keep=5, grace_s=DAY)
     assert store.info(f"encoders/{OTHER}/encoder.json") is None
+
+
+def test_what_cannot_be_cleared_does_not_undo_a_publication(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> None:
+        raise StoreUnavailable("s3://bucket/table: no proper answer for 120 s")
+
+    monkeypatch.setattr(Store, "delete", fails)
+    stage(store, "ee", "e.tar", 2)  # what the version absorbed
+    manifest = replace(current_of(store), files=(replace(current_of(store).files[0], shards=(SHARD,)),))
+    job = JobConfig(recipe="r", input=("i",), table=store.uri)
+    encoder = type("Encoder", (), {"space_id": SPACE})
+    _clear(job, pipeline.Job(input_options={}, store=store, encoder=encoder, layout=LAYOUT), manifest)  # type: ignore[arg-type]
+    said = capfd.readouterr().err
+    assert "version 3 is published, but what it replaces could not be cleared" in said
+    assert "no proper answer for 120 s" in said

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 from lora_embed import compact, judge, pipeline, retention, table, versions
 from lora_embed.config import JobConfig
-from lora_embed.errors import IncompleteRun, VerificationFailed
+from lora_embed.errors import IncompleteRun, StorageError, StoreUnavailable, VerificationFailed
 from lora_embed.gates import Gate
 from lora_embed.progress import say
 from lora_embed.schema import Manifest, Shard, ShardCounts
@@ -44,10 +44,18 @@ def publish(
                 raise
             continue  # another run published meanwhile and removed the parts that it absorbed
         if versions.commit_version(store, manifest):
-            table.clear_absorbed(store, manifest, shared.layout)
-            retention.retire(store, job.retain.versions, job.retain.grace_days * 86400, frozenset(wanted))
+            _clear(job, shared, manifest)
             return manifest, True
         say(f"version {manifest.version} was published by another run meanwhile; planning again from it")
+
+
+def _clear(job: JobConfig, shared: pipeline.Job, manifest: Manifest) -> None:
+    """Remove what the new version has made needless; it is published whether or not that succeeds."""
+    try:
+        table.clear_absorbed(shared.store, manifest, shared.layout)
+        retention.retire(shared.store, job.retain.versions, job.retain.grace_days * 86400, frozenset(manifest.shards))
+    except (StorageError, StoreUnavailable) as error:
+        say(f"version {manifest.version} is published, but what it replaces could not be cleared; the next one will: {error}")
 
 
 def _refuse_backwards(store: Store, current: Manifest | None, space_id: str, replaces: str | None) -> None:
@@ -91,8 +99,7 @@ def _next_version(
     compactions = compact.plan_compactions(sources, layout, encoder.space_id, encoder.dimension, forgotten)
     written = pipeline.map_tasks(compact.compact, (store,), compactions, here=few)
     found = judge.measure(shared, [data for data, _ in written], here=few)
-    same_space = current is not None and current.space_id == encoder.space_id
-    known = current.lineage.get("figures") if current is not None and same_space else None
+    known = before.lineage.get("figures") if before is not None else None
     manifest = compact.make_manifest(
         _version(current) + 1,
         encoder.space_id,
