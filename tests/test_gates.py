@@ -133,31 +133,6 @@ def test_a_gate_says_its_figure_and_goes_into_a_manifest() -> None:
     assert found.says == "10.00% of the images have exactly the vector of another image whose bytes differ"
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_drift_holds_within_the_precision_and_not_beyond(precision: str) -> None:
-    old, _ = clusters(64)
-    bound = gates.BOUNDS[precision]
-    step = np.zeros_like(old)
-    step[17] = old[17]  # of one row alone
-    assert gates.drift(old, old + np.float32(0.9 * bound) * step, precision).holds
-    beyond = gates.drift(old, old + np.float32(1.1 * bound) * step, precision)
-    assert not beyond.holds
-    assert beyond.value == pytest.approx(1.1 * bound, rel=0.02)
-
-
-def test_drift_allows_for_the_rounding_of_stored_vectors_and_refuses_what_is_no_number() -> None:
-    new, _ = clusters(64)
-    old = new.astype(np.float16)
-    assert gates.drift(old, new, "float32", vector_type="float16").holds
-    assert not gates.drift(old, new, "float32").holds
-    assert not gates.drift(new, np.where(new == new[3, 3], np.nan, new), "bfloat16").holds
-    assert not gates.drift(np.zeros_like(new), new, "bfloat16").holds
-    with pytest.raises(ValueError, match=r"\(64, 32\) and \(63, 32\) are not of the same images"):
-        gates.drift(new, new[1:], "float32")
-    with pytest.raises(ValueError, match="no images"):
-        gates.drift(new[:0], new[:0], "float32")
-
-
 def test_a_processor_that_differs_is_named_whether_it_was_read_or_made() -> None:
     before = {"resize": (64, 64), "multiply": (0.1, 0.2, 0.3), "crop": None}
     assert gates.processor(before, json.loads(json.dumps(before))).holds

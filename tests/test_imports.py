@@ -20,6 +20,7 @@ LAYERS = [  # top to bottom: a module imports from its own layer and those above
     ["pipeline"],
     ["judge"],
     ["publish", "work"],
+    ["preview"],
     ["run"],
     ["cli", "demo.*", "jobs.*"],
 ]

@@ -151,6 +151,8 @@ def test_bad_updates_are_stopped_and_the_version_before_stays(
     assert "processor: images are prepared in another way: " in night((0.5, 0.5), other_pixels, code=1)
     table = open_table(str(tmp_path / "table"))
     assert (table.version, table.count) == (1, 300)
+    assert "the change is below your threshold" in night((0.5001, 0.5))
+    assert open_table(str(tmp_path / "table")).version == 1
     night((0.6, 0.4))
     accepted = ["publish", str(tmp_path / "job.yaml"), "--accept", "processor", "--why", "the new camera"]
     night((0.6, 0.4), other_pixels, code=1)

@@ -110,6 +110,14 @@ class Retain(Section):
     grace_days: Annotated[Number, Field(ge=0)] = 7.0
 
 
+class Reembed(Section):
+    """What a nightly run asks of a new encoder before all images are embedded anew."""
+
+    sample: int = Field(default=2000, ge=0)  # images; 0 goes on without asking
+    skip_overlap: Share | None = 0.98
+    skip_gain: Share = 0.0
+
+
 class CarryField(Section):
     """A sample field kept as a column of the table."""
 
@@ -142,6 +150,7 @@ class JobConfig(Section):
     limit: int | None = Field(default=None, ge=1)
     vector_type: Literal["float32", "float16"] = "float32"
     resources: Resources = Resources()
+    reembed: Reembed = Reembed()
     retain: Retain = Retain()
     gates: dict[str, Number] = Field(default_factory=dict)  # limits by name: `gates.Limits` has them and their defaults
     shared_filesystem: bool = False

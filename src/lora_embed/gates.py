@@ -15,12 +15,10 @@ from numpy.typing import NDArray
 
 from lora_embed.evaluate import knn_accuracy, split_by_name
 from lora_embed.health import Figures, Vectors, unit
-from lora_embed.model.golden import BOUNDS
 
 MIN_ROWS = 64  # of fewer vectors the figures say little, and no gate is made of them
 SPLITS = 5
 BANK_SHARE = 2 / 3
-STORED_BOUNDS = {"float32": 0.0, "float16": 2**-11}  # what storing a vector may move it by, relatively
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,24 +130,6 @@ def _least(floor: float, share: float, before: float | None) -> float:
     return floor if before is None else min(max(floor, share * before), before)
 
 
-def drift(old: NDArray[Any], new: NDArray[Any], precision: str, *, vector_type: str = "float32") -> Gate:
-    """Unchanged images embedded again must give the vectors that are stored: rows of two (n, d) arrays, aligned.
-
-    The figure is the largest ‖new − old‖ / ‖old‖ of a row, the limit the golden vectors' bound of the precision and the
-    rounding of the stored type. Measured on a ViT-S: bfloat16 against float32 1.2e-2, stored as float16 4e-4.
-    """
-    _check_aligned(old, new)
-    if not len(old):
-        raise ValueError("no images were embedded again, so nothing shows that the encoder still makes these vectors")
-    stored = old.astype(np.float64)
-    distance = np.linalg.norm(new.astype(np.float64) - stored, axis=1)
-    length = np.linalg.norm(stored, axis=1)
-    value = float(np.max([_ratio(a, b) if a else 0.0 for a, b in zip(distance, length, strict=True)]))
-    says = f"{len(old)} images embedded again differ from the table's vectors by up to {value:.1e} of their length"
-    limit = BOUNDS[precision] + STORED_BOUNDS[vector_type]
-    return Gate(name="drift", value=value, limit=limit, direction="at most", says=says)
-
-
 def processor(before: Mapping[str, Any], new: Mapping[str, Any]) -> Gate:
     """What an encoder does to pixels is the same as in the version before, by the two descriptions' `preprocessing`.
 
@@ -192,7 +172,7 @@ def compare(
     ids: Sequence[str], old: Vectors, new: Vectors, labels: Sequence[str | int | None] | None = None, *, k: int = 10
 ) -> Comparison | None:
     """Compare two spaces on a sample of a few thousand images: (n, d) and (n, e), rows aligned; None for too few."""
-    _check_aligned(old, new, same_width=False)
+    _check_aligned(old, new)
     if len(ids) < MIN_ROWS:
         return None
     shared = neighbour_overlap(old, new, k)
@@ -317,6 +297,6 @@ def _ratio(value: float, of: float) -> float:
     return float(value / of) if of else float("inf")
 
 
-def _check_aligned(old: NDArray[Any], new: NDArray[Any], *, same_width: bool = True) -> None:
-    if len(old) != len(new) or (same_width and old.shape != new.shape):
+def _check_aligned(old: NDArray[Any], new: NDArray[Any]) -> None:
+    if len(old) != len(new):
         raise ValueError(f"vectors of shapes {old.shape} and {new.shape} are not of the same images; align them by id")

@@ -18,6 +18,7 @@ from lora_embed.schema import FileEntry, Manifest, encoder_path
 from lora_embed.storage import Store
 from lora_embed.table import Table, read_rows
 
+Rows = dict[str, dict[str, Any]]
 SAMPLE_SHARDS, SAMPLE_IMAGES = 200, 2000
 LABEL = "label"  # the carried field that evaluation takes for an image's class
 
@@ -46,29 +47,47 @@ def judge(shared: pipeline.Job, new: Manifest, found: Figures | None, before: Ma
     `before` is the current version: of the same space, the new rows must be like those that are there; of another, a
     seeded sample of the images of both is compared.
     """
-    same_space = before is not None and before.space_id == new.space_id
+    judged = judge_space(shared.store, before, new.space_id, found, limits)
+    if before is None or before.space_id == new.space_id:
+        return judged
+    compared = compare(shared.store, before, new)
+    return judged + (gates.comparison_gates(compared, limits) if compared is not None else [])
+
+
+def judge_space(store: Store, before: Manifest | None, space_id: str, found: Figures | None, limits: Limits) -> list[Gate]:
+    """The gates that need no image by image comparison: figures of vectors, and how another space prepares images."""
+    same_space = before is not None and before.space_id == space_id
     known = before.lineage.get("figures") if before is not None else None
     figures = Figures.from_dict(known) if known else None
     judged = gates.health_gates(found, figures, same_space=same_space, limits=limits) if found is not None else []
-    if before is None or same_space:
-        return judged
-    judged.append(gates.processor(_preprocessing(shared.store, before.space_id), _preprocessing(shared.store, new.space_id)))
-    compared = compare(shared.store, before, new)
-    return judged + (gates.comparison_gates(compared, limits) if compared is not None else [])
+    if before is not None and not same_space:
+        judged.append(gates.processor(_preprocessing(store, before.space_id), _preprocessing(store, space_id)))
+    return judged
 
 
 def compare(store: Store, before: Manifest, new: Manifest) -> gates.Comparison | None:
     """Two versions on a seeded sample of the images that both hold; None for too few."""
     ids = _common_ids(store, before, new)
-    has_labels = all(any(name == LABEL for name, _ in manifest.pins["carry"]) for manifest in (before, new))
-    columns = ["id", "sha256", "embedding", *([LABEL] if has_labels else [])]
-    old_rows, new_rows = (_by_id(Table(store, manifest).rows(ids, columns)) for manifest in (before, new))
-    same = [id_ for id_ in ids if id_ in old_rows and id_ in new_rows and old_rows[id_]["sha256"] == new_rows[id_]["sha256"]]
+    return compare_rows(rows_of(store, before, ids), rows_of(store, new, ids))
+
+
+def compare_rows(before: Rows, new: Rows) -> gates.Comparison | None:
+    """Two spaces on the images that both have rows of, with the same bytes; None for too few."""
+    same = [id_ for id_ in before if id_ in new and before[id_]["sha256"] == new[id_]["sha256"]]
     if not same:
         return None
-    old, now = (np.array([rows[id_]["embedding"] for id_ in same], np.float32) for rows in (old_rows, new_rows))
-    labels = [new_rows[id_][LABEL] for id_ in same] if has_labels else None
-    return gates.compare(same, old, now, labels)
+    old, now = (np.array([rows[id_]["embedding"] for id_ in same], np.float32) for rows in (before, new))
+    labels = [new[id_].get(LABEL) for id_ in same]
+    return gates.compare(same, old, now, labels if any(label is not None for label in labels) else None)
+
+
+def rows_of(store: Store, manifest: Manifest, ids: list[str]) -> Rows:
+    """A version's rows of these ids, with what a comparison needs."""
+    return by_id(Table(store, manifest).rows(ids, _columns_of(manifest)))
+
+
+def _columns_of(manifest: Manifest) -> list[str]:
+    return ["id", "sha256", "embedding", *(name for name, _ in manifest.pins["carry"] if name == LABEL)]
 
 
 def _common_ids(store: Store, before: Manifest, new: Manifest) -> list[str]:
@@ -77,17 +96,14 @@ def _common_ids(store: Store, before: Manifest, new: Manifest) -> list[str]:
     paths = [entry.path for entry in new.files if any(shard.name in chosen for shard in entry.shards)]
     ids: list[str] = []
     for path in paths:
-        rows = _columns(store, path, ["id", "shard"])
+        rows = read_rows(store, path).select(["id", "shard"])
         keep = [name in chosen for name in rows.column("shard").to_pylist()]
         ids += rows.column("id").filter(pa.array(keep, pa.bool_())).to_pylist()
     return seeded_sample(ids, SAMPLE_IMAGES)
 
 
-def _columns(store: Store, path: str, columns: list[str]) -> pa.Table:
-    return read_rows(store, path).select(columns)
-
-
-def _by_id(rows: pa.Table) -> dict[str, dict[str, Any]]:
+def by_id(rows: pa.Table) -> Rows:
+    """Rows as dictionaries, by id."""
     return {row["id"]: row for row in rows.to_pylist()}
 
 

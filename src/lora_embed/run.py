@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from lora_embed import cluster, judge, pipeline, plan, publish, table, versions, work
+from lora_embed import cluster, judge, pipeline, plan, preview, publish, table, versions, work
 from lora_embed.config import JobConfig, Recipe, load_recipe
 from lora_embed.errors import ConfigError, TableError
 from lora_embed.model.build import Ingredients, build_encoder, gather, match_adapters
@@ -141,7 +141,13 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
         encoder = renew_encoder(known, store) if folder is None else store_encoder(folder, store)
     layout = resolve_layout(job, store, encoder, current, topology)
     shared = pipeline.Job(input_options=job.input_storage_options, store=store, encoder=encoder, layout=layout)
-    embedded = work.embed_missing(job, shared, shards, topology)
+    embedded: int | None = 0
+    if current is not None and job.limit is None and versions.newest_of(store, encoder.space_id, layout.pins, current) is None:
+        embedded = preview.embed_sample(job, shared, current, shards, topology)
+    if embedded is None:
+        assert current is not None
+        return RunResult(table=job.table, space_id=current.space_id, embedded=0, version=current.version, counts=current.counts)
+    embedded += work.embed_missing(job, shared, shards, topology)
     result = RunResult(table=job.table, space_id=encoder.space_id, embedded=embedded)
     if publishes and job.limit is None:
         before = current.space_id if current is not None else None

@@ -1,0 +1,73 @@
+"""Is a new encoder worth a full pass? A seeded sample of the table goes first, and is held against the current version."""
+
+import json
+import time
+
+from lora_embed import cluster, gates, judge, pipeline, table, work
+from lora_embed.config import JobConfig
+from lora_embed.errors import GateFailed
+from lora_embed.gates import Decision, Policy
+from lora_embed.health import combine, measure_rows, seeded_sample
+from lora_embed.progress import say
+from lora_embed.schema import Manifest, Shard
+
+
+def embed_sample(
+    job: JobConfig, shared: pipeline.Job, current: Manifest, shards: list[Shard], topology: cluster.Topology
+) -> int | None:
+    """Embed whole shards until the sample is full, compare, and say what the job's policy makes of it.
+
+    Returns the samples embedded, or None where the policy is to skip. They are staged like all else, so a pass that goes on
+    does not embed them again. Raises GateFailed where a person is to decide.
+    """
+    sample = choose(current, shards, job.reembed.sample)
+    if not sample:
+        return 0
+    started = time.monotonic()
+    embedded = work.embed_missing(job, shared, sample, topology)
+    samples = sum(current.shards[shard.id].samples for shard in sample)
+    rate = _seconds_an_image(shared, time.monotonic() - started, embedded)
+    hours = rate * (current.counts["samples"] - samples) / 3600
+    decision = _decide(job, shared, current, sample, hours)
+    say(f"sample of {samples:,} images in {len(sample)} shards: {decision.says}")
+    if decision.action == "ask":
+        raise GateFailed(
+            f"{job.table}: not embedded anew, version {current.version} stays: {decision.says} Mend the recipe, or set "
+            "reembed.sample to 0 to go on without a sample."
+        )
+    return embedded if decision.action == "go on" else None
+
+
+def choose(current: Manifest, shards: list[Shard], samples: int) -> list[Shard]:
+    """Whole unchanged shards, in a seeded order, until they hold that many samples."""
+    unchanged = {shard.name: shard for shard in shards if shard.id in current.shards}
+    chosen, held = [], 0
+    for name in seeded_sample(unchanged, len(unchanged)):
+        if held >= samples:
+            break
+        chosen.append(unchanged[name])
+        held += current.shards[unchanged[name].id].samples
+    return chosen
+
+
+def _decide(job: JobConfig, shared: pipeline.Job, current: Manifest, sample: list[Shard], hours: float) -> Decision:
+    limits = judge.limits_of(job)
+    policy = Policy(skip_overlap=job.reembed.skip_overlap, skip_gain=job.reembed.skip_gain, limits=limits)
+    staged = table.staged_parts(shared.store, shared.encoder.space_id, shared.layout.layout_id)
+    paths = [path for s in sample for path in table.part_paths(shared.encoder.space_id, shared.layout, staged.get(s.id, []))]
+    parts = [table.read_rows(shared.store, path) for path in paths]
+    health = combine([measure_rows(part) for part in parts]) if parts else None
+    found = health.figures() if health is not None and health.count else None
+    extra = judge.judge_space(shared.store, current, shared.encoder.space_id, found, limits)
+    rows = {id_: row for part in parts for id_, row in judge.by_id(part).items() if row["reason"] is None}
+    compared = judge.compare_rows(judge.rows_of(shared.store, current, list(rows)), rows)
+    return gates.re_embed_decision(compared, policy, hours, extra)
+
+
+def _seconds_an_image(shared: pipeline.Job, seconds: float, embedded: int) -> float:
+    """As the sample took when it was embedded, which may have been another night."""
+    path = f"staging/{shared.encoder.space_id}/sample.json"
+    if embedded:
+        shared.store.create(path, json.dumps({"seconds_an_image": seconds / embedded}).encode())
+    kept = shared.store.read(path)
+    return float(json.loads(kept)["seconds_an_image"]) if kept is not None else 0.0
