@@ -14,7 +14,7 @@ from lora_embed.publish import _clear
 from lora_embed.retention import retire
 from lora_embed.schema import Manifest, ShardCounts
 from lora_embed.storage import Store
-from lora_embed.table import open_table, verify_parts, verify_table
+from lora_embed.table import describe_table, open_table, verify_parts, verify_table
 from lora_embed.versions import commit_version, listed_versions, newest_of, read_manifest, refuse_held, roll_back
 from test_table import LAYOUT, SPACE, publish, stage
 
@@ -82,6 +82,9 @@ def test_a_rollback_holds_the_space_that_it_replaces_back(store: Store) -> None:
         refuse_held(current_of(store), OTHER, releases=False)
     refuse_held(current_of(store), OTHER, releases=True)
     refuse_held(current_of(store), SPACE, releases=False)
+    said = describe_table(store.uri).describe()
+    assert f"held back space {OTHER}: search got worse" in said
+    assert "retained  versions 1, 2, 3, 4, 5" in said
     forward = roll_back(store, 4, "it was the index")
     assert forward.held == {SPACE: "it was the index"}
 

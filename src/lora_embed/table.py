@@ -298,6 +298,8 @@ class TableState:
     counts: dict[str, int]
     versions: list[int]
     staged: dict[str, int]  # parts, by space and layout
+    held: dict[str, str]  # spaces that a rollback holds back → why
+    forgotten: int  # images that stay out
 
     def describe(self) -> str:
         """For a person."""
@@ -307,6 +309,9 @@ class TableState:
         else:
             counted = ", ".join(f"{number:,} {name}" for name, number in self.counts.items())
             lines += [f"version   {self.version} of {self.created}, space {self.space_id}", f"holds     {counted}"]
+            lines += [f"retained  versions {', '.join(map(str, self.versions))}"]
+        lines += [f"held back space {space}: {why}" for space, why in self.held.items()]
+        lines += [f"forgotten {self.forgotten:,} images"] if self.forgotten else []
         lines += [f"staged    {parts:,} parts in {layout}" for layout, parts in self.staged.items()] or ["staged    nothing"]
         return "\n".join(lines)
 
@@ -330,4 +335,6 @@ def describe_table(uri: str, storage_options: dict[str, Any] | None = None) -> T
         counts=manifest.counts if manifest else {},
         versions=listed_versions(store),
         staged=dict(staged),
+        held=manifest.held if manifest else {},
+        forgotten=len(manifest.forgotten) if manifest else 0,
     )
