@@ -12,6 +12,7 @@ from lora_embed.config import JobConfig
 from lora_embed.errors import GateFailed, StoreUnavailable, TableError
 from lora_embed.publish import _clear
 from lora_embed.retention import retire
+from lora_embed.run import renew_encoder
 from lora_embed.schema import Manifest, ShardCounts
 from lora_embed.storage import Store
 from lora_embed.table import describe_table, open_table, verify_parts, verify_table
@@ -170,6 +171,20 @@ def test_an_encoder_in_use_is_kept_whatever_its_age(store: Store) -> None:
     store.replace("CURRENT", b"3\n")
     retire(store, keep=5, grace_s=DAY)
     assert store.info(f"encoders/{OTHER}/encoder.json") is None
+
+
+def test_an_old_encoder_is_renewed_when_it_is_used_again(store: Store) -> None:
+    path, encoder = f"encoders/{SPACE}/encoder.json", type("Encoder", (), {"space_id": SPACE})
+    fresh = store.info(path)
+    renew_encoder(encoder, store, grace_days=7)  # type: ignore[arg-type]
+    assert store.info(path) == fresh
+    age(store, 4)
+    old = store.info(path)
+    renew_encoder(encoder, store, grace_days=7)  # type: ignore[arg-type]
+    renewed = store.info(path)
+    assert old is not None
+    assert renewed is not None
+    assert renewed.modified > old.modified + 3 * DAY
 
 
 def test_what_cannot_be_cleared_does_not_undo_a_publication(

@@ -138,7 +138,7 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
         store = store.claim(MARKER, b'{"format": 1}\n')  # the last that can refuse, and the first that writes
         if not store.exclusive:
             say(f"{job.table}: this store ignores conditional PUT: never run two jobs on this table at the same time")
-        encoder = renew_encoder(known, store) if folder is None else store_encoder(folder, store)
+        encoder = renew_encoder(known, store, job.retain.grace_days) if folder is None else store_encoder(folder, store)
     layout = resolve_layout(job, store, encoder, current, topology)
     shared = pipeline.Job(input_options=job.input_storage_options, store=store, encoder=encoder, layout=layout)
     embedded: int | None = 0
@@ -255,12 +255,12 @@ def stored_encoder(store: Store, space_id: str) -> Description | None:
         return read_description(Path(folder))
 
 
-def renew_encoder(encoder: Description | None, store: Store) -> Description:
-    """Say by its time that an encoder is in use: one that no version refers to is removed after the grace period."""
+def renew_encoder(encoder: Description | None, store: Store, grace_days: float) -> Description:
+    """Write an old encoder's description again: one that no version refers to is removed after the grace period."""
     assert encoder is not None
     path = f"{encoder_path(encoder.space_id)}/{DESCRIPTION}"
-    data = store.read(path)
-    if data is not None:
+    entry, data = store.info(path), store.read(path)
+    if entry is not None and data is not None and time.time() - entry.modified > grace_days * 86400 / 2:
         store.replace(path, data)
     return encoder
 
