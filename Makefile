@@ -24,10 +24,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The files that take longest first: three processes share them, and mostly wait for Ray.
-SLOW := $(addprefix tests/test_,kills.py object_store.py end_to_end.py submit.py)
 test: lint
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=12 -m 'not long' $(SLOW) tests
+	$(BIN)/python -m pytest --durations=12 -m 'not long'
 
 test-long: setup
 	$(BIN)/python -m pytest --durations=12 -m long -s
