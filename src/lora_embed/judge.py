@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -93,12 +93,11 @@ def _columns_of(manifest: Manifest) -> list[str]:
 def _common_ids(store: Store, before: Manifest, new: Manifest) -> list[str]:
     names = {shard.name for shard in before.shards.values()} & {shard.name for shard in new.shards.values()}
     chosen = set(seeded_sample(names, SAMPLE_SHARDS))
-    paths = [entry.path for entry in new.files if any(shard.name in chosen for shard in entry.shards)]
+    holding = tuple(entry for entry in new.files if any(shard.name in chosen for shard in entry.shards))
     ids: list[str] = []
-    for path in paths:
-        rows = read_rows(store, path).select(["id", "shard"])
-        keep = [name in chosen for name in rows.column("shard").to_pylist()]
-        ids += rows.column("id").filter(pa.array(keep, pa.bool_())).to_pylist()
+    for batch in Table(store, replace(new, files=holding)).batches(["id", "shard"]):
+        keep = [name in chosen for name in batch.column("shard").to_pylist()]
+        ids += batch.column("id").filter(pa.array(keep, pa.bool_())).to_pylist()
     return seeded_sample(ids, SAMPLE_IMAGES)
 
 

@@ -3,6 +3,9 @@
 import json
 import time
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from lora_embed import cluster, gates, judge, pipeline, table, work
 from lora_embed.config import JobConfig
 from lora_embed.errors import GateFailed
@@ -59,9 +62,16 @@ def _decide(job: JobConfig, shared: pipeline.Job, current: Manifest, sample: lis
     health = combine([measure_rows(part) for part in parts]) if parts else None
     found = health.figures() if health is not None and health.count else None
     extra = judge.judge_space(shared.store, current, shared.encoder.space_id, found, limits)
-    rows = {id_: row for part in parts for id_, row in judge.by_id(part).items() if row["reason"] is None}
+    embedded = pa.concat_tables(parts).filter(pc.field("reason").is_null()) if parts else None
+    rows = judge.by_id(_some(embedded, job.reembed.sample)) if embedded is not None else {}
     compared = judge.compare_rows(judge.rows_of(shared.store, current, list(rows)), rows)
     return gates.re_embed_decision(compared, policy, hours, extra)
+
+
+def _some(rows: pa.Table, count: int) -> pa.Table:
+    """A seeded few of the rows: whole shards may hold many more than the sample is to."""
+    ids = seeded_sample(rows.column("id").to_pylist(), count)
+    return rows.filter(pc.field("id").isin(ids))
 
 
 def _seconds_an_image(shared: pipeline.Job, seconds: float, embedded: int) -> float:
