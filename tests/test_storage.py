@@ -13,6 +13,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import s3fs
 from fsspec.spec import AbstractFileSystem
 
 from lora_embed.disk import TEMPORARY
@@ -194,6 +195,7 @@ def test_unusable_stores(monkeypatch: pytest.MonkeyPatch, uri: str, options: dic
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, "/nowhere")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3fs.S3FileSystem.clear_instance_cache()  # fsspec would hand out one that an earlier test opened, with its keys
     with pytest.raises(StorageError, match=message):
         Store(uri, options).list_files()
 
