@@ -9,9 +9,9 @@ from lora_embed import cluster, pipeline
 from lora_embed.config import JobConfig
 from lora_embed.errors import GateFailed
 from lora_embed.plan import list_shards
-from lora_embed.preview import choose
 from lora_embed.run import run_job
 from lora_embed.table import open_table
+from lora_embed.work import choose_unchanged
 from models import edit_tensors
 from test_month import embed_here
 
@@ -71,8 +71,8 @@ def test_any_other_goes_on_and_embeds_nothing_twice(job: JobConfig) -> None:
 
 def test_the_sample_is_the_same_whatever_else_is_there(job: JobConfig) -> None:
     shards, current = list_shards(job.input, {}), open_table(job.table).manifest
-    chosen = choose(current, shards, 80)
+    chosen = choose_unchanged(current, shards, 80)
     assert len(chosen) == 7
-    assert choose(current, shards[::-1], 80) == chosen
-    assert choose(current, shards, 30) == chosen[:3]
-    assert choose(current, shards, 0) == []
+    assert choose_unchanged(current, shards[::-1], 80) == chosen
+    assert choose_unchanged(current, shards, 30) == chosen[:3]
+    assert choose_unchanged(current, shards, 0) == []

@@ -111,11 +111,12 @@ class Retain(Section):
 
 
 class Reembed(Section):
-    """What a nightly run asks of a new encoder before all images are embedded anew."""
+    """What is embedded again to see whether it still fits: by a new encoder before a full pass, by the same one each night."""
 
     sample: int = Field(default=2000, ge=0)  # images; 0 goes on without asking
     skip_overlap: Share | None = 0.98
     skip_gain: Share = 0.0
+    drift: int = Field(default=64, ge=0)  # unchanged images embedded again beside new ones; 0 embeds none
 
 
 class CarryField(Section):

@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from lora_embed import gates, pipeline
 from lora_embed.config import JobConfig, check_options
 from lora_embed.errors import GateFailed
 from lora_embed.gates import Gate, Limits
 from lora_embed.health import Figures, Health, combine, measure_rows, seeded_sample
+from lora_embed.model import golden
 from lora_embed.model.encoder import DESCRIPTION
 from lora_embed.schema import FileEntry, Manifest, encoder_path
 from lora_embed.storage import Store
@@ -20,6 +23,7 @@ from lora_embed.table import Table, read_rows
 
 Rows = dict[str, dict[str, Any]]
 SAMPLE_SHARDS, SAMPLE_IMAGES = 200, 2000
+FLOAT16_STEP = 2**-10  # relative, between neighbours: two that are all but equal may be rounded apart
 LABEL = "label"  # the carried field that evaluation takes for an image's class
 
 
@@ -54,6 +58,27 @@ def judge(shared: pipeline.Job, new: Manifest, found: Figures | None, before: Ma
     return judged + (gates.comparison_gates(compared, limits) if compared is not None else [])
 
 
+def drift(shared: pipeline.Job, before: Manifest, again: list[str], count: int) -> Gate | None:
+    """Do unchanged images still get the vectors that a version has of them? `again` are parts of such, embedded anew.
+
+    The figure is the largest relative L2 difference of a seeded few, its limit that of the golden vectors in the same
+    precision, and the rounding of float16 where vectors are stored so. None where there is nothing to compare.
+    """
+    parts = [read_rows(shared.store, path) for path in again]
+    found = by_id(some_rows(pa.concat_tables(parts).filter(pc.field("reason").is_null()), count)) if parts else {}
+    old, new = align(rows_of(shared.store, before, list(found)), found)[1:]
+    if not len(old):
+        return None
+    value = golden.relative_difference(new, old)
+    limit = golden.BOUNDS[shared.layout.precision] + (FLOAT16_STEP if shared.layout.vector_type == "float16" else 0.0)
+    says = (
+        f"{len(old)} unchanged images, embedded again, differ by up to {value:.1e} from their vectors of version "
+        f"{before.version}; if libraries or device are at fault, mend them and remove "
+        f"{shared.store.uri}/staging/{shared.encoder.space_id} before the next run"
+    )
+    return Gate(name="drift", value=value, limit=limit, direction="at most", says=says)
+
+
 def judge_space(store: Store, before: Manifest | None, space_id: str, found: Figures | None, limits: Limits) -> list[Gate]:
     """The gates that need no image by image comparison: figures of vectors, and how another space prepares images."""
     same_space = before is not None and before.space_id == space_id
@@ -73,12 +98,24 @@ def compare(store: Store, before: Manifest, new: Manifest) -> gates.Comparison |
 
 def compare_rows(before: Rows, new: Rows) -> gates.Comparison | None:
     """Two spaces on the images that both have rows of, with the same bytes; None for too few."""
-    same = [id_ for id_ in before if id_ in new and before[id_]["sha256"] == new[id_]["sha256"]]
+    same, old, now = align(before, new)
     if not same:
         return None
-    old, now = (np.array([rows[id_]["embedding"] for id_ in same], np.float32) for rows in (before, new))
     labels = [new[id_].get(LABEL) for id_ in same]
     return gates.compare(same, old, now, labels if any(label is not None for label in labels) else None)
+
+
+def align(before: Rows, new: Rows) -> tuple[list[str], NDArray[np.float32], NDArray[np.float32]]:
+    """The ids that both have with the same bytes, and the vectors of both, (n, d) each."""
+    same = [id_ for id_ in before if id_ in new and before[id_]["sha256"] == new[id_]["sha256"]]
+    old, now = (np.array([rows[id_]["embedding"] for id_ in same], np.float32) for rows in (before, new))
+    return same, old, now
+
+
+def some_rows(rows: pa.Table, count: int) -> pa.Table:
+    """A seeded few of the rows: whole shards may hold many more than a sample is to."""
+    ids = seeded_sample(rows.column("id").to_pylist(), count)
+    return rows.filter(pc.field("id").isin(ids))
 
 
 def rows_of(store: Store, manifest: Manifest, ids: list[str]) -> Rows:

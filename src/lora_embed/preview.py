@@ -10,7 +10,7 @@ from lora_embed import cluster, gates, judge, pipeline, table, work
 from lora_embed.config import JobConfig
 from lora_embed.errors import GateFailed
 from lora_embed.gates import Decision, Policy
-from lora_embed.health import combine, measure_rows, seeded_sample
+from lora_embed.health import combine, measure_rows
 from lora_embed.progress import say
 from lora_embed.schema import Manifest, Shard
 
@@ -23,7 +23,7 @@ def embed_sample(
     Returns the samples embedded, or None where the policy is to skip. They are staged like all else, so a pass that goes on
     does not embed them again. Raises GateFailed where a person is to decide.
     """
-    sample = choose(current, shards, job.reembed.sample)
+    sample = work.choose_unchanged(current, shards, job.reembed.sample)
     if not sample:
         return 0
     started = time.monotonic()
@@ -41,18 +41,6 @@ def embed_sample(
     return embedded if decision.action == "go on" else None
 
 
-def choose(current: Manifest, shards: list[Shard], samples: int) -> list[Shard]:
-    """Whole unchanged shards, in a seeded order, until they hold that many samples."""
-    unchanged = {shard.name: shard for shard in shards if shard.id in current.shards}
-    chosen, held = [], 0
-    for name in seeded_sample(unchanged, len(unchanged)):
-        if held >= samples:
-            break
-        chosen.append(unchanged[name])
-        held += current.shards[unchanged[name].id].samples
-    return chosen
-
-
 def _decide(job: JobConfig, shared: pipeline.Job, current: Manifest, sample: list[Shard], hours: float) -> Decision:
     limits = judge.limits_of(job)
     policy = Policy(skip_overlap=job.reembed.skip_overlap, skip_gain=job.reembed.skip_gain, limits=limits)
@@ -63,15 +51,9 @@ def _decide(job: JobConfig, shared: pipeline.Job, current: Manifest, sample: lis
     found = health.figures() if health is not None and health.count else None
     extra = judge.judge_space(shared.store, current, shared.encoder.space_id, found, limits)
     embedded = pa.concat_tables(parts).filter(pc.field("reason").is_null()) if parts else None
-    rows = judge.by_id(_some(embedded, job.reembed.sample)) if embedded is not None else {}
+    rows = judge.by_id(judge.some_rows(embedded, job.reembed.sample)) if embedded is not None else {}
     compared = judge.compare_rows(judge.rows_of(shared.store, current, list(rows)), rows)
     return gates.re_embed_decision(compared, policy, hours, extra)
-
-
-def _some(rows: pa.Table, count: int) -> pa.Table:
-    """A seeded few of the rows: whole shards may hold many more than the sample is to."""
-    ids = seeded_sample(rows.column("id").to_pylist(), count)
-    return rows.filter(pc.field("id").isin(ids))
 
 
 def _seconds_an_image(shared: pipeline.Job, seconds: float, embedded: int) -> float:

@@ -90,6 +90,9 @@ def _next_version(
     checked = pipeline.map_tasks(table.verify_parts, where, list(new.values()), each_has=SHARDS_PER_TASK, here=few)
     counts = {stats.shard_id: compact.shard_counts(wanted[stats.shard_id], stats) for stats in checked}
     shares = _shares(job, current, list(counts.values()), kept)
+    again = [path for id_ in sorted(kept) for path in table.part_paths(encoder.space_id, layout, staged.get(id_, []))]
+    drift = judge.drift(shared, before, again, job.reembed.drift) if before is not None else None
+    shares += [drift] if drift is not None else []
     judge.decide(job.table, shares, accepted)
     sources = [
         compact.Source(shard=counts[shard_id], parts=table.part_paths(encoder.space_id, layout, parts))

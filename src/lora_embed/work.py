@@ -6,10 +6,11 @@ from typing import Any
 from lora_embed import cluster, pipeline, table, versions
 from lora_embed.config import JobConfig
 from lora_embed.errors import IncompleteRun, StorageError, StoreUnavailable, WorkersLost
+from lora_embed.health import seeded_sample
 from lora_embed.model.encoder import Description
 from lora_embed.progress import Progress, say
 from lora_embed.read import count_samples
-from lora_embed.schema import ChunkStats, Layout, Shard, WorkItem
+from lora_embed.schema import ChunkStats, Layout, Manifest, Shard, WorkItem
 from lora_embed.storage import Store
 
 ATTEMPTS = 3
@@ -43,11 +44,42 @@ def _first_samples(items: list[WorkItem], limit: int, layout: Layout, options: d
     return chosen
 
 
+def choose_unchanged(current: Manifest, shards: list[Shard], samples: int, seed: int = 0) -> list[Shard]:
+    """Whole shards that a version holds as they are, in a seeded order, until they hold that many samples."""
+    unchanged = {shard.name: shard for shard in shards if shard.id in current.shards}
+    chosen, held = [], 0
+    for name in seeded_sample(unchanged, samples, seed):
+        if held >= samples:
+            break
+        chosen.append(unchanged[name])
+        held += current.shards[unchanged[name].id].samples
+    return chosen
+
+
+def find_drift_work(job: JobConfig, shared: pipeline.Job, shards: list[Shard]) -> list[WorkItem]:
+    """A few unchanged shards, another few for each version, of which one chunk is embedded again: see `judge.drift`."""
+    store, layout = shared.store, shared.layout
+    current = versions.read_manifest(store)
+    before = versions.newest_of(store, shared.encoder.space_id, layout.pins, current)
+    if before is None or not job.reembed.drift or job.limit is not None:
+        return []
+    staged = table.staged_parts(store, shared.encoder.space_id, layout.layout_id)
+    items = []
+    for shard in choose_unchanged(before, shards, job.reembed.drift, seed=before.version):
+        samples = before.shards[shard.id].samples
+        again = before.version % max(1, samples // layout.chunk_size)  # a full chunk, where there is one
+        chunks = -(-samples // layout.chunk_size)
+        if again not in {part.chunk for part in staged.get(shard.id, [])}:
+            items.append(WorkItem(shard=shard, done=frozenset(range(chunks)) - {again}))
+    return items
+
+
 def embed_missing(job: JobConfig, shared: pipeline.Job, shards: list[Shard], topology: cluster.Topology) -> int:
     """Embed what is neither published nor staged; returns the number of samples.
 
-    When workers were lost for good or a store did not answer, what is still missing is tried again, up to `ATTEMPTS`
-    times in all. Raises IncompleteRun naming the shards that failed.
+    Beside it go a few that are published, not counted: their vectors must still be the same. When workers were lost for
+    good or a store did not answer, what is still missing is tried again, up to `ATTEMPTS` times in all. Raises
+    IncompleteRun naming the shards that failed.
     """
     embedded = 0
     for attempt in range(1, ATTEMPTS + 1):
@@ -58,7 +90,7 @@ def embed_missing(job: JobConfig, shared: pipeline.Job, shards: list[Shard], top
         failures: dict[str, ChunkStats] = {}
         with Progress([item.shard for item in work]) as progress:
             try:
-                _embed(work, shared, topology, progress, failures)
+                _embed(work, find_drift_work(job, shared, shards), shared, topology, progress, failures)
             except WorkersLost as error:
                 if attempt == ATTEMPTS:
                     raise
@@ -75,12 +107,20 @@ def embed_missing(job: JobConfig, shared: pipeline.Job, shards: list[Shard], top
 
 
 def _embed(
-    work: list[WorkItem], shared: pipeline.Job, topology: cluster.Topology, progress: Progress, failures: dict[str, ChunkStats]
+    work: list[WorkItem],
+    again: list[WorkItem],
+    shared: pipeline.Job,
+    topology: cluster.Topology,
+    progress: Progress,
+    failures: dict[str, ChunkStats],
 ) -> None:
     """Run the chain once, counting what it yields. Raises IncompleteRun where going on would be in vain."""
     in_a_row = 0
+    uncounted = {item.shard.id for item in again}
     try:
-        for stats in pipeline.embed_items(work, shared, topology):
+        for stats in pipeline.embed_items([*again, *work], shared, topology):
+            if stats.shard_id in uncounted:  # one that cannot be read any more has its vectors, and says nothing of drift
+                continue
             progress.add(stats)
             in_a_row = in_a_row + 1 if stats.may_pass else 0
             if stats.error:

@@ -64,9 +64,10 @@ def check(found: NDArray[np.float32], expected: NDArray[np.float32], precision: 
 
 
 def relative_difference(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """Largest of ‖found − expected‖ / ‖expected‖ over the rows of two (n, d) arrays."""
+    """Largest of ‖found − expected‖ / ‖expected‖ over the rows of two (n, d) arrays; where ‖expected‖ is 0, of ‖found‖."""
     distance = np.linalg.norm(found.astype(np.float64) - expected, axis=1)
-    return float(np.max(distance / np.linalg.norm(expected.astype(np.float64), axis=1)))
+    length = np.linalg.norm(expected.astype(np.float64), axis=1)
+    return float(np.max(distance / np.where(length > 0, length, 1.0)))
 
 
 def _encoded(image: Image.Image, kind: str) -> bytes:
