@@ -89,15 +89,17 @@ def read_footer(data: pq.FileMetaData) -> dict[str, object] | None:
 
 
 def to_parquet(table: pa.Table, row_group_rows: int = 65536) -> bytes:
-    """Encode a table of vectors: byte-stream split and zstd for vectors, dictionaries only where values repeat."""
+    """Encode a table of vectors, of parts and of data files alike: zstd, dictionaries only where values repeat."""
     buffer = io.BytesIO()
-    has_vectors = "embedding" in table.schema.names
+    has_float32 = "embedding" in table.schema.names and table.schema.field("embedding").type.value_type == pa.float32()
     pq.write_table(
         table,
         buffer,
         compression="zstd",
         row_group_size=row_group_rows,
         use_dictionary=[name for name in ("shard", "reason") if name in table.schema.names],
-        column_encoding={"embedding.list.element": "BYTE_STREAM_SPLIT"} if has_vectors else None,
+        # Split, real float32 vectors of 1,536 bytes take 1,295 and not 1,420. Float16 would take 658 and not 709, but
+        # DuckDB (2.0, duckdb#17114) reads byte-stream split of 32 and 64 bits alone.
+        column_encoding={"embedding.list.element": "BYTE_STREAM_SPLIT"} if has_float32 else None,
     )
     return buffer.getvalue()
