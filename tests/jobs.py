@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,14 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import yaml
 
+from lora_embed import cluster, pipeline
 from lora_embed.config import JobConfig, load_job
+from lora_embed.embed import EmbedShards
+from lora_embed.schema import ChunkStats, WorkItem
+from lora_embed.stages import Workers
 from models import save_adapter, save_base
 from samples import png, tar_of
 
@@ -65,6 +71,25 @@ def write_job(folder: Path, recipe: Path, source: Path | list[Path], **options: 
 
 def job_of(folder: Path, recipe: Path, source: Path | list[Path], **options: Any) -> JobConfig:
     return load_job(write_job(folder, recipe, source, **options))
+
+
+def embed_here(items: list[WorkItem], job: pipeline.Job, topology: cluster.Topology) -> Iterator[ChunkStats]:
+    """The chain in this process: the actor without its cluster."""
+    writing = (job.store, job.encoder.space_id, job.layout)
+    actor = EmbedShards((job.encoder_uri, job.encoder_options, job.layout), job.input_options, writing, lambda: False)
+    for block in pipeline.plan_blocks(items, 1):
+        for row in actor({"block": np.array([block], dtype=object)}):
+            yield ChunkStats.from_json(row["stats"][0])
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let jobs run in this process, without a cluster, where Ray would add nothing but seconds."""
+    topology = cluster.Topology(decode=None, embed={}, write={}, device={}, workers=Workers(actors=1))
+    monkeypatch.setattr(pipeline, "embed_items", embed_here)
+    monkeypatch.setattr(pipeline, "map_tasks", lambda task, shared, items, **_: [task(*shared, item) for item in items])
+    monkeypatch.setattr(cluster, "connect", lambda: None)
+    monkeypatch.setattr(cluster, "choose_topology", lambda resources: topology)
+    monkeypatch.setattr(cluster, "count_nodes", lambda: 1)
 
 
 def start_job(job: Path, log: Path, *arguments: str, gpus: int = 0, **environment: str) -> subprocess.Popen[bytes]:

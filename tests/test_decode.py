@@ -7,6 +7,7 @@ import resource
 import struct
 import tracemalloc
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from lora_embed import decode
 from lora_embed.decode import BadImage, DecodedChunk, decode_image, decode_items, decode_shard
 from lora_embed.errors import ShardError
 from lora_embed.model.preprocess import Preprocessing
@@ -202,6 +204,81 @@ def test_damaged_exif_does_not_cost_the_image() -> None:
             kept, lost = kept + (decoded.width == 9), lost + (decoded.width == 12)
     assert lost + kept == 4 * (len(raw) - 6)
     assert kept > lost > 0  # the turn stands where its own bytes do
+
+
+FAST = replace(PREPROCESSING, decode="fast")
+
+
+def soft(width: int, height: int) -> Image.Image:
+    """As a photograph is: no two neighbouring pixels far apart."""
+    return noise(12, 9).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def moved(data: bytes) -> float:
+    """How far fast pixels are from exact ones, of 255 on average; what is said of the image must be the same."""
+    exact, fast = decode_image(data, PREPROCESSING), decode_image(data, FAST)
+    assert (fast.width, fast.height) == (exact.width, exact.height)
+    return float(np.abs(fast.pixels.astype(int) - exact.pixels).mean())
+
+
+def test_fast_is_exact_for_all_but_large_jpegs() -> None:
+    large = [encoded(soft(400, 300), kind) for kind in ("PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")]
+    for data in [*GOOD.values(), *large, encoded(noise(39, 41), "JPEG"), encoded(noise(400, 39), "JPEG")]:
+        assert moved(data) == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 400), st.integers(1, 400), st.sampled_from((None, (10, 10), (6, 13))), st.integers(1, 8))
+def test_fast_never_decodes_below_twice_the_size_after_the_resize(
+    width: int, height: int, resize: tuple[int, int] | None, turn: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    how = replace(FAST, resize=resize or 10)
+    image, whole, part = decode._load(Image.open(io.BytesIO(encoded(noise(width, height), "JPEG", exif=exif))), how)
+    assert whole == ((height, width) if turn > 4 else (width, height))
+    if part is None:
+        assert image.size == whole
+        return
+    lengths = np.array([part[2] - part[0], part[3] - part[1]])
+    assert (lengths >= 2 * np.array(how.resized_size(*whole))).all()
+    factors = np.array(whole) / lengths
+    assert factors[0] in (2, 4, 8)
+    assert factors[0] == factors[1]
+    assert (lengths <= image.size).all()
+    assert (lengths > np.array(image.size) - 1).all()
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("size", [(320, 240), (203, 331), (161, 161)])
+def test_fast_pixels_are_near_exact_ones_however_the_image_is_turned(turn: int, size: tuple[int, int]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    data = encoded(soft(*size), "JPEG", quality=95, exif=exif)
+    assert 0 < moved(data) < 2
+    image, whole, _ = decode._load(Image.open(io.BytesIO(data)), FAST)
+    assert image.width < whole[0] / 3
+
+
+def test_fast_takes_every_kind_of_jpeg() -> None:
+    image = soft(320, 240)
+    for data in (
+        encoded(image.convert("L"), "JPEG"),
+        encoded(image.convert("CMYK"), "JPEG"),
+        encoded(image, "JPEG", progressive=True),
+        encoded(image, "JPEG", subsampling=0),
+        encoded(image, "MPO", save_all=True, append_images=[image]),  # two images in one file, as telephones make
+    ):
+        assert 0 < moved(data) < 2
+
+
+def test_fast_rejects_what_exact_rejects() -> None:
+    data = encoded(soft(1001, 1000), "JPEG")
+    assert decode_image(data, FAST, 1_001_000).width == 1001
+    with pytest.raises(BadImage, match="declares 1001×1000 pixels, allowed are 1000000"):  # though 126×125 would be decoded
+        decode_image(data, FAST, 1_000_000)
+    with pytest.raises(BadImage, match="OSError: image file is truncated"):
+        decode_image(data[:-4000], FAST)
 
 
 @settings(max_examples=150, deadline=None)

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from jobs import job_of, tiny_recipe, write_tars
-from lora_embed import cluster, pipeline
+from jobs import job_of, run_here, tiny_recipe, write_tars
 from lora_embed.config import JobConfig
 from lora_embed.embed import EmbedImages
 from lora_embed.errors import GateFailed
@@ -15,16 +14,12 @@ from lora_embed.model.golden import BOUNDS
 from lora_embed.run import publish_job, run_job
 from lora_embed.table import open_table
 from samples import png, tar_of
-from test_month import embed_here
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where jobs run in this process, on 6 shards of 20 images."""
-    monkeypatch.setattr(pipeline, "embed_items", embed_here)
-    monkeypatch.setattr(cluster, "connect", lambda: None)
-    monkeypatch.setattr(cluster, "choose_topology", lambda resources: None)
-    monkeypatch.setattr(cluster, "count_nodes", lambda: 1)
+    run_here(monkeypatch)
     write_tars(tmp_path / "shards", shards=6, images=20)
     return tmp_path
 

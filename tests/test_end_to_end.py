@@ -42,7 +42,8 @@ from lora_embed.errors import EncoderError, GateFailed, IncompleteRun
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.fold import Limit
 from lora_embed.model.golden import relative_difference
-from lora_embed.run import plan_job, run_job
+from lora_embed.outlook import plan_job
+from lora_embed.run import run_job
 from lora_embed.table import verify_table
 from samples import encoded, noise, png, tar_of
 

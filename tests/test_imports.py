@@ -14,7 +14,7 @@ from jobs import ROOT
 
 PACKAGE = ROOT / "src" / "lora_embed"
 LAYERS = [  # top to bottom: a module imports from its own layer and those above it
-    ["errors", "explain", "config", "schema", "disk", "retry", "storage", "fetch"],
+    ["errors", "explain", "config", "schema", "stages", "disk", "retry", "storage", "fetch"],
     ["model.*", "plan", "read", "decode", "isolate", "write", "evaluate", "health", "gates", "export", "report", "progress"],
     ["embed", "versions", "retention", "table", "compact", "lineage", "search", "cluster"],
     ["pipeline"],
@@ -22,6 +22,7 @@ LAYERS = [  # top to bottom: a module imports from its own layer and those above
     ["publish", "work"],
     ["preview"],
     ["run"],
+    ["outlook"],
     ["cli", "demo.*", "jobs.*"],
 ]
 FENCES = {  # library → who alone imports it

@@ -1,15 +1,24 @@
 """Preprocessing: pixels of the Hugging Face PIL processors bit for bit, their arithmetic as one multiply-add."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil, ViTImageProcessorPil
 
+from lora_embed.config import Recipe
 from lora_embed.errors import EncoderError
+from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.encoder import load_encoder, read_description, space_id_of
 from lora_embed.model.preprocess import Preprocessing, from_processor
+from models import save_base
 from samples import noise
 
 DINOV2 = {
@@ -52,10 +61,10 @@ def test_pixels_are_the_processor_s_bit_for_bit(name: str, image_size: int | Non
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 64), st.integers(1, 64), st.integers(8, 64))
-def test_any_size_and_crop(width: int, height: int, crop_height: int, crop_width: int, edge: int) -> None:
-    crop = {"height": crop_height, "width": crop_width}
-    processor, preprocessing = with_size(CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size=crop), None)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 64), st.integers(1, 64), st.integers(8, 64), st.integers(0, 5))
+def test_any_size_crop_and_filter(width: int, height: int, crop_height: int, crop_width: int, edge: int, resample: int) -> None:
+    changes = {"size": {"shortest_edge": edge}, "crop_size": {"height": crop_height, "width": crop_width}}
+    processor, preprocessing = with_size(CLIPImageProcessorPil(**changes, resample=resample), None)
     expected = processor(noise(width, height), do_rescale=False, do_normalize=False)["pixel_values"][0]
     np.testing.assert_array_equal(preprocessing.apply(noise(width, height)).transpose(2, 0, 1), np.asarray(expected))
 
@@ -108,3 +117,47 @@ def test_an_image_size_keeps_the_proportion_of_resize_and_crop() -> None:
 def test_processors_that_no_fixed_size_follows_from(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(EncoderError, match=message):
         from_processor(DINOV2 | {"rescale_factor": 1 / 255, "image_processor_type": "X"} | changes, None)
+
+
+def test_exact_decoding_keeps_the_space_ids_of_before_there_was_a_choice() -> None:
+    weights: Any = SimpleNamespace(
+        config=SimpleNamespace(to_diff_dict=lambda: {"hidden_size": 2}), state_dict=lambda: {"weight": torch.ones(2, 3)}
+    )
+    exact = Preprocessing(resize=256, resample=3, crop=(224, 224), multiply=(1.0, 2.0, 3.0), add=(0.0, 0.5, 1.0))
+    assert space_id_of([weights], exact, "mean", False) == "c3268c33e1cf"  # as the version before `decode` computed it
+    assert space_id_of([weights], replace(exact, decode="fast"), "mean", False) != "c3268c33e1cf"
+    assert "decode" not in exact.settings()
+
+
+def test_fast_is_an_encoder_and_a_space_of_its_own_with_a_large_golden_image(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    ids = set()
+    for decode in ("exact", "fast"):
+        recipe = Recipe.model_validate({"base_model": str(base), "merge_method": "none", "decode": decode})
+        built = build_encoder(gather(recipe), tmp_path / decode, lambda line: None)
+        assert read_description(tmp_path / decode) == built
+        assert built.preprocessing.decode == decode
+        ids |= {built.space_id, built.recipe_id}
+        assert (tmp_path / decode / "golden" / "large.jpg").exists() == (decode == "fast")
+    assert len(ids) == 4
+    weights = [(tmp_path / decode / "model.safetensors").read_bytes() for decode in ("exact", "fast")]
+    assert weights[0] == weights[1]
+    load_encoder(tmp_path / "fast")
+    about = json.loads((tmp_path / "fast" / "encoder.json").read_text())
+    del about["preprocessing"]["decode"]  # decoded exactly, the large image has another vector
+    (tmp_path / "fast" / "encoder.json").write_text(json.dumps(about))
+    with pytest.raises(EncoderError, match="golden vectors"):
+        load_encoder(tmp_path / "fast")
+
+
+def test_fast_is_refused_where_it_saves_nothing_or_is_far_off(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "dinov2")
+    settings = json.loads((base / "preprocessor_config.json").read_text())
+    recipe = Recipe.model_validate({"base_model": str(base), "merge_method": "none", "decode": "fast"})
+    for changes, message in (
+        ({"do_resize": False}, "leaves nothing for decode: fast to save"),
+        ({"resample": 0}, r"decoded fast, the pixels of a JPEG of 320×320 differ from exact ones by \d+\.\d+ of 255"),
+    ):
+        (base / "preprocessor_config.json").write_text(json.dumps(settings | changes))
+        with pytest.raises(EncoderError, match=message):
+            build_encoder(gather(recipe), tmp_path / "out", lambda line: None)

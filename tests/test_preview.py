@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import job_of, tiny_recipe, write_tars
-from lora_embed import cluster, pipeline
+from jobs import job_of, run_here, tiny_recipe, write_tars
 from lora_embed.config import JobConfig
 from lora_embed.errors import GateFailed
 from lora_embed.plan import list_shards
@@ -13,16 +12,12 @@ from lora_embed.run import run_job
 from lora_embed.table import open_table
 from lora_embed.work import choose_unchanged
 from models import edit_tensors
-from test_month import embed_here
 
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobConfig:
     """Published, in this process: 10 shards of 12 images, of which 7 make a sample."""
-    monkeypatch.setattr(pipeline, "embed_items", embed_here)
-    monkeypatch.setattr(cluster, "connect", lambda: None)
-    monkeypatch.setattr(cluster, "choose_topology", lambda resources: None)
-    monkeypatch.setattr(cluster, "count_nodes", lambda: 1)
+    run_here(monkeypatch)
     source = write_tars(tmp_path / "shards", shards=10, images=12)
     job = job_of(tmp_path, tiny_recipe(tmp_path), source, reembed={"sample": 80})
     run_job(job)

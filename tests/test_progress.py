@@ -13,6 +13,7 @@ from rich.console import Console
 from lora_embed import progress
 from lora_embed.progress import Progress, say
 from lora_embed.schema import ChunkStats, Shard
+from lora_embed.stages import Workers
 from lora_embed.storage import Entry
 
 
@@ -51,7 +52,7 @@ def clock_at(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 @pytest.mark.parametrize("width", [160, 50])
 def test_a_terminal_shows_one_live_line_and_then_the_summary(width: int) -> None:
     console, written = a_console(terminal=True, width=width)
-    with Progress(shards(100, 100), console) as shown:
+    with Progress(shards(100, 100), Workers(actors=1), console) as shown:
         wait_for(lambda: "starting …" in written.getvalue())
         shown.add(chunk(0, 4, last=True))
         wait_for(lambda: "4 samples" in written.getvalue())
@@ -62,7 +63,7 @@ def test_a_terminal_shows_one_live_line_and_then_the_summary(width: int) -> None
 def test_elsewhere_log_lines_come_at_an_interval_and_the_summary_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "LOG_EVERY_S", 0.05)
     console, written = a_console(terminal=False)
-    with Progress(shards(100, 100), console) as shown:
+    with Progress(shards(100, 100), Workers(actors=1), console) as shown:
         shown.add(chunk(0, 4, last=True))
         wait_for(lambda: written.getvalue().count("\n") >= 3)
         shown.add(chunk(1, 2, last=True))
@@ -76,7 +77,7 @@ def test_a_log_line_is_written_no_oftener_than_told(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(progress, "LOG_EVERY_S", 60.0)
     console, written = a_console(terminal=False)
     started = time.monotonic()
-    with Progress(shards(100), console) as shown:
+    with Progress(shards(100), Workers(actors=1), console) as shown:
         for _ in range(1000):
             shown.add(chunk(0, 1))
     assert written.getvalue().count("\n") == 1
@@ -84,7 +85,7 @@ def test_a_log_line_is_written_no_oftener_than_told(monkeypatch: pytest.MonkeyPa
 
 
 def test_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = Progress(shards(300, 100, 0), a_console(terminal=False)[0])
+    shown = Progress(shards(300, 100, 0), Workers(actors=1), a_console(terminal=False)[0])
     shown.add(chunk(0, 1500, rejects=20))
     shown.add(chunk(0, 500, last=True))
     shown.add(ChunkStats(shard_id="s1", chunk=0, error="shards/1.tar: incomplete tar"))
@@ -97,7 +98,7 @@ def test_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_time_left_is_told_once_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = Progress(shards(100, 300), a_console(terminal=False)[0])
+    shown = Progress(shards(100, 300), Workers(actors=1), a_console(terminal=False)[0])
     shown.add(chunk(0, 4))
     assert "left" not in shown.line()  # no shard is through: nothing to reckon with
     shown.add(chunk(0, 4, last=True))
@@ -112,7 +113,7 @@ def test_the_summary_comes_even_when_the_run_fails(terminal: bool) -> None:
     console, written = a_console(terminal=terminal)
 
     def fail() -> None:
-        with Progress(shards(100), console) as shown:
+        with Progress(shards(100), Workers(actors=1), console) as shown:
             shown.add(chunk(0, 3))
             raise KeyboardInterrupt
 

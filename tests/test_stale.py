@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from jobs import job_of, read_rows, tiny_recipe, write_tars
-from lora_embed import cluster, pipeline, work
+from jobs import job_of, read_rows, run_here, tiny_recipe, write_tars
+from lora_embed import work
 from lora_embed.compact import Reuse, Source, make_manifest, plan_compactions, plan_reuse
 from lora_embed.disk import create
 from lora_embed.model.encoder import Description
@@ -18,7 +18,6 @@ from lora_embed.schema import FileEntry, Manifest, Shard, ShardCounts
 from lora_embed.storage import Entry, Store
 from lora_embed.versions import commit_version
 from samples import layout, png, tar_of
-from test_month import embed_here
 
 SPACE = "5ace5ace5ace"
 LAYOUT = layout()
@@ -56,11 +55,7 @@ def test_one_changed_shard_of_a_thousand_is_all_that_is_read_and_embedded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drift: int
 ) -> None:
     """Beside it, 64 unchanged images that show whether vectors drift: 32 shards of two."""
-    monkeypatch.setattr(pipeline, "embed_items", embed_here)
-    monkeypatch.setattr(pipeline, "map_tasks", lambda task, shared, items, **_: [task(*shared, item) for item in items])
-    monkeypatch.setattr(cluster, "connect", lambda: None)
-    monkeypatch.setattr(cluster, "choose_topology", lambda resources: None)
-    monkeypatch.setattr(cluster, "count_nodes", lambda: 1)
+    run_here(monkeypatch)
     source = write_tars(tmp_path / "shards", shards=1000, images=2)
     job = job_of(tmp_path, tiny_recipe(tmp_path), source, reembed={"drift": drift})
     assert run_job(job, replaces=True).embedded == 2000

@@ -11,10 +11,12 @@ import pytest
 
 from lora_embed.compact import SMALL_FILES, Reuse, Source, compact, make_manifest, plan_compactions, plan_reuse
 from lora_embed.errors import TableError, VerificationFailed
+from lora_embed.gates import Gate
 from lora_embed.schema import ChunkHead, ChunkStats, Manifest, Part, ShardCounts, sample_schema
 from lora_embed.storage import Store
 from lora_embed.table import (
     Table,
+    describe_table,
     is_complete,
     open_table,
     part_paths,
@@ -220,6 +222,27 @@ def test_an_absent_table_or_version_is_named(tmp_path: Path, store: Store) -> No
         open_table(str(tmp_path / "nowhere"))
     with pytest.raises(TableError, match="has no version 5"):
         open_table(store.uri, version=5)
+
+
+def test_status_shows_the_gates_of_the_current_version(store: Store) -> None:
+    """Those that held in one line; those that a person let through by their sentence and the reason."""
+    checked = [
+        Gate(name="rejects", value=0.0, limit=0.01, direction="at most", says="0 of 9 new samples cannot be embedded"),
+        Gate(name="spread", value=0.15695, limit=0.001, direction="at least", says="the mean distance is 0.16"),
+        Gate(name="norms", value=float("inf"), limit=2.0, direction="at most", says="the median length was 0"),
+        Gate(name="processor", value=2.0, limit=0.0, direction="at most", says="images are prepared in another way: …"),
+    ]
+    gates = {gate.name: gate.to_dict() | ({} if gate.holds else {"accepted": "the new camera"}) for gate in checked}
+    first = read_manifest(store)
+    assert first is not None
+    older = {"removed": {"value": 0.25, "limit": 0.5}}  # as the first tables have it
+    assert commit_version(store, replace(first, version=2, gates=gates | older))
+    state = describe_table(store.uri)
+    lines = state.describe().splitlines()
+    assert "gates     3 held: rejects 0 ≤ 0.01, spread 0.157 ≥ 0.001, removed 0.25 ≤ 0.5" in lines
+    assert "accepted  norms not finite, at most 2 (the new camera): the median length was 0" in lines
+    assert "accepted  processor 2, at most 0 (the new camera): images are prepared in another way: …" in lines
+    assert state.gates["spread"]["value"] == 0.15695  # for --json, as the manifest has them
 
 
 def test_a_damaged_manifest_is_one_message(store: Store) -> None:

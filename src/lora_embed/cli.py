@@ -59,11 +59,16 @@ def build(
 
 
 @app.command()
-def plan(job: JobFile, set_: Set = None, as_json: Json = False) -> None:
+def plan(
+    job: JobFile,
+    set_: Set = None,
+    forecast: Annotated[bool, typer.Option("--forecast", help="Embed a few images on the cluster to say how long.")] = False,
+    as_json: Json = False,
+) -> None:
     """Say what a run would do, by listing alone; write nothing."""
-    from lora_embed.run import plan_job
+    from lora_embed.outlook import plan_job
 
-    outlook = plan_job(load_job(job, set_))
+    outlook = plan_job(load_job(job, set_), forecasts=forecast)
     _print(asdict(outlook), as_json, outlook.describe())
 
 

@@ -21,6 +21,7 @@ from ray.util.annotations import RayDeprecationWarning
 from lora_embed.config import Resources
 from lora_embed.errors import ResourcesError
 from lora_embed.progress import say
+from lora_embed.stages import Workers
 
 MAX_RETRIES = 3  # of a task whose process died; Ray Data's default is for ever
 # How long a node is waited for, by default: for a GPU that may be there, for what must be there, for one that is started.
@@ -35,7 +36,7 @@ class Topology:
     embed: dict[str, Any]
     write: dict[str, Any]
     device: dict[str, Any]
-    actors: int  # that embed
+    workers: Workers
 
 
 def connect(num_cpus: int | None = None, num_gpus: int | None = None) -> None:
@@ -118,7 +119,11 @@ def choose_topology(resources: Resources) -> Topology:
         embed=device | restarts | {"compute": pool},
         write={"num_cpus": 0, "compute": ActorPoolStrategy(size=max(1, actors // 2))} | restarts,
         device=device,
-        actors=actors,
+        workers=Workers(
+            actors=actors,
+            decoders=max(1, int(has.get("CPU", 0) / resources.cpus_per_decode)) if on_gpu else 0,
+            cpus_per_decoder=resources.cpus_per_decode,
+        ),
     )
 
 

@@ -64,6 +64,7 @@ class Recipe(Section):
     pooling: Literal["mean", "patch_mean", "cls", "last_mean", "last_patch_mean", "last_cls"] = "mean"
     normalize: bool = False
     image_size: int | None = Field(default=None, ge=8, le=4096)
+    decode: Literal["exact", "fast"] = "exact"
 
     @model_validator(mode="after")
     def _method_fits_adapters(self) -> "Recipe":
@@ -119,6 +120,13 @@ class Reembed(Section):
     drift: int = Field(default=64, ge=0)  # unchanged images embedded again beside new ones; 0 embeds none
 
 
+class Prices(Section):
+    """What an hour costs, in any currency, for the forecast of `plan`."""
+
+    gpu_hour: Annotated[Number, Field(ge=0)] = 0.0
+    cpu_hour: Annotated[Number, Field(ge=0)] = 0.0
+
+
 class CarryField(Section):
     """A sample field kept as a column of the table."""
 
@@ -154,6 +162,7 @@ class JobConfig(Section):
     reembed: Reembed = Reembed()
     retain: Retain = Retain()
     gates: dict[str, Number] = Field(default_factory=dict)  # limits by name: `gates.Limits` has them and their defaults
+    prices: Prices = Prices()
     shared_filesystem: bool = False
     input_storage_options: dict[str, Any] = Field(default_factory=dict)
     table_storage_options: dict[str, Any] = Field(default_factory=dict)

@@ -19,9 +19,10 @@ import pyarrow as pa
 from PIL import ExifTags, Image
 
 from lora_embed.errors import ShardError, StorageError, StoreUnavailable
-from lora_embed.model.preprocess import Pixels, Preprocessing
+from lora_embed.model.preprocess import Box, Pixels, Preprocessing
 from lora_embed.read import Sample, read_samples
 from lora_embed.schema import ChunkHead, Layout, Shard, WorkItem, sample_schema, to_ipc
+from lora_embed.stages import Stopwatch
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none runs a program or reads another file
 # What Pillow's decoders raise on damaged data, none of it a fault of this program.
@@ -34,6 +35,8 @@ _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+# What each does, in this order: width and height change places, left and right, top and bottom.
+_SWAPS, _MIRRORS, _FLIPS = ({_TURNS[n] for n in numbers} for numbers in ((5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)))
 
 # Tests name images here that are to do harm: a real file that kills Pillow does so only until Pillow is mended.
 _HARM = dict(entry.split(":") for entry in os.environ.get("LORA_EMBED_TEST_POISON", "").split(",") if entry)
@@ -113,13 +116,33 @@ def _decode(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> Decod
         raise BadImage("not_an_image", f"{len(data)} bytes that start with {data[:8].hex()}") from None
     _check_area(image.width, image.height, max_pixels, "declares")
     try:
-        image = to_rgb(image)
-        width, height = preprocessing.resized_size(image.width, image.height)
+        image, size, part = _load(image, preprocessing)
+        width, height = preprocessing.resized_size(*size)
         _check_area(width, height, max_pixels, "would be resized to")
         _check_area(width, image.height, max_pixels, "would be resized by way of")  # Pillow resizes the rows first
-        return Decoded(preprocessing.apply(image), image.width, image.height)
+        return Decoded(preprocessing.apply(image, size, part), *size)
     except _DAMAGE as error:
         raise BadImage("corrupt_image", f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
+
+
+def _load(image: Image.Image, preprocessing: Preprocessing) -> tuple[Image.Image, tuple[int, int], Box | None]:
+    """An opened image → RGB, the (width, height) that it is shown in and, where it was decoded smaller, the part that is it.
+
+    In an eighth of its size, an image of 2,051 pixels has 257, the last of which is less than half there.
+    """
+    whole, drafted = image.size, None
+    if preprocessing.decode == "fast":
+        drafted = image.draft(None, preprocessing.least_size(*whole))  # None of other formats than JPEG
+    rgb = to_rgb(image)
+    if drafted is None or image.size == whole:
+        return rgb, rgb.size, None
+    _, (_, _, width, height) = drafted
+    turn = _turn_of(image)
+    if turn in _SWAPS:
+        whole, width, height = whole[::-1], height, width
+    left = rgb.width - width if turn in _MIRRORS else 0
+    top = rgb.height - height if turn in _FLIPS else 0
+    return rgb, whole, (left, top, left + width, top + height)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -128,9 +151,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     16-bit grey is scaled to 8 bits; Pillow's own conversion would clip it to white.
     """
     image.load()
-    turn = None
-    with contextlib.suppress(*_DAMAGE):  # damaged EXIF data is no reason to lose the image
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    turn = _turn_of(image)
     if turn is not None:  # not by ImageOps.exif_transpose, which also rewrites the data, fails on more of it, and always copies
         image = image.transpose(turn)
     if image.mode.startswith("I"):
@@ -139,6 +160,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _turn_of(image: Image.Image) -> Image.Transpose | None:
+    """How EXIF says that a loaded image is to be turned."""
+    with contextlib.suppress(*_DAMAGE):  # damaged EXIF data is no reason to lose the image
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return None
 
 
 def decode_items(
@@ -185,21 +213,23 @@ def decode_shard(
     shard, done, size = item.shard, item.done, layout.chunk_size
     keys: set[str] = set()
     held: _Chunk | None = None
+    clock = Stopwatch()
     samples = read_samples(shard, layout, options, wanted=lambda number: number // size not in done)
-    for number, sample in enumerate(samples):
+    for number, sample in enumerate(clock.timed("read", samples)):
         if item.limit is not None and number >= item.limit:
             break
         if number % size == 0:
             if held is not None and held.chunk not in done:
-                yield held.finish(shard, last=False)
+                yield held.finish(shard, clock.take(), last=False)
             held = _Chunk(number // size, layout, preprocessing, decode)
         assert held is not None
         if held.chunk not in done:
-            held.add(sample, is_duplicate=sample.key in keys)
+            with clock.timing("decode"):
+                held.add(sample, is_duplicate=sample.key in keys)
         keys.add(sample.key)
     held = held or _Chunk(0, layout, preprocessing, decode)
     if held.chunk not in done:
-        yield held.finish(shard, last=True)
+        yield held.finish(shard, clock.take(), last=True)
 
 
 class _Chunk:
@@ -230,12 +260,18 @@ class _Chunk:
             row |= {"reason": bad.reason, "detail": str(bad)}
         self._rows.append(row)
 
-    def finish(self, shard: Shard, *, last: bool) -> DecodedChunk:
+    def finish(self, shard: Shard, seconds: dict[str, float], *, last: bool) -> DecodedChunk:
         height, width = self._preprocessing.size
         pixels = np.empty((0, height, width, 3), np.uint8) if self._pixels is None else self._pixels[: self._good]
         samples = pa.RecordBatch.from_pylist(self._rows, schema=sample_schema(self._layout.carry))
         head = ChunkHead(
-            shard_id=shard.id, shard_name=shard.name, prefix=shard.prefix, chunk=self.chunk, last=last, good=self._good
+            shard_id=shard.id,
+            shard_name=shard.name,
+            prefix=shard.prefix,
+            chunk=self.chunk,
+            last=last,
+            good=self._good,
+            seconds=seconds,
         )
         return DecodedChunk(head=head, samples=samples, pixels=pixels)
 

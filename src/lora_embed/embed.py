@@ -2,17 +2,16 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from lora_embed.fetch import fetch_directory
 from lora_embed.isolate import decode_blocks
-from lora_embed.model.encoder import FILES, load_encoder
 from lora_embed.model.preprocess import Preprocessing
 from lora_embed.schema import ChunkHead, Layout
+from lora_embed.stages import Stopwatch
 from lora_embed.write import WriteParts
 
 CPU_BATCH, GPU_BATCH = 16, 128
@@ -34,13 +33,18 @@ class Device:
         return GPU_BATCH if self.kind == "cuda" else CPU_BATCH
 
 
-def inspect_device() -> Device:
-    """The device of the process that calls it: to be called where actors run, not on the driver."""
-    if torch.cuda.is_available():
-        return Device(kind="cuda", has_native_bfloat16=torch.cuda.get_device_capability() >= (8, 0))
-    capabilities = torch.backends.cpu.get_cpu_capability() if hasattr(torch.backends, "cpu") else ""
-    flags = _cpu_flags() if "AVX512" in capabilities else set()
-    return Device(kind="cpu", has_native_bfloat16=bool({"avx512_bf16", "amx_bf16"} & flags))
+def inspect_device(kind: str) -> Device:
+    """The device of the process that calls it: to be called where actors run, not on the driver.
+
+    Of a CPU its flags tell all; to import torch for that would take longer than the rest of a small run's start.
+    """
+    if kind == "cpu":
+        return Device(kind=kind, has_native_bfloat16=bool({"avx512_bf16", "amx_bf16"} & _cpu_flags()))
+    import torch
+
+    if not torch.cuda.is_available():  # a GPU that is declared and not there
+        return inspect_device("cpu")
+    return Device(kind=kind, has_native_bfloat16=torch.cuda.get_device_capability() >= (8, 0))
 
 
 def _cpu_flags() -> set[str]:
@@ -54,6 +58,10 @@ class EmbedImages:
     """The actor: loads an encoder, proves it on the golden images, then turns a chunk's pixels into vectors."""
 
     def __init__(self, encoder_uri: str, storage_options: dict[str, Any], layout: Layout) -> None:
+        import torch  # here, not above: drivers and those who ask for a device can do without
+
+        from lora_embed.model.encoder import FILES, load_encoder
+
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
             torch.set_num_threads(1)  # one actor per core; two threads on contended cores fall to a quarter
@@ -70,8 +78,11 @@ class EmbedImages:
         assert len(batch["head"]) == 1, "chunks go one by one: batch_size=1"
         head = ChunkHead.from_json(batch["head"][0])
         pixels = np.asarray(batch["pixels"][0])[: head.good]
-        vectors = self._encoder.embed_pixels(pixels) if head.good else np.zeros((1, self._encoder.dimension), np.float32)
-        return {"head": batch["head"], "samples": batch["samples"], "vectors": vectors[np.newaxis]}
+        clock = Stopwatch()
+        with clock.timing("forward"):
+            vectors = self._encoder.embed_pixels(pixels) if head.good else np.zeros((1, self._encoder.dimension), np.float32)
+        head = replace(head, seconds=head.seconds | clock.seconds)
+        return {"head": np.array([head.to_json()], dtype=object), "samples": batch["samples"], "vectors": vectors[np.newaxis]}
 
 
 class EmbedShards:

@@ -13,6 +13,7 @@ import ray.exceptions
 
 from lora_embed import errors
 from lora_embed.cluster import MAX_RETRIES, Topology, was_tried_before
+from lora_embed.config import JobConfig
 from lora_embed.embed import Device, EmbedImages, EmbedShards, inspect_device
 from lora_embed.errors import IncompleteRun, LoraEmbedError, WorkersLost
 from lora_embed.isolate import decode_blocks
@@ -32,14 +33,28 @@ class Job:
     """What all chunks of a run share."""
 
     input_options: dict[str, Any]
-    store: Store
+    store: Store  # where parts go
+    encoder_uri: str
+    encoder_options: dict[str, Any]
     encoder: Description
     layout: Layout
+
+    @classmethod
+    def of(cls, job: JobConfig, store: Store, encoder: Description, layout: Layout) -> "Job":
+        """A job whose encoder and parts lie on its table's storage."""
+        return cls(
+            input_options=job.input_storage_options,
+            store=store,
+            encoder_uri=f"{store.uri}/{encoder_path(encoder.space_id)}",
+            encoder_options=store.options,
+            encoder=encoder,
+            layout=layout,
+        )
 
 
 def embed_items(items: list[WorkItem], job: Job, topology: Topology) -> Iterator[ChunkStats]:
     """Embed work items in waves; yields what became of each chunk. Raises as `embed_blocks` does."""
-    blocks = plan_blocks(items, topology.actors)
+    blocks = plan_blocks(items, topology.workers.actors)
     for start in range(0, len(blocks), MAX_BLOCKS):
         yield from embed_blocks(blocks[start : start + MAX_BLOCKS], job, topology)
 
@@ -64,9 +79,8 @@ def embed_blocks(blocks: list[Block], job: Job, topology: Topology) -> Iterator[
     One row is one chunk and goes alone (`batch_size=1`), so that chunks stay whole and inside one shard.
     Raises EncoderError when an actor does not reproduce the golden vectors, WorkersLost when Ray gives up.
     """
-    encoder_uri = f"{job.store.uri}/{encoder_path(job.encoder.space_id)}"
     decoding = (job.layout, job.encoder.preprocessing, job.input_options)
-    embedding = (encoder_uri, job.store.options, job.layout)
+    embedding = (job.encoder_uri, job.encoder_options, job.layout)
     writing = (job.store, job.encoder.space_id, job.layout)
 
     rows: Any = ray.data.from_items([{"block": block} for block in blocks], override_num_blocks=len(blocks))
@@ -85,7 +99,8 @@ def embed_blocks(blocks: list[Block], job: Job, topology: Topology) -> Iterator[
 
 def ask_device(topology: Topology) -> Device:
     """The kind of device that actors will get, asked of one."""
-    device: Device = ray.get(ray.remote(inspect_device).options(**topology.device).remote())
+    kind = "cuda" if topology.device.get("num_gpus") else "cpu"
+    device: Device = ray.get(ray.remote(inspect_device).options(**topology.device).remote(kind))
     return device
 
 

@@ -1,7 +1,6 @@
 """Is a new encoder worth a full pass? A seeded sample of the table goes first, and is held against the current version."""
 
 import json
-import time
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,6 +12,7 @@ from lora_embed.gates import Decision, Policy
 from lora_embed.health import combine, measure_rows
 from lora_embed.progress import say
 from lora_embed.schema import Manifest, Shard
+from lora_embed.stages import Workers, seconds_an_image
 
 
 def embed_sample(
@@ -26,10 +26,9 @@ def embed_sample(
     sample = work.choose_unchanged(current, shards, job.reembed.sample)
     if not sample:
         return 0
-    started = time.monotonic()
-    embedded = work.embed_missing(job, shared, sample, topology)
+    effort = work.embed_missing(job, shared, sample, topology)
     samples = sum(current.shards[shard.id].samples for shard in sample)
-    rate = _seconds_an_image(shared, time.monotonic() - started, embedded)
+    rate = _seconds_an_image(shared, effort, topology.workers)
     hours = rate * (current.counts["samples"] - samples) / 3600
     decision = _decide(job, shared, current, sample, hours)
     say(f"sample of {samples:,} images in {len(sample)} shards: {decision.says}")
@@ -38,7 +37,7 @@ def embed_sample(
             f"{job.table}: not embedded anew, version {current.version} stays: {decision.says} Mend the recipe, or set "
             "reembed.sample to 0 to go on without a sample."
         )
-    return embedded if decision.action == "go on" else None
+    return effort.samples if decision.action == "go on" else None
 
 
 def _decide(job: JobConfig, shared: pipeline.Job, current: Manifest, sample: list[Shard], hours: float) -> Decision:
@@ -56,10 +55,11 @@ def _decide(job: JobConfig, shared: pipeline.Job, current: Manifest, sample: lis
     return gates.re_embed_decision(compared, policy, hours, extra)
 
 
-def _seconds_an_image(shared: pipeline.Job, seconds: float, embedded: int) -> float:
+def _seconds_an_image(shared: pipeline.Job, effort: work.Effort, workers: Workers) -> float:
     """As the sample took when it was embedded, which may have been another night."""
     path = f"staging/{shared.encoder.space_id}/sample.json"
-    if embedded:
-        shared.store.create(path, json.dumps({"seconds_an_image": seconds / embedded}).encode())
+    if effort.samples:
+        took = seconds_an_image(effort.seconds, effort.samples, workers)
+        shared.store.create(path, json.dumps({"seconds_an_image": took}).encode())
     kept = shared.store.read(path)
     return float(json.loads(kept)["seconds_an_image"]) if kept is not None else 0.0

@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.text import Text
 
 from lora_embed.schema import ChunkStats, Shard
+from lora_embed.stages import Bound, Workers, add_seconds, find_bound
 
 LOG_EVERY_S = 10.0
 
@@ -21,7 +22,9 @@ def say(message: str) -> None:
 class Progress:
     """Counts what the chain reports; a context manager that shows the counts while it is open."""
 
-    def __init__(self, shards: list[Shard], console: Console | None = None) -> None:
+    def __init__(self, shards: list[Shard], workers: Workers, console: Console | None = None) -> None:
+        self._workers = workers
+        self.seconds: dict[str, float] = {}  # by stage, summed over the workers
         self._sizes = {shard.id: shard.size for shard in shards}
         self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self._started = time.monotonic()
@@ -46,10 +49,13 @@ class Progress:
         else:
             self._logger.join()
         self._console.print(self.line())
+        if self.seconds:
+            self._console.print(self.bound().says)
 
     def add(self, stats: ChunkStats) -> None:
         """Count one row of the chain's end."""
-        self._first = self._first or time.monotonic()
+        self._first = self._first or time.monotonic() - sum(stats.seconds.values())  # when the first worker began
+        add_seconds(self.seconds, stats.seconds)
         if stats.error:
             self.shards_failed += 1
             return
@@ -60,6 +66,11 @@ class Progress:
             self.shards_done += 1
             self._bytes_done += self._sizes.get(stats.shard_id, 0)
 
+    def bound(self) -> Bound:
+        """What bounds the run, from when its first worker began."""
+        began = self._first or time.monotonic()
+        return find_bound(self.seconds, time.monotonic() - began, self._workers)
+
     def line(self) -> str:
         """Samples, images/s, shards, rejects and the time left, as one line."""
         elapsed = time.monotonic() - self._started
@@ -67,7 +78,7 @@ class Progress:
         return (
             f"{self.samples:,} samples · {self.samples / max(elapsed, 1e-9):,.1f} images/s · "
             f"{self.shards_done}/{len(self._sizes)} shards{failed} · {self.rejects:,} rejects · "
-            f"{_span(elapsed)} elapsed{self._time_left(elapsed)}"
+            f"{_span(elapsed)} elapsed{self._time_left(elapsed)}{f' · bound by {self.bound().by}' if self.seconds else ''}"
         )
 
     def _time_left(self, elapsed: float) -> str:

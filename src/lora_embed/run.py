@@ -11,10 +11,10 @@ from typing import Any, cast
 from lora_embed import cluster, judge, pipeline, plan, preview, publish, table, versions, work
 from lora_embed.config import JobConfig, Recipe, load_recipe
 from lora_embed.errors import ConfigError, TableError
-from lora_embed.model.build import Ingredients, build_encoder, gather, match_adapters
+from lora_embed.model.build import Ingredients, build_encoder, gather
 from lora_embed.model.encoder import DESCRIPTION, BaseReference, Description, read_description
 from lora_embed.progress import say
-from lora_embed.schema import Layout, Manifest, Shard, WorkItem, encoder_path
+from lora_embed.schema import Layout, Manifest, Shard, encoder_path
 from lora_embed.storage import Store
 
 MARKER = "table.json"  # the first object of a table
@@ -32,6 +32,8 @@ class RunResult:
     published: bool = False  # by this run
     counts: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)  # seconds by stage, summed over the workers
+    bound: str | None = None  # the stage that the run had to wait for
 
     def describe(self) -> str:
         """For a person, in a line."""
@@ -40,68 +42,6 @@ class RunResult:
         if self.version is None:
             return f"{self.table}: {done}; not published"
         return f"{self.table}: version {self.version} {'published' if self.published else 'is current'} ({counted}); {done}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outlook:
-    """What a run would do."""
-
-    table: str
-    space_id: str | None  # None: the encoder has yet to be built
-    version: int | None  # current
-    shards: int
-    bytes: int
-    done: int  # shards published or complete in staging
-    partly_done: int
-    to_embed: int
-    to_embed_bytes: int
-    removed: int  # shards of the current version that the input no longer holds
-
-    def describe(self) -> str:
-        """For a person."""
-        encoder = f"space {self.space_id}" if self.space_id else "not built yet"
-        return (
-            f"table     {self.table}, {f'version {self.version}' if self.version else 'nothing published'}\n"
-            f"encoder   {encoder}\n"
-            f"input     {self.shards:,} shards, {self.bytes / 1e6:,.1f} MB\n"
-            f"done      {self.done:,} shards, and {self.partly_done:,} in part\n"
-            f"to embed  {self.to_embed:,} shards, {self.to_embed_bytes / 1e6:,.1f} MB\n"
-            f"removed   {self.removed:,} shards of the current version are not in the input"
-        )
-
-
-def plan_job(job: JobConfig) -> Outlook:
-    """List input and table and say what a run would do; writes nothing and starts no cluster.
-
-    Raises ConfigError as `run_job` does, for what can be seen by reading.
-    """
-    store, shards = _list(job)
-    current = versions.read_manifest(store)
-    recipe = find_recipe(job.recipe)
-    source = gather(recipe) if isinstance(recipe, Recipe) else recipe
-    encoder = read_description(source) if isinstance(source, Path) else find_encoder(source, store)
-    if encoder is None and not isinstance(source, Path):
-        match_adapters(source)
-    if encoder is not None:
-        refuse_other_space(store, current, encoder)
-    layout = known_layout(job, store, encoder, current) if encoder is not None else None
-    if encoder is not None and layout is not None:
-        items = work.find_work(job, store, encoder, layout, shards)
-    else:
-        items = [WorkItem(shard=shard) for shard in shards]
-    published = set(current.shards) if current is not None else set()
-    return Outlook(
-        table=job.table,
-        space_id=encoder.space_id if encoder else None,
-        version=current.version if current else None,
-        shards=len(shards),
-        bytes=sum(shard.size for shard in shards),
-        done=len(shards) - len(items),
-        partly_done=sum(1 for item in items if item.done),
-        to_embed=len(items),
-        to_embed_bytes=sum(item.shard.size for item in items),
-        removed=len(published - {shard.id for shard in shards}),
-    )
 
 
 def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, releases: bool = False) -> RunResult:
@@ -114,7 +54,7 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
     """
     started = time.monotonic()
     judge.limits_of(job)
-    store, shards = _list(job)
+    store, shards = list_input(job)
     recipe = find_recipe(job.recipe)
     source = gather(recipe) if isinstance(recipe, Recipe) else recipe
     store.check_writable()
@@ -140,15 +80,21 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
             say(f"{job.table}: this store ignores conditional PUT: never run two jobs on this table at the same time")
         encoder = renew_encoder(known, store, job.retain.grace_days) if folder is None else store_encoder(folder, store)
     layout = resolve_layout(job, store, encoder, current, topology)
-    shared = pipeline.Job(input_options=job.input_storage_options, store=store, encoder=encoder, layout=layout)
+    shared = pipeline.Job.of(job, store, encoder, layout)
     embedded: int | None = 0
     if current is not None and job.limit is None and versions.newest_of(store, encoder.space_id, layout.pins, current) is None:
         embedded = preview.embed_sample(job, shared, current, shards, topology)
     if embedded is None:
         assert current is not None
         return RunResult(table=job.table, space_id=current.space_id, embedded=0, version=current.version, counts=current.counts)
-    embedded += work.embed_missing(job, shared, shards, topology)
-    result = RunResult(table=job.table, space_id=encoder.space_id, embedded=embedded)
+    effort = work.embed_missing(job, shared, shards, topology)
+    result = RunResult(
+        table=job.table,
+        space_id=encoder.space_id,
+        embedded=embedded + effort.samples,
+        stages={stage: round(seconds, 3) for stage, seconds in effort.seconds.items()},
+        bound=effort.bound.by if effort.bound else None,
+    )
     if publishes and job.limit is None:
         before = current.space_id if current is not None else None
         manifest, is_new = publish.publish(job, shared, shards, replaces=before, releases=releases)
@@ -162,7 +108,7 @@ def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, s
     Raises ConfigError when nothing was ever embedded for this recipe; IncompleteRun, VerificationFailed or GateFailed.
     """
     started = time.monotonic()
-    store, shards = _list(job)
+    store, shards = list_input(job)
     recipe = find_recipe(job.recipe)
     source = gather(recipe) if isinstance(recipe, Recipe) else recipe
     current, encoder = versions.read_manifest(store), find_encoder(source, store)
@@ -170,7 +116,7 @@ def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, s
     if encoder is None or layout is None:
         raise TableError(f"{job.table}: nothing was embedded there with this recipe yet. Use `lora-embed run`.")
     cluster.connect()
-    shared = pipeline.Job(input_options=job.input_storage_options, store=store, encoder=encoder, layout=layout)
+    shared = pipeline.Job.of(job, store, encoder, layout)
     before = current.space_id if current is not None else None
     manifest, is_new = publish.publish(job, shared, shards, replaces=before, releases=releases, accepted=accepted)
     return RunResult(
@@ -195,7 +141,7 @@ def _is_current(job: JobConfig, store: Store, encoder: Description, current: Man
     return True
 
 
-def _list(job: JobConfig) -> tuple[Store, list[Shard]]:
+def list_input(job: JobConfig) -> tuple[Store, list[Shard]]:
     """The table's store and the input's shards; what cannot be reached is said before anything else."""
     store = Store(job.table, job.table_storage_options)
     store.check_reachable()
@@ -301,9 +247,7 @@ def resolve_layout(
     """
     if (layout := known_layout(job, store, encoder, current)) is not None:
         return layout
-    device = pipeline.ask_device(topology)
-    resolved = json.dumps({"precision": device.precision, "batch_size": device.batch_size}).encode()
-    store.create(resolved_path(encoder.space_id), resolved)
+    store.create(resolved_path(encoder.space_id), json.dumps(ask_device(topology)).encode())
     layout = known_layout(job, store, encoder, current)
     assert layout is not None
     return layout
@@ -311,22 +255,13 @@ def resolve_layout(
 
 def known_layout(job: JobConfig, store: Store, encoder: Description, current: Manifest | None) -> Layout | None:
     """The layout by job and table alone; None where `auto` was never resolved for this table."""
-    values: dict[str, Any] = {"precision": job.precision, "batch_size": job.batch_size}
-    if "auto" in values.values():
+    resolved: dict[str, Any] = {}
+    if leaves_open(job):
         raw = store.read(resolved_path(encoder.space_id))
         if raw is None:
             return None
-        values |= {key: value for key, value in json.loads(raw).items() if values[key] == "auto"}
-    layout = Layout(
-        **values,
-        chunk_size=job.chunk_size,
-        vector_type=job.vector_type,
-        carry=tuple((carried.name, carried.type) for carried in job.carry),
-        max_pixels=job.max_pixels,
-        image_column=job.image_column,
-        key_column=job.key_column,
-        limit=job.limit,
-    )
+        resolved = json.loads(raw)
+    layout = layout_of(job, resolved)
     if current is not None and current.pins != layout.pins:
         differing = [name for name, value in layout.pins.items() if current.pins[name] != value]
         raise TableError(
@@ -335,6 +270,32 @@ def known_layout(job: JobConfig, store: Store, encoder: Description, current: Ma
             + ". All rows of a table share them: set them back, or name another table."
         )
     return layout
+
+
+def leaves_open(job: JobConfig) -> bool:
+    """Is precision or batch size up to the device?"""
+    return "auto" in (job.precision, job.batch_size)
+
+
+def ask_device(topology: cluster.Topology) -> dict[str, Any]:
+    """What `auto` is on the device of the actors."""
+    device = pipeline.ask_device(topology)
+    return {"precision": device.precision, "batch_size": device.batch_size}
+
+
+def layout_of(job: JobConfig, resolved: dict[str, Any]) -> Layout:
+    """The job's layout, with `precision` and `batch_size` as resolved where the job leaves them to the device."""
+    return Layout(
+        precision=resolved["precision"] if job.precision == "auto" else job.precision,
+        batch_size=resolved["batch_size"] if job.batch_size == "auto" else job.batch_size,
+        chunk_size=job.chunk_size,
+        vector_type=job.vector_type,
+        carry=tuple((carried.name, carried.type) for carried in job.carry),
+        max_pixels=job.max_pixels,
+        image_column=job.image_column,
+        key_column=job.key_column,
+        limit=job.limit,
+    )
 
 
 def resolved_path(space_id: str) -> str:

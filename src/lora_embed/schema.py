@@ -110,6 +110,7 @@ class ChunkHead:
     good: int = 0  # samples with pixels
     error: str = ""
     may_pass: bool = False  # the error: another try may get further
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)  # that it took, by stage
 
     @property
     def part(self) -> Part:
@@ -138,6 +139,7 @@ class ChunkStats:
     last: bool = False
     error: str = ""
     may_pass: bool = False
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -1,6 +1,6 @@
 """What a job has yet to embed, and embedding it, however often it takes."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_embed import cluster, pipeline, table, versions
@@ -11,6 +11,7 @@ from lora_embed.model.encoder import Description
 from lora_embed.progress import Progress, say
 from lora_embed.read import count_samples
 from lora_embed.schema import ChunkStats, Layout, Manifest, Shard, WorkItem
+from lora_embed.stages import Bound, add_seconds
 from lora_embed.storage import Store
 
 ATTEMPTS = 3
@@ -74,21 +75,36 @@ def find_drift_work(job: JobConfig, shared: pipeline.Job, shards: list[Shard]) -
     return items
 
 
-def embed_missing(job: JobConfig, shared: pipeline.Job, shards: list[Shard], topology: cluster.Topology) -> int:
-    """Embed what is neither published nor staged; returns the number of samples.
+@dataclass
+class Effort:
+    """What embedding took: samples, rejects included, the workers' seconds by stage, and what bounded it."""
+
+    samples: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    bound: Bound | None = None
+
+    def add(self, progress: Progress) -> None:
+        """Another try at what is missing."""
+        self.samples += progress.samples
+        add_seconds(self.seconds, progress.seconds)
+        self.bound = progress.bound()
+
+
+def embed_missing(job: JobConfig, shared: pipeline.Job, shards: list[Shard], topology: cluster.Topology) -> Effort:
+    """Embed what is neither published nor staged.
 
     Beside it go a few that are published, not counted: their vectors must still be the same. When workers were lost for
     good or a store did not answer, what is still missing is tried again, up to `ATTEMPTS` times in all. Raises
     IncompleteRun naming the shards that failed.
     """
-    embedded = 0
+    effort = Effort()
     for attempt in range(1, ATTEMPTS + 1):
         work = find_work(job, shared.store, shared.encoder, shared.layout, shards)
         say(f"{len(shards)} shards: {len(shards) - len(work)} done, {len(work)} to embed")
         if not work:
             break
         failures: dict[str, ChunkStats] = {}
-        with Progress([item.shard for item in work]) as progress:
+        with Progress([item.shard for item in work], topology.workers) as progress:
             try:
                 _embed(work, find_drift_work(job, shared, shards), shared, topology, progress, failures)
             except WorkersLost as error:
@@ -97,13 +113,13 @@ def embed_missing(job: JobConfig, shared: pipeline.Job, shards: list[Shard], top
                 say(f"{error}\ntrying again what is missing")
                 continue
             finally:
-                embedded += progress.samples
+                effort.add(progress)
         if not failures:
             break
         if attempt == ATTEMPTS or not all(failure.may_pass for failure in failures.values()):
             raise _incomplete(failures, len(work))
         say(f"{len(failures)} shards could not be read; trying them again")
-    return embedded
+    return effort
 
 
 def _embed(

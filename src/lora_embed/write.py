@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lora_embed.schema import ChunkHead, ChunkStats, Layout, Part, from_ipc, part_schema
+from lora_embed.stages import Stopwatch
 from lora_embed.storage import Store
 
 FOOTER = b"lora_embed.part"
@@ -36,11 +37,13 @@ class WriteParts:
         head = ChunkHead.from_json(batch["head"][0])
         stats = ChunkStats(shard_id=head.shard_id, chunk=head.chunk, error=head.error, may_pass=head.may_pass)
         if not head.error:
-            table = make_part(head, from_ipc(batch["samples"][0]), np.asarray(batch["vectors"][0]), self._layout)
-            vectors = table.column("reason").null_count
-            write_part(self._store, self._space_id, self._layout, head.part, table)
-            rejects = table.num_rows - vectors
-            stats = replace(stats, samples=table.num_rows, vectors=vectors, rejects=rejects, last=head.last)
+            clock = Stopwatch()
+            with clock.timing("write"):
+                table = make_part(head, from_ipc(batch["samples"][0]), np.asarray(batch["vectors"][0]), self._layout)
+                write_part(self._store, self._space_id, self._layout, head.part, table)
+            samples, rejects = table.num_rows, table.num_rows - table.column("reason").null_count
+            stats = replace(stats, samples=samples, vectors=samples - rejects, rejects=rejects, last=head.last)
+            stats = replace(stats, seconds=head.seconds | clock.seconds)
         return {"stats": np.array([stats.to_json()], dtype=object)}
 
 

@@ -203,14 +203,15 @@ def read_description(folder: Path) -> Description:
 
 def write_description(folder: Path, description: Description) -> None:
     """Write `encoder.json`."""
-    (folder / DESCRIPTION).write_text(json.dumps({"format": FORMAT} | asdict(description), indent=2) + "\n")
+    facts = {"format": FORMAT} | asdict(description) | {"preprocessing": description.preprocessing.settings()}
+    (folder / DESCRIPTION).write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def space_id_of(models: list[PreTrainedModel], preprocessing: Preprocessing, pooling: str, normalize: bool) -> str:
     """12 hex digits of the SHA-256 over all that makes a vector: float32 weights, configuration, pixels, pooling."""
     config = {key: value for key, value in models[0].config.to_diff_dict().items() if key not in _NAMES_ONLY}
     digest = hashlib.sha256()
-    for part in (config, asdict(preprocessing), pooling, normalize):
+    for part in (config, preprocessing.settings(), pooling, normalize):
         digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
     for name, weight in [item for model in models for item in sorted(model.state_dict().items())]:
         assert weight.dtype in (torch.float32, torch.int64), (name, weight.dtype)

@@ -35,6 +35,13 @@ def make_images() -> dict[str, bytes]:
     }
 
 
+def make_large(edge: int) -> dict[str, bytes]:
+    """A JPEG with detail as fine as a large photograph's, for encoders that decode such ones in less than their size."""
+    rng = np.random.default_rng(11)
+    coarse = Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8))
+    return {"large.jpg": _encoded(coarse.resize((edge, edge), Image.Resampling.BICUBIC), "JPEG")}
+
+
 def save(folder: Path, images: dict[str, bytes], vectors: NDArray[np.float32]) -> None:
     """Write images and their vectors, (images, d) in the order of the names, below an encoder's directory."""
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,8 @@ Decode workers need no torch and no transformers for this, pixels travel as byte
 Hugging Face PIL processor's pixels bit for bit: `encoder.build_encoder` checks that for every encoder it builds.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ from PIL import Image
 from lora_embed.errors import EncoderError
 
 Pixels = NDArray[np.uint8]
+Decoding = Literal["exact", "fast"]
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,14 @@ class Preprocessing:
     crop: tuple[int, int] | None  # (height, width)
     multiply: tuple[float, float, float]
     add: tuple[float, float, float]
+    decode: Decoding = "exact"  # fast: a JPEG at a half, a quarter or an eighth of its size where that is large enough
+
+    def settings(self) -> dict[str, Any]:
+        """As it is hashed and written. What is decoded exactly does not say so: encoders built before had no choice."""
+        settings = asdict(self)
+        if self.decode == "exact":
+            del settings["decode"]
+        return settings
 
     @property
     def size(self) -> tuple[int, int]:
@@ -44,11 +54,24 @@ class Preprocessing:
         longer = int(self.resize * long / short)
         return (self.resize, longer) if width <= height else (longer, self.resize)
 
-    def apply(self, image: Image.Image) -> Pixels:
-        """An RGB image → uint8 pixels (height, width, 3)."""
-        target = self.resized_size(*image.size)
-        if self.resize is not None:  # also at equal size: Pillow then copies, as in the processor
-            image = image.resize(target, resample=Image.Resampling(self.resample))
+    def least_size(self, width: int, height: int) -> tuple[int, int]:
+        """The smallest (width, height) that `fast` may decode an image in: twice that after the resize, turned or not."""
+        if isinstance(self.resize, tuple):
+            width = height = max(self.resize)
+        else:
+            width, height = self.resized_size(width, height)
+        return 2 * width, 2 * height
+
+    def apply(self, image: Image.Image, size: tuple[int, int] | None = None, part: Box | None = None) -> Pixels:
+        """An RGB image → uint8 pixels (height, width, 3).
+
+        Of one that was decoded smaller, `size` is the whole (width, height) and `part` where in the image that lies.
+        """
+        # All of it, also what the crop throws away: Pillow 13 orders its two passes by their cost, and another order is
+        # other bits. Also at equal size: Pillow then copies, as in the processor.
+        if self.resize is not None:
+            target = self.resized_size(*(size or image.size))
+            image = image.resize(target, Image.Resampling(self.resample), part)
         if self.crop is None:
             return np.asarray(image)
         return _center_crop(np.asarray(image), self.crop)
@@ -69,7 +92,9 @@ def _center_crop(pixels: Pixels, crop: tuple[int, int]) -> Pixels:
     return pixels
 
 
-def from_processor(processor: dict[str, Any], image_size: int | None) -> tuple[Preprocessing, dict[str, Any]]:
+def from_processor(
+    processor: dict[str, Any], image_size: int | None, decode: Decoding = "exact"
+) -> tuple[Preprocessing, dict[str, Any]]:
     """Read a Hugging Face processor's settings; return them as `Preprocessing`, and changed for `image_size`.
 
     `image_size` overrides the size of the model's input; a resize before a crop keeps its proportion to it.
@@ -95,6 +120,7 @@ def from_processor(processor: dict[str, Any], image_size: int | None) -> tuple[P
         crop=crop,
         multiply=multiply,
         add=add,
+        decode=decode,
     )
     return preprocessing, settings
 

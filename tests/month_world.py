@@ -1,0 +1,186 @@
+"""What `test_month` holds a table against: the world outside of it, and what each of its versions must hold."""
+
+import hashlib
+import io
+import json
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from lora_embed import load_encoder
+from lora_embed.config import JobConfig
+from lora_embed.model.encoder import Encoder
+from lora_embed.schema import encoder_path
+from models import edit_tensors
+from samples import png, tar_of
+
+KEEP, GRACE_DAYS = 4, 3
+DAY = 86400.0
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a version must hold."""
+
+    rows: dict[str, bytes]  # id → exact bits of the vector
+    rejects: dict[str, str]  # id → reason
+    forgotten: frozenset[str]  # ids that had been forgotten when it was made
+
+    def without(self, ids: frozenset[str]) -> "Content":
+        """A forgotten image stays a sample, as a reject."""
+        rows = {id_: vector for id_, vector in self.rows.items() if id_ not in ids}
+        return Content(rows, self.rejects | dict.fromkeys(self.rows.keys() & ids, "forgotten"), self.forgotten | ids)
+
+
+@dataclass
+class Month:
+    """The world outside of the table, and what the table must be like."""
+
+    folder: Path
+    job: JobConfig
+    rng: random.Random
+    shards: dict[str, dict[str, int | None]] = field(default_factory=dict)  # name → key → image; None is no image
+    changes: int = 0
+    adapters: list[bytes] = field(default_factory=list)  # those that were in use before
+    encoders: dict[str, Encoder] = field(default_factory=dict)
+    published: dict[int, Content] = field(default_factory=dict)
+    left: dict[int, int] = field(default_factory=dict)  # version that is not retained any more → night since when
+    gone: frozenset[str] = frozenset()  # ids whose forgetting came to its end
+    night: int = 0
+
+    @property
+    def table(self) -> Path:
+        return Path(self.job.table)
+
+    @property
+    def newest(self) -> Content:
+        return self.published[max(self.published)] if self.published else Content({}, {}, frozenset())
+
+    def go_on(self, changes_adapter: float = 0.2) -> None:
+        """Other shards, and with this chance another adapter, the next night or before what was killed is done again."""
+        self.change_shards()
+        if self.rng.random() < changes_adapter:
+            self.retrain()
+
+    def change_shards(self) -> None:
+        """Add, change and remove some; a changed one is another one in size or time."""
+        for _ in range(self.rng.choice([0, 1, 2, 2, 3])):
+            event = self.rng.choice(["add", "change", "remove"]) if len(self.shards) > 2 else "add"
+            name = f"{self.changes:04d}.tar" if event == "add" else self.rng.choice(sorted(self.shards))
+            self.changes += 1
+            if event == "remove":
+                del self.shards[name]
+                (self.folder / "shards" / name).unlink()
+                continue
+            count = self.rng.choice([0, 1, 3, 5, 9])
+            keys = {f"{key:03d}": self.rng.choice([None, *range(8)]) and self.rng.randrange(10**6) for key in range(count)}
+            self.shards[name] = keys
+            members = [(f"{key}.png", b"no image" if seed is None else png(seed)) for key, seed in keys.items()]
+            path = self.folder / "shards" / name
+            path.write_bytes(tar_of(members))
+            os.utime(path, ns=(self.changes * 10**9, self.changes * 10**9))
+
+    def retrain(self) -> None:
+        """Another adapter, or back to one of those before."""
+        path = self.folder / "ten" / "adapter_model.safetensors"
+        self.adapters.append(path.read_bytes())
+        if self.rng.random() < 0.5:
+            path.write_bytes(self.rng.choice(self.adapters[-3:]))
+            return
+        factor = self.rng.choice([0.5, 0.8, 1.25, 1.5])
+        edit_tensors(path.parent, lambda tensors: {n: t * factor if "lora_B" in n else t for n, t in tensors.items()})
+
+    def today(self, number: int, space_id: str) -> Content:
+        """What a version made of today's shards must hold."""
+        if space_id not in self.encoders:
+            self.encoders[space_id] = load_encoder(self.table / encoder_path(space_id))
+        images = {f"{name}/{key}": seed for name, keys in self.shards.items() for key, seed in keys.items()}
+        good = {id_: Image.open(io.BytesIO(png(seed))) for id_, seed in images.items() if seed is not None}
+        vectors = self.encoders[space_id].embed(list(good.values())) if good else np.zeros((0, 0), np.float32)
+        rows = {id_: vector.tobytes() for id_, vector in zip(good, vectors, strict=True)}
+        rejects = dict.fromkeys(images.keys() - good.keys(), "not_an_image")
+        return Content(rows, rejects, frozenset()).without(self.newest.forgotten)
+
+    def manifests(self, folder: str = "versions") -> dict[int, dict[str, Any]]:
+        return {int(path.stem): json.loads(path.read_text()) for path in sorted((self.table / folder).glob("*.json"))}
+
+    def note(self, made: Callable[[int, str], Content]) -> None:
+        """Versions that are new were made by this; one may be retired already."""
+        found = self.manifests("retired") | self.manifests()
+        for number in sorted(found.keys() - self.published.keys()):
+            assert number == max(self.published, default=0) + 1
+            content = made(number, found[number]["space_id"])
+            assert content.forgotten >= self.newest.forgotten, "what was forgotten is back"
+            self.published[number] = content
+
+    def check(self) -> None:
+        """What readers see: each version as it must be, and gone only if it is old or holds what was forgotten."""
+        listed, tombs = self.manifests(), self.manifests("retired")
+        if not self.published:
+            assert not listed
+            return
+        assert max(listed) == max(self.published)
+        hint = self.table / "CURRENT"
+        assert not hint.exists() or int(hint.read_text()) <= max(listed)
+        for number, manifest in listed.items():
+            expected = self.published[number]
+            assert self.read(manifest) == (expected.rows, expected.rejects), number
+            assert manifest["counts"]["vectors"] == len(expected.rows)
+            assert manifest["counts"]["rejects"] == len(expected.rejects)
+            assert not expected.rows.keys() & self.gone, f"version {number} holds what was forgotten"
+        there = sorted(self.published.keys() - self.left.keys())
+        assert set(listed) <= set(there), "a retired version is back"
+        for number in set(there) - set(listed):
+            assert number not in there[-KEEP:] or self.published[number].rows.keys() & self.newest.forgotten
+            self.left[number] = self.night
+        for number in [number for number, since in self.left.items() if self.night - since < GRACE_DAYS]:
+            assert self.read(tombs[number])[0] == self.published[number].rows, f"{number} is in its grace period"
+
+    def read(self, manifest: dict[str, Any]) -> tuple[dict[str, bytes], dict[str, str]]:
+        """Vectors and reasons by id."""
+        rows = [row for entry in manifest["files"] for row in self.read_file(entry, ["id", "embedding"])]
+        rejects = [row for entry in manifest["rejects"] for row in self.read_file(entry, ["id", "reason"])]
+        vectors = {row["id"]: np.array(row["embedding"], np.float32).tobytes() for row in rows}
+        assert len(vectors) == len(rows)
+        return vectors, {row["id"]: row["reason"] for row in rejects}
+
+    def read_file(self, entry: dict[str, Any], columns: list[str]) -> list[dict[str, Any]]:
+        data = (self.table / entry["path"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == entry["sha256"]
+        rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data), columns=columns).to_pylist()
+        return rows
+
+    def check_cleared(self) -> None:
+        """After a publication nothing is there that is old and nothing refers to, nor what the version has absorbed."""
+        listed, tombs = self.manifests(), self.manifests("retired")
+        assert len(listed) <= KEEP
+        assert [number for number in tombs if self.night - self.left.get(number, self.night) > GRACE_DAYS] == []
+        kept = {entry["path"] for m in (*listed.values(), *tombs.values()) for entry in (*m["files"], *m["rejects"])}
+        newest = (self.table / "CURRENT").stat().st_mtime
+        found = [path for folder in ("data", "rejects") for path in (self.table / folder).rglob("*.parquet")]
+        old = {str(path.relative_to(self.table)) for path in found if path.stat().st_mtime < newest - (GRACE_DAYS + 1) * DAY}
+        assert old <= kept
+        staged = {(path.parts[-3], path.name.split("-")[0]) for path in (self.table / "staging").rglob("*.parquet")}
+        assert not staged & shards_of(listed[max(listed)])
+        assert all(path.stat().st_mtime > time.time() - DAY / 2 for path in (self.table / "_tmp").iterdir())
+
+    def sleep(self) -> None:
+        """A day goes by, for the table."""
+        self.night += 1
+        files = {path.stat().st_ino: path for path in self.table.rglob("*") if path.is_file()}  # a kill leaves two names of one
+        for path in files.values():
+            when = path.stat().st_mtime - DAY
+            os.utime(path, (when, when))
+
+
+def shards_of(manifest: dict[str, Any]) -> set[tuple[str, str]]:
+    """Space and shard id of all that a version holds."""
+    return {(manifest["space_id"], shard["id"]) for entry in manifest["files"] for shard in entry["shards"]}
