@@ -1,5 +1,6 @@
 """Staged parts → the next version: verify, gates, compact, commit."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 
 from lora_embed import compact, judge, pipeline, retention, table, versions
@@ -39,11 +40,14 @@ def publish(
             return current, False
         try:
             manifest = _next_version(job, shared, current, wanted, accepted or {})
+            committed = versions.commit_version(store, manifest)
         except (IncompleteRun, VerificationFailed):
             if _version(versions.read_manifest(store)) == _version(current):
                 raise
             continue  # another run published meanwhile and removed the parts that it absorbed
-        if versions.commit_version(store, manifest):
+        except StorageError as error:  # by now no mistake of the job's, but a permission that has expired
+            raise IncompleteRun(f"{error}\nWhat was embedded is kept, and the same command goes on.") from None
+        if committed:
             _clear(job, shared, manifest)
             return manifest, True
         say(f"version {manifest.version} was published by another run meanwhile; planning again from it")
@@ -125,19 +129,29 @@ def _next_version(
 
 
 def _shares(job: JobConfig, current: Manifest | None, new: list[ShardCounts], kept: set[str]) -> list[Gate]:
-    """The gates that counts alone decide, before anything is written."""
-    samples, rejects = sum(shard.samples for shard in new), sum(shard.rejects for shard in new)
+    """The gates that counts alone decide, before anything is written.
+
+    A group of loose images is there whatever it still holds, so `removed` looks at images as well as at shards.
+    """
+    samples, rejects = _samples(new), sum(shard.rejects for shard in new)
     before = current.shards if current is not None else {}
-    removed = [shard for shard_id, shard in before.items() if shard_id not in kept and shard.name not in {s.name for s in new}]
+    now = {shard.name: shard.samples for shard in new}
+    replaced = [shard for shard_id, shard in before.items() if shard_id not in kept]
+    removed = sum(1 for shard in replaced if shard.name not in now)
+    lost, held = sum(max(0, shard.samples - now.get(shard.name, 0)) for shard in replaced), _samples(before.values())
     figures = {
         "rejects": (rejects / max(samples, 1), job.max_rejects, f"{rejects:,} of {samples:,} new samples cannot be embedded"),
         "removed": (
-            len(removed) / max(len(before), 1),
+            max(removed / max(len(before), 1), lost / max(held, 1)),
             job.max_removed,
-            f"{len(removed):,} of {len(before):,} shards of the version before are gone from the input",
+            f"{removed:,} of {len(before):,} shards and {lost:,} of {held:,} images of the version before are gone",
         ),
     }
     return [
         Gate(name=name, value=value, limit=limit, direction="at most", says=says)
         for name, (value, limit, says) in figures.items()
     ]
+
+
+def _samples(shards: Iterable[ShardCounts]) -> int:
+    return sum(shard.samples for shard in shards)
