@@ -77,6 +77,8 @@ class Encoder:
         self.precision = precision
         self.batch_size = batch_size
         self._dtype = _DTYPES[precision]
+        if self.device.type == "cuda" and precision == "float32":  # TF32 keeps 10 bits: far beyond the golden bound
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         for model in models:
             torch.nn.Module.to(model, self.device, self._dtype)
         tap = "" if description.pooling in FROM_LAST_HIDDEN_STATE else description.tap
