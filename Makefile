@@ -2,7 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+PEERS := .venv/peers
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export LORA_EMBED_CACHE ?= $(CURDIR)/.cache
+# By itself: its metadata ask for older packages than the rest.
+DAFT := $(LORA_EMBED_CACHE)/peers/daft/ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -13,7 +17,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv (torch, transformers, ray …): a few minutes the first time"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,test,evaluation,indexes]'
+	$(PIP) --constraint constraints.txt --editable '.[demo,test,evaluation,indexes]'
 	@touch $(READY)
 
 demo: setup
@@ -33,8 +37,16 @@ test-long: setup
 matrix: setup
 	LORA_EMBED_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_families.py tests/test_features.py
 
-bench: setup
-	$(BIN)/python benchmarks/throughput.py
+bench: $(PEERS) $(DAFT)
+	$(BIN)/python benchmarks/bench.py $(BENCH)
+
+$(PEERS): $(READY)
+	$(PIP) --constraint constraints.txt --editable '.[demo,test,evaluation,indexes,bench]'
+	@touch $@
+
+$(DAFT): $(READY)
+	$(PIP) --no-deps --target $(dir $@) daft==0.7.26
+	@touch $@
 
 quality: setup
 	$(BIN)/python benchmarks/quality.py

@@ -18,12 +18,13 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from jobs import run_here, tiny_recipe, write_job, write_tars
-from lora_embed import cluster, open_table
+from jobs import job_of, run_here, tiny_recipe, write_job, write_tars
+from lora_embed import cluster, open_table, plan
 from lora_embed.cli import nightly_job
 from lora_embed.config import load_recipe
 from lora_embed.errors import StorageError
 from lora_embed.model.build import build_encoder, gather
+from lora_embed.run import run_job
 from lora_embed.storage import Entry, Store
 from lora_embed.table import verify_table
 from s3 import READER, RIGHTS, Proxy, Request, S3Server, s3_server
@@ -382,3 +383,17 @@ def test_a_short_listing_of_loose_images_ends_the_night(
     lead(proxy, server)
     code, _, result = night(job, capfd)
     assert (code, result["version"], result["published"]) == (0, 1, False)
+
+
+def test_a_folder_that_outgrows_its_groups_has_lost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loose images are dealt to twice as many groups, under other names."""
+    run_here(monkeypatch)
+    monkeypatch.setattr(plan, "IMAGES_PER_GROUP", 4)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.png").write_bytes(png(number))
+    job = job_of(tmp_path, tiny_recipe(tmp_path), folder)
+    assert run_job(job).version == 1
+    (folder / "4.png").write_bytes(png(4))
+    assert run_job(job).version == 2

@@ -3,18 +3,19 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lora_embed import pipeline
 from lora_embed.compact import plan_reuse
 from lora_embed.config import JobConfig
-from lora_embed.errors import GateFailed, StoreUnavailable, TableError
+from lora_embed.errors import GateFailed, StorageError, StoreUnavailable, TableError
 from lora_embed.publish import _clear
 from lora_embed.retention import retire
 from lora_embed.run import renew_encoder
 from lora_embed.schema import Manifest, ShardCounts
-from lora_embed.storage import Store
+from lora_embed.storage import Entry, Store
 from lora_embed.table import describe_table, open_table, verify_parts, verify_table
 from lora_embed.versions import commit_version, listed_versions, newest_of, read_manifest, refuse_held, roll_back
 from test_table import LAYOUT, SPACE, publish, stage
@@ -202,3 +203,18 @@ def test_what_cannot_be_cleared_does_not_undo_a_publication(
     said = capfd.readouterr().err
     assert "version 3 is published, but what it replaces could not be cleared" in said
     assert "no proper answer for 120 s" in said
+
+
+def test_a_listing_that_ends_early_removes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest version is found by its name, so what it refers to is in use whatever the listing says."""
+    held = {path: (Path(store.uri) / path).read_bytes() for path in (entry.path for entry in store.list_files("data"))}
+    assert held
+    right = Store.list_files
+
+    def short(self: Store, folder: str = "", **options: Any) -> list[Entry]:
+        return [] if folder == "versions" else right(self, folder, **options)
+
+    monkeypatch.setattr(Store, "list_files", short)
+    with pytest.raises(StorageError, match="is there, but the listing ends before it"):
+        retire(store, 2, 0.0, frozenset())
+    assert {path: (Path(store.uri) / path).read_bytes() for path in held} == held

@@ -213,15 +213,13 @@ def load_recipe(path: str | Path) -> Recipe:
     return checked(Recipe, data, str(path), {})
 
 
-def check_options(method: str, known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The options of a merge method, `known` by name with type and default, as a recipe sets them.
+def check_options(where: str, known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The options of `where`, `known` by name with type and default, as a user sets them.
 
-    Raises ConfigError for an option that the method does not have or take.
+    Raises ConfigError for one that is not known.
     """
-    if given and not known:
-        raise ConfigError(f"merge_options sets {', '.join(given)}, but merge_method {method!r} takes no options. Remove them.")
     options = create_model("Options", __base__=Section, **known)
-    return checked(options, given, f"merge_options of {method}", {}).model_dump()
+    return checked(options, given, where, {}).model_dump()
 
 
 def load_job(path: str | Path, overrides: list[str] | None = None) -> JobConfig:

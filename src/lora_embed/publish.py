@@ -1,5 +1,7 @@
 """Staged parts → the next version: verify, gates, compact, commit."""
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 
@@ -12,6 +14,7 @@ from lora_embed.schema import Manifest, Shard, ShardCounts
 from lora_embed.storage import Store
 
 SHARDS_PER_TASK = 64  # to verify one takes milliseconds
+_GROUP = re.compile(r"/#\d+of\d+$")  # as `plan._image_groups` names them
 
 
 def publish(
@@ -135,10 +138,10 @@ def _shares(job: JobConfig, current: Manifest | None, new: list[ShardCounts], ke
     """
     samples, rejects = _samples(new), sum(shard.rejects for shard in new)
     before = current.shards if current is not None else {}
-    now = {shard.name: shard.samples for shard in new}
     replaced = [shard for shard_id, shard in before.items() if shard_id not in kept]
-    removed = sum(1 for shard in replaced if shard.name not in now)
-    lost, held = sum(max(0, shard.samples - now.get(shard.name, 0)) for shard in replaced), _samples(before.values())
+    now, then = _by_place(new), _by_place(replaced)
+    removed = sum(1 for shard in replaced if _place(shard) not in now)
+    lost, held = (then - now).total(), _samples(before.values())
     figures = {
         "rejects": (rejects / max(samples, 1), job.max_rejects, f"{rejects:,} of {samples:,} new samples cannot be embedded"),
         "removed": (
@@ -155,3 +158,15 @@ def _shares(job: JobConfig, current: Manifest | None, new: list[ShardCounts], ke
 
 def _samples(shards: Iterable[ShardCounts]) -> int:
     return sum(shard.samples for shard in shards)
+
+
+def _by_place(shards: Iterable[ShardCounts]) -> Counter[str]:
+    samples: Counter[str] = Counter()
+    for shard in shards:
+        samples[_place(shard)] += shard.samples
+    return samples
+
+
+def _place(shard: ShardCounts) -> str:
+    """A shard's name, or the folder of loose images, whose groups are dealt anew when it has doubled."""
+    return _GROUP.sub("", shard.name)

@@ -4,9 +4,10 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 
+from lora_embed.errors import StorageError
 from lora_embed.schema import Manifest, Part, encoder_path
 from lora_embed.storage import Entry, Store
-from lora_embed.versions import CURRENT, RETIRED, move_aside, newest_first
+from lora_embed.versions import CURRENT, RETIRED, move_aside, newest_first, read_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +34,22 @@ def retire(store: Store, keep: int, grace_s: float, wanted: frozenset[str] = fro
     To be called after a commit: `CURRENT` was just written and tells the store's own time. A version is retired by moving
     its manifest to `retired/`; for `grace_s` from then on its files stay, for readers that have it open and for a
     rollback to it or a run that takes rows over from it, which began before. Parts of `wanted` shards are never removed.
+    Raises StorageError, before anything is removed, when the newest version is not among those listed.
     """
-    written = store.info(CURRENT)
+    written, newest = store.info(CURRENT), read_manifest(store)
     assert written is not None
+    assert newest is not None
     oldest = written.modified - grace_s
-    kept = []
+    kept: list[Manifest] = []
     for place, manifest in enumerate(newest_first(store)):
+        if place == 0 and manifest.version < newest.version:  # a short listing: files in use would be removed
+            break
         if place < keep:
             kept.append(manifest)
         else:
             move_aside(store, manifest.version)
+    if not kept:
+        raise StorageError(f"{store.uri}/versions: version {newest.version} is there, but the listing ends before it")
     tombs = store.list_files(RETIRED)
     young = [_read(store, tomb) for tomb in tombs if tomb.modified >= oldest]
     retained = Retained(manifests=(*kept, *(manifest for manifest in young if manifest)), wanted=wanted)

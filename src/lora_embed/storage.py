@@ -62,7 +62,8 @@ class Store:
 
     @property
     def _connection(self) -> tuple[Any, str]:
-        return _connect(self.uri, tuple(sorted((key, value) for key, value in self.options.items() if key != "retry_s")))
+        uri = self.uri if "://" in self.uri else os.path.abspath(self.uri)  # of the folder now, which a process may change
+        return _connect(uri, tuple(sorted((key, value) for key, value in self.options.items() if key != "retry_s")))
 
     @property
     def _root(self) -> Path:

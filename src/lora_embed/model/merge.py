@@ -172,7 +172,9 @@ def options_of(method: str, given: Options) -> Options:
         raise ConfigError(f"merge_method is {method!r}, expected {', '.join(names[:-1])} or {names[-1]}")
     parameters = inspect.signature(METHODS[method]).parameters.values() if method in METHODS else ()
     known = {p.name: (p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
-    return check_options(method, known, given)
+    if given and not known:
+        raise ConfigError(f"merge_options sets {', '.join(given)}, but merge_method {method!r} takes no options. Remove them.")
+    return check_options(f"merge_options of {method}", known, given)
 
 
 def merge(
