@@ -8,7 +8,8 @@ Assumptions, none of them tested on more than one machine:
 - `crossing` of the chunks are embedded on another node than they were decoded on: Ray looks for an actor on the chunk's own
   node first, and how often one is free was not measured. A node's network carries storage too, both ways at once.
 - Ray Data fills at most half of the object store; each decoder has two chunks in it: one coming out, one waiting.
-- Blocks go in waves of `MAX_BLOCKS`, one decoder each; a wave starts its actors anew and ends with half a block's time idle.
+- Blocks go in waves (`pipeline.embed_items`), one decoder each; a wave starts its actors anew and ends with half a block's
+  time idle.
 - Planning is serial in the driver; verification and compaction run on all CPUs; compaction reads and writes all vectors.
 """
 
@@ -30,7 +31,7 @@ from ray.data.block import BlockAccessor
 from lora_embed import cluster, compact, decode, pipeline, plan, read, run, table
 from lora_embed.config import JobConfig
 from lora_embed.model.encoder import read_description
-from lora_embed.pipeline import BLOCK_BYTES, BLOCK_ITEMS, BLOCKS_PER_ACTOR, MAX_BLOCKS
+from lora_embed.pipeline import BLOCK_BYTES, BLOCK_ITEMS, BLOCKS_IN_WAVE, BLOCKS_PER_READER, WAVE
 from lora_embed.schema import Block, FileEntry, Layout, ShardCounts, WorkItem
 from lora_embed.storage import Store
 from lora_embed.write import WriteParts
@@ -91,6 +92,7 @@ class Prediction:
     seconds: dict[str, float]  # by phase
     store_bytes: float  # of a node's object store, wanted by all its decoders
     manifest_bytes: float
+    blocks: int  # at a time
 
     @property
     def bound(self) -> str:
@@ -98,16 +100,16 @@ class Prediction:
         return "starts of waves" if self.seconds["waves"] > self.seconds["embed"] else next(iter(self.allows))
 
 
-ADD = {  # resource → what there is of it (a field of Setting, else MAX_BLOCKS), and its unit
+ADD = {  # resource → what there is of it (a field of Setting, else its blocks at a time), and its unit
     "decode CPUs": ("cpus_per_node", "CPUs per node"),
     "decoders": ("cpus_per_node", "CPUs per node, or as many times fewer cpus_per_decode"),
     "GPUs": ("gpus_per_node", "GPUs per node"),
-    "writers": ("gpus_per_node", "GPUs per node: cluster.py starts a writer for two"),
+    "writers": ("gpus_per_node", "GPUs per node: each has a writer"),
     "storage": ("storage_bandwidth", "bytes/s of storage"),
     "node network": ("node_bandwidth", "bytes/s of each node"),
     "object store": ("object_store", "bytes of object store on each node"),
     "driver": ("chunk_size", "images per chunk, in shards as large; or several jobs"),
-    "blocks": ("", "pipeline.MAX_BLOCKS, with shards for them"),
+    "blocks": ("", "blocks at a time, of shards that are smaller and more"),
 }
 
 
@@ -117,41 +119,48 @@ def predict(s: Setting, c: Costs) -> Prediction:
     chunk = s.images_per_shard / math.ceil(s.images_per_shard / s.chunk_size)  # images
     pixels, part = 3 * s.side**2, 4 * s.dimension  # bytes per image
     shards = math.ceil(s.images / s.images_per_shard)
-    per_block = shards_per_block(shards, int(devices or cpus), s.images_per_shard * s.image_bytes)
-    blocks = math.ceil(shards / per_block)
+    decoders = cpus / s.cpus_per_decode
+    per_block = shards_per_block(shards, int(decoders), s.images_per_shard * s.image_bytes)
+    blocks, wave = math.ceil(shards / per_block), max(WAVE, BLOCKS_IN_WAVE * int(decoders))
     feed_s = c.read_s + c.decode_s + (c.transfer_s if devices else 0.0)
     all_s = feed_s + c.write_s + 1 / s.forward
     holds_s = (feed_s if devices else all_s + s.commit_s / chunk) + s.image_bytes / s.stream_bandwidth  # of a decoder
     crossing = s.crossing * pixels if devices and s.nodes > 1 else 0.0
     wanted = CHUNKS_PER_DECODER * chunk * pixels * s.cpus_per_node / s.cpus_per_decode if devices else 0.0
-    decoders = cpus / s.cpus_per_decode
     allows = {
         "decode CPUs": cpus / all_s,
         "decoders": decoders / holds_s,
         "storage": s.storage_bandwidth / (s.image_bytes + part),
         "node network": s.nodes * s.node_bandwidth / (max(s.image_bytes, part) + crossing),
         "driver": chunk / c.driver_s,
-        "blocks": min(blocks, MAX_BLOCKS) / holds_s,
+        "blocks": min(blocks, wave) / holds_s,
     }
     if devices:
         allows["GPUs"] = devices * s.forward
-        allows["writers"] = max(1, devices // 2) * chunk / (s.commit_s + chunk * c.write_s)
+        allows["writers"] = devices * chunk / (s.commit_s + chunk * c.write_s)
         allows["object store"] = decoders * STORE_SHARE * s.object_store / wanted / holds_s
     rate = min(allows.values())
     moving_s = 2 * s.images * part / min(s.storage_bandwidth, s.nodes * s.node_bandwidth)
     seconds = {
         "plan": shards * c.plan_s,
         "embed": s.images / rate,
-        "waves": math.ceil(blocks / MAX_BLOCKS) * (c.wave_s + per_block * s.images_per_shard * holds_s / 2),
+        "waves": math.ceil(blocks / wave) * (c.wave_s + per_block * s.images_per_shard * holds_s / 2),
         "publish": shards * c.verify_s / cpus + max(moving_s, s.images * c.write_s / cpus),
     }
     allows = dict(sorted(allows.items(), key=lambda item: item[1]))
-    return Prediction(rate=rate, allows=allows, seconds=seconds, store_bytes=wanted, manifest_bytes=shards * c.manifest_bytes)
+    return Prediction(
+        rate=rate,
+        allows=allows,
+        seconds=seconds,
+        store_bytes=wanted,
+        manifest_bytes=shards * c.manifest_bytes,
+        blocks=min(blocks, wave),
+    )
 
 
-def shards_per_block(shards: int, actors: int, shard_bytes: float) -> int:
+def shards_per_block(shards: int, readers: int, shard_bytes: float) -> int:
     """As `pipeline.plan_blocks` puts equal shards together."""
-    return max(1, min(BLOCK_ITEMS, shards // (actors * BLOCKS_PER_ACTOR), int(BLOCK_BYTES // shard_bytes)))
+    return max(1, min(BLOCK_ITEMS, shards // (readers * BLOCKS_PER_READER), int(BLOCK_BYTES // shard_bytes)))
 
 
 def describe(s: Setting, found: Prediction) -> str:
@@ -164,9 +173,9 @@ def describe(s: Setting, found: Prediction) -> str:
     ]
     lines += [f"  manifest     {found.manifest_bytes / MANIFEST_MOST:>6.1%}  {found.manifest_bytes / 1e6:,.0f} MB"]
     lines += ["  " + ", ".join(f"{phase} {seconds / 3600:,.3f} h" for phase, seconds in found.seconds.items())]
-    amount = float(getattr(s, ADD[first][0], MAX_BLOCKS))
+    amount = float(getattr(s, ADD[first][0], found.blocks))
     if found.bound != first:
-        lines.append("  to add first: pipeline.MAX_BLOCKS, or images in a shard, so that fewer waves start")
+        lines.append("  most of it is its start: fewer nodes do it nearly as fast")
     return "\n".join([*lines, f"  to add: {amount:,.4g} → {amount * then / now:,.4g} {ADD[first][1]}; then {second} bounds"])
 
 

@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from jobs import ROOT
-from lora_embed.pipeline import MAX_BLOCKS, plan_blocks
+from lora_embed.pipeline import BLOCKS_IN_WAVE, WAVE, plan_blocks
 from lora_embed.schema import Shard, WorkItem
 from lora_embed.storage import Entry
 
@@ -32,7 +32,7 @@ def test_every_resource_allows_what_it_does_by_hand() -> None:
     found = predict(SETTING, COSTS)
     by_hand = {
         "GPUs": 2 * 100,
-        "writers": 1 * 50 / (0.1 + 50 * 0.001),  # one for two GPUs
+        "writers": 2 * 50 / (0.1 + 50 * 0.001),
         "storage": 1e6 / (1000 + 1000),
         "blocks": 10 / (0.01 + 1000 / 1e5),  # ten shards, each in one decoder that also waits for bytes
         "decode CPUs": 20 / (0.01 + 0.001 + 1 / 100),
@@ -86,17 +86,22 @@ def test_each_wave_starts_its_actors_anew() -> None:
     found = predict(setting, COSTS)
     holds_s = 0.01 + 1e6 / 1e5
     assert found.seconds["waves"] == pytest.approx(2 * (5 + 100 * holds_s / 2))
-    assert found.allows["blocks"] == pytest.approx(MAX_BLOCKS / holds_s)
+    assert found.allows["blocks"] == pytest.approx(WAVE / holds_s)
 
 
-@pytest.mark.parametrize(("shards", "actors"), [(3, 2), (100, 2), (1000, 2), (5000, 4)])
+def test_a_wave_holds_blocks_enough_for_all_decoders_of_a_large_cluster() -> None:
+    large = predict(replace(SETTING, nodes=1000, images=10**9), COSTS)  # ten million shards, 10,000 decoders
+    assert large.blocks == BLOCKS_IN_WAVE * 10_000 > WAVE
+
+
+@pytest.mark.parametrize(("shards", "readers"), [(3, 2), (100, 2), (1000, 2), (5000, 4)])
 @pytest.mark.parametrize("size", [1000, 3_000_000, 20_000_000, 100_000_000])
-def test_blocks_are_those_of_the_pipeline(shards: int, actors: int, size: int) -> None:
+def test_blocks_are_those_of_the_pipeline(shards: int, readers: int, size: int) -> None:
     entry = Entry(path="a.tar", size=size, etag="")
     shard = Shard(id="0", name="a.tar", prefix="a.tar", kind="tar", root="/", files=(entry,))
-    planned = plan_blocks([WorkItem(shard=shard)] * shards, actors)
-    assert max(len(block.items) for block in planned) == min(shards_per_block(shards, actors, size), shards)
-    assert len(planned) == -(-shards // shards_per_block(shards, actors, size))
+    planned = plan_blocks([WorkItem(shard=shard)] * shards, readers)
+    assert max(len(block.items) for block in planned) == min(shards_per_block(shards, readers, size), shards)
+    assert len(planned) == -(-shards // shards_per_block(shards, readers, size))
 
 
 def test_more_nodes_never_slow_a_wave_down() -> None:
@@ -109,10 +114,10 @@ def test_what_is_printed_names_the_bound_and_how_much_to_add() -> None:
     costs = replace(COSTS, wave_s=1)
     text = describe(SETTING, predict(SETTING, costs))
     assert "2 nodes, 1,000 images: 200 images/s inside a wave, bound by GPUs" in text
-    assert "to add: 1 → 1.667 GPUs per node; then writers bounds" in text
+    assert "to add: 1 → 2.5 GPUs per node; then storage bounds" in text
     assert "driver        20.0%  allows         1,000 images/s" in text
-    assert "to add first" not in text
-    assert "to add first: pipeline.MAX_BLOCKS" in describe(SETTING, predict(SETTING, COSTS))
+    assert "most of it is its start" not in text
+    assert "most of it is its start" in describe(SETTING, predict(SETTING, COSTS))
     lines = tabulate(SETTING, costs).splitlines()
     assert [int(line.split()[0]) for line in lines[1:]] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     assert lines[2].split() == ["2", "200", "0.00", "55%", "22%", "GPUs"]  # 5 of 9.11 s, 2 of them

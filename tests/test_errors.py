@@ -422,7 +422,7 @@ VERSION_CASES = [
     Case(
         "a damaged manifest",
         lambda s: s.cut("table/versions/00000001.json"),
-        ["manifest is damaged", "remove it"],
+        ["versions/", ".json: is damaged", "Remove it"],
         arguments=["status", "table"],
         published=True,
     ),

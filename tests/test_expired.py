@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -353,6 +353,43 @@ def test_a_night_whose_table_may_no_longer_be_written_goes_on_when_it_may(
 
 def is_write(request: Request, place: str) -> bool:
     return request.method == "PUT" and place in request.path
+
+
+def test_a_night_that_may_no_longer_list_what_is_staged_has_begun(
+    tmp_path: Path,
+    server: S3Server,
+    proxy: Proxy,
+    local: Path,
+    grant: Grant,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The encoder is there by then: that is exit code 1, and the same command goes on."""
+    run_here(monkeypatch)
+    through = server.options(proxy.endpoint, WRITER)
+    job = write(
+        tmp_path,
+        local,
+        server,
+        proxy,
+        input="s3://images/begun",
+        table="s3://images/begun-table",
+        table_storage_options=through,
+    )
+    put(server, local, "begun", range(2))
+    proxy.watch = lambda request: grant(WRITER, "Read", "Write") if lists(request, "begun-table/staging") else None
+    code, said, _ = night(job, capfd)
+    assert code == 1, said
+    assert re.search("s3://images/begun-table/staging/\\S+: access denied .*the same command goes on", said, re.DOTALL)
+
+    proxy.watch = None
+    grant(WRITER, *ALL[WRITER])
+    code, _, result = night(job, capfd)
+    assert (code, result["version"], result["embedded"]) == (0, 1, 2 * IMAGES)
+
+
+def lists(request: Request, prefix: str) -> bool:
+    return request.method == "GET" and "list-type" in request.query and prefix in unquote(request.query)
 
 
 def test_a_short_listing_of_loose_images_ends_the_night(

@@ -65,7 +65,7 @@ def test_a_table_on_s3_is_the_one_on_a_disk_whatever_fails_in_between(
     tmp_path: Path, server: S3Server, proxy: Proxy, local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """5 % of all requests fail and 1 % stall; and the run takes two waves."""
-    monkeypatch.setattr(pipeline, "MAX_BLOCKS", 12)
+    monkeypatch.setattr(pipeline, "WAVE", 12)
     proxy.faults = Faults(seed=5, error=0.02, reset=0.01, cut=0.01, lost_answer=0.01, stall=0.01, stall_s=20)
     job = remote_job(local, tmp_path, server.options(proxy.endpoint) | HASTY | {"retry_s": 60}, "faulty")
     assert run_job(load_job(job)).counts["vectors"] == 200

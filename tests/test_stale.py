@@ -118,7 +118,7 @@ def planned(folder: Path, count: int) -> dict[str, float]:
     job: Any = type("Job", (), {"limit": None, "input_storage_options": {}})
     finding = min(seconds_to_find(job, store, shards) for _ in range(3))
     started = time.monotonic()
-    current = Manifest.from_json((folder / "versions" / "00000001.json").read_bytes())
+    current = Manifest.from_json((folder / "versions" / "00000001.json").read_bytes(), "")
     kept = plan_reuse(current, {shard.id for shard in shards})
     sources = [Source(shard=shard, parts=("p",)) for shard in counts[count // 2 :]]
     assert len(plan_compactions([*kept.sources, *sources], LAYOUT, SPACE, 384)) == -(-len(sources) // 171)

@@ -117,7 +117,7 @@ def choose_topology(resources: Resources) -> Topology:
     return Topology(
         decode={"num_cpus": resources.cpus_per_decode, "max_retries": MAX_RETRIES} if on_gpu else None,
         embed=device | restarts | {"compute": pool},
-        write={"num_cpus": 0, "compute": ActorPoolStrategy(size=max(1, actors // 2))} | restarts,
+        write={"num_cpus": 0, "compute": ActorPoolStrategy(size=actors)} | restarts,
         device=device,
         workers=Workers(
             actors=actors,

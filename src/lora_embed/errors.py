@@ -1,5 +1,8 @@
 """What can go wrong, by what the user has to do about it; the command line turns each into an exit code."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LoraEmbedError(Exception):
     """Base of all errors meant for a user: one message that says what, where, found, expected and what to do."""
@@ -55,3 +58,15 @@ class VerificationFailed(LoraEmbedError):
 
 class GateFailed(LoraEmbedError):
     """A check before publication failed; the staged work stays."""
+
+
+@contextmanager
+def once_started() -> Iterator[None]:
+    """What a store refuses from here on is no mistake of the job's, but a permission that expired or a server that left.
+
+    Raises IncompleteRun for StorageError and StoreUnavailable.
+    """
+    try:
+        yield
+    except (StorageError, StoreUnavailable) as error:
+        raise IncompleteRun(f"{error}\nWhat was embedded is kept, and the same command goes on.") from None

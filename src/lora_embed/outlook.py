@@ -150,7 +150,7 @@ def reckon(job: JobConfig, found: list[ChunkStats], images: int, start_seconds: 
     add_seconds(spent, typical)
     an_image = seconds_an_image(spent, samples, workers)
     seconds = start_seconds + images * an_image
-    cpus = (workers.decoders or workers.actors) * workers.cpus_per_decoder
+    cpus = workers.readers * workers.cpus_per_decoder
     an_hour = cpus * job.prices.cpu_hour + (workers.actors * job.prices.gpu_hour if workers.decoders else 0.0)
     return Forecast(
         images=images,

@@ -22,9 +22,9 @@ from lora_embed.schema import Block, ChunkStats, Layout, WorkItem, encoder_path
 from lora_embed.storage import Store
 from lora_embed.write import WriteParts
 
-MAX_BLOCKS = 2000  # of one Dataset, a wave
+WAVE, BLOCKS_IN_WAVE = 2000, 32  # blocks of one Dataset, which starts its actors anew: at least, and for each that reads
 BLOCK_BYTES, BLOCK_ITEMS = 32 * 2**20, 64  # what small shards are put together to
-BLOCKS_PER_ACTOR = 8  # at least, where there are shards enough, so that none waits long for the last
+BLOCKS_PER_READER = 8  # at least, where there are shards enough, so that none waits long for the last
 R = TypeVar("R")
 
 
@@ -54,14 +54,15 @@ class Job:
 
 def embed_items(items: list[WorkItem], job: Job, topology: Topology) -> Iterator[ChunkStats]:
     """Embed work items in waves; yields what became of each chunk. Raises as `embed_blocks` does."""
-    blocks = plan_blocks(items, topology.workers.actors)
-    for start in range(0, len(blocks), MAX_BLOCKS):
-        yield from embed_blocks(blocks[start : start + MAX_BLOCKS], job, topology)
+    readers = topology.workers.readers
+    blocks, wave = plan_blocks(items, readers), max(WAVE, BLOCKS_IN_WAVE * readers)
+    for start in range(0, len(blocks), wave):
+        yield from embed_blocks(blocks[start : start + wave], job, topology)
 
 
-def plan_blocks(items: list[WorkItem], actors: int) -> list[Block]:
-    """One large item to a block, or several small ones in their order, but blocks enough for all actors."""
-    most = max(1, min(BLOCK_ITEMS, len(items) // (actors * BLOCKS_PER_ACTOR)))
+def plan_blocks(items: list[WorkItem], readers: int) -> list[Block]:
+    """One large item to a block, or several small ones in their order, but blocks enough for all that read at a time."""
+    most = max(1, min(BLOCK_ITEMS, len(items) // (readers * BLOCKS_PER_READER)))
     blocks: list[list[WorkItem]] = []
     size = 0
     for item in items:

@@ -48,8 +48,6 @@ def publish(
             if _version(versions.read_manifest(store)) == _version(current):
                 raise
             continue  # another run published meanwhile and removed the parts that it absorbed
-        except StorageError as error:  # by now no mistake of the job's, but a permission that has expired
-            raise IncompleteRun(f"{error}\nWhat was embedded is kept, and the same command goes on.") from None
         if committed:
             _clear(job, shared, manifest)
             return manifest, True

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lora_embed.errors import StorageError
 from lora_embed.schema import Manifest, Part, encoder_path
 from lora_embed.storage import Entry, Store
-from lora_embed.versions import CURRENT, RETIRED, move_aside, newest_first, read_manifest
+from lora_embed.versions import CURRENT, RETIRED, move_aside, newest_first, read_manifest, read_manifest_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +51,13 @@ def retire(store: Store, keep: int, grace_s: float, wanted: frozenset[str] = fro
     if not kept:
         raise StorageError(f"{store.uri}/versions: version {newest.version} is there, but the listing ends before it")
     tombs = store.list_files(RETIRED)
-    young = [_read(store, tomb) for tomb in tombs if tomb.modified >= oldest]
+    young = [read_manifest_at(store, tomb.path) for tomb in tombs if tomb.modified >= oldest]
     retained = Retained(manifests=(*kept, *(manifest for manifest in young if manifest)), wanted=wanted)
     doomed = _files(store, retained, oldest) + _encoders(store, retained, oldest) + _parts(store, retained, oldest)
     doomed += [tomb.path for tomb in tombs if tomb.modified < oldest]  # last: while it is there, its files may be
     if doomed:
         store.delete(doomed)
     return len(doomed)
-
-
-def _read(store: Store, tomb: Entry) -> Manifest | None:
-    data = store.read(tomb.path)
-    return Manifest.from_json(data) if data is not None else None
 
 
 def _files(store: Store, retained: Retained, oldest: float) -> list[str]:

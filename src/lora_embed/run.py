@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from lora_embed import cluster, judge, pipeline, plan, preview, publish, table, versions, work
 from lora_embed.config import JobConfig, Recipe, load_recipe
-from lora_embed.errors import ConfigError, TableError
+from lora_embed.errors import ConfigError, TableError, once_started
 from lora_embed.model.build import Ingredients, build_encoder, gather
 from lora_embed.model.encoder import DESCRIPTION, BaseReference, Description, read_description
 from lora_embed.progress import say
@@ -79,18 +79,35 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
         if not store.exclusive:
             say(f"{job.table}: this store ignores conditional PUT: never run two jobs on this table at the same time")
         encoder = renew_encoder(known, store, job.retain.grace_days) if folder is None else store_encoder(folder, store)
-    layout = resolve_layout(job, store, encoder, current, topology)
-    shared = pipeline.Job.of(job, store, encoder, layout)
-    embedded: int | None = 0
-    if current is not None and job.limit is None and versions.newest_of(store, encoder.space_id, layout.pins, current) is None:
-        embedded = preview.embed_sample(job, shared, current, shards, topology)
-    if embedded is None:
-        assert current is not None
-        return RunResult(table=job.table, space_id=current.space_id, embedded=0, version=current.version, counts=current.counts)
+    with once_started():
+        layout = resolve_layout(job, store, encoder, current, topology)
+        shared = pipeline.Job.of(job, store, encoder, layout)
+        result = _carry_out(job, shared, current, shards, topology, publishes=publishes, releases=releases)
+    return replace(result, seconds=round(time.monotonic() - started, 2))
+
+
+def _carry_out(
+    job: JobConfig,
+    shared: pipeline.Job,
+    current: Manifest | None,
+    shards: list[Shard],
+    topology: cluster.Topology,
+    *,
+    publishes: bool,
+    releases: bool,
+) -> RunResult:
+    """Embed what is missing, a sample first where all of it is, and publish it."""
+    store, space_id, embedded = shared.store, shared.encoder.space_id, 0
+    if current is not None and job.limit is None and versions.newest_of(store, space_id, shared.layout.pins, current) is None:
+        sampled = preview.embed_sample(job, shared, current, shards, topology)
+        if sampled is None:
+            held, counts = current.space_id, current.counts
+            return RunResult(table=job.table, space_id=held, embedded=0, version=current.version, counts=counts)
+        embedded = sampled
     effort = work.embed_missing(job, shared, shards, topology)
     result = RunResult(
         table=job.table,
-        space_id=encoder.space_id,
+        space_id=space_id,
         embedded=embedded + effort.samples,
         stages={stage: round(seconds, 3) for stage, seconds in effort.seconds.items()},
         bound=effort.bound.by if effort.bound else None,
@@ -99,7 +116,7 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
         before = current.space_id if current is not None else None
         manifest, is_new = publish.publish(job, shared, shards, replaces=before, releases=releases)
         result = replace(result, version=manifest.version, published=is_new, counts=manifest.counts)
-    return replace(result, seconds=round(time.monotonic() - started, 2))
+    return result
 
 
 def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, str] | None = None) -> RunResult:
@@ -118,7 +135,8 @@ def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, s
     cluster.connect()
     shared = pipeline.Job.of(job, store, encoder, layout)
     before = current.space_id if current is not None else None
-    manifest, is_new = publish.publish(job, shared, shards, replaces=before, releases=releases, accepted=accepted)
+    with once_started():
+        manifest, is_new = publish.publish(job, shared, shards, replaces=before, releases=releases, accepted=accepted)
     return RunResult(
         table=job.table,
         space_id=encoder.space_id,

@@ -214,13 +214,14 @@ class Manifest:
         return (json.dumps(asdict(self), indent=1) + "\n").encode()
 
     @classmethod
-    def from_json(cls, data: bytes) -> "Manifest":
+    def from_json(cls, data: bytes, where: str) -> "Manifest":
+        """Raises TableError, naming `where`, for bytes that this release did not write."""
         try:
             fields = json.loads(data)
         except ValueError as error:
-            raise TableError(f"a version's manifest is damaged ({error}); remove it to return to the version before") from None
+            raise TableError(f"{where}: is damaged ({error}). Remove it to return to the version before.") from None
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-            raise TableError(f"a version's manifest is of another format than {FORMAT}: another release of lora-embed wrote it")
+            raise TableError(f"{where}: is of another format than {FORMAT}. Use the release of lora-embed that wrote it.")
         fields["forgotten"] = tuple(fields.get("forgotten", ()))
         for kind in ("files", "rejects"):
             fields[kind] = tuple(FileEntry.from_dict(entry) for entry in fields[kind])

@@ -52,6 +52,11 @@ class Workers:
     decoders: int = 0
     cpus_per_decoder: float = 1.0
 
+    @property
+    def readers(self) -> int:
+        """How many read shards at a time."""
+        return self.decoders or self.actors
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
@@ -73,7 +78,7 @@ def seconds_an_image(seconds: Mapping[str, float], samples: int, workers: Worker
     spent = {stage: seconds.get(stage, 0.0) for stage in STAGES}
     if not workers.decoders:
         return sum(spent.values()) / workers.actors / max(samples, 1)
-    feeding = (spent["read"] + spent["decode"]) / workers.decoders
+    feeding = (spent["read"] + spent["decode"]) / workers.readers
     return max(feeding, spent["forward"] / workers.actors) / max(samples, 1)
 
 

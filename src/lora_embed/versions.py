@@ -24,8 +24,7 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest | None:
     `CURRENT` is a hint: the search starts there and goes on as long as there is a next version.
     """
     if version is not None:
-        data = store.read(manifest_path(version))
-        return Manifest.from_json(data) if data is not None else None
+        return read_manifest_at(store, manifest_path(version))
     hint = (store.read(CURRENT) or b"").strip()
     number = int(hint) if hint.isdigit() else 0
     latest = store.read(manifest_path(number)) if number else None
@@ -34,7 +33,13 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest | None:
         latest = store.read(manifest_path(number)) if number else None
     while (following := store.read(manifest_path(number + 1))) is not None:
         number, latest = number + 1, following
-    return Manifest.from_json(latest) if latest is not None else None
+    return Manifest.from_json(latest, f"{store.uri}/{manifest_path(number)}") if latest is not None else None
+
+
+def read_manifest_at(store: Store, path: str) -> Manifest | None:
+    """The manifest at a path of the table; None where there is none."""
+    data = store.read(path)
+    return Manifest.from_json(data, f"{store.uri}/{path}") if data is not None else None
 
 
 def listed_versions(store: Store) -> list[int]:
@@ -80,7 +85,7 @@ def roll_back(store: Store, to: int, why: str) -> Manifest:
         if wanted.version == current.version:
             raise TableError(f"{store.uri}: version {to} is the current one already")
         if set(current.forgotten) - set(wanted.forgotten):
-            raise TableError(f"{store.uri}: version {to} holds images that were forgotten since, so it is not brought back")
+            raise TableError(f"{store.uri}: version {to} is older than a forgetting of images, so it is not brought back")
         held = dict(current.held)
         if current.space_id != wanted.space_id:
             held[current.space_id] = why

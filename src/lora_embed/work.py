@@ -5,7 +5,7 @@ from typing import Any
 
 from lora_embed import cluster, pipeline, table, versions
 from lora_embed.config import JobConfig
-from lora_embed.errors import IncompleteRun, StorageError, StoreUnavailable, WorkersLost
+from lora_embed.errors import IncompleteRun, WorkersLost
 from lora_embed.health import seeded_sample
 from lora_embed.model.encoder import Description
 from lora_embed.progress import Progress, say
@@ -133,18 +133,15 @@ def _embed(
     """Run the chain once, counting what it yields. Raises IncompleteRun where going on would be in vain."""
     in_a_row = 0
     uncounted = {item.shard.id for item in again}
-    try:
-        for stats in pipeline.embed_items([*again, *work], shared, topology):
-            if stats.shard_id in uncounted:  # one that cannot be read any more has its vectors, and says nothing of drift
-                continue
-            progress.add(stats)
-            in_a_row = in_a_row + 1 if stats.may_pass else 0
-            if stats.error:
-                failures[stats.shard_id] = stats
-            if in_a_row >= MOST_IN_A_ROW:
-                raise _incomplete(failures, len(work))
-    except (StorageError, StoreUnavailable) as error:  # of the table: the work is committed up to here
-        raise IncompleteRun(f"{error}\nWhat was embedded is kept, and the same command goes on.") from None
+    for stats in pipeline.embed_items([*again, *work], shared, topology):
+        if stats.shard_id in uncounted:  # one that cannot be read any more has its vectors, and says nothing of drift
+            continue
+        progress.add(stats)
+        in_a_row = in_a_row + 1 if stats.may_pass else 0
+        if stats.error:
+            failures[stats.shard_id] = stats
+        if in_a_row >= MOST_IN_A_ROW:
+            raise _incomplete(failures, len(work))
 
 
 def _incomplete(failures: dict[str, ChunkStats], of: int) -> IncompleteRun:
