@@ -90,7 +90,7 @@ def test_each_wave_starts_its_actors_anew() -> None:
 
 
 def test_a_wave_holds_blocks_enough_for_all_decoders_of_a_large_cluster() -> None:
-    large = predict(replace(SETTING, nodes=1000, images=10**9), COSTS)  # ten million shards, 10,000 decoders
+    large = predict(replace(SETTING, nodes=1000, images=10**8, image_bytes=1e6), COSTS)  # a million shards
     assert large.blocks == BLOCKS_IN_WAVE * 10_000 > WAVE
 
 
