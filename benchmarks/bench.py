@@ -24,7 +24,7 @@ os.environ.setdefault("LORA_EMBED_CACHE", str(Path(__file__).resolve().parents[1
 
 from chart import draw
 from compare import RunTimes, Vectors, break_even, deviation_of, median_of, spread_of
-from contestants import DAFT, OURS, SILENT, ContestantFailed, Setting, read_vectors, remove_table, run_contestant
+from contestants import DAFT, OURS, SILENT, ContestantFailed, Setting, forecast_s, read_vectors, remove_table, run_contestant
 from limits import core_limits, measure_start, measure_storage, measure_store
 from lora_embed.fetch import cache_root
 from lora_embed.progress import say
@@ -61,6 +61,7 @@ def measure(workload: Workload, model: Path, folder: Path, repeats: int) -> dict
         setting = Setting(workload=workload, place=place, model=model, cores=cores)
         limits = [limits_now()]
         storage = storage_of(place, shards, folder)
+        forecast = forecast_s(setting, folder / "forecast")
         for number in range(repeats):
             turn = number % len(tallies)
             for name in [*list(tallies)[turn:], *list(tallies)[:turn]]:
@@ -70,6 +71,7 @@ def measure(workload: Workload, model: Path, folder: Path, repeats: int) -> dict
     return facts | {
         "limits_images_per_s": [asdict(limit) for limit in limits],
         "storage": storage,
+        "forecast_s": forecast,
         "contestants": {name: summary(name, tallies, both) for name in tallies},
     }
 

@@ -110,6 +110,16 @@ def command_of_ours(name: str, setting: Setting, folder: Path) -> list[str]:
     return [sys.executable, str(ROOT / "jobs" / "embed.py"), "--config", str(folder / "job.yaml"), "--json"]
 
 
+def forecast_s(setting: Setting, folder: Path) -> float:
+    """Seconds that a run would take by `lora-embed plan --forecast`, before there is a table. Raises ContestantFailed."""
+    folder.mkdir(parents=True)
+    command_of_ours("lora-embed", setting, folder)  # for the job file
+    command = [str(Path(sys.executable).parent / "lora-embed"), "plan", str(folder / "job.yaml"), "--forecast", "--json"]
+    finish(command, setting, folder)
+    said = (folder / "log.txt").read_text().splitlines()
+    return float(json.loads(next(line for line in reversed(said) if line.startswith("{")))["forecast"]["seconds"])
+
+
 def run_peer(name: str, setting: Setting, folder: Path) -> RunTimes:
     """A script of `peers`, from its start to a written table."""
     place, (script, variant) = setting.place, SCRIPTS[name]

@@ -48,6 +48,7 @@ def describe_workload(workload: dict[str, Any]) -> list[str]:
         "",
         *table([RATES, *(row_of(name, of) for name, of in workload["contestants"].items())]),
         "",
+        f"- {describe_forecast(workload)}",
         *(f"- {line}" for name, of in workload["contestants"].items() if (line := break_even_of(name, of))),
     ]
 
@@ -83,6 +84,13 @@ def deviation_text(deviation: dict[str, Any] | None) -> str:
 
 def break_even_of(name: str, of: dict[str, Any]) -> str:
     return f"whole run against {name}: {BreakEven(**of['break_even']).describe()}" if "break_even" in of else ""
+
+
+def describe_forecast(workload: dict[str, Any]) -> str:
+    """What was said before the first run beside what it took."""
+    said, ours = workload["forecast_s"], workload["contestants"]["lora-embed"]
+    took = f"; a run took {ours['median']['whole_s']:.0f} s" if "median" in ours else ""
+    return f"`plan --forecast`: {said:.0f} s{took}"
 
 
 def describe_resume(resume: dict[str, Any]) -> list[str]:

@@ -74,6 +74,14 @@ WORKLOADS = (
         short=(1, 64),
     ),
     Workload(
+        name="flat-5k", about="memory at 5,000 images", model="tiny", shards=10, per_shard=500, chunk_size=64,
+        contestants=("lora-embed",), short=(2, 16), short_contestants=("lora-embed",),
+    ),
+    Workload(
+        name="flat-50k", about="memory at 50,000 images", model="tiny", shards=100, per_shard=500, chunk_size=64,
+        contestants=("lora-embed",), short=(4, 16), short_contestants=("lora-embed",),
+    ),
+    Workload(
         name="s3", about="tiny ViT, tars and table in a real local S3 server", model="tiny", shards=8, per_shard=250,
         chunk_size=64,
     ),

@@ -2,30 +2,26 @@
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lora_embed.errors import StorageError
 from lora_embed.schema import Manifest, Part, encoder_path
 from lora_embed.storage import Entry, Store
-from lora_embed.versions import CURRENT, RETIRED, move_aside, newest_first, read_manifest, read_manifest_at
+from lora_embed.versions import CURRENT, RETIRED, listed_versions, move_aside, read_manifest, read_manifest_at
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retained:
-    """What stays whatever its age: the versions kept, those retired within the grace period, and the shards being embedded."""
+    """What stays whatever its age: of the versions kept and those retired within the grace period, and the shards wanted."""
 
-    manifests: tuple[Manifest, ...]
     wanted: frozenset[str]  # shard ids
+    files: set[str] = field(default_factory=set)  # paths of published files
+    spaces: set[str] = field(default_factory=set)  # whose encoders readers need
 
-    @property
-    def files(self) -> set[str]:
-        """Paths of published files."""
-        return {entry.path for manifest in self.manifests for entry in (*manifest.files, *manifest.rejects)}
-
-    @property
-    def spaces(self) -> set[str]:
-        """Spaces whose encoders readers need."""
-        return {manifest.space_id for manifest in self.manifests}
+    def add(self, manifest: Manifest) -> None:
+        """A version that stays; the manifest itself, which may be large, is not held."""
+        self.files.update(entry.path for entry in (*manifest.files, *manifest.rejects))
+        self.spaces.add(manifest.space_id)
 
 
 def retire(store: Store, keep: int, grace_s: float, wanted: frozenset[str] = frozenset()) -> int:
@@ -40,19 +36,19 @@ def retire(store: Store, keep: int, grace_s: float, wanted: frozenset[str] = fro
     assert written is not None
     assert newest is not None
     oldest = written.modified - grace_s
-    kept: list[Manifest] = []
-    for place, manifest in enumerate(newest_first(store)):
-        if place == 0 and manifest.version < newest.version:  # a short listing: files in use would be removed
-            break
-        if place < keep:
-            kept.append(manifest)
-        else:
-            move_aside(store, manifest.version)
-    if not kept:
+    listed = listed_versions(store)
+    if max(listed, default=0) < newest.version:  # files in use would be removed
         raise StorageError(f"{store.uri}/versions: version {newest.version} is there, but the listing ends before it")
+    retained = Retained(wanted=wanted)
+    for version in listed[-keep:]:
+        if (manifest := read_manifest(store, version)) is not None:
+            retained.add(manifest)
+    for version in listed[:-keep]:
+        move_aside(store, version)
     tombs = store.list_files(RETIRED)
-    young = [read_manifest_at(store, tomb.path) for tomb in tombs if tomb.modified >= oldest]
-    retained = Retained(manifests=(*kept, *(manifest for manifest in young if manifest)), wanted=wanted)
+    for tomb in tombs:
+        if tomb.modified >= oldest and (manifest := read_manifest_at(store, tomb.path)) is not None:
+            retained.add(manifest)
     doomed = _files(store, retained, oldest) + _encoders(store, retained, oldest) + _parts(store, retained, oldest)
     doomed += [tomb.path for tomb in tombs if tomb.modified < oldest]  # last: while it is there, its files may be
     if doomed:
