@@ -30,7 +30,7 @@ from ray.data.block import BlockAccessor
 
 from lora_embed import cluster, compact, decode, pipeline, plan, read, run, table
 from lora_embed.config import JobConfig
-from lora_embed.model.encoder import read_description
+from lora_embed.model.description import read_description
 from lora_embed.pipeline import BLOCK_BYTES, BLOCK_ITEMS, BLOCKS_IN_WAVE, BLOCKS_PER_READER, WAVE
 from lora_embed.schema import Block, FileEntry, Layout, ShardCounts, WorkItem
 from lora_embed.storage import Store

@@ -37,7 +37,8 @@ from numpy.typing import NDArray
 from lora_embed.embed import inspect_device
 from lora_embed.errors import EncoderError
 from lora_embed.model import golden
-from lora_embed.model.encoder import Encoder, golden_pixels, load_encoder, read_description
+from lora_embed.model.description import read_description
+from lora_embed.model.encoder import Encoder, golden_pixels, load_encoder
 from lora_embed.model.preprocess import Preprocessing
 from lora_embed.plan import list_shards
 from lora_embed.schema import Block, Layout, WorkItem

@@ -22,7 +22,7 @@ import pyarrow as pa
 from lora_embed import cluster, pipeline, publish, table, versions, work
 from lora_embed.config import JobConfig
 from lora_embed.disk import create
-from lora_embed.model.encoder import Description
+from lora_embed.model.description import Description
 from lora_embed.model.preprocess import Preprocessing
 from lora_embed.schema import ChunkHead, Layout, Shard, sample_schema
 from lora_embed.storage import Entry, Store

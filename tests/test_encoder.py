@@ -16,7 +16,7 @@ from lora_embed.config import AdapterSpec, Recipe
 from lora_embed.demo.parts import LabelledImage
 from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.model.build import build_encoder, gather
-from lora_embed.model.encoder import read_description
+from lora_embed.model.description import read_description
 from lora_embed.model.golden import relative_difference
 from models import save_adapter, save_base
 

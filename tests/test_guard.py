@@ -22,7 +22,8 @@ from PIL import Image
 from transformers import ViTConfig, ViTModel
 
 from lora_embed.decode import decode_image, decode_shard
-from lora_embed.model.encoder import Description, Encoder
+from lora_embed.model.description import Description
+from lora_embed.model.encoder import Encoder
 from lora_embed.model.preprocess import Preprocessing
 from lora_embed.schema import WorkItem
 from lora_embed.write import make_part, to_parquet

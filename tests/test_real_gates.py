@@ -15,7 +15,8 @@ from lora_embed.config import AdapterSpec, Recipe
 from lora_embed.demo.parts import LabelledImage
 from lora_embed.health import seeded_sample
 from lora_embed.model.build import build_encoder, gather
-from lora_embed.model.encoder import Encoder, load_encoder, load_members, read_description
+from lora_embed.model.description import read_description
+from lora_embed.model.encoder import Encoder, load_encoder, load_members
 from models import save_base
 from test_gates import LIMITS, failed, figures, health
 

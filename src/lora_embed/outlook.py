@@ -5,17 +5,20 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_embed import cluster, pipeline, run, versions, work
-from lora_embed.config import JobConfig, Recipe
+from lora_embed.config import JobConfig
 from lora_embed.errors import ConfigError, IncompleteRun
 from lora_embed.health import seeded_sample
-from lora_embed.model.build import Ingredients, gather, match_adapters
-from lora_embed.model.encoder import Description, read_description
+from lora_embed.model.description import Description, read_description
 from lora_embed.read import count_samples
 from lora_embed.schema import ChunkStats, Layout, WorkItem, encoder_path
 from lora_embed.stages import Workers, add_seconds, find_bound, seconds_an_image
 from lora_embed.storage import Store
+
+if TYPE_CHECKING:
+    from lora_embed.model.build import Ingredients
 
 SHARDS_AN_ACTOR, IMAGES_A_SHARD = 3, 32  # what a forecast embeds
 
@@ -77,10 +80,11 @@ def plan_job(job: JobConfig, *, forecasts: bool = False) -> Outlook:
     """
     store, shards = run.list_input(job)
     current = versions.read_manifest(store)
-    recipe = run.find_recipe(job.recipe)
-    source = gather(recipe) if isinstance(recipe, Recipe) else recipe
+    source = run.find_source(job.recipe)
     encoder = read_description(source) if isinstance(source, Path) else run.find_encoder(source, store)
     if encoder is None and not isinstance(source, Path):
+        from lora_embed.model.build import match_adapters
+
         match_adapters(source)
     if encoder is not None:
         run.refuse_other_space(store, current, encoder)
@@ -106,7 +110,7 @@ def plan_job(job: JobConfig, *, forecasts: bool = False) -> Outlook:
 
 
 def forecast(
-    job: JobConfig, store: Store, source: Ingredients | Path, layout: Layout | None, items: list[WorkItem]
+    job: JobConfig, store: Store, source: "Ingredients | Path", layout: Layout | None, items: list[WorkItem]
 ) -> Forecast:
     """Embed the first images of a seeded few shards on the cluster, keeping nothing, and reckon from what they took.
 
@@ -162,7 +166,7 @@ def reckon(job: JobConfig, found: list[ChunkStats], images: int, start_seconds: 
     )
 
 
-def _find_or_build(job: JobConfig, store: Store, source: Ingredients | Path, out: Path) -> tuple[Description, str]:
+def _find_or_build(job: JobConfig, store: Store, source: "Ingredients | Path", out: Path) -> tuple[Description, str]:
     """The encoder and where actors find it: on the table's storage, or on this machine where that is all there is."""
     if (known := run.find_encoder(source, store)) is not None:
         return known, f"{store.uri}/{encoder_path(known.space_id)}"

@@ -17,7 +17,7 @@ from lora_embed.config import JobConfig
 from lora_embed.embed import Device, EmbedImages, EmbedShards, inspect_device
 from lora_embed.errors import IncompleteRun, LoraEmbedError, WorkersLost
 from lora_embed.isolate import decode_blocks
-from lora_embed.model.encoder import Description
+from lora_embed.model.description import Description
 from lora_embed.schema import Block, ChunkStats, Layout, WorkItem, encoder_path
 from lora_embed.storage import Store
 from lora_embed.write import WriteParts

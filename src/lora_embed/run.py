@@ -6,16 +6,18 @@ import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lora_embed import cluster, judge, pipeline, plan, preview, publish, table, versions, work
-from lora_embed.config import JobConfig, Recipe, load_recipe
+from lora_embed.config import JobConfig, load_recipe
 from lora_embed.errors import ConfigError, TableError, once_started
-from lora_embed.model.build import Ingredients, build_encoder, gather
-from lora_embed.model.encoder import DESCRIPTION, BaseReference, Description, read_description
+from lora_embed.model.description import DESCRIPTION, BaseReference, Description, read_description
 from lora_embed.progress import say
 from lora_embed.schema import Layout, Manifest, Shard, encoder_path
 from lora_embed.storage import Store
+
+if TYPE_CHECKING:
+    from lora_embed.model.build import Ingredients
 
 MARKER = "table.json"  # the first object of a table
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job
@@ -55,8 +57,7 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
     started = time.monotonic()
     judge.limits_of(job)
     store, shards = list_input(job)
-    recipe = find_recipe(job.recipe)
-    source = gather(recipe) if isinstance(recipe, Recipe) else recipe
+    source = find_source(job.recipe)
     store.check_writable()
     current = versions.read_manifest(store)
     known = find_encoder(source, store)
@@ -126,8 +127,7 @@ def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, s
     """
     started = time.monotonic()
     store, shards = list_input(job)
-    recipe = find_recipe(job.recipe)
-    source = gather(recipe) if isinstance(recipe, Recipe) else recipe
+    source = find_source(job.recipe)
     current, encoder = versions.read_manifest(store), find_encoder(source, store)
     layout = known_layout(job, store, encoder, current) if encoder is not None else None
     if encoder is None or layout is None:
@@ -185,23 +185,28 @@ def refuse_local_paths(job: JobConfig, shards: list[Shard], store: Store, base: 
         )
 
 
-def find_recipe(uri: str) -> Recipe | Path:
-    """A recipe file's content, or the directory of an encoder built before."""
+def find_source(uri: str) -> "Ingredients | Path":
+    """What a recipe file names, read and hashed, or the directory of an encoder built before."""
     if Path(uri).is_dir():
         read_description(Path(uri))
         return Path(uri)
-    return load_recipe(uri)
+    recipe = load_recipe(uri)
+    from lora_embed.model.build import gather  # with torch and peft, which take seconds
+
+    return gather(recipe)
 
 
-def prepare_encoder(source: Ingredients | Path, out: Path) -> Path:
+def prepare_encoder(source: "Ingredients | Path", out: Path) -> Path:
     """The directory of an encoder that the table has not: given, or built at `out`."""
     if isinstance(source, Path):
         return source
+    from lora_embed.model.build import build_encoder
+
     build_encoder(source, out, say)
     return out
 
 
-def find_encoder(source: Ingredients | Path, store: Store) -> Description | None:
+def find_encoder(source: "Ingredients | Path", store: Store) -> Description | None:
     """The encoder that this content was built into before, if it is whole on the table's storage."""
     if isinstance(source, Path):
         return stored_encoder(store, read_description(source).space_id)

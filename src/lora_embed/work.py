@@ -7,7 +7,7 @@ from lora_embed import cluster, pipeline, table, versions
 from lora_embed.config import JobConfig
 from lora_embed.errors import IncompleteRun, WorkersLost
 from lora_embed.health import seeded_sample
-from lora_embed.model.encoder import Description
+from lora_embed.model.description import Description
 from lora_embed.progress import Progress, say
 from lora_embed.read import count_samples
 from lora_embed.schema import ChunkStats, Layout, Manifest, Shard, WorkItem

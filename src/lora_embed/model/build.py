@@ -22,15 +22,8 @@ from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.model import golden, merge
 from lora_embed.model.adapter import PROCESSOR_NAME, SavedAdapter, read_adapter, some
 from lora_embed.model.base import Base, find_base, read_processor
-from lora_embed.model.encoder import (
-    BaseReference,
-    Description,
-    Encoder,
-    golden_pixels,
-    read_description,
-    space_id_of,
-    write_description,
-)
+from lora_embed.model.description import BaseReference, Description, read_description, write_description
+from lora_embed.model.encoder import Encoder, golden_pixels, space_id_of
 from lora_embed.model.fold import Limit
 from lora_embed.model.match import Adapter, match_adapter, target_of
 from lora_embed.model.member import Member, fold_members, prove_members, write_member

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +16,21 @@ from lora_embed.decode import decode_image, to_rgb
 from lora_embed.errors import EncoderError
 from lora_embed.fetch import fetch_directory
 from lora_embed.model import golden
-from lora_embed.model.adapter import read_adapter
 from lora_embed.model.base import MODEL_FILES, find_base, load_headless
-from lora_embed.model.fold import Merge, fold
-from lora_embed.model.match import match_adapter, target_of
+from lora_embed.model.description import DESCRIPTION, Description, read_description
 from lora_embed.model.pooling import FROM_LAST_HIDDEN_STATE, HiddenState, pooler
 from lora_embed.model.preprocess import Pixels, Preprocessing
 
-DESCRIPTION = "encoder.json"
 FILES = (
     *MODEL_FILES, "*/config.json", "*/adapter_config.json", "adapter_config.json", DESCRIPTION, "recipe.yaml",
     "merge_report.json", "README.md", f"{golden.FOLDER}/*",
 )  # fmt: skip
-FORMAT = 1
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Parts of a model's configuration that name things or follow the library's version, and do not change its output.
 _NAMES_ONLY = {
     "transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "id2label", "label2id",
     "num_labels", "problem_type", "output_hidden_states", "output_attentions", "return_dict",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaseReference:
-    """The base model that an encoder stored as an adapter is rebuilt from."""
-
-    uri: str
-    revision: str | None
-    content_hash: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Description:
-    """What `encoder.json` says: all that an encoder is beside its weights and model configuration."""
-
-    space_id: str
-    recipe_id: str
-    dimension: int
-    pooling: str
-    normalize: bool
-    tap: str  # module whose output is the hidden state; "" for the final output
-    prefix_tokens: int
-    preprocessing: Preprocessing
-    members: tuple[str, ...] = (".",)  # folders of its models, or of its adapters; several when vectors are concatenated
-    base: BaseReference | None = None  # where the members are adapters
 
 
 class Encoder:
@@ -161,6 +131,10 @@ def load_members(folder: Path, description: Description, where: str) -> list[Pre
     """
     if description.base is None:
         return [load_headless(folder / member, where) for member in description.members]
+    from lora_embed.model.adapter import read_adapter  # with peft, which takes seconds and which other encoders do not need
+    from lora_embed.model.fold import Merge, fold
+    from lora_embed.model.match import match_adapter, target_of
+
     base = find_base(description.base.uri, description.base.revision)
     if base.content_hash != description.base.content_hash:
         raise EncoderError(
@@ -182,31 +156,6 @@ def load_members(folder: Path, description: Description, where: str) -> list[Pre
             "Its files were changed since: bring them back, or build the encoder again."
         )
     return models
-
-
-def read_description(folder: Path) -> Description:
-    """Read `encoder.json`. Raises EncoderError when there is none of this format."""
-    path = folder / DESCRIPTION
-    if not path.is_file():
-        raise EncoderError(f"{folder}: is not an encoder: it has no {DESCRIPTION}. Make one with `lora-embed build`.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EncoderError(f"{path}: is damaged ({error}); build the encoder again") from None
-    if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-        raise EncoderError(f"{path}: was written in another format than {FORMAT}; build the encoder again")
-    geometry: dict[str, Any] = data.pop("preprocessing")
-    tuples = {key: tuple(value) for key, value in geometry.items() if isinstance(value, list)}
-    members = tuple(data.pop("members", (".",)))
-    base = data.pop("base", None)
-    reference = BaseReference(**base) if base else None
-    return Description(**data, members=members, base=reference, preprocessing=Preprocessing(**geometry | tuples))
-
-
-def write_description(folder: Path, description: Description) -> None:
-    """Write `encoder.json`."""
-    facts = {"format": FORMAT} | asdict(description) | {"preprocessing": description.preprocessing.settings()}
-    (folder / DESCRIPTION).write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def space_id_of(models: list[PreTrainedModel], preprocessing: Preprocessing, pooling: str, normalize: bool) -> str:

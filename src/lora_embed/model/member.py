@@ -15,7 +15,8 @@ from lora_embed.model import merge
 from lora_embed.model.adapter import read_adapter, write_adapter
 from lora_embed.model.base import Base, load_headless
 from lora_embed.model.change import LowRank
-from lora_embed.model.encoder import Description, load_members
+from lora_embed.model.description import Description
+from lora_embed.model.encoder import load_members
 from lora_embed.model.fold import Folded, Limit, Merge, fold
 from lora_embed.model.match import Adapter, match_adapter, target_of
 from lora_embed.model.proof import Proof, prove

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_embed.model.base import Base
-from lora_embed.model.encoder import Description
+from lora_embed.model.description import Description
 from lora_embed.model.member import Member
 from lora_embed.model.proof import Proof
 
