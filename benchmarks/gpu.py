@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -165,10 +164,7 @@ def measure_precision(folder: Path, device: str, precision: str, sizes: Sizes) -
     Beside them images/s from host to host, as an actor is given a chunk, at the best batch size.
     """
     encoder = load_encoder(folder, device=device, precision=precision, batch_size=sizes.ramp[0], check=False)
-    found: Figures = {"golden": {"": check_golden(encoder, folder)}}
-    if precision == "float32":
-        with without_tf32():
-            found["golden"][" without TF32"] = check_golden(encoder, folder)
+    found: Figures = {"golden": check_golden(encoder, folder)}
     found["ramp"] = climb(sizes.ramp, lambda batch_size: time_forward(encoder, batch_size, sizes.repeats))
     best = max(found["ramp"], key=lambda row: float(row["images_per_s"] or 0.0))
     encoder.batch_size = best["batch_size"]
@@ -189,17 +185,6 @@ def check_golden(encoder: Encoder, folder: Path) -> Figures:
         error = str(refused)
     difference = golden.relative_difference(vectors, expected)
     return {"difference": difference, "bound": golden.BOUNDS[encoder.precision], "error": error}
-
-
-@contextlib.contextmanager
-def without_tf32() -> Iterator[None]:
-    """Convolutions and matrix products in whole float32; torch lets convolutions use TF32 unless it is told."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def climb(ramp: tuple[int, ...], measure_one: Callable[[int], Figures]) -> list[Figures]:
@@ -233,12 +218,8 @@ def time_forward(encoder: Encoder, batch_size: int, repeats: int) -> Figures:
 
 @torch.inference_mode()
 def forward(encoder: Encoder, pixels: torch.Tensor) -> torch.Tensor:
-    """The encoder's own pass, which takes a tensor that is on the device already as well."""
-    own: Any = encoder._forward
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of torch.tensor, about copying a tensor
-        vectors: torch.Tensor = own(pixels)
-    return vectors
+    """The encoder's own pass over a batch that is on the device already."""
+    return encoder._forward(pixels)
 
 
 def measure_copies(encoder: Encoder, repeats: int) -> Figures:
@@ -450,10 +431,9 @@ def _shown(rate: Figures) -> str:
 
 
 def _describe_forward(precision: str, found: Figures) -> list[str]:
-    lines = []
-    for how, held in found["golden"].items():
-        verdict = "holds" if held["error"] is None else "REFUSED"
-        lines.append(f"{precision}{how}: golden vectors {held['difference']:.1e} off, {held['bound']:.0e} allowed: {verdict}")
+    held = found["golden"]
+    verdict = "holds" if held["error"] is None else "REFUSED"
+    lines = [f"{precision}: golden vectors {held['difference']:.1e} off, {held['bound']:.0e} allowed: {verdict}"]
     lines += [f"{precision:<8} batch {row['batch_size']:>5}     {_shown(row)}" for row in found["ramp"]]
     share = found["host_to_host"]["images_per_s"] / found["ceiling"]
     return [*lines, f"{precision:<8} host to host    {_shown(found['host_to_host'])}, {share:.0%} of the best forward"]

@@ -14,7 +14,7 @@ from lora_embed.schema import ChunkHead, Layout
 from lora_embed.stages import Stopwatch
 from lora_embed.write import WriteParts
 
-CPU_BATCH, GPU_BATCH = 16, 128
+CPU_BATCH, GPU_BATCH = 16, 256  # at 256 an H100 is within 10 % of its best rate with ViT-S and ViT-B
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ FILES = (
     *MODEL_FILES, "*/config.json", "*/adapter_config.json", "adapter_config.json", DESCRIPTION, "recipe.yaml",
     "merge_report.json", "README.md", f"{golden.FOLDER}/*",
 )  # fmt: skip
+cuda: Any = torch.cuda  # partly untyped
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Parts of a model's configuration that name things or follow the library's version, and do not change its output.
 _NAMES_ONLY = {
@@ -57,6 +59,7 @@ class Encoder:
         shape = (1, 3, 1, 1)
         self._multiply = torch.tensor(description.preprocessing.multiply, device=self.device).view(shape)
         self._add = torch.tensor(description.preprocessing.add, device=self.device).view(shape)
+        self._copying: Any = cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @property
     def space_id(self) -> str:
@@ -77,13 +80,8 @@ class Encoder:
     @torch.inference_mode()
     def embed_pixels(self, pixels: Pixels) -> NDArray[np.float32]:
         """Prepared uint8 pixels (n, H, W, 3) → float32 (n, d), on the host."""
-        vectors = np.empty((len(pixels), self.dimension), dtype=np.float32)
-        for start in range(0, len(pixels), self.batch_size):
-            batch = pixels[start : start + self.batch_size]
-            missing = self.batch_size - len(batch)
-            padded = np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), np.uint8)]) if missing else batch
-            vectors[start : start + len(batch)] = self._forward(padded)[: len(batch)].cpu().numpy()
-        return vectors
+        found = [self._forward(batch) for batch in self._batches(pixels)]
+        return torch.cat(found)[: len(pixels)].cpu().numpy() if found else np.empty((0, self.dimension), np.float32)
 
     def check_golden(self, folder: Path) -> float:
         """Decode and embed the encoder's golden images here; the largest relative difference from their vectors.
@@ -94,9 +92,29 @@ class Encoder:
         found = self.embed_pixels(golden_pixels(images, self.description.preprocessing))
         return golden.check(found, expected, self.precision, str(self.device))
 
-    def _forward(self, pixels: Pixels) -> torch.Tensor:
-        """uint8 (b, H, W, 3) → float32 (b, d)."""
-        batch = torch.tensor(pixels, device=self.device).permute(0, 3, 1, 2)
+    def _batches(self, pixels: Pixels) -> Iterator[torch.Tensor]:
+        """Batches of `batch_size` on the device, the last one padded.
+
+        A GPU gets each out of pinned memory, by a stream of its own: while it computes one, the next is copied.
+        """
+        on_gpu = self.device.type == "cuda"
+        for start in range(0, len(pixels), self.batch_size):
+            some = pixels[start : start + self.batch_size]
+            batch = torch.zeros((self.batch_size, *some.shape[1:]), dtype=torch.uint8, pin_memory=on_gpu)
+            batch.numpy()[: len(some)] = some
+            yield self._copy_aside(batch) if on_gpu else batch
+
+    def _copy_aside(self, batch: torch.Tensor) -> torch.Tensor:
+        copying, computing = self._copying, cuda.current_stream(self.device)
+        with cuda.stream(copying):
+            copied = batch.to(self.device, non_blocking=True)
+        computing.wait_stream(copying)
+        copied.record_stream(computing)  # so that its memory is not given away while it is still read
+        return copied
+
+    def _forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """uint8 (b, H, W, 3) on the device → float32 (b, d) there."""
+        batch = batch.permute(0, 3, 1, 2)
         values = torch.addcmul(self._add, batch.float(), self._multiply).to(self._dtype)
         values = values.contiguous()
         vectors = torch.cat([self._pool(state(values).float()) for state in self._hidden_states], dim=1)
