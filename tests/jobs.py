@@ -76,7 +76,7 @@ def job_of(folder: Path, recipe: Path, source: Path | list[Path], **options: Any
 def embed_here(items: list[WorkItem], job: pipeline.Job, topology: cluster.Topology) -> Iterator[ChunkStats]:
     """The chain in this process: the actor without its cluster."""
     writing = (job.store, job.encoder.space_id, job.layout)
-    actor = EmbedShards((job.encoder_uri, job.encoder_options, job.layout), job.input_options, writing, lambda: False)
+    actor = EmbedShards((job.encoder_uri, job.encoder_options, job.layout, "cpu"), job.input_options, writing, lambda: False)
     for block in pipeline.plan_blocks(items, 1):
         for row in actor({"block": np.array([block], dtype=object)}):
             yield ChunkStats.from_json(row["stats"][0])

@@ -38,6 +38,11 @@ class Topology:
     device: dict[str, Any]
     workers: Workers
 
+    @property
+    def kind(self) -> str:
+        """The device that actors compute on, as torch names it. Ray does not hide GPUs from those that hold none."""
+        return "cuda" if self.device.get("num_gpus") else "cpu"
+
 
 def connect(num_cpus: int | None = None, num_gpus: int | None = None) -> None:
     """Join the cluster at RAY_ADDRESS, or start one on this machine that ends with this process.

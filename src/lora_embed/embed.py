@@ -57,12 +57,12 @@ def _cpu_flags() -> set[str]:
 class EmbedImages:
     """The actor: loads an encoder, proves it on the golden images, then turns a chunk's pixels into vectors."""
 
-    def __init__(self, encoder_uri: str, storage_options: dict[str, Any], layout: Layout) -> None:
+    def __init__(self, encoder_uri: str, storage_options: dict[str, Any], layout: Layout, kind: str) -> None:
         import torch  # here, not above: drivers and those who ask for a device can do without
 
         from lora_embed.model.encoder import FILES, load_encoder
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = kind if kind == "cpu" or torch.cuda.is_available() else "cpu"  # a declared GPU need not be there
         if device == "cpu":
             torch.set_num_threads(1)  # one actor per core; two threads on contended cores fall to a quarter
         self.layout = layout

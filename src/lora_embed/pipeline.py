@@ -81,7 +81,7 @@ def embed_blocks(blocks: list[Block], job: Job, topology: Topology) -> Iterator[
     Raises EncoderError when an actor does not reproduce the golden vectors, WorkersLost when Ray gives up.
     """
     decoding = (job.layout, job.encoder.preprocessing, job.input_options)
-    embedding = (job.encoder_uri, job.encoder_options, job.layout)
+    embedding = (job.encoder_uri, job.encoder_options, job.layout, topology.kind)
     writing = (job.store, job.encoder.space_id, job.layout)
 
     rows: Any = ray.data.from_items([{"block": block} for block in blocks], override_num_blocks=len(blocks))
@@ -100,8 +100,7 @@ def embed_blocks(blocks: list[Block], job: Job, topology: Topology) -> Iterator[
 
 def ask_device(topology: Topology) -> Device:
     """The kind of device that actors will get, asked of one."""
-    kind = "cuda" if topology.device.get("num_gpus") else "cpu"
-    device: Device = ray.get(ray.remote(inspect_device).options(**topology.device).remote(kind))
+    device: Device = ray.get(ray.remote(inspect_device).options(**topology.device).remote(topology.kind))
     return device
 
 

@@ -100,8 +100,9 @@ class Encoder:
         on_gpu = self.device.type == "cuda"
         for start in range(0, len(pixels), self.batch_size):
             some = pixels[start : start + self.batch_size]
-            batch = torch.zeros((self.batch_size, *some.shape[1:]), dtype=torch.uint8, pin_memory=on_gpu)
+            batch = torch.empty((self.batch_size, *some.shape[1:]), dtype=torch.uint8, pin_memory=on_gpu)
             batch.numpy()[: len(some)] = some
+            batch[len(some) :] = 0
             yield self._copy_aside(batch) if on_gpu else batch
 
     def _copy_aside(self, batch: torch.Tensor) -> torch.Tensor:
