@@ -177,8 +177,9 @@ def main() -> None:
                 models[workload.model] = build_model(workload.model, Path(scratch))
             folder = Path(scratch) / f"{workload.name}-run"
             found["workloads"][workload.name] = measure(workload, models[workload.model], folder, repeats)
-    found["seconds"] = time.time() - began
-    (arguments.out / "bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            found["seconds"] = time.time() - began
+            # Each time: what is measured stays if a later workload fails.
+            (arguments.out / "bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     draw(found, arguments.out / "bench.svg")
     print(describe(found))
 
