@@ -92,6 +92,15 @@ def seconds_to_find(job: Any, store: Store, shards: list[Shard]) -> float:
     return time.monotonic() - started
 
 
+def seconds_to_plan(folder: Path, shards: list[Shard], staged: list[ShardCounts]) -> float:
+    started = time.monotonic()
+    current = Manifest.from_json((folder / "versions" / "00000001.json").read_bytes(), "")
+    kept = plan_reuse(current, {shard.id for shard in shards})
+    sources = [Source(shard=shard, parts=("p",)) for shard in staged]
+    assert len(plan_compactions([*kept.sources, *sources], LAYOUT, SPACE, 384)) == -(-len(sources) // 171)
+    return time.monotonic() - started
+
+
 def planned(folder: Path, count: int) -> dict[str, float]:
     """Seconds and bytes of a night's plan: half of the shards published, half staged, none stale."""
     shards = [
@@ -117,12 +126,9 @@ def planned(folder: Path, count: int) -> dict[str, float]:
     assert commit_version(store, manifest)
     job: Any = type("Job", (), {"limit": None, "input_storage_options": {}})
     finding = min(seconds_to_find(job, store, shards) for _ in range(3))
-    started = time.monotonic()
-    current = Manifest.from_json((folder / "versions" / "00000001.json").read_bytes(), "")
-    kept = plan_reuse(current, {shard.id for shard in shards})
-    sources = [Source(shard=shard, parts=("p",)) for shard in counts[count // 2 :]]
-    assert len(plan_compactions([*kept.sources, *sources], LAYOUT, SPACE, 384)) == -(-len(sources) // 171)
-    return {"find": finding, "plan": time.monotonic() - started, "bytes": len(manifest.to_json())}
+    # The least: collecting garbage takes longer than planning, and falls into one or another.
+    planning = min(seconds_to_plan(folder, shards, counts[count // 2 :]) for _ in range(3))
+    return {"find": finding, "plan": planning, "bytes": len(manifest.to_json())}
 
 
 @pytest.mark.long
