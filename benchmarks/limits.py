@@ -21,6 +21,7 @@ import torch
 
 from lora_embed import disk
 from lora_embed.decode import decode_image
+from lora_embed.isolate import keep_freed_memory
 from lora_embed.model.encoder import load_encoder
 
 BATCH_SIZE = 16
@@ -85,6 +86,7 @@ def core_limits(encoder: Path, shards: Path, images: int, cores: int) -> Iterato
 
 def _measure_core(encoder_uri: str, shard_folder: str, images: int, barrier: Any, asked: Any, answers: Any) -> None:
     """(decode, forward) images/s in one process beside its siblings, batch by batch in turn, whenever it is asked."""
+    keep_freed_memory()  # as lora-embed's actors do
     torch.set_num_threads(1)
     encoder = load_encoder(encoder_uri)
     prepare = encoder.description.preprocessing

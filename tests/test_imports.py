@@ -15,7 +15,21 @@ from jobs import ROOT
 PACKAGE = ROOT / "src" / "lora_embed"
 LAYERS = [  # top to bottom: a module imports from its own layer and those above it
     ["errors", "explain", "config", "schema", "stages", "disk", "retry", "storage", "fetch"],
-    ["model.*", "plan", "read", "decode", "isolate", "write", "evaluate", "health", "gates", "export", "report", "progress"],
+    [
+        "model.*",
+        "plan",
+        "read",
+        "decode",
+        "isolate",
+        "write",
+        "evaluate",
+        "evaluation",
+        "health",
+        "gates",
+        "export",
+        "report",
+        "progress",
+    ],
     ["embed", "versions", "retention", "table", "compact", "lineage", "search", "cluster"],
     ["pipeline"],
     ["judge"],

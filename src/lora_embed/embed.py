@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lora_embed.fetch import fetch_directory
-from lora_embed.isolate import decode_blocks
+from lora_embed.isolate import decode_blocks, keep_freed_memory
 from lora_embed.model.preprocess import Preprocessing
 from lora_embed.schema import ChunkHead, Layout
 from lora_embed.stages import Stopwatch
@@ -64,6 +64,7 @@ class EmbedImages:
 
         device = kind if kind == "cpu" or torch.cuda.is_available() else "cpu"  # a declared GPU need not be there
         if device == "cpu":
+            keep_freed_memory()
             torch.set_num_threads(1)  # one actor per core; two threads on contended cores fall to a quarter
         self.layout = layout
         folder = fetch_directory(encoder_uri, None, FILES, storage_options)

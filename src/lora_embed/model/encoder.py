@@ -53,6 +53,8 @@ class Encoder:
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         for model in models:
             torch.nn.Module.to(model, self.device, self._dtype)
+            if device == "cpu" and precision == "bfloat16" and model.config._attn_implementation == "sdpa":
+                model.set_attn_implementation("eager")  # torch's fused one takes 1.5 times as long there
         tap = "" if description.pooling in FROM_LAST_HIDDEN_STATE else description.tap
         self._hidden_states = [HiddenState(model, tap) for model in models]
         self._pool = pooler(description.pooling, description.prefix_tokens)
@@ -115,9 +117,8 @@ class Encoder:
 
     def _forward(self, batch: torch.Tensor) -> torch.Tensor:
         """uint8 (b, H, W, 3) on the device → float32 (b, d) there."""
-        batch = batch.permute(0, 3, 1, 2)
-        values = torch.addcmul(self._add, batch.float(), self._multiply).to(self._dtype)
-        values = values.contiguous()
+        values = batch.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        values = torch.addcmul(self._add, values, self._multiply, out=values).to(self._dtype)
         vectors = torch.cat([self._pool(state(values).float()) for state in self._hidden_states], dim=1)
         return functional.normalize(vectors, dim=1) if self.description.normalize else vectors
 

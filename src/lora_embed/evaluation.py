@@ -1,0 +1,194 @@
+"""What an evaluation found, as plain data: the JSON that commands print, and all that a report or a notebook shows.
+
+Figures are shares (0 to 1) unless said otherwise; `task`, `candidate` and `adapter` are names of records beside them.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from lora_embed.errors import ConfigError
+
+FORMAT = 1
+METRICS = ("knn", "probe", "recall@1", "recall@5", "map", "nmi")
+HEADLINE = "knn"  # what one figure a task is, where only one is shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One classification task: a label field of the samples, and the classes that it was seen to have."""
+
+    name: str
+    label: str  # field of the samples
+    classes: tuple[str, ...]
+    images: int  # with a label
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One encoder that was judged."""
+
+    name: str  # distinct
+    method: str  # of the merge; "none" for the base alone
+    weights: dict[str, float]  # adapter → weight
+    options: dict[str, Any]
+    recipe_id: str
+    space_id: str
+    dimension: int
+    build_s: float
+    encoder_bytes: int
+    forward_s: float  # spent on all images, summed over the workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One metric of one candidate on one task: a value for each split, their mean, its 95 % interval."""
+
+    task: str
+    metric: str
+    candidate: str
+    per_split: tuple[float, ...]
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A candidate's figure less the reference's on the same splits; `verdict` is of the 95 % interval of both bounds."""
+
+    task: str
+    metric: str
+    candidate: str
+    reference: str
+    mean: float
+    low: float
+    high: float
+    verdict: Literal["better", "worse", "within noise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """An adapter's own head on a body: the share of its images that it gets right, on the adapter alone and on a candidate."""
+
+    task: str
+    adapter: str
+    candidate: str
+    own: float
+    kept: float
+    low: float  # 95 % interval of kept − own, over the same images
+    high: float
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassChange:
+    """Share of one class's queries that find their class, before (the reference) and after, over all splits."""
+
+    task: str
+    candidate: str
+    reference: str
+    label: str
+    images: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relation:
+    """How two things lie to each other; `layer` is a weight's name, or None for all of them."""
+
+    kind: Literal["cosine", "sign_conflicts", "subspace_overlap", "cka"]
+    one: str  # adapter, or "base"
+    other: str
+    layer: str | None
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbour:
+    """An image that was found, nearest first."""
+
+    id: str
+    label: str
+    cosine: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryChange:
+    """One query whose neighbours changed most: those under the reference and under the candidate."""
+
+    task: str
+    candidate: str
+    reference: str
+    id: str
+    label: str
+    before: tuple[Neighbour, ...]
+    after: tuple[Neighbour, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One point of a search over weights and methods: its scores by task, on the images of the search alone."""
+
+    number: int
+    method: str
+    weights: dict[str, float]
+    options: dict[str, Any]
+    scores: dict[str, float]  # task → figure
+    objective: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """All of it."""
+
+    created: str  # UTC, ISO 8601
+    inputs: tuple[str, ...]
+    samples: int
+    decoded: int  # images, each once however many candidates
+    rejects: dict[str, int]  # reason → samples
+    seconds: dict[str, float]  # by stage, summed over the workers
+    splits: int
+    bank_share: float
+    seed: int
+    tasks: tuple[Task, ...]
+    candidates: tuple[Candidate, ...]
+    reference: str  # candidate that others are held against
+    figures: tuple[Figure, ...]
+    differences: tuple[Difference, ...]
+    retention: tuple[Retention, ...] = ()
+    classes: tuple[ClassChange, ...] = ()
+    relations: tuple[Relation, ...] = ()
+    queries: tuple[QueryChange, ...] = ()
+    trials: tuple[Trial, ...] = ()
+    thumbnails: dict[str, str] = field(default_factory=dict)  # id → JPEG in base64
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "the evaluation") -> "Evaluation":
+        """Raises ConfigError, naming `where`, for what this release did not write."""
+        try:
+            found = json.loads(text)
+            if found["format"] != FORMAT:
+                raise ConfigError(f"{where}: is of format {found['format']}, this release reads {FORMAT}. Evaluate again.")
+            return cls(**{of.name: _restore(_HINTS[of.name], found[of.name]) for of in fields(cls)})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{where}: is not an evaluation as `lora-embed evaluate --json` prints it ({error!r}).") from None
+
+
+def _restore(kind: Any, value: Any) -> Any:
+    """A value as JSON has it → as the record has it: tuples of records, else itself."""
+    if get_origin(kind) is tuple:
+        return tuple(_restore(get_args(kind)[0], one) for one in value)
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{of.name: _restore(hints[of.name], value[of.name]) for of in fields(kind)})  # type: ignore[operator]
+    return value
+
+
+_HINTS = get_type_hints(Evaluation)
