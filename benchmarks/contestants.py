@@ -26,7 +26,6 @@ SCRIPTS = {  # → file below peers, variant
     "guide": ("guide.py", ""),
     "dataloader": ("dataloader.py", ""),
     "ray-data": ("ray_data.py", ""),
-    "ray-data-decoded": ("ray_data.py", "decoded"),
     "daft": ("daft_udf.py", "webdataset"),
     "daft-bytes": ("daft_udf.py", "bytes"),
 }

@@ -17,7 +17,7 @@ from pictures import fetch_jpegs
 
 PHOTO, LARGE_PHOTO = (500, 375), (4000, 3000)  # pixels
 DISTINCT = {PHOTO: 1500, LARGE_PHOTO: 24}  # pictures; beyond that they come again under other keys
-ALL = ("lora-embed", "guide", "dataloader", "ray-data", "ray-data-decoded", "daft", "daft-bytes")
+ALL = ("lora-embed", "guide", "dataloader", "ray-data", "daft", "daft-bytes")
 FEW = ("lora-embed", "guide", "dataloader", "ray-data", "daft")
 
 

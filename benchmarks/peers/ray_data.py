@@ -1,7 +1,7 @@
 """Ray Data's own example of batch inference: `read_webdataset` → `map` → `map_batches` with a class → `write_parquet`.
 
 The form of Ray's guide "Working with images": a function of a row decodes and prepares, a class of a pool of actors infers.
-Variant "decoded" lets `read_webdataset` decode, as it does by default: then pixels travel, 36 MB for 12 megapixels.
+`read_webdataset` would decode by itself by default: then pixels travel, and nothing came of 8,000 images in four minutes.
 """
 
 import io
@@ -24,9 +24,8 @@ class Preprocess:
         self._processor = AutoImageProcessor.from_pretrained(model, backend="pil")
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        jpg = row["jpg"]
-        image = Image.open(io.BytesIO(jpg)) if isinstance(jpg, bytes) else Image.fromarray(jpg)
-        pixels = self._processor(image.convert("RGB"), return_tensors="np")["pixel_values"][0]
+        image = Image.open(io.BytesIO(row["jpg"])).convert("RGB")
+        pixels = self._processor(image, return_tensors="np")["pixel_values"][0]
         return {"id": image_id(row["path"], row["__key__"]), "pixels": pixels}
 
 
@@ -48,8 +47,7 @@ class Embed:
 def main(task: Task) -> None:
     ray.init(address="local", num_cpus=task.cores, include_dashboard=False, log_to_driver=False)
     store = None if task.store is None else task.filesystem()
-    decoder = True if task.variant == "decoded" else None
-    rows = ray.data.read_webdataset(task.shards, include_paths=True, filesystem=store, decoder=decoder)
+    rows = ray.data.read_webdataset(task.shards, include_paths=True, filesystem=store, decoder=None)
     rows = rows.map(Preprocess(task.model))
     rows = rows.map_batches(
         Embed,
