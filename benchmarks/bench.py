@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,18 @@ os.environ.setdefault("LORA_EMBED_CACHE", str(Path(__file__).resolve().parents[1
 
 from chart import draw
 from compare import RunTimes, Vectors, break_even, deviation_of, median_of, spread_of
-from contestants import DAFT, OURS, SILENT, ContestantFailed, Setting, forecast_s, read_vectors, remove_table, run_contestant
+from contestants import (
+    DAFT,
+    OURS,
+    SCRIPTS,
+    SILENT,
+    ContestantFailed,
+    Setting,
+    forecast_s,
+    read_vectors,
+    remove_table,
+    run_contestant,
+)
 from limits import core_limits, measure_start, measure_storage, measure_store
 from lora_embed.fetch import cache_root
 from lora_embed.progress import say
@@ -154,14 +165,21 @@ def chosen(names: list[str] | None, *, short: bool) -> list[Workload]:
     return [workload.shortened() if short else workload for workload in wanted]
 
 
+def among(names: list[str] | None, workload: Workload) -> Workload:
+    """The workload with those of its contestants alone that are named, lora-embed always."""
+    kept = (name for name in workload.contestants if not names or name in names or name == "lora-embed")
+    return replace(workload, contestants=tuple(kept))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="a few minutes at tiny sizes: does everything work?")
     parser.add_argument("--workload", action="append", metavar="NAME", help=", ".join(w.name for w in WORKLOADS))
+    parser.add_argument("--contestant", action="append", metavar="NAME", help=", ".join([*OURS, *SCRIPTS]))
     parser.add_argument("--repeats", type=int, help="default 3, and 1 with --short")
     parser.add_argument("--out", type=Path, default=cache_root() / "bench", help="folder for bench.json and bench.svg")
     arguments = parser.parse_args()
-    workloads = chosen(arguments.workload, short=arguments.short)
+    workloads = [among(arguments.contestant, workload) for workload in chosen(arguments.workload, short=arguments.short)]
     if not workloads:
         parser.error(f"no workload begins with {arguments.workload}")
     adopt_orphans()
