@@ -1,4 +1,4 @@
-"""`lora-embed evaluate` from recipes and real small images to its record, on a real local Ray; and what it says when it cannot."""
+"""`lora-embed evaluate` from recipes and small images to its record, on a real local Ray; and what it says when it cannot."""
 
 import io
 import json
