@@ -1,5 +1,6 @@
 """An evaluation from recipes and labelled shards to its record: build → embed in one pass → figures, heads, relations."""
 
+import importlib.util
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -117,6 +118,8 @@ def check_request(request: Request) -> None:
     for option, given in (("--recipe", request.recipes), ("--data", request.inputs), ("--label", request.labels)):
         if not given:
             raise ConfigError(f"{option} is missing. Name at least one.")
+    if importlib.util.find_spec("sklearn") is None:
+        raise ConfigError("scikit-learn is not installed. Run: pip install 'lora-embed[evaluation]', on every node.")
     for label in request.labels:
         if request.labels.count(label) > 1:
             raise ConfigError(f"--label {label} is given {request.labels.count(label)} times. Name it once.")

@@ -118,7 +118,7 @@ def collect(source: Source, wanted: Sequence[Wanted], encoder_options: dict[str,
     Raises IncompleteRun when a shard cannot be read to its end.
     """
     raw = source.store.read(source.samples_path)
-    samples = None if raw is None else pa.table(from_ipc(raw))
+    samples = None if raw is None else pa.Table.from_batches([from_ipc(raw)])
     kept = {one.space_id: _read_kept(source, one) for one in wanted}
     missing = [one for one in wanted if kept[one.space_id] is None] or (list(wanted[:1]) if samples is None else [])
     seconds: dict[str, float] = {}
@@ -136,6 +136,8 @@ def collect(source: Source, wanted: Sequence[Wanted], encoder_options: dict[str,
         decoded += sum(chunk.head.decoded for chunk in chunks)
         for chunk in chunks:
             add_seconds(seconds, {name: took for name, took in chunk.head.seconds.items() if " " not in name})
+        if not any(chunk.samples.num_rows for chunk in chunks):
+            raise ConfigError(f"{len(source.shards)} shards hold no sample at all, first {source.shards[0].name}")
         samples = _samples(chunks) if samples is None else _with_rejects(samples, _samples(chunks))
         for one, found in zip(some, _embedded(chunks, some), strict=True):
             kept[one.space_id] = found
@@ -164,7 +166,7 @@ def _samples(chunks: list[EachChunk]) -> pa.Table:
     tables = []
     for chunk in chunks:
         ids = pa.array([chunk.head.sample_id(key) for key in chunk.samples.column("key").to_pylist()], pa.string())
-        table = pa.table(chunk.samples).drop_columns(["key", "width", "height", "sha256", "detail"])
+        table = pa.Table.from_batches([chunk.samples]).drop_columns(["key", "width", "height", "sha256", "detail"])
         tables.append(table.add_column(0, "id", ids))
     return pa.concat_tables(tables)
 
@@ -182,11 +184,13 @@ def _embedded(chunks: list[EachChunk], wanted: Sequence[Wanted]) -> list[Embedde
     for number, one in enumerate(wanted):
         width, heads = one.asked.dimension, {}
         vectors = np.full((len(good), width), np.nan, np.float32)
-        vectors[good] = np.concatenate([chunk.vectors[:, column : column + width] for chunk in chunks if chunk.head.good])
+        if good.any():
+            vectors[good] = np.concatenate([chunk.vectors[:, column : column + width] for chunk in chunks if chunk.head.good])
         column += width
         for head in one.heads:
             heads[head] = np.full(len(good), -1, np.int32)
-            heads[head][good] = np.concatenate([chunk.classes[:, place] for chunk in chunks if chunk.head.good])
+            if good.any():
+                heads[head][good] = np.concatenate([chunk.classes[:, place] for chunk in chunks if chunk.head.good])
             place += 1
         took = sum(chunk.head.seconds.get(f"forward {number}", 0.0) for chunk in chunks)
         found.append(Embedded(vectors=vectors, classes=heads, forward_s=took))
