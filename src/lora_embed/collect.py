@@ -5,8 +5,8 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,9 @@ from lora_embed.cluster import Topology
 from lora_embed.embed_each import Asked, Each, EachChunk
 from lora_embed.errors import ConfigError, IncompleteRun
 from lora_embed.model.preprocess import decoding
-from lora_embed.progress import say
+from lora_embed.progress import Progress, say
 from lora_embed.read import read_samples
-from lora_embed.schema import FORMAT, Layout, Shard, WorkItem, from_ipc, to_ipc
+from lora_embed.schema import FORMAT, ChunkStats, Layout, Shard, WorkItem, from_ipc, to_ipc
 from lora_embed.stages import add_seconds
 from lora_embed.storage import Store
 
@@ -132,10 +132,10 @@ def collect(source: Source, wanted: Sequence[Wanted], encoder_options: dict[str,
             input_options=source.options,
             layout=source.layout,
         )
-        chunks = _in_order(pipeline.embed_with_each([WorkItem(shard=s) for s in source.shards], each, topology), source)
+        chunks = _in_order(_watched(source, each, topology), source)
         decoded += sum(chunk.head.decoded for chunk in chunks)
         for chunk in chunks:
-            add_seconds(seconds, {name: took for name, took in chunk.head.seconds.items() if " " not in name})
+            add_seconds(seconds, _by_stage(chunk))
         if not any(chunk.samples.num_rows for chunk in chunks):
             raise ConfigError(f"{len(source.shards)} shards hold no sample at all, first {source.shards[0].name}")
         samples = _samples(chunks) if samples is None else _with_rejects(samples, _samples(chunks))
@@ -150,6 +150,21 @@ def collect(source: Source, wanted: Sequence[Wanted], encoder_options: dict[str,
 
 def _decoding(wanted: Wanted) -> str:
     return repr(decoding(wanted.asked.preprocessing))
+
+
+def _watched(source: Source, each: Each, topology: Topology) -> Iterator[EachChunk]:
+    """The chain's rows, counted on the way."""
+    with Progress(list(source.shards), topology.workers) as progress:
+        for chunk in pipeline.embed_with_each([WorkItem(shard=shard) for shard in source.shards], each, topology):
+            head, samples = chunk.head, chunk.samples.num_rows
+            stats = ChunkStats(shard_id=head.shard_id, chunk=head.chunk, samples=samples, vectors=head.good, error=head.error)
+            progress.add(replace(stats, rejects=samples - head.good, last=head.last, seconds=_by_stage(chunk)))
+            yield chunk
+
+
+def _by_stage(chunk: EachChunk) -> dict[str, float]:
+    """Without the seconds of single encoders, which are in those of `forward`."""
+    return {name: seconds for name, seconds in chunk.head.seconds.items() if " " not in name}
 
 
 def _in_order(chunks: Iterable[EachChunk], source: Source) -> list[EachChunk]:

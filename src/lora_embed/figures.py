@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,9 @@ BANK_SHARE = 2 / 3
 MOST_CHANGED = 12  # queries that are shown for a task and a candidate
 SIDES = {"bank": True, "train": True} | dict.fromkeys(("query", "test", "val", "valid", "validation", "dev", "eval"), False)
 
-Mask, Classes = NDArray[np.bool_], NDArray[np.int64]
+Mask = NDArray[np.bool_]
+Classes = NDArray[np.int64]
+Verdict = Literal["better", "worse", "within noise"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +96,8 @@ def score(labelled: Labelled, vectors: NDArray[np.float32]) -> dict[str, Scored]
 def _score_task(labelled: Labelled, task: str, vectors: NDArray[np.float32]) -> Scored:
     labels = labelled.labels[task]
     scores: dict[str, list[NDArray[np.float64]]] = {metric: [] for metric in METRICS}
-    predicted, ranks = [], []
+    predicted: list[Classes] = []
+    ranks: list[Ranked] = []
     for split in range(len(labelled.banks)):
         bank, queries = labelled.sides(task, split)
         asked = (vectors[bank], labels[bank], vectors[queries])
@@ -131,7 +135,7 @@ def differences_of(labelled: Labelled, task: str, pair: tuple[str, str], scored:
     for metric in METRICS:
         differences = [a - b for a, b in zip(scored.scores[metric], reference.scores[metric], strict=True)]
         mean, low, high = _interval(labelled, task, metric, differences, least=-1.0)
-        verdict = "better" if low > 0 else "worse" if high < 0 else "within noise"
+        verdict: Verdict = "better" if low > 0 else "worse" if high < 0 else "within noise"
         candidate, other = pair
         found.append(
             Difference(

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 NEAREST = 10  # k of the kNN classifier, and neighbours that are shown
 BLOCK = 2**23  # cosines held at a time: 32 MB, and as much again while they are sorted
-Floats, Rows = NDArray[np.float32], NDArray[np.int64]
+Floats = NDArray[np.float32]
+Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,9 @@ def _retention(evaluation: Evaluation) -> str:
 
 def _relations(evaluation: Evaluation) -> str:
     kinds = ("cosine", "sign_conflicts", "subspace_overlap", "cka")
-    over_all = {(one.one, one.other, one.kind): one.value for one in evaluation.relations if one.layer is None}
+    over_all: dict[tuple[str, str, str], float] = {
+        (one.one, one.other, one.kind): one.value for one in evaluation.relations if one.layer is None
+    }
     if not over_all:
         return ""
     pairs = list(dict.fromkeys((one, other) for one, other, _ in over_all))
