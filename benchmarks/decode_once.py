@@ -29,6 +29,7 @@ from lora_embed.model.encoder import load_encoder
 from lora_embed.plan import list_shards
 from lora_embed.progress import say
 from lora_embed.schema import Block, Layout, WorkItem
+from lora_embed.storage import Store
 from pictures import fetch_jpegs
 
 SIZE = (1024, 768)
@@ -83,7 +84,7 @@ def main() -> None:
             for folder, about in zip(folders, abouts, strict=True)
         ]
         layout = Layout(precision="float32", batch_size=16, chunk_size=64)
-        each = Each(encoders=tuple(asked), encoder_options={}, input_options={}, layout=layout)
+        each = Each(encoders=tuple(asked), store=Store(scratch), input_options={}, layout=layout)
         together = EmbedShardsWithEach(each, "cpu", lambda: False)
         alone = [EmbedShardsWithEach(replace(each, encoders=(one,)), "cpu", lambda: False) for one in asked]
         encoders = [load_encoder(folder) for folder in folders]

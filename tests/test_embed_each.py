@@ -15,6 +15,7 @@ from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.encoder import load_encoder
 from lora_embed.model.preprocess import Joint, decoding
 from lora_embed.schema import Block, Shard, WorkItem
+from lora_embed.storage import Store
 from models import save_adapter, save_base
 from samples import PREPROCESSING, encoded, layout, noise, png, tar_shard
 
@@ -58,7 +59,12 @@ def each_of(folders: list[Path]) -> Each:
     asked = [
         Asked(uri=str(f), dimension=d.dimension, preprocessing=d.preprocessing) for f, d in zip(folders, loaded, strict=True)
     ]
-    return Each(encoders=tuple(asked), encoder_options={}, input_options={}, layout=layout(carry=(("label", "string"),)))
+    return Each(
+        encoders=tuple(asked),
+        store=Store(str(folders[0].parent)),
+        input_options={},
+        layout=layout(carry=(("label", "string"),)),
+    )
 
 
 def shard_of(folder: Path) -> Shard:

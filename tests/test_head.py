@@ -31,7 +31,7 @@ def logits_of(base: Base, adapter: Adapter, pixel_values: torch.Tensor, weight: 
     body = load_headless(base.folder, base.uri)
     for _ in fold(body, Merge(adapters=(adapter,), weights=(weight,), options={})):
         pass
-    on_body = HeadOnBody(head, body)
+    on_body = HeadOnBody(SavedHead.from_bytes(head.to_bytes()), body)
     with torch.inference_mode():
         for batch in pixel_values.split(2):
             body(pixel_values=batch)

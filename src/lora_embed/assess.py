@@ -168,7 +168,7 @@ def prepare(request: Request, entrants: Sequence[Entrant], source: Source, topol
     own = [head.entrant for head in heads]
     built = [candidates.build(entrant, source.store) for entrant in [*entrants, *own]]
     wanted = {one.encoder.space_id: candidates.want(one, heads, source.store) for one in built}
-    collected = collect(source, list(wanted.values()), {}, topology)
+    collected = collect(source, list(wanted.values()), topology)
     labelled = label(request, collected)
     return Prepared(
         labelled=labelled,

@@ -1,5 +1,6 @@
 """What is judged: recipes and encoders, each built once and kept by the id of its recipe, and the heads of its adapters."""
 
+import hashlib
 import json
 import posixpath
 import tempfile
@@ -162,7 +163,7 @@ def find_heads(entrants: Sequence[Entrant]) -> tuple[list[AdapterHead], list[str
                 continue
             found[key] = AdapterHead(
                 adapter=name,
-                head_id=adapter.content_hash[:12],
+                head_id=hashlib.sha256(head.to_bytes()).hexdigest()[:12],
                 head=head,
                 names=class_names(adapter.saved.folder),
                 entrant=single(entrant, number),
@@ -171,9 +172,11 @@ def find_heads(entrants: Sequence[Entrant]) -> tuple[list[AdapterHead], list[str
 
 
 def want(built: Built, heads: Sequence[AdapterHead], store: Store) -> Wanted:
-    """What to ask of an encoder: its vectors, and what the heads say that fit its base."""
+    """What to ask of an encoder: its vectors, and what the heads say that fit its base; those are put on storage."""
     entrant, encoder = built.entrant, built.encoder
     base = entrant.ingredients.base.content_hash if entrant.ingredients else None
+    for head in heads:
+        store.create(f"heads/{head.head_id}", head.head.to_bytes())
     fitting = [(number, head) for head in heads if (number := _model_of(entrant, head, base)) is not None]
     return Wanted(
         space_id=encoder.space_id,
@@ -181,7 +184,7 @@ def want(built: Built, heads: Sequence[AdapterHead], store: Store) -> Wanted:
             uri=f"{store.uri}/{encoder_path(encoder.space_id)}",
             dimension=encoder.dimension,
             preprocessing=encoder.preprocessing,
-            heads=tuple((number, head.head) for number, head in fitting),
+            heads=tuple((number, f"heads/{head.head_id}") for number, head in fitting),
         ),
         heads=tuple(head.head_id for _, head in fitting),
     )

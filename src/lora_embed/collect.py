@@ -112,7 +112,7 @@ def check_fields(source: Source, options: Sequence[tuple[str, str]]) -> None:
         )
 
 
-def collect(source: Source, wanted: Sequence[Wanted], encoder_options: dict[str, Any], topology: Topology) -> Collected:
+def collect(source: Source, wanted: Sequence[Wanted], topology: Topology) -> Collected:
     """Vectors of all that are wanted: those kept before, and for the others one pass over the images for each decoding.
 
     Raises IncompleteRun when a shard cannot be read to its end.
@@ -128,7 +128,7 @@ def collect(source: Source, wanted: Sequence[Wanted], encoder_options: dict[str,
         say(f"{len(source.shards)} shards: embedding with {len(some)} encoders in one pass")
         each = Each(
             encoders=tuple(one.asked for one in some),
-            encoder_options=encoder_options,
+            store=source.store,
             input_options=source.options,
             layout=source.layout,
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,19 +15,17 @@ from lora_embed.isolate import decode_blocks
 from lora_embed.model.preprocess import Joint, Pixels, Preprocessing
 from lora_embed.schema import ChunkHead, Layout, from_ipc
 from lora_embed.stages import Stopwatch
-
-if TYPE_CHECKING:
-    from lora_embed.model.head import SavedHead
+from lora_embed.storage import Store
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """One encoder, and the heads that are put on its body: none, or each with the number of that model in it."""
+    """One encoder, and the heads that are put on its body."""
 
     uri: str
     dimension: int
     preprocessing: Preprocessing
-    heads: tuple[tuple[int, "SavedHead"], ...] = ()
+    heads: tuple[tuple[int, str], ...] = ()  # number of the model in the encoder, path of the head in the store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +33,7 @@ class Each:
     """All that a pass over the images shares; all encoders decode alike (`preprocess.decoding`)."""
 
     encoders: tuple[Asked, ...]
-    encoder_options: dict[str, Any]
+    store: Store  # where encoders and heads are kept
     input_options: dict[str, Any]
     layout: Layout
 
@@ -85,14 +83,15 @@ class EmbedWithEach:
         device = take_device(kind)
         self.each = each
         precision, batch_size = each.layout.precision, each.layout.batch_size
-        folders = [fetch_directory(one.uri, None, FILES, each.encoder_options) for one in each.encoders]
+        folders = [fetch_directory(one.uri, None, FILES, each.store.options) for one in each.encoders]
         self._encoders = [load_encoder(folder, device=device, precision=precision, batch_size=batch_size) for folder in folders]
         self._heads: list[list[Any]] = [[] for _ in self._encoders]
         for asked, encoder, heads in zip(each.encoders, self._encoders, self._heads, strict=True):
             if asked.heads:
-                from lora_embed.model.head import HeadOnBody
+                from lora_embed.model.head import HeadOnBody, SavedHead
 
-                heads += [HeadOnBody(head, encoder.models[number]) for number, head in asked.heads]
+                saved = [(number, each.store.read(path)) for number, path in asked.heads]
+                heads += [HeadOnBody(SavedHead.from_bytes(data), encoder.models[number]) for number, data in saved if data]
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Rows of `decode_items` → rows of `EachChunk`; seconds of encoder i are those of the stage `forward i`."""

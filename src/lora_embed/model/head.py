@@ -31,7 +31,20 @@ class SavedHead:
 
     config: dict[str, Any]  # of the classification model
     weights: bytes  # safetensors, named as that model names them
-    classes: int
+
+    @property
+    def classes(self) -> int:
+        """Of its outputs."""
+        return len(self.config["id2label"])
+
+    def to_bytes(self) -> bytes:
+        """The configuration as a line of JSON, then the weights."""
+        return json.dumps(self.config).encode() + b"\n" + self.weights
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "SavedHead":
+        config, _, weights = data.partition(b"\n")
+        return cls(config=json.loads(config), weights=weights)
 
 
 def find_head(base: Base, adapter: "Adapter") -> SavedHead | str:
@@ -53,7 +66,7 @@ def find_head(base: Base, adapter: "Adapter") -> SavedHead | str:
             return f"{type(model).__name__} reads a pooled output that an encoder does without"
         delattr(model, body)
         if {name: tensor.shape for name, tensor in tensors.items()} == {n: p.shape for n, p in model.named_parameters()}:
-            return SavedHead(config=labelled.to_dict(), weights=save(tensors), classes=classes)
+            return SavedHead(config=json.loads(labelled.to_json_string(use_diff=False)), weights=save(tensors))
     return f"what is saved with it is not the head of {type(model).__name__}: {', '.join(sorted(tensors))}"
 
 
