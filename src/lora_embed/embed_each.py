@@ -90,8 +90,10 @@ class EmbedWithEach:
             if asked.heads:
                 from lora_embed.model.head import HeadOnBody, SavedHead
 
-                saved = [(number, each.store.read(path)) for number, path in asked.heads]
-                heads += [HeadOnBody(SavedHead.from_bytes(data), encoder.models[number]) for number, data in saved if data]
+                for number, path in asked.heads:
+                    data = each.store.read(path)
+                    assert data is not None, path
+                    heads.append(HeadOnBody(SavedHead.from_bytes(data), encoder.models[number]))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Rows of `decode_items` → rows of `EachChunk`; seconds of encoder i are those of the stage `forward i`."""
