@@ -12,7 +12,7 @@ from PIL import Image
 
 from jobs import ROOT, write_recipe
 from lora_embed import load_encoder
-from lora_embed.cli import run_command
+from lora_embed.cli import evaluate_job, run_command
 from lora_embed.evaluate import knn_accuracy, split_by_name
 from lora_embed.evaluation import METRICS, Evaluation
 from models import save_adapter, save_base
@@ -150,15 +150,20 @@ def test_an_encoder_directory_is_a_candidate_too(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_parquet_and_the_job_file(world: Path, tmp_path: Path) -> None:
+def test_parquet_by_the_job(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     columns = {"image": [png(n) for n in range(30)], "kind": [None if n == 7 else "ab"[n % 2] for n in range(30)]}
     (tmp_path / "a.parquet").write_bytes(parquet_of(columns))
     options = ["--recipe", str(world / "half.yaml"), "--data", str(tmp_path), "--label", "kind", "--work", str(world / "work")]
-    command = [sys.executable, str(ROOT / "jobs" / "evaluate.py"), *options, "--no-heads", "--precision", "float32", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = Evaluation.from_json(done.stdout)
+    assert evaluate_job([*options, "--no-heads", "--precision", "float32", "--json"]) == 0
+    found = Evaluation.from_json(capsys.readouterr().out)
     assert (found.tasks[0].images, found.samples, found.retention) == (29, 30, ())
+
+
+def test_the_job_script_takes_the_same_options() -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "evaluate.py"), "--label", "kind", "--precision", "int8"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--precision is 'int8', expected auto, float32" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -190,18 +195,3 @@ def test_a_recipe_that_is_not_there(world: Path, capsys: pytest.CaptureFixture[s
 def test_a_recipe_given_twice(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = failed(world, capsys, "--label", "kind", recipes=("half", "half"))
     assert "two candidates are called 'half'" in message
-
-
-@pytest.mark.usefixtures("cluster", "evaluation")
-def test_an_unknown_side_of_ones_own_split(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = failed(world, capsys, "--label", "digit", "--split", "object")
-    assert "--split object: holds 'o0', expected bank or train" in message
-
-
-@pytest.mark.usefixtures("cluster")
-def test_labels_of_one_class(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    members = [member for n in range(9) for member in ((f"{n}.png", png(n)), (f"{n}.cls", b"owl"))]
-    (tmp_path / "a.tar").write_bytes(tar_of(members))
-    options = ["--recipe", str(world / "half.yaml"), "--data", str(tmp_path / "a.tar"), "--work", str(world / "work")]
-    assert run_command(["evaluate", *options, "--label", "cls", "--no-heads"]) == 2
-    assert "--label cls: 9 images, all of 'owl'; two classes or more can be told apart" in capsys.readouterr().err

@@ -31,13 +31,13 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Compare recipes on labelled images: each image decoded once, metrics on seeded splits, paired differences."""
-    from lora_embed.assess import Request, assess
-    from lora_embed.show import to_markdown
-
     if precision not in ("auto", "float32", "bfloat16", "float16"):
         raise ConfigError(f"--precision is {precision!r}, expected auto, float32, bfloat16 or float16")
     if out is not None:
         _check_writable(out)
+    from lora_embed.assess import Request, assess
+    from lora_embed.show import to_markdown
+
     request = Request(
         recipes=tuple(_absolute(path) for path in recipe or ()),
         inputs=tuple(_absolute(path) for path in data or ()),

@@ -207,7 +207,7 @@ def _neighbours(labelled: Labelled, task: str, ranked: Ranked, bank: Classes, ro
 
 
 def _label(labelled: Labelled, task: str, row: int) -> str:
-    return labelled.classes[task][labelled.labels[task][row]]
+    return labelled.classes[task][int(labelled.labels[task][row])]
 
 
 def head_order(names: tuple[str, ...], outputs: int, given: Sequence[str] | None) -> list[str] | None:

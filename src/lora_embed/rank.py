@@ -48,7 +48,8 @@ def vote(labels: Rows, cosines: Floats) -> Rows:
     votes = np.zeros((len(labels), int(labels.max()) + 1))
     rows = np.repeat(np.arange(len(labels)), labels.shape[1])
     np.add.at(votes, (rows, labels.ravel()), cosines.ravel())
-    return votes.argmax(axis=1)
+    found: Rows = votes.argmax(axis=1)
+    return found
 
 
 def rank(bank: Floats, bank_labels: Rows, queries: Floats, query_labels: Rows, k: int = NEAREST) -> Ranked:

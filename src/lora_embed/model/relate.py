@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from lora_embed.model.fold import Merge
 from lora_embed.model.match import Adapter
 
 Square = NDArray[np.float64]
+Kind = Literal["cosine", "sign_conflicts", "subspace_overlap"]
+KINDS: tuple[Kind, ...] = ("cosine", "sign_conflicts", "subspace_overlap")
 _BLOCK = 2**18  # entries of a weight that are compared at a time
 
 
@@ -79,7 +81,7 @@ class Relations:
         }
 
 
-def relate_adapters(base: Base, adapters: list[Adapter]) -> Iterator[tuple[str, int, int, str | None, float]]:
+def relate_adapters(base: Base, adapters: list[Adapter]) -> Iterator[tuple[Kind, int, int, str | None, float]]:
     """How adapters of one base lie to each other, by their weights alone: over all layers (None), and by weight.
 
     Yields (kind, one, other, weight, value) for each pair that both change something there, each at weight 1.
@@ -95,9 +97,10 @@ def relate_adapters(base: Base, adapters: list[Adapter]) -> Iterator[tuple[str, 
         elif any(name in adapter.changes for adapter in adapters):  # its norm counts in the cosine of all
             whole.add(merged, name, before.detach())
     for layer, relations in by_layer:
-        for kind, table in relations.tables().items():
+        tables = relations.tables()
+        for kind in KINDS:
             for one, other in itertools.combinations(range(len(adapters)), 2):
-                if (value := table[one][other]) is not None:
+                if (value := tables[kind][one][other]) is not None:
                     yield kind, one, other, layer, value
 
 
