@@ -95,6 +95,7 @@ def test_a_shard_holds_the_published_bytes_and_the_labels(images: list[LabelledI
     for image in images[:3]:
         assert content[f"{image.key}.png"] == image.path.read_bytes()
         assert json.loads(content[f"{image.key}.json"]) == {
+            "emoji": image.key.partition("-")[2],
             "category": image.category,
             "category_name": image.category_name,
             "group": image.group,

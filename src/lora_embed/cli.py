@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from lora_embed.cli_evaluate import evaluate
 from lora_embed.config import JobConfig, load_job, load_recipe
 from lora_embed.errors import ConfigError, LoraEmbedError
 from lora_embed.progress import say
@@ -215,6 +216,16 @@ def demo(folder: Annotated[Path, typer.Argument(help="Where everything is writte
 
     folder.mkdir(parents=True, exist_ok=True)
     run_demo(folder, say)
+
+
+app.command()(evaluate)
+
+
+def evaluate_job(arguments: list[str]) -> int:
+    """`jobs/evaluate.py`, with the options of `lora-embed evaluate`; returns the exit code."""
+    entry = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    entry.command()(evaluate)
+    return _exit_code(lambda: entry(arguments, prog_name="evaluate.py"))
 
 
 def nightly_job(arguments: list[str]) -> int:

@@ -19,7 +19,7 @@ import pyarrow as pa
 from PIL import ExifTags, Image
 
 from lora_embed.errors import ShardError, StorageError, StoreUnavailable
-from lora_embed.model.preprocess import Box, Pixels, Preprocessing
+from lora_embed.model.preprocess import Box, Joint, Pixels, Preprocessing
 from lora_embed.read import Sample, read_samples
 from lora_embed.schema import ChunkHead, Layout, Shard, WorkItem, sample_schema, to_ipc
 from lora_embed.stages import Stopwatch
@@ -58,26 +58,27 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pixels (H, W, 3) ready for the model, and the image's own size as it is shown."""
+    """Pixels (H, W, 3) ready for the model, or those of a `Joint`, and the image's own size as it is shown."""
 
     pixels: Pixels
     width: int
     height: int
 
 
-Decode = Callable[[bytes, Preprocessing, int], Decoded]  # `decode_image`, or what does the same elsewhere
+Prepare = Preprocessing | Joint  # for one encoder, or for several
+Decode = Callable[[bytes, Prepare, int], Decoded]  # `decode_image`, or what does the same elsewhere
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedChunk:
-    """One chunk's samples, of `schema.sample_schema`, and the pixels (good, H, W, 3) of the good ones, in their order."""
+    """One chunk's samples, of `schema.sample_schema`, and the pixels (good, *shape) of the good ones, in order."""
 
     head: ChunkHead
     samples: pa.RecordBatch
     pixels: Pixels
 
 
-def decode_image(data: bytes, preprocessing: Preprocessing, max_pixels: int = 100_000_000) -> Decoded:
+def decode_image(data: bytes, preprocessing: Prepare, max_pixels: int = 100_000_000) -> Decoded:
     """Decode and prepare one image, the first frame of an animated one. Raises BadImage.
 
     For tests, the environment variable LORA_EMBED_TEST_POISON makes it do harm instead: entries `<sha256>:segfault`,
@@ -105,7 +106,7 @@ def _do_harm(data: bytes) -> None:
         taken.append(np.empty(2**28, np.uint8))  # address space, never touched: other processes keep their memory
 
 
-def _decode(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> Decoded:
+def _decode(data: bytes, preprocessing: Prepare, max_pixels: int) -> Decoded:
     Image.MAX_IMAGE_PIXELS = max_pixels  # 43 bytes of GIF take 4 GB in `open` alone, where this is not set
     image: Image.Image
     try:
@@ -117,15 +118,16 @@ def _decode(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> Decod
     _check_area(image.width, image.height, max_pixels, "declares")
     try:
         image, size, part = _load(image, preprocessing)
-        width, height = preprocessing.resized_size(*size)
-        _check_area(width, height, max_pixels, "would be resized to")
-        _check_area(width, image.height, max_pixels, "would be resized by way of")  # Pillow resizes the rows first
+        for one in preprocessing.parts:
+            width, height = one.resized_size(*size)
+            _check_area(width, height, max_pixels, "would be resized to")
+            _check_area(width, image.height, max_pixels, "would be resized by way of")  # Pillow resizes the rows first
         return Decoded(preprocessing.apply(image, size, part), *size)
     except _DAMAGE as error:
         raise BadImage("corrupt_image", f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
 
 
-def _load(image: Image.Image, preprocessing: Preprocessing) -> tuple[Image.Image, tuple[int, int], Box | None]:
+def _load(image: Image.Image, preprocessing: Prepare) -> tuple[Image.Image, tuple[int, int], Box | None]:
     """An opened image → RGB, the (width, height) that it is shown in and, where it was decoded smaller, the part that is it.
 
     In an eighth of its size, an image of 2,051 pixels has 257, the last of which is less than half there.
@@ -172,12 +174,12 @@ def _turn_of(image: Image.Image) -> Image.Transpose | None:
 def decode_items(
     batch: dict[str, Any],
     layout: Layout,
-    preprocessing: Preprocessing,
+    preprocessing: Prepare,
     options: dict[str, Any],
     *,
     decode: Decode = decode_image,
 ) -> Iterator[dict[str, Any]]:
-    """Blocks of work items → one row per chunk: `head` (JSON), `samples` (Arrow IPC), `pixels` (1, n, H, W, 3).
+    """Blocks of work items → one row per chunk: `head` (JSON), `samples` (Arrow IPC), `pixels` (1, n, *shape).
 
     A shard that cannot be read on becomes a row whose head says why; the others go on.
     """
@@ -189,7 +191,7 @@ def decode_items(
             shard, may_pass = item.shard, isinstance(error, StoreUnavailable | OSError)
             head = ChunkHead(shard_id=shard.id, shard_name=shard.name, prefix=shard.prefix, error=str(error), may_pass=may_pass)
             nothing = pa.RecordBatch.from_pylist([], schema=sample_schema(layout.carry))
-            yield _row(head, nothing, np.empty((0, *preprocessing.size, 3), np.uint8))
+            yield _row(head, nothing, np.empty((0, *preprocessing.shape), np.uint8))
 
 
 def _row(head: ChunkHead, samples: pa.RecordBatch, pixels: Pixels) -> dict[str, Any]:
@@ -203,7 +205,7 @@ def _row(head: ChunkHead, samples: pa.RecordBatch, pixels: Pixels) -> dict[str, 
 
 
 def decode_shard(
-    item: WorkItem, layout: Layout, preprocessing: Preprocessing, options: dict[str, Any], *, decode: Decode = decode_image
+    item: WorkItem, layout: Layout, preprocessing: Prepare, options: dict[str, Any], *, decode: Decode = decode_image
 ) -> Iterator[DecodedChunk]:
     """Yield a shard's chunks but those that are done, the same bytes at every call.
 
@@ -235,13 +237,13 @@ def decode_shard(
 class _Chunk:
     """A chunk that is being filled; pixels go into one array at once, so that no copy is made at the end."""
 
-    def __init__(self, chunk: int, layout: Layout, preprocessing: Preprocessing, decode: Decode) -> None:
+    def __init__(self, chunk: int, layout: Layout, preprocessing: Prepare, decode: Decode) -> None:
         self.chunk = chunk
         self._layout = layout
         self._preprocessing = preprocessing
         self._decode = decode
         self._pixels: Pixels | None = None
-        self._good = 0
+        self._good = self._decoded = 0
         self._rows: list[dict[str, Any]] = []
 
     def add(self, sample: Sample, *, is_duplicate: bool) -> None:
@@ -253,6 +255,7 @@ class _Chunk:
             row["sha256"] = hashlib.sha256(sample.data).digest()
             if is_duplicate:
                 raise BadImage("duplicate_id", "an earlier sample of this shard has the same key")
+            self._decoded += 1
             decoded = self._decode(sample.data, self._preprocessing, self._layout.max_pixels)
             row |= {"width": decoded.width, "height": decoded.height}
             self._keep(decoded.pixels)
@@ -261,8 +264,7 @@ class _Chunk:
         self._rows.append(row)
 
     def finish(self, shard: Shard, seconds: dict[str, float], *, last: bool) -> DecodedChunk:
-        height, width = self._preprocessing.size
-        pixels = np.empty((0, height, width, 3), np.uint8) if self._pixels is None else self._pixels[: self._good]
+        pixels = np.empty((0, *self._preprocessing.shape), np.uint8) if self._pixels is None else self._pixels[: self._good]
         samples = pa.RecordBatch.from_pylist(self._rows, schema=sample_schema(self._layout.carry))
         head = ChunkHead(
             shard_id=shard.id,
@@ -271,6 +273,7 @@ class _Chunk:
             chunk=self.chunk,
             last=last,
             good=self._good,
+            decoded=self._decoded,
             seconds=seconds,
         )
         return DecodedChunk(head=head, samples=samples, pixels=pixels)

@@ -54,18 +54,24 @@ def _cpu_flags() -> set[str]:
         return next((set(line.split(":", 1)[1].split()) for line in file if line.startswith("flags")), set())
 
 
+def take_device(kind: str) -> str:
+    """Make an actor's process ready for its device; the name of the one that is really there."""
+    import torch  # here, not above: drivers and those who ask for a device can do without
+
+    device = kind if kind == "cpu" or torch.cuda.is_available() else "cpu"  # a declared GPU need not be there
+    if device == "cpu":
+        keep_freed_memory()
+        torch.set_num_threads(1)  # one actor per core; two threads on contended cores fall to a quarter
+    return device
+
+
 class EmbedImages:
     """The actor: loads an encoder, proves it on the golden images, then turns a chunk's pixels into vectors."""
 
     def __init__(self, encoder_uri: str, storage_options: dict[str, Any], layout: Layout, kind: str) -> None:
-        import torch  # here, not above: drivers and those who ask for a device can do without
-
         from lora_embed.model.encoder import FILES, load_encoder
 
-        device = kind if kind == "cpu" or torch.cuda.is_available() else "cpu"  # a declared GPU need not be there
-        if device == "cpu":
-            keep_freed_memory()
-            torch.set_num_threads(1)  # one actor per core; two threads on contended cores fall to a quarter
+        device = take_device(kind)
         self.layout = layout
         folder = fetch_directory(encoder_uri, None, FILES, storage_options)
         self._encoder = load_encoder(folder, device=device, precision=layout.precision, batch_size=layout.batch_size)

@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import pyarrow as pa
+
 from lora_embed.errors import ConfigError
 
 FORMAT = 1
@@ -169,6 +171,23 @@ class Evaluation:
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
 
+    def to_arrow(self) -> pa.Table:
+        """The figures for a notebook: a row each of task, metric, candidate and split, and one without a split for the mean.
+
+        Beside the mean stand its interval and, but for the reference, the difference to the reference and that one's interval.
+        """
+        differences = {(one.task, one.metric, one.candidate): one for one in self.differences}
+        rows: list[dict[str, Any]] = []
+        for one in self.figures:
+            key = {"task": one.task, "metric": one.metric, "candidate": one.candidate}
+            rows += [key | {"split": split, "value": value} for split, value in enumerate(one.per_split)]
+            mean = key | {"split": None, "value": one.mean, "low": one.low, "high": one.high}
+            if (other := differences.get((one.task, one.metric, one.candidate))) is not None:
+                mean |= {"difference": other.mean, "difference_low": other.low, "difference_high": other.high}
+                mean |= {"verdict": other.verdict}
+            rows.append(mean)
+        return pa.Table.from_pylist(rows, schema=_ARROW)
+
     @classmethod
     def from_json(cls, text: str, where: str = "the evaluation") -> "Evaluation":
         """Raises ConfigError, naming `where`, for what this release did not write."""
@@ -192,3 +211,12 @@ def _restore(kind: Any, value: Any) -> Any:
 
 
 _HINTS = get_type_hints(Evaluation)
+_NUMBERS = ("value", "low", "high", "difference", "difference_low", "difference_high")
+_ARROW = pa.schema(
+    [
+        *(pa.field(name, pa.string(), nullable=False) for name in ("task", "metric", "candidate")),
+        pa.field("split", pa.int32()),
+        *(pa.field(name, pa.float64()) for name in _NUMBERS),
+        pa.field("verdict", pa.string()),
+    ]
+)

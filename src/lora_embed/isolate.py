@@ -14,8 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from lora_embed.decode import BadImage, Decode, Decoded, decode_image, decode_items
-from lora_embed.model.preprocess import Preprocessing
+from lora_embed.decode import BadImage, Decode, Decoded, Prepare, decode_image, decode_items
 from lora_embed.schema import Layout
 
 TRIES = 2  # a child may die of something else than its image, such as the machine's memory killer
@@ -32,7 +31,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def decode_blocks(
-    batch: dict[str, Any], layout: Layout, preprocessing: Preprocessing, options: dict[str, Any], was_tried: Callable[[], bool]
+    batch: dict[str, Any], layout: Layout, preprocessing: Prepare, options: dict[str, Any], was_tried: Callable[[], bool]
 ) -> Iterator[dict[str, Any]]:
     """`decode_items`, but in a child process where a process died of the same task before.
 
@@ -56,7 +55,7 @@ class IsolatedDecoder:
         self._timeout_s = timeout_s
         self._child: _Child | None = None
 
-    def __call__(self, data: bytes, preprocessing: Preprocessing, max_pixels: int = 100_000_000) -> Decoded:
+    def __call__(self, data: bytes, preprocessing: Prepare, max_pixels: int = 100_000_000) -> Decoded:
         for _ in range(TRIES):
             answer = self._ask((data, preprocessing, max_pixels))
             if isinstance(answer, Decoded):

@@ -15,6 +15,7 @@ from lora_embed import errors
 from lora_embed.cluster import MAX_RETRIES, Topology, was_tried_before
 from lora_embed.config import JobConfig
 from lora_embed.embed import Device, EmbedImages, EmbedShards, inspect_device
+from lora_embed.embed_each import Each, EachChunk, EmbedShardsWithEach, EmbedWithEach
 from lora_embed.errors import IncompleteRun, LoraEmbedError, WorkersLost
 from lora_embed.isolate import decode_blocks
 from lora_embed.model.description import Description
@@ -96,6 +97,27 @@ def embed_blocks(blocks: list[Block], job: Job, topology: Topology) -> Iterator[
     with _own_errors():
         for row in rows.iter_rows():
             yield ChunkStats.from_json(row["stats"])
+
+
+def embed_with_each(items: list[WorkItem], each: Each, topology: Topology) -> Iterator[EachChunk]:
+    """Read and decode work items once, and give every image to each of several encoders; yields their vectors.
+
+    Raises as `embed_blocks` does.
+    """
+    blocks, wave = plan_blocks(items, topology.workers.readers), max(WAVE, BLOCKS_IN_WAVE * topology.workers.readers)
+    for start in range(0, len(blocks), wave):
+        some = blocks[start : start + wave]
+        rows: Any = ray.data.from_items([{"block": block} for block in some], override_num_blocks=len(some))
+        if topology.decode is None:
+            whole = (each, topology.kind, was_tried_before)
+            rows = rows.map_batches(EmbedShardsWithEach, batch_size=1, fn_constructor_args=whole, **topology.embed)
+        else:
+            decoding = (each.layout, each.prepare, each.input_options, was_tried_before)
+            rows = rows.map_batches(decode_blocks, batch_size=1, fn_args=decoding, **topology.decode)
+            rows = rows.map_batches(EmbedWithEach, batch_size=1, fn_constructor_args=(each, topology.kind), **topology.embed)
+        with _own_errors():
+            for row in rows.iter_rows():
+                yield EachChunk.from_row(row)
 
 
 def ask_device(topology: Topology) -> Device:

@@ -108,6 +108,7 @@ class ChunkHead:
     chunk: int = 0
     last: bool = False  # the shard's end is proven and this chunk reaches it
     good: int = 0  # samples with pixels
+    decoded: int = 0  # images given to the decoder, good or bad
     error: str = ""
     may_pass: bool = False  # the error: another try may get further
     seconds: dict[str, float] = field(default_factory=dict, compare=False)  # that it took, by stage

@@ -285,6 +285,7 @@ def _split(emoji: str) -> Literal["train", "test"]:
 
 def _labels(image: LabelledImage) -> dict[str, Any]:
     return {
+        "emoji": image.key.partition("-")[2],
         "category": image.category,
         "category_name": image.category_name,
         "group": image.group,

@@ -45,6 +45,7 @@ class Encoder:
         self, models: list[PreTrainedModel], description: Description, *, device: str, precision: str, batch_size: int
     ) -> None:
         self.description = description
+        self.models = models
         self.device = torch.device(device)
         self.precision = precision
         self.batch_size = batch_size

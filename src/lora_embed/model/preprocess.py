@@ -4,6 +4,8 @@ Decode workers need no torch and no transformers for this, pixels travel as byte
 Hugging Face PIL processor's pixels bit for bit: `encoder.build_encoder` checks that for every encoder it builds.
 """
 
+import itertools
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -35,6 +37,16 @@ class Preprocessing:
         if self.decode == "exact":
             del settings["decode"]
         return settings
+
+    @property
+    def parts(self) -> tuple["Preprocessing", ...]:
+        """Itself alone; of a `Joint` there are several."""
+        return (self,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(height, width, 3) of every prepared image."""
+        return (*self.size, 3)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -75,6 +87,43 @@ class Preprocessing:
         if self.crop is None:
             return np.asarray(image)
         return _center_crop(np.asarray(image), self.crop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joint:
+    """What several encoders need of one image: it is decoded once, and prepared in each of these ways."""
+
+    parts: tuple[Preprocessing, ...]  # of one `decoding`
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(bytes,) of an image in all its ways, end to end."""
+        return (sum(math.prod(part.shape) for part in self.parts),)
+
+    @property
+    def decode(self) -> Decoding:
+        return self.parts[0].decode
+
+    def least_size(self, width: int, height: int) -> tuple[int, int]:
+        """As of each part."""
+        return self.parts[0].least_size(width, height)
+
+    def apply(self, image: Image.Image, size: tuple[int, int] | None = None, part: Box | None = None) -> Pixels:
+        """As `Preprocessing.apply`, but uint8 (bytes,): the pixels of all ways, end to end."""
+        return np.concatenate([one.apply(image, size, part).reshape(-1) for one in self.parts])
+
+    def split(self, pixels: Pixels) -> list[Pixels]:
+        """Prepared images, uint8 (n, bytes) → (n, height, width, 3) for each way."""
+        ends = list(itertools.accumulate(math.prod(part.shape) for part in self.parts))
+        return [
+            pixels[:, start:end].reshape(len(pixels), *part.shape)
+            for start, end, part in zip([0, *ends], ends, self.parts, strict=False)
+        ]
+
+
+def decoding(preprocessing: Preprocessing) -> tuple[Any, ...]:
+    """What must be equal for one decoded image to serve two preprocessings: `fast` decodes for a certain resize."""
+    return (preprocessing.decode, preprocessing.resize if preprocessing.decode == "fast" else None)
 
 
 def _center_crop(pixels: Pixels, crop: tuple[int, int]) -> Pixels:

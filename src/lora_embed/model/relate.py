@@ -1,16 +1,22 @@
 """How several adapters' changes lie to each other: cosine, sign conflicts, overlap of their subspaces."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lora_embed.model.base import Base, load_headless
 from lora_embed.model.change import LowRank
 from lora_embed.model.fold import Merge
+from lora_embed.model.match import Adapter
 
 Square = NDArray[np.float64]
+Kind = Literal["cosine", "sign_conflicts", "subspace_overlap"]
+KINDS: tuple[Kind, ...] = ("cosine", "sign_conflicts", "subspace_overlap")
 _BLOCK = 2**18  # entries of a weight that are compared at a time
 
 
@@ -46,6 +52,11 @@ class Relations:
         self._add_overlaps(merged, name, taking)
         return [float(norm) for norm in np.sqrt(squares)]
 
+    def include(self, others: "Relations") -> None:
+        """Add what another has seen."""
+        for name in ("products", "conflicts", "shared", "overlaps", "overlapping"):
+            setattr(self, name, getattr(self, name) + getattr(others, name))
+
     def _add_overlaps(self, merged: Merge, name: str, taking: list[int]) -> None:
         changes = {number: merged.adapters[number].changes[name] for number in taking}
         bases = {
@@ -68,6 +79,29 @@ class Relations:
             "sign_conflicts": _ratio(self.conflicts, self.shared),
             "subspace_overlap": _ratio(self.overlaps, self.overlapping),
         }
+
+
+def relate_adapters(base: Base, adapters: list[Adapter]) -> Iterator[tuple[Kind, int, int, str | None, float]]:
+    """How adapters of one base lie to each other, by their weights alone: over all layers (None), and by weight.
+
+    Yields (kind, one, other, weight, value) for each pair that both change something there, each at weight 1.
+    """
+    whole = Relations.of(len(adapters))
+    merged = Merge(adapters=tuple(adapters), weights=(1.0,) * len(adapters), options={})
+    by_layer: list[tuple[str | None, Relations]] = [(None, whole)]
+    for name, before in load_headless(base.folder, base.uri).named_parameters():
+        if sum(name in adapter.changes for adapter in adapters) > 1:
+            by_layer.append((name, Relations.of(len(adapters))))
+            by_layer[-1][1].add(merged, name, before.detach())
+            whole.include(by_layer[-1][1])
+        elif any(name in adapter.changes for adapter in adapters):  # its norm counts in the cosine of all
+            whole.add(merged, name, before.detach())
+    for layer, relations in by_layer:
+        tables = relations.tables()
+        for kind in KINDS:
+            for one, other in itertools.combinations(range(len(adapters)), 2):
+                if (value := tables[kind][one][other]) is not None:
+                    yield kind, one, other, layer, value
 
 
 def _gram(rows: torch.Tensor) -> Square:

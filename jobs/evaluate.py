@@ -1,0 +1,14 @@
+"""Compare recipes on labelled images: `ray job submit -- python jobs/evaluate.py --recipe a.yaml --data … --label …`."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # a cluster has the dependencies, not the package
+# The workers of a Ray that is started here have it from this:
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))
+
+from lora_embed.cli import end_process, evaluate_job
+
+if __name__ == "__main__":
+    end_process(evaluate_job(sys.argv[1:]))

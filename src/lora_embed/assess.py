@@ -1,0 +1,294 @@
+"""An evaluation from recipes and labelled shards to its record: build → embed in one pass → figures, heads, relations."""
+
+import importlib.util
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_embed import candidates, cluster, figures, pipeline
+from lora_embed.candidates import AdapterHead, Built, Entrant
+from lora_embed.collect import Collected, Source, check_fields, collect
+from lora_embed.config import Resources
+from lora_embed.errors import ConfigError
+from lora_embed.evaluation import Difference, Evaluation, Figure, QueryChange, Relation, Retention, Task
+from lora_embed.fetch import cache_root
+from lora_embed.figures import Labelled, Scored
+from lora_embed.plan import list_shards
+from lora_embed.progress import say
+from lora_embed.schema import Layout
+from lora_embed.storage import Store
+from lora_embed.thumbnails import thumbnails
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be evaluated, and how."""
+
+    recipes: tuple[str, ...]  # recipe files, or directories of encoders
+    inputs: tuple[str, ...]
+    labels: tuple[str, ...]  # fields, one a task
+    group: str | None = None  # field: images with the same value are on one side
+    split: str | None = None  # field of the user's own split
+    splits: int = 5
+    seed: int = 0
+    reference: str | None = None  # a candidate's name; the first
+    alone: bool = False  # judge the base and each adapter by itself as well
+    judges_heads: bool = True
+    heads: dict[str, str] = field(default_factory=dict)  # adapter → task, where the classes do not tell
+    head_classes: dict[str, tuple[str, ...]] = field(default_factory=dict)  # task → names in the order of a head's outputs
+    precision: str = "auto"
+    work: str | None = None  # where encoders and vectors are kept
+    shared_filesystem: bool = False
+    resources: Resources = field(default_factory=Resources)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """All that figures are made from: for `evaluate`, and for a search that asks for other figures of the same images."""
+
+    labelled: Labelled
+    collected: Collected
+    rows: NDArray[np.int64]  # of the collected samples that are labelled's
+    built: tuple[Built, ...]  # the candidates, in order; behind them adapters alone that only heads need
+    heads: tuple[tuple[AdapterHead, str, list[str]], ...]  # with its task and the class of each output
+
+    def vectors(self, built: Built) -> NDArray[np.float32]:
+        """A candidate's vectors, in the order of `labelled`."""
+        return self.collected.embedded[built.encoder.space_id].vectors[self.rows]
+
+
+def assess(request: Request) -> Evaluation:
+    """Evaluate. Raises ConfigError and its kinds for a wrong request or unfit data, IncompleteRun for shards not read."""
+    started = time.perf_counter()
+    check_request(request)
+    entrants = candidates.find_entrants(request.recipes, alone=request.alone)
+    names = [entrant.name for entrant in entrants]
+    if request.reference is not None and request.reference not in names:
+        raise ConfigError(f"--reference {request.reference}: is none of the candidates, which are {', '.join(names)}")
+    source, topology = open_source(request)
+    prepared = prepare(request, entrants, source, topology)
+    built = prepared.built[: len(entrants)]
+    vectors = [prepared.vectors(one) for one in built]
+    clock = time.perf_counter()
+    scored = dict(zip(names, pipeline.map_tasks(figures.score, (prepared.labelled,), vectors), strict=True))
+    metrics_s = time.perf_counter() - clock
+    reference = request.reference or names[0]
+    clock = time.perf_counter()
+    relations = relate(entrants)
+    relate_s = time.perf_counter() - clock
+    changed = _changed(prepared.labelled, scored, reference)
+    labelled, collected = prepared.labelled, prepared.collected
+    return Evaluation(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        inputs=request.inputs,
+        samples=collected.samples.num_rows,
+        decoded=collected.decoded,
+        rejects=collected.rejects,
+        seconds=collected.seconds | {"metrics": metrics_s, "relate": relate_s, "all": time.perf_counter() - started},
+        splits=len(labelled.banks),
+        bank_share=float(np.mean([bank.mean() for bank in labelled.banks])),
+        seed=request.seed,
+        tasks=tuple(
+            Task(name=task, label=task, classes=classes, images=int((labelled.labels[task] >= 0).sum()))
+            for task, classes in labelled.classes.items()
+        ),
+        candidates=tuple(candidates.candidate_of(one, collected.embedded[one.encoder.space_id].forward_s) for one in built),
+        reference=reference,
+        figures=_figures(labelled, scored),
+        differences=_differences(labelled, scored, reference),
+        retention=_retention(prepared, built),
+        classes=tuple(
+            change
+            for task, name, other in _pairs(labelled, scored, reference)
+            for change in figures.class_changes(labelled, task, (name, reference), scored[name][task], other[task])
+        ),
+        relations=relations,
+        queries=changed,
+        thumbnails=thumbnails(changed, source),
+    )
+
+
+def check_request(request: Request) -> None:
+    """Raises ConfigError for options that do not go together."""
+    for option, given in (("--recipe", request.recipes), ("--data", request.inputs), ("--label", request.labels)):
+        if not given:
+            raise ConfigError(f"{option} is missing. Name at least one.")
+    if importlib.util.find_spec("sklearn") is None:
+        raise ConfigError("scikit-learn is not installed. Run: pip install 'lora-embed[evaluation]', on every node.")
+    for label in request.labels:
+        if request.labels.count(label) > 1:
+            raise ConfigError(f"--label {label} is given {request.labels.count(label)} times. Name it once.")
+    if request.split is None and request.splits < 2:
+        raise ConfigError(f"--splits is {request.splits}, expected 2 or more: one says nothing of noise")
+    for task in [*request.heads.values(), *request.head_classes]:
+        if task not in request.labels:
+            raise ConfigError(f"{task!r} is given for a head, but is no --label. Those are {', '.join(request.labels)}.")
+
+
+def open_source(request: Request) -> tuple[Source, cluster.Topology]:
+    """List the input, look for the fields, join the cluster."""
+    store = Store(request.work or str(cache_root() / "evaluate"))
+    shards = list_shards(request.inputs, {})
+    options = [("--label", name) for name in request.labels]
+    options += [(option, name) for option, name in (("--group", request.group), ("--split", request.split)) if name]
+    carry = tuple((name, "string") for name in dict.fromkeys(name for _, name in options))
+    source = Source(
+        shards=tuple(shards), options={}, store=store, layout=Layout(precision="float32", batch_size=16, carry=carry)
+    )
+    check_fields(source, options)
+    store.check_reachable()
+    store.check_writable()
+    cluster.connect()
+    topology = cluster.choose_topology(request.resources)
+    nodes = cluster.count_nodes()
+    local = [store.uri] * store.is_local + sorted({shard.root for shard in shards if Store(shard.root).is_local})
+    if local and nodes > 1 and not request.shared_filesystem:
+        raise ConfigError(
+            f"{local[0]} is a local path, but this cluster has {nodes} nodes, each with disks of its own. Use URIs that "
+            "all nodes reach for --data and --work, such as s3://…, or add --shared-filesystem if they all mount it there."
+        )
+    device = pipeline.ask_device(topology)
+    precision = device.precision if request.precision == "auto" else request.precision
+    layout = Layout(precision=precision, batch_size=device.batch_size, carry=carry)
+    return Source(shards=source.shards, options={}, store=store, layout=layout), topology
+
+
+def prepare(request: Request, entrants: Sequence[Entrant], source: Source, topology: cluster.Topology) -> Prepared:
+    """Build all encoders, embed all images with each, and make out classes, groups, splits and heads."""
+    heads: list[AdapterHead] = []
+    if request.judges_heads:
+        heads, notes = candidates.find_heads(entrants)
+        for note in notes:
+            say(f"note: {note}")
+    own = [head.entrant for head in heads]
+    built = [candidates.build(entrant, source.store) for entrant in [*entrants, *own]]
+    wanted = {one.encoder.space_id: candidates.want(one, heads, source.store) for one in built}
+    collected = collect(source, list(wanted.values()), topology)
+    labelled = label(request, collected)
+    return Prepared(
+        labelled=labelled,
+        collected=collected,
+        rows=np.flatnonzero(collected.good),
+        built=tuple(built),
+        heads=tuple(_with_tasks(request, heads, labelled)),
+    )
+
+
+def label(request: Request, collected: Collected) -> Labelled:
+    """Classes, groups and splits of the samples that have vectors. Raises ConfigError for labels that cannot be asked."""
+    good = collected.samples.filter(collected.samples.column("reason").is_null())
+    if not good.num_rows:
+        raise ConfigError(f"none of the {collected.samples.num_rows} samples could be embedded: {collected.rejects}")
+    columns = {name: good.column(name).to_pylist() for name in good.column_names}
+    ids = columns["id"]
+    twice = [one for one, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise ConfigError(f"{len(twice)} ids are held by several images, first {twice[0]}")
+    names = (
+        ids
+        if request.group is None
+        else [one if name is None else name for one, name in zip(ids, columns[request.group], strict=True)]
+    )
+    classes = {task: figures.classes_of(columns[task]) for task in request.labels}
+    if request.split is not None:
+        banks = figures.own_split(columns[request.split], request.split)
+    else:
+        banks = figures.seeded_splits(names, request.splits, request.seed)
+    labelled = Labelled(
+        ids=tuple(ids),
+        classes={task: found for task, (found, _) in classes.items()},
+        labels={task: found for task, (_, found) in classes.items()},
+        groups=np.unique(names, return_inverse=True)[1],
+        banks=banks,
+        bank_share=None if request.split else figures.BANK_SHARE,
+    )
+    figures.check_sides(labelled)
+    return labelled
+
+
+def _with_tasks(request: Request, heads: Sequence[AdapterHead], labelled: Labelled) -> list[tuple[AdapterHead, str, list[str]]]:
+    """Each head with the task that it is for: the one named for it, else the only one whose classes it can have."""
+    found = []
+    for head in heads:
+        named = request.heads.get(head.adapter)
+        orders = {}
+        for task in [named] if named else request.labels:
+            saved = [head.names[n] for n in sorted(head.names)] if head.names else None
+            order = figures.head_order(labelled.classes[task], head.head.classes, request.head_classes.get(task) or saved)
+            if order is not None:
+                orders[task] = order
+        if len(orders) == 1:
+            found += [(head, task, order) for task, order in orders.items()]
+            continue
+        why = f"may be that of {', '.join(orders)}" if orders else f"has {head.head.classes} outputs, as no task has classes"
+        say(
+            f"note: {head.adapter}: its head is not judged: it {why}. Say with --head {head.adapter}=FIELD which it is for, "
+            "and with --classes FIELD=FILE in which order its outputs are."
+        )
+    return found
+
+
+def _pairs(
+    labelled: Labelled, scored: dict[str, dict[str, Scored]], reference: str
+) -> list[tuple[str, str, dict[str, Scored]]]:
+    """Each task with each candidate but the reference, and what the reference scored."""
+    return [(task, name, scored[reference]) for task in labelled.labels for name in scored if name != reference]
+
+
+def _figures(labelled: Labelled, scored: dict[str, dict[str, Scored]]) -> tuple[Figure, ...]:
+    found = [figures.figures_of(labelled, task, name, by[task]) for task in labelled.labels for name, by in scored.items()]
+    return tuple(figure for some in found for figure in some)
+
+
+def _differences(labelled: Labelled, scored: dict[str, dict[str, Scored]], reference: str) -> tuple[Difference, ...]:
+    return tuple(
+        difference
+        for task, name, other in _pairs(labelled, scored, reference)
+        for difference in figures.differences_of(labelled, task, (name, reference), scored[name][task], other[task])
+    )
+
+
+def _retention(prepared: Prepared, built: Sequence[Built]) -> tuple[Retention, ...]:
+    """Every head on every candidate that it was put on, against the same head on its own adapter."""
+    said = {
+        (space_id, head_id): classes[prepared.rows]
+        for space_id, embedded in prepared.collected.embedded.items()
+        for head_id, classes in embedded.classes.items()
+    }
+    alone = {one.entrant.ingredients.recipe_id: one.encoder.space_id for one in prepared.built if one.entrant.ingredients}
+    found = []
+    for head, task, order in prepared.heads:
+        ingredients = head.entrant.ingredients
+        assert ingredients is not None
+        own = said[alone[ingredients.recipe_id], head.head_id]
+        for one in built:
+            kept = said.get((one.encoder.space_id, head.head_id))
+            if kept is not None:
+                names = (task, head.adapter, one.entrant.name)
+                found.append(figures.retention_of(prepared.labelled, names, order, own, kept))
+    return tuple(found)
+
+
+def _changed(labelled: Labelled, scored: dict[str, dict[str, Scored]], reference: str) -> tuple[QueryChange, ...]:
+    return tuple(
+        change
+        for task, name, other in _pairs(labelled, scored, reference)
+        for change in figures.query_changes(labelled, task, (name, reference), scored[name][task], other[task])
+    )
+
+
+def relate(entrants: Sequence[Entrant]) -> tuple[Relation, ...]:
+    """How all adapters of one base lie to each other by their weights, over all layers and by layer."""
+    from lora_embed.model.relate import relate_adapters
+
+    found = []
+    for ingredients, adapters in candidates.related(entrants).values():
+        names = list(adapters)
+        for kind, one, other, layer, value in relate_adapters(ingredients.base, list(adapters.values())):
+            found.append(Relation(kind=kind, one=names[one], other=names[other], layer=layer, value=value))
+    return tuple(found)

@@ -1,0 +1,237 @@
+"""What is judged: recipes and encoders, each built once and kept by the id of its recipe, and the heads of its adapters."""
+
+import hashlib
+import json
+import posixpath
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_embed.collect import Wanted
+from lora_embed.config import Recipe, load_recipe
+from lora_embed.embed_each import Asked
+from lora_embed.errors import AdapterMismatch, ConfigError, EncoderError, StorageError
+from lora_embed.evaluation import Candidate
+from lora_embed.model.build import Ingredients, gather, match_adapters
+from lora_embed.model.description import Description, read_description
+from lora_embed.model.head import SavedHead, class_names, find_head
+from lora_embed.model.match import Adapter
+from lora_embed.model.merge import CONCAT
+from lora_embed.progress import say
+from lora_embed.run import find_encoder, prepare_encoder, store_encoder
+from lora_embed.schema import encoder_path
+from lora_embed.storage import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entrant:
+    """One that is judged, before it is built: a recipe with all it names, or an encoder's directory."""
+
+    name: str
+    recipe: Recipe
+    ingredients: Ingredients | None  # None where an encoder's recipe names what is not there any more
+    adapters: tuple[Adapter, ...] = ()  # of it, matched to the base
+    folder: Path | None = None  # of an encoder built before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """One that is judged, as an encoder on storage."""
+
+    entrant: Entrant
+    encoder: Description
+    build_s: float
+    encoder_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterHead:
+    """An adapter's own head."""
+
+    adapter: str  # its name
+    head_id: str
+    head: SavedHead
+    names: dict[int, str]  # of its outputs, where they are saved
+    entrant: Entrant  # the adapter alone, at weight 1
+
+
+def find_entrants(recipes: Sequence[str], *, alone: bool) -> list[Entrant]:
+    """Read what recipe files and encoder directories name; with `alone`, also the base and each adapter of theirs.
+
+    Raises ConfigError and its kinds for what cannot be read.
+    """
+    names = _distinct([path.rstrip("/").removesuffix(".yaml").removesuffix(".yml") for path in recipes])
+    entrants = [_read(name, path) for name, path in zip(names, recipes, strict=True)]
+    if alone:
+        known = {entrant.ingredients.recipe_id for entrant in entrants if entrant.ingredients}
+        for entrant in _alone(entrants):
+            assert entrant.ingredients is not None
+            if entrant.ingredients.recipe_id not in known:
+                known.add(entrant.ingredients.recipe_id)
+                entrants.append(entrant)
+    twice = {entrant.name for entrant in entrants if [one.name for one in entrants].count(entrant.name) > 1}
+    if twice:
+        raise ConfigError(f"two candidates are called {min(twice)!r}. Rename one of the recipe files.")
+    return entrants
+
+
+def _read(name: str, path: str) -> Entrant:
+    if not Path(path).is_dir():
+        recipe = load_recipe(path)
+        return _entrant(name, recipe)
+    read_description(Path(path))
+    recipe = load_recipe(Path(path) / "recipe.yaml")
+    try:
+        return replace(_entrant(name, recipe), folder=Path(path))
+    except (StorageError, EncoderError, AdapterMismatch) as error:
+        say(f"note: {path}: judged without its adapters' heads, since what it was built from is not there: {error}")
+        return Entrant(name=name, recipe=recipe, ingredients=None, folder=Path(path))
+
+
+def _entrant(name: str, recipe: Recipe) -> Entrant:
+    ingredients = gather(recipe)
+    return Entrant(name=name, recipe=recipe, ingredients=ingredients, adapters=tuple(match_adapters(ingredients)))
+
+
+def _alone(entrants: Sequence[Entrant]) -> Iterator[Entrant]:
+    """The base of each, and each of its adapters by itself."""
+    for entrant in entrants:
+        if entrant.ingredients is None:
+            continue
+        changes = {"adapters": (), "merge_method": "none", "merge_options": {}}
+        base = entrant.recipe.model_copy(update=changes)
+        yield Entrant(name="base", recipe=base, ingredients=gather(base))
+        yield from (single(entrant, number) for number in range(len(entrant.adapters)))
+
+
+def single(entrant: Entrant, number: int) -> Entrant:
+    """One adapter of a recipe by itself, at weight 1."""
+    spec = entrant.recipe.adapters[number].model_copy(update={"weight": 1.0})
+    changes = {"adapters": (spec,), "merge_method": "weighted_sum", "merge_options": {}}
+    recipe, name = entrant.recipe.model_copy(update=changes), adapter_names(entrant.recipe)[number]
+    return Entrant(name=name, recipe=recipe, ingredients=gather(recipe), adapters=(entrant.adapters[number],))
+
+
+def adapter_names(recipe: Recipe) -> list[str]:
+    """Short names of a recipe's adapters: the last part of their paths, or more where that is not distinct."""
+    return _distinct([spec.path.rstrip("/") for spec in recipe.adapters])
+
+
+def _distinct(paths: list[str]) -> list[str]:
+    """As few last parts of each path as tell them all apart; equal paths stay equal."""
+    for parts in range(1, max((path.count("/") for path in paths), default=0) + 2):
+        names = [posixpath.join(*path.split("/")[-parts:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return names if paths else []
+
+
+def build(entrant: Entrant, store: Store) -> Built:
+    """The entrant's encoder on storage, built and copied there unless it is there already."""
+    source = entrant.folder or entrant.ingredients
+    assert source is not None
+    encoder = find_encoder(source, store)
+    if encoder is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            started = time.perf_counter()
+            folder = prepare_encoder(source, Path(scratch) / "encoder")
+            took = 0.0 if entrant.folder else time.perf_counter() - started
+            encoder = store_encoder(folder, store)
+        store.replace(f"builds/{encoder.space_id}.json", json.dumps({"build_s": round(took, 2)}).encode())
+    raw = store.read(f"builds/{encoder.space_id}.json")
+    weights = [entry.size for entry in store.list_files(encoder_path(encoder.space_id)) if entry.path.endswith(".safetensors")]
+    build_s = float(json.loads(raw)["build_s"]) if raw else 0.0
+    return Built(entrant=entrant, encoder=encoder, build_s=build_s, encoder_bytes=sum(weights))
+
+
+def find_heads(entrants: Sequence[Entrant]) -> tuple[list[AdapterHead], list[str]]:
+    """The heads of all adapters that entrants name, each once, and a note for each adapter without."""
+    found: dict[str, AdapterHead] = {}
+    notes: dict[str, str] = {}
+    for entrant in entrants:
+        if entrant.ingredients is None:
+            continue
+        for number, (name, adapter) in enumerate(zip(adapter_names(entrant.recipe), entrant.adapters, strict=True)):
+            key = f"{entrant.ingredients.base.content_hash} {adapter.content_hash} {entrant.recipe.image_size}"
+            if key in found or key in notes:
+                continue
+            head = find_head(entrant.ingredients.base, adapter)
+            if isinstance(head, str):
+                notes[key] = f"{name}: its head is not judged: {head}"
+                continue
+            found[key] = AdapterHead(
+                adapter=name,
+                head_id=hashlib.sha256(head.to_bytes()).hexdigest()[:12],
+                head=head,
+                names=class_names(adapter.saved.folder),
+                entrant=single(entrant, number),
+            )
+    return list(found.values()), list(notes.values())
+
+
+def want(built: Built, heads: Sequence[AdapterHead], store: Store) -> Wanted:
+    """What to ask of an encoder: its vectors, and what the heads say that fit its base; those are put on storage."""
+    entrant, encoder = built.entrant, built.encoder
+    base = entrant.ingredients.base.content_hash if entrant.ingredients else None
+    for head in heads:
+        store.create(f"heads/{head.head_id}", head.head.to_bytes())
+    fitting = [(number, head) for head in heads if (number := _model_of(entrant, head, base)) is not None]
+    return Wanted(
+        space_id=encoder.space_id,
+        asked=Asked(
+            uri=f"{store.uri}/{encoder_path(encoder.space_id)}",
+            dimension=encoder.dimension,
+            preprocessing=encoder.preprocessing,
+            heads=tuple((number, f"heads/{head.head_id}") for number, head in fitting),
+        ),
+        heads=tuple(head.head_id for _, head in fitting),
+    )
+
+
+def _model_of(entrant: Entrant, head: AdapterHead, base: str | None) -> int | None:
+    """The number of the encoder's model that a head is put on: of `concat`, the adapter's own; None where none fits."""
+    own = head.entrant.ingredients
+    assert own is not None
+    if (
+        entrant.ingredients is None
+        or base != own.base.content_hash
+        or entrant.recipe.image_size != head.entrant.recipe.image_size
+    ):
+        return None
+    if entrant.recipe.merge_method != CONCAT:
+        return 0
+    hashes = sorted(adapter.content_hash for adapter in entrant.ingredients.adapters)
+    return hashes.index(own.adapters[0].content_hash) if own.adapters[0].content_hash in hashes else None
+
+
+def candidate_of(built: Built, forward_s: float) -> Candidate:
+    """The record of one that was judged."""
+    recipe = built.entrant.recipe
+    return Candidate(
+        name=built.entrant.name,
+        method=recipe.merge_method,
+        weights=dict(zip(adapter_names(recipe), (spec.weight for spec in recipe.adapters), strict=True)),
+        options=dict(recipe.merge_options),
+        recipe_id=built.encoder.recipe_id,
+        space_id=built.encoder.space_id,
+        dimension=built.encoder.dimension,
+        build_s=built.build_s,
+        encoder_bytes=built.encoder_bytes,
+        forward_s=round(forward_s, 3),
+    )
+
+
+def related(entrants: Sequence[Entrant]) -> dict[str, tuple[Ingredients, dict[str, Adapter]]]:
+    """Bases that several adapters are for: content hash → one recipe's ingredients, and all its adapters by name."""
+    found: dict[str, tuple[Ingredients, dict[str, Adapter]]] = {}
+    for entrant in entrants:
+        if entrant.ingredients is not None:
+            base = entrant.ingredients.base.content_hash
+            adapters = found.setdefault(base, (entrant.ingredients, {}))[1]
+            known = {adapter.content_hash for adapter in adapters.values()}
+            for name, adapter in zip(adapter_names(entrant.recipe), entrant.adapters, strict=True):
+                if adapter.content_hash not in known:
+                    adapters[name if name not in adapters else adapter.uri] = adapter
+    return {base: pair for base, pair in found.items() if len(pair[1]) > 1}

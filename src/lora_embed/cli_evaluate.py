@@ -1,0 +1,90 @@
+"""`lora-embed evaluate` and `jobs/evaluate.py`: options → a request, its evaluation → stdout and a file."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_embed.errors import ConfigError, StorageError
+
+Many = list[str] | None
+
+
+def evaluate(
+    recipe: Annotated[Many, typer.Option(help="Recipe file or encoder directory; repeat it for several.")] = None,
+    data: Annotated[Many, typer.Option(metavar="INPUT", help="Labelled shards, as `input` of a job; repeat it.")] = None,
+    label: Annotated[Many, typer.Option(metavar="FIELD", help="Field with the class, a task each; repeat it.")] = None,
+    group: Annotated[str | None, typer.Option(metavar="FIELD", help="Images with one value stay on one side.")] = None,
+    split: Annotated[str | None, typer.Option(metavar="FIELD", help="Your own split: bank or train, query or test …")] = None,
+    splits: Annotated[int, typer.Option(help="Seeded splits, two thirds of the images in the bank.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of the first split.")] = 0,
+    reference: Annotated[str | None, typer.Option(metavar="NAME", help="Candidate that others are held against.")] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Judge the base and each adapter by itself as well.")] = False,
+    heads: Annotated[bool, typer.Option(help="Put the adapters' own heads on every candidate.")] = True,
+    head: Annotated[Many, typer.Option(metavar="ADAPTER=FIELD", help="The task of an adapter's head.")] = None,
+    classes: Annotated[Many, typer.Option(metavar="FIELD=FILE", help="Classes in the order of a head's outputs.")] = None,
+    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    work: Annotated[str | None, typer.Option(metavar="URI", help="Where encoders and vectors are kept.")] = None,
+    shared_filesystem: Annotated[bool, typer.Option("--shared-filesystem", help="All nodes mount the local paths.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the evaluation as JSON.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Compare recipes on labelled images: each image decoded once, metrics on seeded splits, paired differences."""
+    if precision not in ("auto", "float32", "bfloat16", "float16"):
+        raise ConfigError(f"--precision is {precision!r}, expected auto, float32, bfloat16 or float16")
+    if out is not None:
+        _check_writable(out)
+    from lora_embed.assess import Request, assess
+    from lora_embed.show import to_markdown
+
+    request = Request(
+        recipes=tuple(_absolute(path) for path in recipe or ()),
+        inputs=tuple(_absolute(path) for path in data or ()),
+        labels=tuple(label or ()),
+        group=group,
+        split=split,
+        splits=splits,
+        seed=seed,
+        reference=reference,
+        alone=alone,
+        judges_heads=heads,
+        heads=dict(_pair("--head", "ADAPTER=FIELD", text) for text in head or ()),
+        head_classes=dict(_read_classes(text) for text in classes or ()),
+        precision=precision,
+        work=None if work is None else _absolute(work),
+        shared_filesystem=shared_filesystem,
+    )
+    evaluation = assess(request)
+    if out is not None:
+        out.write_text(evaluation.to_json() + "\n", encoding="utf-8", errors="backslashreplace")
+    print(evaluation.to_json() if as_json else to_markdown(evaluation))
+
+
+def _pair(option: str, expected: str, text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not (name and separator and value):
+        raise ConfigError(f"{option} {text}: expected {expected}")
+    return name, value
+
+
+def _read_classes(text: str) -> tuple[str, tuple[str, ...]]:
+    """A task, and its classes in the order of a head's outputs: a line each."""
+    name, path = _pair("--classes", "FIELD=FILE", text)
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise ConfigError(f"--classes {text}: {path} cannot be read: {reason}. Give a file with a class a line.") from None
+    return name, tuple(line.strip() for line in lines if line.strip())
+
+
+def _absolute(path: str) -> str:
+    """Workers have other current folders."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def _check_writable(out: Path) -> None:
+    """Before minutes of work. Raises StorageError."""
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise StorageError(f"--out {out}: cannot be written: it is a directory, or lies in none. Name a file.")

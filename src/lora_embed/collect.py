@@ -1,0 +1,242 @@
+"""Labelled shards → the vectors of several encoders on the driver, each image decoded once; what was embedded is kept."""
+
+import hashlib
+import io
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from lora_embed import pipeline
+from lora_embed.cluster import Topology
+from lora_embed.embed_each import Asked, Each, EachChunk
+from lora_embed.errors import ConfigError, IncompleteRun
+from lora_embed.model.preprocess import decoding
+from lora_embed.progress import Progress, say
+from lora_embed.read import read_samples
+from lora_embed.schema import FORMAT, ChunkStats, Layout, Shard, WorkItem, from_ipc, to_ipc
+from lora_embed.stages import add_seconds
+from lora_embed.storage import Store
+
+LOOK_AT = 16  # samples of a shard in which a field is looked for before anything is embedded
+MOST_LOOKED_AT = 64  # shards
+
+Vectors = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """An encoder whose vectors are wanted, and what its heads are kept under."""
+
+    space_id: str
+    asked: Asked
+    heads: tuple[str, ...] = ()  # ids, in the order of `asked.heads`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """One encoder's work on all samples: NaN and −1 stand in rows of rejects."""
+
+    vectors: Vectors  # (n, d)
+    classes: dict[str, NDArray[np.int32]]  # head id → (n,) the output that is largest
+    forward_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """All samples, sorted by shard and place, and every encoder's vectors of them."""
+
+    samples: pa.Table  # id, the carried fields, reason (null where there is a vector)
+    embedded: dict[str, Embedded]  # by space id
+    decoded: int  # by this call: 0 where all was kept
+    seconds: dict[str, float] = field(default_factory=dict)  # of this call's workers, by stage
+
+    @property
+    def rejects(self) -> dict[str, int]:
+        """Samples without a vector, by reason."""
+        return dict(Counter(reason for reason in self.samples.column("reason").to_pylist() if reason is not None))
+
+    @property
+    def good(self) -> NDArray[np.bool_]:
+        """Rows (n,) that have a vector of every encoder."""
+        return np.array(self.samples.column("reason").is_null().to_numpy(), dtype=bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What is read, how, and where vectors of it are kept."""
+
+    shards: tuple[Shard, ...]
+    options: dict[str, Any]
+    layout: Layout
+    store: Store
+
+    @property
+    def folder(self) -> str:
+        """Where they are kept: named by the input and all of the layout that shapes a vector."""
+        layout = self.layout
+        settings = [FORMAT, layout.precision, layout.batch_size, layout.max_pixels, layout.image_column, layout.key_column]
+        return f"evaluated/{_hash([sorted(shard.id for shard in self.shards), settings])}"
+
+    @property
+    def samples_path(self) -> str:
+        return f"{self.folder}/samples-{_hash(self.layout.carry)}.arrow"
+
+    def vectors_path(self, wanted: Wanted) -> str:
+        return f"{self.folder}/{wanted.space_id}-{_hash(wanted.heads)}.npz"
+
+
+def check_fields(source: Source, options: Sequence[tuple[str, str]]) -> None:
+    """Look for fields in the first samples of shards, before anything is embedded; pairs of option and field.
+
+    Raises ConfigError for one that none of them has.
+    """
+    missing = list(options)
+    shards = source.shards[:: -(-len(source.shards) // MOST_LOOKED_AT)]
+    for shard in shards:
+        for sample in itertools.islice(read_samples(shard, source.layout, source.options, lambda number: True), LOOK_AT):
+            missing = [(option, name) for option, name in missing if sample.fields.get(name) is None]
+        if not missing:
+            return
+    for option, name in missing:
+        raise ConfigError(
+            f"{option} {name}: none of the first {LOOK_AT} samples of {len(shards)} shards has that field. A field is a key "
+            f"of a sample's .json, a text member such as .cls, or a column of Parquet; the first shard is {shards[0].name}."
+        )
+
+
+def collect(source: Source, wanted: Sequence[Wanted], topology: Topology) -> Collected:
+    """Vectors of all that are wanted: those kept before, and for the others one pass over the images for each decoding.
+
+    Raises IncompleteRun when a shard cannot be read to its end.
+    """
+    raw = source.store.read(source.samples_path)
+    samples = None if raw is None else pa.Table.from_batches([from_ipc(raw)])
+    kept = {one.space_id: _read_kept(source, one) for one in wanted}
+    missing = [one for one in wanted if kept[one.space_id] is None] or (list(wanted[:1]) if samples is None else [])
+    seconds: dict[str, float] = {}
+    decoded = 0
+    for _, group in itertools.groupby(sorted(missing, key=_decoding), key=_decoding):
+        some = list(group)
+        say(f"{len(source.shards)} shards: embedding with {len(some)} encoders in one pass")
+        each = Each(
+            encoders=tuple(one.asked for one in some),
+            store=source.store,
+            input_options=source.options,
+            layout=source.layout,
+        )
+        chunks = _in_order(_watched(source, each, topology), source)
+        decoded += sum(chunk.head.decoded for chunk in chunks)
+        for chunk in chunks:
+            add_seconds(seconds, _by_stage(chunk))
+        if not any(chunk.samples.num_rows for chunk in chunks):
+            raise ConfigError(f"{len(source.shards)} shards hold no sample at all, first {source.shards[0].name}")
+        samples = _samples(chunks) if samples is None else _with_rejects(samples, _samples(chunks))
+        for one, found in zip(some, _embedded(chunks, some), strict=True):
+            kept[one.space_id] = found
+            source.store.replace(source.vectors_path(one), _to_bytes(found))
+        source.store.replace(source.samples_path, to_ipc(samples.combine_chunks().to_batches()[0]))
+    assert samples is not None
+    embedded = {space_id: found for space_id, found in kept.items() if found is not None}
+    return Collected(samples=_mark_unsound(samples, embedded), embedded=embedded, decoded=decoded, seconds=seconds)
+
+
+def _decoding(wanted: Wanted) -> str:
+    return repr(decoding(wanted.asked.preprocessing))
+
+
+def _watched(source: Source, each: Each, topology: Topology) -> Iterator[EachChunk]:
+    """The chain's rows, counted on the way."""
+    with Progress(list(source.shards), topology.workers) as progress:
+        for chunk in pipeline.embed_with_each([WorkItem(shard=shard) for shard in source.shards], each, topology):
+            head, samples = chunk.head, chunk.samples.num_rows
+            stats = ChunkStats(shard_id=head.shard_id, chunk=head.chunk, samples=samples, vectors=head.good, error=head.error)
+            progress.add(replace(stats, rejects=samples - head.good, last=head.last, seconds=_by_stage(chunk)))
+            yield chunk
+
+
+def _by_stage(chunk: EachChunk) -> dict[str, float]:
+    """Without the seconds of single encoders, which are in those of `forward`."""
+    return {name: seconds for name, seconds in chunk.head.seconds.items() if " " not in name}
+
+
+def _in_order(chunks: Iterable[EachChunk], source: Source) -> list[EachChunk]:
+    """All chunks by shard and place."""
+    place = {shard.id: number for number, shard in enumerate(source.shards)}
+    found = sorted(chunks, key=lambda chunk: (place[chunk.head.shard_id], chunk.head.chunk))
+    failed = [chunk.head.error for chunk in found if chunk.head.error]
+    if failed:
+        raise IncompleteRun(f"{len(failed)} of {len(place)} shards cannot be read to their end:\n" + "\n".join(failed[:10]))
+    return found
+
+
+def _samples(chunks: list[EachChunk]) -> pa.Table:
+    tables = []
+    for chunk in chunks:
+        ids = pa.array([chunk.head.sample_id(key) for key in chunk.samples.column("key").to_pylist()], pa.string())
+        table = pa.Table.from_batches([chunk.samples]).drop_columns(["key", "width", "height", "sha256", "detail"])
+        tables.append(table.add_column(0, "id", ids))
+    return pa.concat_tables(tables)
+
+
+def _with_rejects(samples: pa.Table, others: pa.Table) -> pa.Table:
+    """A reject of any pass is one of all."""
+    reasons = pc.coalesce(samples.column("reason"), others.column("reason"))
+    return samples.set_column(samples.schema.get_field_index("reason"), "reason", reasons)
+
+
+def _embedded(chunks: list[EachChunk], wanted: Sequence[Wanted]) -> list[Embedded]:
+    """The chunks' rows, dealt to the encoders in their order."""
+    good = np.concatenate([np.array(c.samples.column("reason").is_null().to_numpy(zero_copy_only=False), bool) for c in chunks])
+    found, column, place = [], 0, 0
+    for number, one in enumerate(wanted):
+        width, heads = one.asked.dimension, {}
+        vectors = np.full((len(good), width), np.nan, np.float32)
+        if good.any():
+            vectors[good] = np.concatenate([chunk.vectors[:, column : column + width] for chunk in chunks if chunk.head.good])
+        column += width
+        for head in one.heads:
+            heads[head] = np.full(len(good), -1, np.int32)
+            if good.any():
+                heads[head][good] = np.concatenate([chunk.classes[:, place] for chunk in chunks if chunk.head.good])
+            place += 1
+        took = sum(chunk.head.seconds.get(f"forward {number}", 0.0) for chunk in chunks)
+        found.append(Embedded(vectors=vectors, classes=heads, forward_s=took))
+    return found
+
+
+def _mark_unsound(samples: pa.Table, embedded: dict[str, Embedded]) -> pa.Table:
+    """A vector that is not finite under any encoder is a reject under all, as in a table."""
+    sound = np.logical_and.reduce([np.isfinite(one.vectors).all(axis=1) for one in embedded.values()])
+    reasons = [
+        reason if reason or fine else "non_finite_vector"
+        for reason, fine in zip(samples.column("reason").to_pylist(), sound, strict=True)
+    ]
+    return samples.set_column(samples.schema.get_field_index("reason"), "reason", pa.array(reasons, pa.string()))
+
+
+def _to_bytes(found: Embedded) -> bytes:
+    buffer = io.BytesIO()
+    heads = {f"head-{name}": classes for name, classes in found.classes.items()}
+    np.savez(buffer, allow_pickle=False, vectors=found.vectors, forward_s=np.float64(found.forward_s), **heads)
+    return buffer.getvalue()
+
+
+def _read_kept(source: Source, wanted: Wanted) -> Embedded | None:
+    raw = source.store.read(source.vectors_path(wanted))
+    if raw is None:
+        return None
+    arrays = np.load(io.BytesIO(raw), allow_pickle=False)
+    classes = {name: arrays[f"head-{name}"] for name in wanted.heads}
+    return Embedded(vectors=arrays["vectors"], classes=classes, forward_s=float(arrays["forward_s"]))
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, default=list).encode()).hexdigest()[:12]

@@ -1,0 +1,247 @@
+"""Vectors and labels → figures with intervals, differences, what became of each class and of single queries."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_embed.errors import ConfigError
+from lora_embed.evaluate import cluster_nmi, mean_interval, probe, score_interval, split_by_name
+from lora_embed.evaluation import METRICS, ClassChange, Difference, Figure, Neighbour, QueryChange, Retention
+from lora_embed.rank import Ranked, rank, vote
+
+BANK_SHARE = 2 / 3
+MOST_CHANGED = 12  # queries that are shown for a task and a candidate
+SIDES = {"bank": True, "train": True} | dict.fromkeys(("query", "test", "val", "valid", "validation", "dev", "eval"), False)
+
+Mask = NDArray[np.bool_]
+Classes = NDArray[np.int64]
+Verdict = Literal["better", "worse", "within noise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """n images, their classes by task, and which of them are in the bank in each split."""
+
+    ids: tuple[str, ...]
+    classes: Mapping[str, tuple[str, ...]]  # task → names
+    labels: Mapping[str, Classes]  # task → (n,) class, −1 for none
+    groups: Classes  # (n,) images of one group are on one side of each split
+    banks: tuple[Mask, ...]  # one a split
+    bank_share: float | None = BANK_SHARE  # None: the split is the user's own
+
+    def sides(self, task: str, split: int) -> tuple[Classes, Classes]:
+        """Rows of the bank and of the queries."""
+        has, bank = self.labels[task] >= 0, self.banks[split]
+        return np.flatnonzero(has & bank), np.flatnonzero(has & ~bank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """One candidate on one task; lists have an entry a split."""
+
+    scores: dict[str, list[NDArray[np.float64]]]  # metric → of each query (m,); of nmi (1,)
+    predicted: list[Classes]  # by kNN
+    first: Ranked  # of the first split
+
+
+def own_split(values: Sequence[str | None], field: str) -> tuple[Mask, ...]:
+    """The user's own split, by the values of a field. Raises ConfigError for one that says neither bank nor query."""
+    unknown = sorted({str(value) for value in values} - set(SIDES))
+    if unknown:
+        raise ConfigError(
+            f"--split {field}: holds {unknown[0]!r}, expected bank or train for one side, and query, "
+            "test, val or dev for the other"
+        )
+    return (np.array([SIDES[str(value)] for value in values]),)
+
+
+def seeded_splits(names: Sequence[str], splits: int, seed: int) -> tuple[Mask, ...]:
+    """Two thirds of the names in the bank, drawn anew for each split."""
+    return tuple(split_by_name(names, BANK_SHARE, seed + number) for number in range(splits))
+
+
+def classes_of(values: Sequence[str | None]) -> tuple[tuple[str, ...], Classes]:
+    """Names of classes, numbers in their order and else by name, and the class of each value, −1 for none."""
+    found = {value for value in values if value is not None}
+    numbers = all(value.lstrip("-").isdecimal() for value in found)
+    names = tuple(sorted(found, key=int) if numbers else sorted(found))
+    place = {name: number for number, name in enumerate(names)}
+    return names, np.array([-1 if value is None else place[value] for value in values], np.int64)
+
+
+def check_sides(labelled: Labelled) -> None:
+    """Raises ConfigError for a task that cannot be asked: of one class, or with an empty side."""
+    for task, names in labelled.classes.items():
+        if len(names) < 2:
+            held = f"all of {names[0]!r}" if names else "none of them labelled"
+            raise ConfigError(f"--label {task}: {len(labelled.ids)} images, {held}; two classes or more can be told apart")
+        for split in range(len(labelled.banks)):
+            bank, queries = labelled.sides(task, split)
+            if not len(queries) or len(np.unique(labelled.labels[task][bank])) < 2:
+                raise ConfigError(
+                    f"--label {task}: split {split + 1} has {len(bank)} labelled images of "
+                    f"{len(np.unique(labelled.labels[task][bank]))} classes in its bank and {len(queries)} queries; expected "
+                    "two classes or more and one query or more. Label more images, or make groups smaller."
+                )
+
+
+def score(labelled: Labelled, vectors: NDArray[np.float32]) -> dict[str, Scored]:
+    """All metrics of one candidate's vectors (n, d), by task."""
+    return {task: _score_task(labelled, task, vectors) for task in labelled.labels}
+
+
+def _score_task(labelled: Labelled, task: str, vectors: NDArray[np.float32]) -> Scored:
+    labels = labelled.labels[task]
+    scores: dict[str, list[NDArray[np.float64]]] = {metric: [] for metric in METRICS}
+    predicted: list[Classes] = []
+    ranks: list[Ranked] = []
+    for split in range(len(labelled.banks)):
+        bank, queries = labelled.sides(task, split)
+        asked = (vectors[bank], labels[bank], vectors[queries])
+        ranked = rank(*asked, labels[queries])
+        same = labels[bank][ranked.nearest] == labels[queries][:, None]
+        predicted.append(vote(labels[bank][ranked.nearest], ranked.cosines))
+        found = {
+            "knn": predicted[-1] == labels[queries],
+            "probe": probe(*asked) == labels[queries],
+            "recall@1": same[:, :1].any(axis=1),
+            "recall@5": same[:, :5].any(axis=1),
+            "map": ranked.precision,
+            "nmi": np.array([cluster_nmi(vectors[queries], labels[queries])]),
+        }
+        for metric, values in found.items():
+            scores[metric].append(values.astype(np.float64))
+        ranks += [ranked] if not ranks else []
+    return Scored(scores=scores, predicted=predicted, first=ranks[0])
+
+
+def figures_of(labelled: Labelled, task: str, name: str, scored: Scored) -> list[Figure]:
+    """All metrics of one candidate on one task, each with its interval."""
+    found = []
+    for metric in METRICS:
+        per_split = tuple(float(scores.mean()) for scores in scored.scores[metric])
+        mean, low, high = _interval(labelled, task, metric, scored.scores[metric])
+        low, high = max(low, 0.0), min(high, 1.0)
+        found.append(Figure(task=task, metric=metric, candidate=name, per_split=per_split, mean=mean, low=low, high=high))
+    return found
+
+
+def differences_of(labelled: Labelled, task: str, pair: tuple[str, str], scored: Scored, reference: Scored) -> list[Difference]:
+    """All metrics of one candidate on one task less the reference's, paired by split or, in the user's own, by query."""
+    found = []
+    for metric in METRICS:
+        differences = [a - b for a, b in zip(scored.scores[metric], reference.scores[metric], strict=True)]
+        mean, low, high = _interval(labelled, task, metric, differences, least=-1.0)
+        verdict: Verdict = "better" if low > 0 else "worse" if high < 0 else "within noise"
+        candidate, other = pair
+        found.append(
+            Difference(
+                task=task, metric=metric, candidate=candidate, reference=other, mean=mean, low=low, high=high, verdict=verdict
+            )
+        )
+    return found
+
+
+def _interval(
+    labelled: Labelled, task: str, metric: str, scores: list[NDArray[np.float64]], least: float = 0.0
+) -> tuple[float, float, float]:
+    """Mean and 95 % interval: over splits, or over the queries of the user's own split, where nmi has none but all values."""
+    if labelled.bank_share is not None:
+        return mean_interval([float(one.mean()) for one in scores], labelled.bank_share)
+    if metric == "nmi":
+        return float(scores[0][0]), least, 1.0
+    return score_interval(scores[0], labelled.groups[labelled.sides(task, 0)[1]])
+
+
+def class_changes(labelled: Labelled, task: str, pair: tuple[str, str], scored: Scored, reference: Scored) -> list[ClassChange]:
+    """Share of each class's queries that kNN gives their class, over all splits, under both."""
+    labels = np.concatenate([labelled.labels[task][labelled.sides(task, split)[1]] for split in range(len(labelled.banks))])
+    after, before = (np.concatenate(one.predicted) == labels for one in (scored, reference))
+    found = []
+    for number, name in enumerate(labelled.classes[task]):
+        of = labels == number
+        images = int((labelled.labels[task] == number).sum())
+        shares = [float(right[of].mean()) if of.any() else 0.0 for right in (before, after)]
+        found.append(
+            ClassChange(
+                task=task, candidate=pair[0], reference=pair[1], label=name, images=images, before=shares[0], after=shares[1]
+            )
+        )
+    return found
+
+
+def query_changes(labelled: Labelled, task: str, pair: tuple[str, str], scored: Scored, reference: Scored) -> list[QueryChange]:
+    """Queries of the first split whose nearest images have least in common under both (Jaccard), the most changed first."""
+    bank, queries = labelled.sides(task, 0)
+    overlap = [_jaccard(*rows) for rows in zip(scored.first.nearest, reference.first.nearest, strict=True)]
+    order = sorted(range(len(queries)), key=lambda row: (overlap[row], labelled.ids[queries[row]]))
+    changed = [row for row in order if overlap[row] < 1][:MOST_CHANGED]
+    return [
+        QueryChange(
+            task=task,
+            candidate=pair[0],
+            reference=pair[1],
+            id=labelled.ids[queries[row]],
+            label=_label(labelled, task, int(queries[row])),
+            before=_neighbours(labelled, task, reference.first, bank, row),
+            after=_neighbours(labelled, task, scored.first, bank, row),
+        )
+        for row in changed
+    ]
+
+
+def _jaccard(one: Classes, other: Classes) -> float:
+    both = len(np.intersect1d(one, other))
+    return both / (len(one) + len(other) - both)
+
+
+def _neighbours(labelled: Labelled, task: str, ranked: Ranked, bank: Classes, row: int) -> tuple[Neighbour, ...]:
+    found = [int(place) for place in bank[ranked.nearest[row]]]
+    return tuple(
+        Neighbour(id=labelled.ids[place], label=_label(labelled, task, place), cosine=round(float(cosine), 4))
+        for place, cosine in zip(found, ranked.cosines[row], strict=True)
+    )
+
+
+def _label(labelled: Labelled, task: str, row: int) -> str:
+    return labelled.classes[task][int(labelled.labels[task][row])]
+
+
+def head_order(names: tuple[str, ...], outputs: int, given: Sequence[str] | None) -> list[str] | None:
+    """Class names in the order of a head's outputs: as given, or the labels themselves where they number or fill it.
+
+    None where neither is so, and the head is not for these classes.
+    """
+    if given is not None:
+        return list(given) if len(given) == outputs and set(names) <= set(given) else None
+    if all(name.isdecimal() for name in names) and max(map(int, names)) == outputs - 1:
+        return [str(number) for number in range(outputs)]
+    return list(names) if len(names) == outputs else None
+
+
+def right_by_head(
+    labelled: Labelled, task: str, order: Sequence[str], said: NDArray[np.int32]
+) -> tuple[Classes, NDArray[np.float64]]:
+    """Rows that are asked, and for each 1 where the head's largest output (n,) is its class.
+
+    All labelled images are asked, or the queries of the user's own split: a head learns nothing from the bank.
+    """
+    labels = labelled.labels[task]
+    rows = np.flatnonzero(labels >= 0) if labelled.bank_share is not None else labelled.sides(task, 0)[1]
+    place = np.array([list(order).index(name) for name in labelled.classes[task]])
+    return rows, (said[rows] == place[labels[rows]]).astype(np.float64)
+
+
+def retention_of(
+    labelled: Labelled, names: tuple[str, str, str], order: Sequence[str], own: NDArray[np.int32], kept: NDArray[np.int32]
+) -> Retention:
+    """How much of what an adapter's own head gets right it still gets right on a candidate; names: task, adapter, candidate."""
+    task, adapter, candidate = names
+    rows, own_right = right_by_head(labelled, task, order, own)
+    kept_right = right_by_head(labelled, task, order, kept)[1]
+    _, low, high = score_interval(kept_right - own_right, labelled.groups[rows])
+    shares = {"own": float(own_right.mean()), "kept": float(kept_right.mean())}
+    return Retention(task=task, adapter=adapter, candidate=candidate, **shares, low=low, high=high, images=len(rows))

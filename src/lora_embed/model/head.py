@@ -1,0 +1,130 @@
+"""An adapter's own saved classification head, put back on a body: the model's own way from hidden states to logits.
+
+What a head reads (DINOv2: class token beside the patches' mean) is for the classification model of transformers to say. Its
+forward runs here with its body taken out: in the body's place stands what the encoder's own forward has just computed, so a
+head costs no second pass.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load, save
+from torch import nn
+from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+
+from lora_embed.model.base import Base, read_model_config
+
+if TYPE_CHECKING:
+    from lora_embed.model.match import Adapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedHead:
+    """An adapter's head, as it travels to workers."""
+
+    config: dict[str, Any]  # of the classification model
+    weights: bytes  # safetensors, named as that model names them
+
+    @property
+    def classes(self) -> int:
+        """Of its outputs."""
+        return len(self.config["id2label"])
+
+    def to_bytes(self) -> bytes:
+        """The configuration as a line of JSON, then the weights."""
+        return json.dumps(self.config).encode() + b"\n" + self.weights
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "SavedHead":
+        config, _, weights = data.partition(b"\n")
+        return cls(config=json.loads(config), weights=weights)
+
+
+def find_head(base: Base, adapter: "Adapter") -> SavedHead | str:
+    """The head that an adapter was saved with, or why there is none that can be put on an encoder's body."""
+    from lora_embed.model.adapter import PREFIX  # with peft, which workers can do without
+
+    config = read_model_config(base.folder, base.uri)
+    found: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if found is None:
+        return f"transformers has no image classification model of type {config.model_type!r}"
+    tensors = {key: adapter.saved.tensors[f"{PREFIX}{key}"].float().contiguous() for key in adapter.head_keys}
+    if not tensors:
+        return "no head is saved with it (modules_to_save)"
+    for classes in sorted({len(tensor) for tensor in tensors.values()}):
+        labelled = copy.deepcopy(config)
+        labelled.num_labels = classes
+        model, body = _classifier(labelled)
+        if _reads_own_pooler(getattr(model, body)):
+            return f"{type(model).__name__} reads a pooled output that an encoder does without"
+        delattr(model, body)
+        if {name: tensor.shape for name, tensor in tensors.items()} == {n: p.shape for n, p in model.named_parameters()}:
+            return SavedHead(config=json.loads(labelled.to_json_string(use_diff=False)), weights=save(tensors))
+    return f"what is saved with it is not the head of {type(model).__name__}: {', '.join(sorted(tensors))}"
+
+
+def class_names(folder: Path) -> dict[int, str]:
+    """The names of a head's outputs, where a `config.json` beside the adapter says more than transformers' LABEL_0."""
+    try:
+        names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+    found = {int(number): str(name) for number, name in names.items()}
+    return {} if all(name == f"LABEL_{number}" for number, name in found.items()) else found
+
+
+class HeadOnBody:
+    """Logits beside an encoder's vectors: each forward pass of the body is followed by one of the head."""
+
+    def __init__(self, head: SavedHead, body: PreTrainedModel) -> None:
+        config = AutoConfig.for_model(**head.config)
+        self._model, name = _classifier(config)
+        self._body = _Computed()
+        setattr(self._model, name, self._body)
+        self._model.load_state_dict(load(head.weights), strict=True, assign=True)
+        weight = next(body.parameters())
+        nn.Module.to(self._model, weight.device, weight.dtype).eval()
+        self._logits: list[torch.Tensor] = []
+        body.register_forward_hook(self._follow, with_kwargs=True)
+
+    def take(self, images: int) -> NDArray[np.float32]:
+        """Logits (images, classes) of the passes since the last call, without those of padding."""
+        logits, self._logits = self._logits, []
+        return torch.cat(logits)[:images].float().cpu().numpy()
+
+    def _follow(self, _module: nn.Module, _inputs: Any, given: dict[str, Any], output: Any) -> None:
+        self._body.output = output
+        self._logits.append(self._model(pixel_values=given["pixel_values"]).logits)
+
+
+class _Computed(nn.Module):
+    """A body whose output is known already."""
+
+    output: Any = None
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self.output
+
+
+def _classifier(config: PretrainedConfig) -> tuple[PreTrainedModel, str]:
+    """The classification model without memory for its weights, and the name of its body in it."""
+    found: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    kind = found[0] if isinstance(found, tuple) else found
+    with torch.device("meta"):
+        model = kind(config)
+    return model, next(_bodies(model, MODEL_MAPPING[type(config)]))
+
+
+def _bodies(model: PreTrainedModel, kind: Any) -> Iterator[str]:
+    return (name for name, child in model.named_children() if isinstance(child, kind))
+
+
+def _reads_own_pooler(body: nn.Module) -> bool:
+    return getattr(body, "pooler", None) is not None

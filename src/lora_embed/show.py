@@ -1,0 +1,88 @@
+"""An evaluation as Markdown, for a terminal or a page: figures with intervals, heads, how adapters lie to each other."""
+
+from collections.abc import Sequence
+
+from lora_embed.evaluation import METRICS, Difference, Evaluation, Figure
+
+TITLES = {"knn": "kNN", "probe": "probe", "recall@1": "recall@1", "recall@5": "recall@5", "map": "mAP", "nmi": "NMI"}
+MARKS = {"better": " ▲", "worse": " ▼", "within noise": ""}
+
+
+def to_markdown(evaluation: Evaluation) -> str:
+    """All tables but those by class, layer and query, which the JSON holds."""
+    parts = [_about(evaluation), *(_task_table(evaluation, task.name) for task in evaluation.tasks), _legend(evaluation)]
+    return "\n\n".join(part for part in [*parts, _retention(evaluation), _relations(evaluation), _cost(evaluation)] if part)
+
+
+def _about(evaluation: Evaluation) -> str:
+    rejects = "".join(f", {number:,} {reason}" for reason, number in evaluation.rejects.items())
+    decoded = f"{evaluation.decoded:,} decoded for {len(evaluation.candidates)} candidates{rejects}"
+    return f"{evaluation.samples:,} samples, {decoded}; {evaluation.splits} splits, seed {evaluation.seed}"
+
+
+def _task_table(evaluation: Evaluation, task: str) -> str:
+    figures = {(one.candidate, one.metric): one for one in evaluation.figures if one.task == task}
+    differences = {(one.candidate, one.metric): one for one in evaluation.differences if one.task == task}
+    about = next(one for one in evaluation.tasks if one.name == task)
+    lines = [["candidate", *(TITLES[metric] for metric in METRICS)]]
+    for one in evaluation.candidates:
+        cells = [_cell(figures[one.name, metric], differences.get((one.name, metric))) for metric in METRICS]
+        lines.append([one.name, *cells])
+    return f"{task}: {len(about.classes)} classes, {about.images:,} images\n\n{_table(lines)}"
+
+
+def _cell(figure: Figure, difference: Difference | None) -> str:
+    mark = MARKS[difference.verdict] if difference is not None else ""
+    return f"{100 * figure.mean:.1f} [{100 * figure.low:.1f}, {100 * figure.high:.1f}]{mark}"
+
+
+def _legend(evaluation: Evaluation) -> str:
+    return (
+        f"Percent, mean and 95 % interval. ▲ ▼: the paired difference to {evaluation.reference} has a 95 % interval "
+        "above or below 0, for one comparison, not for all of the table at once."
+    )
+
+
+def _retention(evaluation: Evaluation) -> str:
+    if not evaluation.retention:
+        return ""
+    lines = [["head of", "task", "on", "right", "on its own adapter", "difference, points", "images"]]
+    for one in evaluation.retention:
+        points = [f"{100 * value:+.1f}".replace("-", "−") for value in (one.kept - one.own, one.low, one.high)]
+        difference = f"{points[0]} [{points[1]}, {points[2]}]"
+        own, kept = f"{100 * one.own:.1f}", f"{100 * one.kept:.1f}"
+        lines.append([one.adapter, one.task, one.candidate, kept, own, difference, f"{one.images:,}"])
+    return f"Adapters' own heads: percent of labelled images that they get right\n\n{_table(lines)}"
+
+
+def _relations(evaluation: Evaluation) -> str:
+    kinds = ("cosine", "sign_conflicts", "subspace_overlap", "cka")
+    over_all: dict[tuple[str, str, str], float] = {
+        (one.one, one.other, one.kind): one.value for one in evaluation.relations if one.layer is None
+    }
+    if not over_all:
+        return ""
+    pairs = list(dict.fromkeys((one, other) for one, other, _ in over_all))
+    found = [kind for kind in kinds if any(kind == key[2] for key in over_all)]
+    lines = [["adapters", *(kind.replace("_", " ") for kind in found)]]
+    for one, other in pairs:
+        cells = [over_all.get((one, other, kind)) for kind in found]
+        lines.append([f"{one}, {other}", *("–" if value is None else f"{value:.3f}" for value in cells)])
+    return f"How the adapters' changes lie to each other, over all layers\n\n{_table(lines)}"
+
+
+def _cost(evaluation: Evaluation) -> str:
+    lines = [["candidate", "space", "dimensions", "MB", "build, s", "forward, s"]]
+    for one in evaluation.candidates:
+        sizes = [f"{one.dimension:,}", f"{one.encoder_bytes / 1e6:.1f}", f"{one.build_s:.1f}", f"{one.forward_s:.1f}"]
+        lines.append([one.name, one.space_id, *sizes])
+    return _table(lines)
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    """Markdown with columns of equal width, so that it reads as plain text too."""
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    rows = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
