@@ -10,8 +10,8 @@ def contact_sheets(found: Evaluation) -> Section:
     """A sheet for each query."""
     sheets = [_sheet(found, query) for query in found.queries]
     about = (
-        "<p>The queries whose neighbours changed most. <b>✓</b> and a solid frame: the query's own class; <b>✕</b> and a dashed "
-        "frame: another. Under each image its class and its cosine to the query.</p>"
+        "<p>The queries whose neighbours changed most. <b>✓</b> and a solid frame: the query's own class; <b>✕</b> and a "
+        "dashed frame: another. Under each image its class and its cosine to the query.</p>"
     )
     rest = folded(f"{len(sheets) - OPEN} more queries", "".join(sheets[OPEN:])) if len(sheets) > OPEN else ""
     content = about + "".join(sheets[:OPEN]) + rest if sheets else ""
@@ -24,8 +24,10 @@ def _sheet(found: Evaluation, query: QueryChange) -> str:
     return (
         f'<article class="sheet"><h3>{brief(query.label, 60)} <span class="tag">{brief(query.task, 40)}</span></h3>'
         f'<figure class="query">{image}<figcaption>{brief(query.id, 48)}</figcaption></figure><div>'
-        f"<h4>Before: {brief(query.reference, 48)}, {before} of {len(query.before)} right</h4>{_near(found, query, query.before)}"
-        f"<h4>After: {brief(query.candidate, 48)}, {after} of {len(query.after)} right</h4>{_near(found, query, query.after)}"
+        f"<h4>Before: {brief(query.reference, 48)}, {before} of {len(query.before)} right</h4>"
+        f"{_near(found, query, query.before)}"
+        f"<h4>After: {brief(query.candidate, 48)}, {after} of {len(query.after)} right</h4>"
+        f"{_near(found, query, query.after)}"
         "</div></article>"
     )
 

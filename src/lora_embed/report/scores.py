@@ -55,9 +55,10 @@ def difference_of(found: Evaluation, task: str, metric: str, candidate: str) -> 
 def before_and_after(found: Evaluation) -> Section:
     """A table for each task: the metric that stands for it, then all others."""
     about = (
-        f"<p>Each figure is a mean over {found.splits:,} seeded splits of the labelled images into a bank ({found.bank_share:.0%}) "
-        f"and queries, with its 95 % interval. All encoders see the same splits, so that differences to {brief(found.reference)} "
-        "are paired. “Better” and “worse” are said only where the 95 % interval of the difference leaves out zero.</p>"
+        f"<p>Each figure is a mean over {found.splits:,} seeded splits of the labelled images into a bank "
+        f"({found.bank_share:.0%}) and queries, with its 95 % interval. All encoders see the same splits, so that differences "
+        f"to {brief(found.reference)} are paired. “Better” and “worse” are said only where the 95 % interval of the difference "
+        "leaves out zero.</p>"
     )
     parts = [_task(found, task) for task in found.tasks]
     return Section(anchor="scores", title="Before and after", content=about + "".join(parts) if any(parts) else "")
@@ -70,7 +71,7 @@ def _task(found: Evaluation, task: Task) -> str:
         return ""
     others = [other for other in dict.fromkeys(f.metric for f in found.figures if f.task == task.name) if other != metric]
     head = (
-        f"<h3>{name(task.name)}</h3><p class=soft>{task.images:,} labelled images of {len(task.classes):,} classes, "
+        f'<h3>{brief(task.name, 90)}</h3><p class="soft">{task.images:,} labelled images of {len(task.classes):,} classes, '
         f"field {brief(task.label)}.</p>"
     )
     return head + _headline_table(found, task, metric, figures) + (_other_metrics(found, task, others) if others else "")
