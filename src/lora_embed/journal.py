@@ -37,6 +37,7 @@ class Journal:
     shared: pipeline.Job
     topology: cluster.Topology
     effort: Effort = field(default_factory=Effort)
+    sampled: int = 0  # samples embedded to judge a new encoder by, before all others
     version: int | None = None
     published: bool = False
     error: str = ""
@@ -53,7 +54,7 @@ def recorded(job: JobConfig, shared: pipeline.Job, topology: cluster.Topology) -
         journal.error = str(error)
         raise
     finally:
-        if journal.error or journal.effort.samples or journal.published:
+        if journal.error or journal.sampled or journal.effort.samples or journal.published:
             _leave(journal, started, time.monotonic() - began)
 
 
@@ -93,7 +94,7 @@ def make_record(journal: Journal, run_id: str, started: str, seconds: float) -> 
         run_id=run_id,
         started=started,
         seconds=round(seconds, 2),
-        embedded=effort.samples,
+        embedded=journal.sampled + effort.samples,
         rejected=effort.rejects,
         readings=effort.timeline.readings(),
         version=journal.version,

@@ -100,7 +100,7 @@ def _carry_out(
         if sampled is None:
             held, counts = current.space_id, current.counts
             return RunResult(table=job.table, space_id=held, embedded=0, version=current.version, counts=counts)
-        embedded = sampled
+        embedded = recording.sampled = sampled
     effort = work.embed_missing(job, shared, shards, topology, recording.effort)
     result = RunResult(
         table=job.table,
