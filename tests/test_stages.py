@@ -1,6 +1,7 @@
 """Where time goes, and the sentence that says what bounds a run."""
 
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_a_timeline_keeps_few_readings_of_a_long_run_and_its_end() -> None:
     assert MOST_READINGS / 2 < len(readings) <= MOST_READINGS + 1
     assert readings[0] == Reading(elapsed_s=0.0, samples=0)
     assert readings[-1] == Reading(elapsed_s=15_000.0, samples=1_000_000, seconds={"decode": 10_000.0, "forward": 5_000.0})
-    gaps = [after.elapsed_s - before.elapsed_s for before, after in zip(readings, readings[1:-1], strict=False)]
+    gaps = [after.elapsed_s - before.elapsed_s for before, after in pairwise(readings[:-1])]
     assert max(gaps) < 3 * min(gaps)
 
 
