@@ -27,6 +27,7 @@ from lora_embed.work import Effort
 PACKAGES = ("lora-embed", "torch", "transformers", "peft", "ray", "pyarrow", "pillow")
 MOST_REJECT_FILES = 64  # read again for a report
 EXAMPLES = 5  # of each reason
+FORGOTTEN = "forgotten"  # images that somebody wanted out: they are counted, not shown
 
 
 @dataclass
@@ -121,7 +122,7 @@ def find_rejects(store: Store, manifest: Manifest) -> tuple[dict[str, int], tupl
     for entry in manifest.rejects[:MOST_REJECT_FILES]:
         rows = read_rows(store, entry.path)
         counts.update(rows["reason"].to_pylist())
-        for reason in [reason for reason in counts if len(shown.setdefault(reason, [])) < EXAMPLES]:
+        for reason in [reason for reason in counts if reason != FORGOTTEN and len(shown.setdefault(reason, [])) < EXAMPLES]:
             of_reason = rows.filter(pc.equal(rows["reason"], reason))
             some = of_reason.slice(0, EXAMPLES - len(shown[reason])).select(["id", "reason", "detail"]).to_pylist()
             shown[reason] += [
