@@ -137,7 +137,7 @@ def read_merge(store: Store, space_id: str) -> dict[str, Any]:
     report = json.loads(data) if data is not None else {}
     for member in report.get("members", []):
         member["weights_changed"] = len(member.pop("weights", {}))
-    return report  # type: ignore[no-any-return]
+    return report
 
 
 def software() -> dict[str, str]:

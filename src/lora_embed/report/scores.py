@@ -166,7 +166,7 @@ def _retained(found: Evaluation, one: Retention) -> list[str]:
 def class_changes(found: Evaluation) -> Section:
     """For each task and encoder the classes that lost and gained most, and all of them."""
     pairs = dict.fromkeys((change.task, change.candidate) for change in found.classes)
-    parts = []
+    parts: list[str] = []
     for task, candidate in pairs:
         changes = [change for change in found.classes if (change.task, change.candidate) == (task, candidate)]
         changes.sort(key=lambda change: (change.after - change.before, change.label))
