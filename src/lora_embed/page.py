@@ -9,6 +9,7 @@ import hashlib
 import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from lora_embed.errors import StorageError
@@ -47,6 +48,19 @@ def name(text: object, length: int = NAME_LENGTH) -> str:
 def brief(text: object, length: int = 28) -> str:
     """A name as HTML where nothing may open: in a caption, a summary or a column's head."""
     return f"<bdi>{html.escape(shortened(text, length))}</bdi>"
+
+
+def moment(text: str) -> str:
+    """A time in ISO 8601 as people read it, escaped."""
+    try:
+        return f"{datetime.fromisoformat(text).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    except ValueError:
+        return escaped(text)
+
+
+def percentage(value: float, digits: int = 0) -> str:
+    """A share in percent, with its sign."""
+    return f"{100 * value:.{digits}f} %"
 
 
 def code(text: object) -> str:
@@ -89,8 +103,8 @@ def table(caption: str, columns: Sequence[Column], rows: Iterable[Sequence[str]]
         cells = "".join(f"<td{kind}>{cell}</td>" for cell, kind in zip(rest, kinds[1:], strict=True))
         body.append(f'<tr{" class=marked" if number == marked else ""}><th scope="row">{first}</th>{cells}</tr>')
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption_text(caption)}"><table><caption>{caption}'
-        f"</caption><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption_text(caption)}"><table><caption><span>{caption}'
+        f"</span></caption><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
@@ -162,6 +176,7 @@ h2{font-size:1.3rem;margin:0 0 .75rem;line-height:1.25}
 h3{font-size:1.05rem;margin:1.75rem 0 .5rem;overflow-wrap:anywhere}
 p{max-width:46rem;margin:.5rem 0 1rem}
 a{color:var(--link)}
+.hid{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .skip{position:absolute;left:-999px}
 .skip:focus{left:1rem;top:.5rem;background:var(--bg);padding:.5rem 1rem;z-index:3;outline:2px solid var(--link)}
 :focus-visible{outline:2px solid var(--link);outline-offset:2px}
@@ -169,6 +184,7 @@ a{color:var(--link)}
 nav{position:sticky;top:0;z-index:2;background:var(--bg);border-bottom:1px solid var(--rule);margin-top:1.25rem}
 nav ul{list-style:none;display:flex;gap:1.25rem;max-width:70rem;margin:0 auto;padding:.6rem 1.25rem;overflow-x:auto;
 white-space:nowrap;font-size:.9rem}
+@media (min-width:40rem){nav ul{flex-wrap:wrap;gap:.1rem 1.25rem}}
 nav a{text-decoration:none;display:inline-block;padding:.15rem 0}
 nav a:hover{text-decoration:underline}
 section{margin:2.5rem 0 3rem}
@@ -179,13 +195,16 @@ section{margin:2.5rem 0 3rem}
 .tiles dd small{font-size:.8rem;font-weight:400;color:var(--soft);display:block}
 ul.says{padding-left:1.2rem;max-width:52rem}
 ul.says li{margin:.35rem 0}
-.scroll{overflow-x:auto;margin:.75rem 0 1.25rem;border:1px solid var(--rule);border-radius:.6rem;max-width:100%}
-table{border-collapse:collapse;min-width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
+.scroll{overflow-x:auto;margin:.75rem 0 1.25rem;border:1px solid var(--rule);border-radius:.6rem;width:fit-content;
+max-width:100%}
+table{border-collapse:separate;border-spacing:0;min-width:19rem;font-size:.9rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;padding:.65rem .8rem;color:var(--soft);background:var(--card);border-bottom:1px solid var(--rule)}
+caption span{display:inline-block;position:sticky;left:.8rem;max-width:calc(100vw - 4rem)}
 th,td{text-align:left;padding:.45rem .8rem;vertical-align:top;border-bottom:1px solid var(--rule)}
 tbody tr:last-child>*{border-bottom:0}
 thead th{font-weight:600;vertical-align:bottom;white-space:nowrap}
-tbody th{font-weight:600;min-width:8rem;max-width:22rem;overflow-wrap:anywhere}
+tbody th{font-weight:600;min-width:8rem;max-width:22rem;overflow-wrap:anywhere;position:sticky;left:0;background:var(--bg);
+z-index:1}
 td{max-width:26rem;overflow-wrap:break-word}
 td bdi,dd bdi,td code,dd code{overflow-wrap:anywhere}
 .num{text-align:right;white-space:nowrap}
@@ -207,9 +226,8 @@ border-bottom:1px solid var(--rule)}
 .facts dt{color:var(--soft)}
 .facts dd{margin:0;overflow-wrap:anywhere}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20.5rem),1fr));gap:1rem;margin:1rem 0}
-.charts figure,figure.wide{margin:0;border:1px solid var(--rule);border-radius:.6rem;padding:.7rem .7rem .5rem;min-width:0;
+.charts figure,.beside figure{margin:0;border:1px solid var(--rule);border-radius:.6rem;padding:.7rem .7rem .5rem;min-width:0;
 background:var(--bg)}
-figure.wide{margin:1rem 0}
 figure>figcaption{font-size:.9rem;font-weight:600;overflow-wrap:anywhere}
 figure>figcaption small{display:block;font-weight:400}
 svg{display:block;width:100%;height:auto;max-width:100%;font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
@@ -217,6 +235,7 @@ svg.row{width:15rem;max-width:none}
 svg text{fill:var(--ink)}
 svg .soft{fill:var(--soft)}
 svg .halo{paint-order:stroke;stroke:var(--bg);stroke-width:3px;stroke-linejoin:round}
+svg .ring{fill:none;stroke:var(--ink);stroke-width:1.5}
 svg .grid{stroke:var(--rule);stroke-width:1}
 svg .axis{stroke:var(--soft);stroke-width:1}
 svg .ref{stroke:var(--soft);stroke-width:1;stroke-dasharray:4 3}
@@ -231,7 +250,10 @@ svg .good{fill:var(--good);stroke:var(--good)}svg .bad{fill:var(--bad);stroke:va
 .key{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem .9rem;padding:0;margin:.4rem 0 0;font-size:.82rem;color:var(--soft)}
 .key li{display:flex;align-items:center;gap:.35rem;min-width:0;overflow-wrap:anywhere}
 .key svg{width:1rem;height:1rem;flex:none}
-.heat td{text-align:center;min-width:4.5rem}
+.beside{display:flex;flex-wrap:wrap;gap:0 1rem;align-items:flex-start;margin-bottom:.5rem}
+.beside figure{width:21rem;max-width:100%;margin:.75rem 0 0!important}
+.heat{max-width:44rem}
+.heat td,.heat thead th{text-align:center;min-width:4.5rem}
 .h1{background:rgba(var(--heat),.06)}.h2{background:rgba(var(--heat),.12)}.h3{background:rgba(var(--heat),.18)}
 .h4{background:rgba(var(--heat),.24)}.h5{background:rgba(var(--heat),.3)}.h6{background:rgba(var(--heat),.36)}
 .sheet{border:1px solid var(--rule);border-radius:.6rem;padding:.9rem;margin:1rem 0;display:grid;
@@ -258,7 +280,7 @@ overflow-wrap:anywhere}
 footer{color:var(--soft);font-size:.85rem;padding-bottom:2rem}
 @media (max-width:40rem){body{font-size:15px}header,main,footer,nav ul{padding-left:.9rem;padding-right:.9rem}
 .sheet{grid-template-columns:minmax(0,1fr)}.facts div{grid-template-columns:minmax(0,1fr);gap:0}
-.tiles{grid-template-columns:repeat(2,minmax(0,1fr))}tbody th{min-width:7rem;max-width:11rem}}
+.tiles{grid-template-columns:repeat(2,minmax(0,1fr))}tbody th{min-width:7rem;max-width:8.5rem}}
 @media print{:root{color-scheme:light;--bg:#fff;--card:#f6f7f9;--ink:#000;--soft:#444;--rule:#bbb;--link:#000;--good:#0a6c47;
 --bad:#a33c00;--heat:0,92,168;--c0:#0067a5;--c1:#b35900;--c2:#007a5a;--c3:#a3447c;--c4:#6a51a3;--c5:#7a6a00;--c6:#3d7f9e;
 --c7:#4d4d4d}nav,.skip{display:none}.scroll{overflow:visible;border:0}table{font-size:.75rem}body{font-size:11pt}

@@ -11,6 +11,7 @@ from lora_embed.page import brief, escaped, shortened
 
 WIDTH, HEIGHT = 340.0, 240.0
 LEFT, RIGHT, TOP, BOTTOM = 40.0, 14.0, 26.0, 40.0  # margins: for the figures at the axes and their names
+INSET = 8.0  # between the axis and the first mark
 ROW_WIDTH, ROW_HEIGHT = 240.0, 22.0  # an interval in a table's row
 SHADES = 8  # colours that the style has for series
 Format = Callable[[float], str]
@@ -88,7 +89,7 @@ class Axis:
 def xy_chart(title: str, says: str, series: Sequence[Series], x: Axis, y: Axis) -> str:
     """A figure of points and lines over two axes; `title` is its caption, `says` what it shows, for a reader."""
     points = [point for one in series for point in one.points]
-    across = scale([point.x for point in points], LEFT, WIDTH - RIGHT, from_zero=x.from_zero)
+    across = scale([point.x for point in points], LEFT + INSET, WIDTH - RIGHT, from_zero=x.from_zero)
     up = scale([point.y for point in points], HEIGHT - BOTTOM, TOP, from_zero=y.from_zero)
     drawn = [_axes(across, up, x, y)]
     for one in series:
@@ -192,14 +193,14 @@ def move(at: Scale, before: float, after: float) -> str:
     return _row(f'{drawn}<circle class="{kind}" cx="{end}" cy="{middle:g}" r="4.2"/>')
 
 
-def interval_axis(at: Scale, shows: Format) -> str:
-    """The figures of that scale, for the head of the column."""
+def interval_axis(at: Scale, shows: Format, name: str) -> str:
+    """The figures of that scale, for the head of the column, whose name is read out alone."""
     drawn = "".join(
         f'<path class="axis" d="M{at.at(tick)} 17v5"/>'
         f'<text class="soft" x="{at.at(tick)}" y="13" text-anchor="middle">{escaped(shows(tick))}</text>'
         for tick in at.ticks
     )
-    return _row(drawn)
+    return f'<span class="hid">{escaped(name)}</span>{_row(drawn)}'
 
 
 def interval_scale(values: Sequence[float]) -> Scale:
@@ -235,7 +236,8 @@ def _label(left: float, top: float, text: str) -> str:
     """Text beside a point, on the side where there is room."""
     shown = shortened(text, 24)
     is_left = left + 7 + 6.5 * len(shown) > WIDTH - 2
-    anchor, shift = ("end", -8.0) if is_left else ("start", 8.0)
+    anchor, shift = ("end", -10.0) if is_left else ("start", 10.0)
     return (
+        f'<circle class="ring" cx="{left}" cy="{top}" r="7.5"/>'
         f'<text class="halo" x="{left + shift:g}" y="{max(top - 5, TOP - 2):g}" text-anchor="{anchor}">{escaped(shown)}</text>'
     )

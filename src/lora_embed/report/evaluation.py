@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lora_embed.evaluation import Candidate, Evaluation
-from lora_embed.page import Column, Section, brief, code, escaped, facts, folded, name, page, table, write
+from lora_embed.page import Column, Section, brief, code, escaped, facts, folded, moment, name, page, percentage, table, write
 from lora_embed.report.charts import bar_chart
 from lora_embed.report.neighbours import contact_sheets
 from lora_embed.report.relations import relatedness
@@ -32,7 +32,7 @@ def write_report(evaluation: Evaluation, path: Path) -> None:
 def evaluation_page(found: Evaluation) -> str:
     """The page's HTML. All that comes from data is escaped on its way in."""
     names = ", ".join(brief(task.name, 40) for task in found.tasks) or "no task"
-    lead = f'<p class="lead">{names} · {escaped(found.created)}</p>'
+    lead = f'<p class="lead">{names} · {moment(found.created)}</p>'
     sections = [
         summary(found),
         before_and_after(found),
@@ -63,7 +63,7 @@ def summary(found: Evaluation) -> Section:
 
 
 def _of(part: int, whole: int) -> str:
-    return f"{part / whole:.2%} of all" if whole else "of none"
+    return f"{percentage(part / whole, 2)} of all" if whole else "of none"
 
 
 def _best_by_task(found: Evaluation) -> list[str]:
@@ -102,7 +102,7 @@ def _heads(found: Evaluation) -> list[str]:
         return []
     worst = min(kept, key=lambda one: one.kept / one.own)
     return [
-        f"Least of a head is kept by {brief(worst.candidate, 48)} on {brief(worst.task, 40)}: {worst.kept / worst.own:.0%} of "
+        f"Least of a head is kept by {brief(worst.candidate, 48)} on {brief(worst.task, 40)}: {percentage(worst.kept / worst.own)} of "
         f"its own accuracy ({share(worst.own)} to {share(worst.kept)} %)."
     ]
 
@@ -174,9 +174,9 @@ def provenance(found: Evaluation) -> Section:
     """Enough to do it again."""
     pairs = [
         ("Inputs", "<br>".join(name(one, 120) for one in found.inputs) or "none"),
-        ("Evaluated", escaped(found.created)),
+        ("Evaluated", moment(found.created)),
         ("Images", f"{found.samples:,}, of which {found.decoded:,} were decoded, each once for all encoders"),
-        ("Splits", f"{found.splits:,} of seed {found.seed}; {found.bank_share:.1%} of the images in the bank"),
+        ("Splits", f"{found.splits:,} of seed {found.seed}; {percentage(found.bank_share, 1)} of the images in the bank"),
         ("Reference", name(found.reference)),
         ("Format", f"{found.format}"),
     ]

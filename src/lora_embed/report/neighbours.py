@@ -15,7 +15,7 @@ def contact_sheets(found: Evaluation) -> Section:
     )
     rest = folded(f"{len(sheets) - OPEN} more queries", "".join(sheets[OPEN:])) if len(sheets) > OPEN else ""
     content = about + "".join(sheets[:OPEN]) + rest if sheets else ""
-    return Section(anchor="neighbours", title="Neighbours that changed", content=content)
+    return Section(anchor="neighbours", title="Neighbours", content=content)
 
 
 def _sheet(found: Evaluation, query: QueryChange) -> str:

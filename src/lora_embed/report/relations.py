@@ -29,9 +29,9 @@ def _kind(kind: str, relations: list[Relation]) -> str:
     title, about = KINDS[kind]
     whole = [relation for relation in relations if relation.layer is None]
     layered = [relation for relation in relations if relation.layer is not None]
-    content = f"<h3>{title}</h3>"
-    content += _matrix(f"{title} {about}", whole) if whole else ""
-    return content + (_by_layer(title, layered) if layered else "")
+    matrix = _matrix(f"{title}: {about}", whole) if whole else ""
+    chart, listed = _by_layer(title, layered) if layered else ("", "")
+    return f'<h3>{title}</h3><div class="beside">{matrix}{chart}</div>{listed}'
 
 
 def _matrix(caption: str, relations: list[Relation]) -> str:
@@ -45,7 +45,7 @@ def _matrix(caption: str, relations: list[Relation]) -> str:
         rows.append(f'<tr><th scope="row">{name(one)}</th>{cells}</tr>')
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escaped(caption)}"><table class="heat">'
-        f"<caption>{escaped(caption)}</caption><thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"<caption><span>{escaped(caption)}</span></caption><thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
@@ -57,7 +57,8 @@ def _cell(value: float | None, *, is_self: bool) -> str:
     return f"<td>{shown}</td>" if is_self or not shade else f'<td class="h{shade}">{shown}</td>'
 
 
-def _by_layer(title: str, relations: list[Relation]) -> str:
+def _by_layer(title: str, relations: list[Relation]) -> tuple[str, str]:
+    """A chart, and all of its figures, folded."""
     layers = list(dict.fromkeys(relation.layer or "" for relation in relations))
     pairs = list(dict.fromkeys((relation.one, relation.other) for relation in relations))
     values = {(relation.one, relation.other, relation.layer): relation.value for relation in relations}
@@ -84,7 +85,7 @@ def _by_layer(title: str, relations: list[Relation]) -> str:
         for layer in layers
     ]
     listed = table(f"{escaped(title)} by layer", columns, rows)
-    return f'<div class="charts">{chart}</div>{folded(f"{escaped(title)} of all {len(layers):,} layers", listed)}'
+    return chart, folded(f"{escaped(title)} of all {len(layers):,} layers", listed)
 
 
 def _pair(pair: tuple[str, str]) -> str:

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from lora_embed.page import Column, Section, code, escaped, facts, name, page, table
+from lora_embed.page import Column, Section, code, escaped, facts, moment, name, page, percentage, table
 from lora_embed.record import Bin, RunRecord, bins_of, workers_of
 from lora_embed.report.charts import Axis, Point, Series, bar_chart, plain, stacked_chart, xy_chart
 from lora_embed.stages import STAGES
@@ -18,7 +18,7 @@ OUTCOMES = {
 
 def run_page(record: RunRecord) -> str:
     """The page's HTML. All that comes from data is escaped on its way in."""
-    lead = f'<p class="lead">{name(record.job.get("table", ""), 120)} · {escaped(record.started)}</p>'
+    lead = f'<p class="lead">{name(record.job.get("table", ""), 120)} · {moment(record.started)}</p>'
     sections = [summary(record), merged(record), over_time(record), checks(record), rejects(record), lineage(record)]
     return page(f"Run {record.run_id}", lead, sections)
 
@@ -73,7 +73,7 @@ def _member(member: dict[str, Any], number: int, of: int) -> str:
     rounding = f"of which {beyond:.1e} is not due to rounding" if beyond else "all of it due to rounding to float32"
     about = (
         f"<p><b>{escaped(member.get('merge_method', ''))}</b>{f' ({escaped(options)})' if options else ''} changed "
-        f"{member.get('weights_changed', 0):,} weights by {member.get('relative_change', 0.0):.2%} of their norm. The saved "
+        f"{member.get('weights_changed', 0):,} weights by {percentage(member.get('relative_change', 0.0), 2)} of their norm. The saved "
         "files were opened again and held against the change computed anew from the adapter files: the largest error of a "
         f"weight's change is {member.get('largest_error', 0.0):.1e} of that change, {rounding}. All other weights equal the "
         "base's bit by bit.</p>"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from lora_embed.evaluation import HEADLINE, ClassChange, Difference, Evaluation, Figure, Retention, Task
-from lora_embed.page import Column, Section, brief, escaped, folded, name, table
+from lora_embed.page import Column, Section, brief, escaped, folded, name, percentage, table
 from lora_embed.report.charts import Scale, interval, interval_axis, interval_scale, move, percent
 
 METRIC_NAMES = {
@@ -56,7 +56,7 @@ def before_and_after(found: Evaluation) -> Section:
     """A table for each task: the metric that stands for it, then all others."""
     about = (
         f"<p>Each figure is a mean over {found.splits:,} seeded splits of the labelled images into a bank "
-        f"({found.bank_share:.0%}) and queries, with its 95 % interval. All encoders see the same splits, so that differences "
+        f"({percentage(found.bank_share)}) and queries, with its 95 % interval. All encoders see the same splits, so that differences "
         f"to {brief(found.reference)} are paired. “Better” and “worse” are said only where the 95 % interval of the difference "
         "leaves out zero.</p>"
     )
@@ -87,18 +87,18 @@ def _headline_table(found: Evaluation, task: Task, metric: str, figures: dict[st
         rows.append(
             [
                 candidate_name(found, candidate),
-                interval(at, figure.low, figure.mean, figure.high, reference),
                 f"{share(figure.mean)}<small>{share(figure.low)} to {share(figure.high)}</small>",
                 change,
                 VERDICTS[gap.verdict] if gap else "",
+                interval(at, figure.low, figure.mean, figure.high, reference),
             ]
         )
     columns = [
         Column(head="Encoder"),
-        Column(head=interval_axis(at, percent)),
         Column(head="Percent", is_number=True),
         Column(head="Change", is_number=True),
         Column(head="Verdict"),
+        Column(head=interval_axis(at, percent, "95 % interval")),
     ]
     caption = f"{escaped(metric_name(metric))} on {brief(task.name)}, percent; changes in points, with 95 % intervals"
     return table(caption, columns, rows, marked=_place(figures, found.reference))
@@ -158,7 +158,7 @@ def _retained(found: Evaluation, one: Retention) -> list[str]:
         candidate_name(found, one.candidate),
         share(one.own),
         share(one.kept),
-        f"{one.kept / one.own:.0%}" if one.own else "–",
+        percentage(one.kept / one.own) if one.own else "–",
         f"{points(one.kept - one.own)}<small>{points(one.low)} to {points(one.high)}</small>",
     ]
 
@@ -198,10 +198,10 @@ def _class_table(caption: str, changes: list[ClassChange]) -> str:
     at = interval_scale([0.0, *(edge for change in changes for edge in (change.before, change.after))])
     columns = [
         Column(head="Class"),
-        Column(head=interval_axis(at, percent)),
+        Column(head="Change", is_number=True),
         Column(head="Before", is_number=True),
         Column(head="After", is_number=True),
-        Column(head="Change", is_number=True),
+        Column(head=interval_axis(at, percent, "from before to after")),
         Column(head="Images", is_number=True),
     ]
     return table(caption, columns, [_class_row(at, change) for change in changes])
@@ -210,9 +210,9 @@ def _class_table(caption: str, changes: list[ClassChange]) -> str:
 def _class_row(at: Scale, change: ClassChange) -> list[str]:
     return [
         name(change.label),
-        move(at, change.before, change.after),
+        points(change.after - change.before),
         share(change.before),
         share(change.after),
-        points(change.after - change.before),
+        move(at, change.before, change.after),
         f"{change.images:,}",
     ]

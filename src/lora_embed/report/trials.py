@@ -36,7 +36,7 @@ def search(found: Evaluation) -> Section:
     """Everything that `trials` tell."""
     best = best_of(found)
     if best is None:
-        return Section(anchor="search", title="Search over weights", content="")
+        return Section(anchor="search", title="Weights", content="")
     about = (
         f"<p>{len(found.trials):,} recipes were tried in {sum(trial.seconds for trial in found.trials) / 60:,.1f} minutes, on "
         "images that no other figure of this report uses. The best by the search's own objective "
@@ -45,9 +45,7 @@ def search(found: Evaluation) -> Section:
     )
     charts = [*_curves(found), *_pairs(found)]
     listed = folded(f"All {len(found.trials):,} trials", _trial_table(found, best))
-    return Section(
-        anchor="search", title="Search over weights", content=f'{about}<div class="charts">{"".join(charts)}</div>{listed}'
-    )
+    return Section(anchor="search", title="Weights", content=f'{about}<div class="charts">{"".join(charts)}</div>{listed}')
 
 
 def _inline(weights: dict[str, float]) -> str:
