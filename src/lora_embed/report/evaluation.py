@@ -102,8 +102,8 @@ def _heads(found: Evaluation) -> list[str]:
         return []
     worst = min(kept, key=lambda one: one.kept / one.own)
     return [
-        f"Least of a head is kept by {brief(worst.candidate, 48)} on {brief(worst.task, 40)}: {percentage(worst.kept / worst.own)} of "
-        f"its own accuracy ({share(worst.own)} to {share(worst.kept)} %)."
+        f"Least of a head is kept by {brief(worst.candidate, 48)} on {brief(worst.task, 40)}: "
+        f"{percentage(worst.kept / worst.own)} of its own accuracy ({share(worst.own)} to {share(worst.kept)} %)."
     ]
 
 
