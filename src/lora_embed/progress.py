@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.text import Text
 
 from lora_embed.schema import ChunkStats, Shard
-from lora_embed.stages import Bound, Workers, add_seconds, find_bound
+from lora_embed.stages import Bound, Timeline, Workers, add_seconds, find_bound
 
 LOG_EVERY_S = 10.0
 
@@ -22,8 +22,11 @@ def say(message: str) -> None:
 class Progress:
     """Counts what the chain reports; a context manager that shows the counts while it is open."""
 
-    def __init__(self, shards: list[Shard], workers: Workers, console: Console | None = None) -> None:
+    def __init__(
+        self, shards: list[Shard], workers: Workers, console: Console | None = None, timeline: Timeline | None = None
+    ) -> None:
         self._workers = workers
+        self._timeline = timeline or Timeline()
         self.seconds: dict[str, float] = {}  # by stage, summed over the workers
         self._sizes = {shard.id: shard.size for shard in shards}
         self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
@@ -56,6 +59,7 @@ class Progress:
         """Count one row of the chain's end."""
         self._first = self._first or time.monotonic() - sum(stats.seconds.values())  # when the first worker began
         add_seconds(self.seconds, stats.seconds)
+        self._timeline.add(stats.samples, stats.seconds)
         if stats.error:
             self.shards_failed += 1
             return

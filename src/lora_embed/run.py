@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from lora_embed import cluster, judge, pipeline, plan, preview, publish, table, versions, work
+from lora_embed import cluster, journal, judge, pipeline, plan, preview, publish, table, versions, work
 from lora_embed.config import JobConfig, load_recipe
 from lora_embed.errors import ConfigError, TableError, once_started
 from lora_embed.model.description import DESCRIPTION, BaseReference, Description, read_description
@@ -83,29 +83,25 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
     with once_started():
         layout = resolve_layout(job, store, encoder, current, topology)
         shared = pipeline.Job.of(job, store, encoder, layout)
-        result = _carry_out(job, shared, current, shards, topology, publishes=publishes, releases=releases)
+        with journal.recorded(job, shared, topology) as recording:
+            result = _carry_out(recording, current, shards, publishes=publishes, releases=releases)
+            recording.version, recording.published = result.version, result.published
     return replace(result, seconds=round(time.monotonic() - started, 2))
 
 
 def _carry_out(
-    job: JobConfig,
-    shared: pipeline.Job,
-    current: Manifest | None,
-    shards: list[Shard],
-    topology: cluster.Topology,
-    *,
-    publishes: bool,
-    releases: bool,
+    recording: journal.Journal, current: Manifest | None, shards: list[Shard], *, publishes: bool, releases: bool
 ) -> RunResult:
     """Embed what is missing, a sample first where all of it is, and publish it."""
+    job, shared, topology = recording.job, recording.shared, recording.topology
     store, space_id, embedded = shared.store, shared.encoder.space_id, 0
     if current is not None and job.limit is None and versions.newest_of(store, space_id, shared.layout.pins, current) is None:
         sampled = preview.embed_sample(job, shared, current, shards, topology)
         if sampled is None:
             held, counts = current.space_id, current.counts
             return RunResult(table=job.table, space_id=held, embedded=0, version=current.version, counts=counts)
-        embedded = sampled
-    effort = work.embed_missing(job, shared, shards, topology)
+        embedded = recording.sampled = sampled
+    effort = work.embed_missing(job, shared, shards, topology, recording.effort)
     result = RunResult(
         table=job.table,
         space_id=space_id,

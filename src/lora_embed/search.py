@@ -1,7 +1,6 @@
 """Nearest images of a query: exact over a table's files or through an index, and a page that shows them."""
 
 import base64
-import html
 import io
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -13,9 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lora_embed.decode import BadImage, decode_image
-from lora_embed.errors import ConfigError, LoraEmbedError, StorageError
+from lora_embed.errors import ConfigError, LoraEmbedError
 from lora_embed.export import HIT_COLUMNS, Hit, open_index, refuse_other_space, unit, unit_queries, vectors_of
 from lora_embed.model.preprocess import Preprocessing
+from lora_embed.page import Section, escaped, page, picture, printable, write
 from lora_embed.plan import list_shards
 from lora_embed.read import read_samples
 from lora_embed.schema import Layout
@@ -163,23 +163,17 @@ def write_page(found: Found, pictures: dict[str, bytes], out: Path) -> None:
 
     Raises StorageError when it cannot be written.
     """
-    figures = [_figure(found.data, "query", printable(found.image))]
+    figures = [_figure(found.data, "query", found.image)]
     figures += [_figure(pictures.get(hit.id), f"{hit.score:.4f}", hit.id) for hit in found.hits]
-    title = f"Nearest of {found.count:,} images"
-    about = f"version {found.version} of {found.table}, space {found.space_id}, {found.method}, cosine"
-    page = _PAGE.format(title=html.escape(title), about=html.escape(about), figures="\n".join(figures))
-    try:
-        out.write_text(page, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise StorageError(f"{out}: cannot be written ({error.strerror}). Name another file.") from None
+    lead = f"version {found.version} of {found.table}, space {found.space_id}, {found.method}, cosine"
+    shown = Section(anchor="found", title="Nearest first", content=f'<div class="found">{"".join(figures)}</div>')
+    write(page(f"Nearest of {found.count:,} images", f'<p class="lead">{escaped(lead)}</p>', [shown]), out)
 
 
 def _figure(data: bytes | None, score: str, name: str) -> str:
-    picture = "<div>no picture</div>"
-    if data is not None and (thumbnail := _thumbnail(data)):
-        picture = f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(thumbnail).decode()}">'
-    shown = html.escape(printable(name))
-    return f"<figure>{picture}<figcaption><b>{html.escape(score)}</b><br><bdi>{shown}</bdi></figcaption></figure>"
+    thumbnail = _thumbnail(data) if data is not None else None
+    shown = picture(base64.b64encode(thumbnail).decode() if thumbnail else None, "")
+    return f"<figure>{shown}<figcaption><b>{escaped(score)}</b><br><bdi>{escaped(name)}</bdi></figcaption></figure>"
 
 
 def _thumbnail(data: bytes) -> bytes | None:
@@ -191,29 +185,3 @@ def _thumbnail(data: bytes) -> bytes | None:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
-
-
-def printable(text: str) -> str:
-    """Text with characters that would steer a terminal or turn the line's direction written as escapes."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2rem; color: #1f2328 }}
-main {{ display: flex; flex-wrap: wrap; gap: 14px }}
-figure {{ margin: 0; width: 160px }}
-figure:first-child {{ margin-right: 24px }}
-img, figure div {{ width: 160px; height: 160px; border-radius: 8px; background: #f0f2f5 }}
-figure div {{ display: grid; place-items: center; color: #6b7280 }}
-figcaption {{ font-size: 13px; overflow-wrap: anywhere }}
-</style></head><body>
-<h1>{title}</h1><p>{about}</p>
-<main>
-{figures}
-</main></body></html>
-"""

@@ -1,13 +1,14 @@
-"""Where the time of a run goes, by stage, and what bounds it."""
+"""Where the time of a run goes, by stage and over time, and what bounds it."""
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 STAGES = ("read", "decode", "forward", "write")
+READING_EVERY_S, MOST_READINGS = 2.0, 240
 BUSY = 0.85  # share of its time from which on a kind of worker is what all others wait for
 T = TypeVar("T")
 
@@ -42,6 +43,40 @@ class Stopwatch:
         """The seconds up to now; counting begins anew."""
         taken, self.seconds = self.seconds, {}
         return taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How far a run was at a moment: samples and the workers' seconds by stage, from its beginning."""
+
+    elapsed_s: float
+    samples: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Timeline:
+    """Readings of a run every few seconds; of a long one every second reading goes, again and again, so few are kept."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._began = clock, clock()
+        self._every_s = READING_EVERY_S
+        self._now = Reading(elapsed_s=0.0, samples=0)
+        self._kept = [self._now]
+
+    def add(self, samples: int, seconds: Mapping[str, float]) -> None:
+        """Count what a worker has finished."""
+        spent = dict(self._now.seconds)
+        add_seconds(spent, seconds)
+        self._now = Reading(elapsed_s=self._clock() - self._began, samples=self._now.samples + samples, seconds=spent)
+        if self._now.elapsed_s - self._kept[-1].elapsed_s >= self._every_s:
+            self._kept.append(self._now)
+        if len(self._kept) > MOST_READINGS:
+            self._kept, self._every_s = self._kept[::2], self._every_s * 2
+
+    def readings(self) -> tuple[Reading, ...]:
+        """From zero to what was added last."""
+        last = () if self._kept[-1] is self._now else (self._now,)
+        return (*self._kept, *last)
 
 
 @dataclass(frozen=True, kw_only=True)

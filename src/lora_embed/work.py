@@ -11,7 +11,7 @@ from lora_embed.model.description import Description
 from lora_embed.progress import Progress, say
 from lora_embed.read import count_samples
 from lora_embed.schema import ChunkStats, Layout, Manifest, Shard, WorkItem
-from lora_embed.stages import Bound, add_seconds
+from lora_embed.stages import Bound, Timeline, add_seconds
 from lora_embed.storage import Store
 
 ATTEMPTS = 3
@@ -80,31 +80,36 @@ class Effort:
     """What embedding took: samples, rejects included, the workers' seconds by stage, and what bounded it."""
 
     samples: int = 0
+    rejects: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     bound: Bound | None = None
+    timeline: Timeline = field(default_factory=Timeline)
 
     def add(self, progress: Progress) -> None:
         """Another try at what is missing."""
         self.samples += progress.samples
+        self.rejects += progress.rejects
         add_seconds(self.seconds, progress.seconds)
         self.bound = progress.bound()
 
 
-def embed_missing(job: JobConfig, shared: pipeline.Job, shards: list[Shard], topology: cluster.Topology) -> Effort:
+def embed_missing(
+    job: JobConfig, shared: pipeline.Job, shards: list[Shard], topology: cluster.Topology, effort: Effort | None = None
+) -> Effort:
     """Embed what is neither published nor staged.
 
     Beside it go a few that are published, not counted: their vectors must still be the same. When workers were lost for
-    good or a store did not answer, what is still missing is tried again, up to `ATTEMPTS` times in all. Raises
-    IncompleteRun naming the shards that failed.
+    good or a store did not answer, what is still missing is tried again, up to `ATTEMPTS` times in all. What it took is
+    added to `effort`, also where it fails. Raises IncompleteRun naming the shards that failed.
     """
-    effort = Effort()
+    effort = effort or Effort()
     for attempt in range(1, ATTEMPTS + 1):
         work = find_work(job, shared.store, shared.encoder, shared.layout, shards)
         say(f"{len(shards)} shards: {len(shards) - len(work)} done, {len(work)} to embed")
         if not work:
             break
         failures: dict[str, ChunkStats] = {}
-        with Progress([item.shard for item in work], topology.workers) as progress:
+        with Progress([item.shard for item in work], topology.workers, timeline=effort.timeline) as progress:
             try:
                 _embed(work, find_drift_work(job, shared, shards), shared, topology, progress, failures)
             except WorkersLost as error:
