@@ -81,7 +81,7 @@ def read_labelled(inputs: tuple[str, ...], wanted: Wanted, preprocessing: Prepro
         disk.replace(folder, record, json.dumps(asdict(drawn)).encode())
     drawn = _Drawn(**json.loads(record.read_bytes()))
     how = json.dumps([drawn.ids, drawn.names, drawn.sums, drawn.labels, wanted.fields, preprocessing.settings()])
-    classes = [sorted({name for row in drawn.labels if (name := row[task])}) for task in range(len(wanted.fields))]
+    classes = [sorted({label for row in drawn.labels if (label := row[task])}) for task in range(len(wanted.fields))]
     places: list[dict[str | None, int]] = [{name: at for at, name in enumerate(names)} | {None: -1} for names in classes]
     return LabelledImages(
         pixels=np.load(pixels, mmap_mode="r")[: len(drawn.ids)],
