@@ -79,7 +79,7 @@ def match_adapters(ingredients: Ingredients) -> list[Adapter]:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """For folding: many small products. With a thread per core, beside other work on the machine, it took five times as long."""
+    """For folding: many small products. With a thread per core, beside other work there, it took five times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
