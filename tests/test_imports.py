@@ -44,7 +44,7 @@ LAYERS = [  # top to bottom: a module imports from its own layer and those above
     ["preview"],
     ["run"],
     ["outlook"],
-    ["cli", "demo.*", "jobs.*"],
+    ["cli", "cli_tune", "demo.*", "jobs.*"],
 ]
 FENCES = {  # library → who alone imports it
     "ray": ["cluster", "pipeline", "cli", "jobs.*"],

@@ -9,6 +9,7 @@ from typing import Any
 from lora_embed.model.merge import METHODS
 
 STEPS = (0.2, 0.1, 0.05)  # of a weight, times 2 / adapters: how far a refinement looks, coarse to fine
+REFINED = 2  # methods that are refined side by side
 SCALES = (0.7, 1.0, 1.5)  # sums of weights that are tried at once; 1 averages, more adds
 HEAVIEST = 2.0  # a weight
 # What each method is tried with at first: its options, and the sums of equal weights that suit it. Methods that add take
@@ -73,10 +74,10 @@ def starts(adapters: int, methods: tuple[str, ...]) -> list[Point]:
 def next_point(ranks: Mapping[Point, Rank], first: list[Point], methods: tuple[str, ...], seed: int) -> Point | None:
     """The next merge to try, or None where there is nothing left to look at.
 
-    `first` in turn; then the best method so far is refined around its best weights by the smallest step that still has
-    something new, coarse steps first: a pattern search (Hooke & Jeeves 1961). Each better point becomes the centre at
-    once. A method is left for the next best when nothing near its best weights is better. `ranks` is in the order of
-    trying, and of equals the first counts; `seed` shuffles directions.
+    `first` in turn; then the two best methods so far are refined around their best weights, by coarse steps first: a
+    pattern search (Hooke & Jeeves 1961) in which a better point is the centre at once, and two methods, since scores of a
+    few hundred images part close ones by chance. The other methods follow where those have nothing new near them. `ranks`
+    is in the order of trying, and of equals the first counts; `seed` shuffles directions.
     """
     for point in first:
         if point not in ranks:
@@ -85,8 +86,9 @@ def next_point(ranks: Mapping[Point, Rank], first: list[Point], methods: tuple[s
     for point in sorted(ranks, key=ranks.__getitem__, reverse=True):
         if point.method in methods:
             best.setdefault(point.family, point)
-    for centre in best.values():
-        for step in STEPS:
+    centres = list(best.values())
+    for some in (centres[:REFINED], centres[REFINED:]):
+        for step, centre in itertools.product(STEPS, some):
             for point in _around(centre, step * 2 / len(centre.weights), seed):
                 if point not in ranks:
                     return point
