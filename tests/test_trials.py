@@ -11,7 +11,7 @@ EXAM = Exam(data="abc", seed=0, splits=20)
 
 
 def tried(recipe_id: str, exam: Exam = EXAM) -> Tried:
-    return Tried(recipe_id=recipe_id, exam=exam, scores={"kind": 0.1 + 0.2}, seconds=1.5)
+    return Tried(recipe_id=recipe_id, exam=exam, per_split={"kind": [0.1 + 0.2, 0.5]}, seconds=1.5)
 
 
 def test_a_trial_is_found_by_recipe_and_exam_in_another_process(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned(folder: Path) -> Tuned:
-    return tune(tiny_search(folder, evaluations=20))
+    return tune(tiny_search(folder, evaluations=20, takes_best=True))
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
@@ -65,7 +65,7 @@ def test_the_recipe_that_is_written_builds_and_is_the_best_trial(folder: Path, t
 def test_the_evidence_is_an_evaluation_with_its_trials(folder: Path, tuned: Tuned) -> None:
     text = (folder / "tuned.evidence.json").read_text()
     assert Evaluation.from_json(text) == tuned.evaluation
-    assert [found.name for found in tuned.evaluation.candidates] == ["base", "one", "two", "equal", "tuned"]
+    assert [found.name for found in tuned.evaluation.candidates] == ["base", "one", "two", "equal", "best tried", "tuned"]
     about = json.loads(text)["tuning"]
     assert about["own"]["colour"]["adapter"] == "one"
     assert about["images"] == about["held_back_images"] == 60
@@ -112,7 +112,7 @@ def test_final_figures_are_of_held_back_groups_alone(folder: Path, tuned: Tuned)
 
 def test_the_same_search_evaluates_nothing_again_and_a_longer_one_the_rest(folder: Path, tuned: Tuned) -> None:
     recipe = (folder / "tuned.yaml").read_bytes()
-    again = tune(tiny_search(folder, evaluations=20))
+    again = tune(tiny_search(folder, evaluations=20, takes_best=True))
     assert again.tuning["evaluated_now"] == 0
     assert (folder / "tuned.yaml").read_bytes() == recipe
     assert again.evaluation.trials == tuned.evaluation.trials
@@ -177,14 +177,46 @@ def test_minutes_end_a_search_after_the_references(folder: Path, tmp_path: Path)
     assert [list(trial.weights.values()) for trial in tune(search).evaluation.trials] == [[1, 0], [0, 1], [0.5, 0.5]]
 
 
+def test_a_lead_within_noise_leaves_equal_weights(folder: Path, tuned: Tuned, tmp_path: Path) -> None:
+    careful = tune(tiny_search(folder, evaluations=20, out=tmp_path / "tuned.yaml", work=folder / "tuned.work"))
+    assert careful.tuning["lead"] == tuned.tuning["lead"]
+    assert careful.tuning["lead"]["low"] < 0 < careful.tuning["lead"]["mean"]
+    assert [spec.weight for spec in careful.recipe.adapters] == [0.5, 0.5]
+    assert "none of 20 trials is better beyond noise" in careful.describe()
+    (apart,) = (
+        found for found in careful.evaluation.differences
+        if (found.task, found.candidate, found.reference) == ("colour", "tuned", "equal")
+    )  # fmt: skip
+    assert (apart.low, apart.high, apart.verdict) == (0, 0, "within noise")
+    best = [found.per_split for found in careful.evaluation.figures if found.candidate == "best tried"]
+    assert best == [found.per_split for found in tuned.evaluation.figures if found.candidate == "tuned"]
+
+
+def test_a_lead_beyond_noise_is_taken(folder: Path, tuned: Tuned, tmp_path: Path) -> None:
+    """Adapters that ruin the space at full strength: whatever has less of them leads by far."""
+    recipe = load_recipe(folder / "recipe.yaml")
+    paths = [
+        save_adapter(tmp_path / name, folder / "base", 3, seed=seed, lora_alpha=400) for seed, name in ((5, "one"), (6, "two"))
+    ]
+    specs = tuple(recipe.adapters[0].model_copy(update={"path": str(path)}) for path in paths)
+    tasks = (TaskLabel(field="colour"),)
+    ruined = recipe.model_copy(update={"adapters": specs})
+    found = tune(tiny_search(folder, 14, recipe=ruined, tasks=tasks, out=tmp_path / "t.yaml", methods=("weighted_sum",)))
+    assert found.tuning["lead"]["low"] > 0
+    best = max(found.evaluation.trials, key=lambda trial: trial.objective)
+    assert [spec.weight for spec in found.recipe.adapters] == [weight for weight in best.weights.values() if weight]
+
+
 def test_goals() -> None:
-    own = {"a": 0.8, "b": 0.6}
+    own = {"a": [0.8, 0.8], "b": [0.5, 0.7]}
     worst = Goal(kind="worst", importance={"a": 1, "b": 1}, own=own)
-    assert worst.rank({"a": 0.9, "b": 0.55}) == pytest.approx((-0.05, 0.025))
+    figures = {"a": [0.9, 0.9], "b": [0.4, 0.7]}
+    assert worst.rank(figures) == pytest.approx((-0.05, 0.025))
+    assert worst.by_split(figures) == pytest.approx([-0.1, 0])
     weighty = replace(worst, importance={"a": 1, "b": 3})
-    assert weighty.rank({"a": 0.9, "b": 0.55}) == pytest.approx((-0.15, -0.0125))
-    assert weighty.rank({"a": 0.81, "b": 0.61})[0] == pytest.approx(0.01)
-    assert replace(weighty, kind="mean").rank({"a": 0.9, "b": 0.55}) == pytest.approx((-0.0125, -0.15))
+    assert weighty.rank(figures) == pytest.approx((-0.15, -0.0125))
+    assert weighty.rank({"a": [0.81, 0.81], "b": [0.51, 0.71]})[0] == pytest.approx(0.01)
+    assert replace(weighty, kind="mean").rank(figures) == pytest.approx((-0.0125, -0.15))
 
 
 def test_labels_as_users_write_them() -> None:

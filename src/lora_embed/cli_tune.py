@@ -26,6 +26,7 @@ def tune(
         Objective, typer.Option(help="The worst task's gain over its adapter, or the mean.")
     ] = Objective.WORST,
     methods: Annotated[str, typer.Option(metavar="METHOD,…", help="Methods to try; all by default.")] = "",
+    best: Annotated[bool, typer.Option("--best", help="Write the best trial also where its lead is within noise.")] = False,
     group: Annotated[str | None, typer.Option(metavar="FIELD", help="Images that share it are never split.")] = None,
     images: Annotated[int, typer.Option(min=1, help="Labelled images to use at most, drawn by seed.")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, help="Of splits and of the search.")] = 0,
@@ -45,6 +46,7 @@ def tune(
         budget=Budget(evaluations=evaluations, minutes=10.0 if minutes is None and evaluations is None else minutes),
         objective=objective.value,
         methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
+        takes_best=best,
         group=group,
         seed=seed,
         most_images=images,

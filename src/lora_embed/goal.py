@@ -3,7 +3,10 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Literal
+
+import numpy as np
 
 from lora_embed.config import Recipe
 from lora_embed.errors import ConfigError
@@ -57,6 +60,7 @@ class Search:
     budget: Budget
     objective: Literal["worst", "mean"] = "worst"
     methods: tuple[str, ...] = ()  # all that the adapters allow
+    takes_best: bool = False  # also where its lead on equal weights is within noise
     group: str | None = None
     seed: int = 0
     most_images: int = 10_000
@@ -78,14 +82,22 @@ class Goal:
 
     kind: Literal["worst", "mean"]
     importance: dict[str, float]  # task → how much it counts
-    own: dict[str, float]  # task → accuracy of its own adapter alone
+    own: dict[str, list[float]]  # task → accuracies of its own adapter alone, by split
 
-    def rank(self, scores: dict[str, float]) -> Rank:
-        """The objective, then the other one for equals. In `worst`, importance multiplies losses alone.
+    def rank(self, per_split: dict[str, list[float]]) -> Rank:
+        """The objective of the means over splits, then the other for equals. In `worst`, importance multiplies losses alone.
 
         Else a gain on an important task would count for more, and so make other tasks the worst.
         """
-        gains = {task: scores[task] - own for task, own in self.own.items()}
+        return self._rank({task: mean(per_split[task]) - mean(own) for task, own in self.own.items()})
+
+    def by_split(self, per_split: dict[str, list[float]]) -> list[float]:
+        """The objective in each split by itself."""
+        gains = {task: np.subtract(per_split[task], own) for task, own in self.own.items()}
+        splits = len(next(iter(self.own.values())))
+        return [self._rank({task: float(gain[split]) for task, gain in gains.items()})[0] for split in range(splits)]
+
+    def _rank(self, gains: dict[str, float]) -> Rank:
         worst = min(gain * (self.importance[task] if gain < 0 else 1) for task, gain in gains.items())
-        mean = sum(gain * self.importance[task] for task, gain in gains.items()) / sum(self.importance.values())
-        return (worst, mean) if self.kind == "worst" else (mean, worst)
+        average = sum(gain * self.importance[task] for task, gain in gains.items()) / sum(self.importance.values())
+        return (worst, average) if self.kind == "worst" else (average, worst)

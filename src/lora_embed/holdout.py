@@ -1,17 +1,17 @@
 """Encoders held against each other on images that no search saw: accuracies by split, and paired differences."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_embed.errors import ConfigError
-from lora_embed.evaluate import knn_accuracy, paired_difference, probe_accuracy, split_by_name
+from lora_embed.evaluate import knn_accuracy, paired_difference, split_by_name
 from lora_embed.evaluation import Difference, Figure
 
 BANK_SHARE = 2 / 3
-METRICS: dict[str, Callable[..., float]] = {"knn": knn_accuracy, "probe": probe_accuracy}
+METRIC = "knn"  # what the search chose by; `lora-embed evaluate` has the others
 
 Labels = Mapping[str, NDArray[np.int64]]  # task → (n,) class, −1 where there is none
 Spaces = Mapping[str, NDArray[np.float32]]  # encoder → vectors (n, d) of the same images
@@ -28,11 +28,11 @@ class Splits:
         """`count` splits of images whose groups these are; another seed draws all of them anew."""
         return cls(banks=tuple(split_by_name(names, BANK_SHARE, seed * count + number) for number in range(count)))
 
-    def accuracies(self, vectors: NDArray[np.float32], labels: NDArray[np.int64], metric: str = "knn") -> tuple[float, ...]:
+    def accuracies(self, vectors: NDArray[np.float32], labels: NDArray[np.int64]) -> tuple[float, ...]:
         """One per split, over the images that have a label of the task."""
         known = labels >= 0
         return tuple(
-            METRICS[metric](vectors[bank & known], labels[bank & known], vectors[~bank & known], labels[~bank & known])
+            knn_accuracy(vectors[bank & known], labels[bank & known], vectors[~bank & known], labels[~bank & known])
             for bank in self.banks
         )
 
@@ -49,29 +49,27 @@ def refuse_thin(labels: Labels, splits: Splits, part: str) -> None:
 
 
 def figures_of(spaces: Spaces, labels: Labels, splits: Splits) -> tuple[Figure, ...]:
-    """All metrics of all encoders on all tasks, on the same splits."""
+    """kNN accuracy of all encoders on all tasks, on the same splits."""
     found = []
     for task, classes in labels.items():
-        for metric in METRICS:
-            for name, vectors in spaces.items():
-                values = splits.accuracies(vectors, classes, metric)
-                mean, low, high = interval(values)
-                found.append(Figure(task=task, metric=metric, candidate=name, per_split=values, mean=mean, low=low, high=high))
+        for name, vectors in spaces.items():
+            values = splits.accuracies(vectors, classes)
+            mean, low, high = interval(values)
+            found.append(Figure(task=task, metric=METRIC, candidate=name, per_split=values, mean=mean, low=low, high=high))
     return tuple(found)
 
 
 def differences_of(figures: Sequence[Figure], pairs: Sequence[tuple[str, str]]) -> tuple[Difference, ...]:
-    """(candidate, reference) pairs, on each task by each metric."""
-    values = {(figure.task, figure.metric, figure.candidate): figure.per_split for figure in figures}
+    """(candidate, reference) pairs, on each task."""
+    values = {(figure.task, figure.candidate): figure.per_split for figure in figures}
     found = []
-    for task, metric in dict.fromkeys((figure.task, figure.metric) for figure in figures):
+    for task in dict.fromkeys(figure.task for figure in figures):
         for candidate, reference in pairs:
-            apart = np.subtract(values[task, metric, candidate], values[task, metric, reference])
-            mean, low, high = interval(apart)
+            mean, low, high = interval(np.subtract(values[task, candidate], values[task, reference]))
             found.append(
                 Difference(
                     task=task,
-                    metric=metric,
+                    metric=METRIC,
                     candidate=candidate,
                     reference=reference,
                     mean=mean,

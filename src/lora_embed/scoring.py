@@ -12,12 +12,12 @@ from lora_embed.config import Recipe
 from lora_embed.errors import AdapterMismatch
 from lora_embed.evaluation import Trial
 from lora_embed.goal import Goal, Search
-from lora_embed.holdout import Splits, refuse_thin
+from lora_embed.holdout import Splits, interval, refuse_thin
 from lora_embed.labelled import LabelledImages
 from lora_embed.model.merge import METHODS, options_of
 from lora_embed.model.refold import Refolder
 from lora_embed.progress import say
-from lora_embed.propose import Point, Rank, next_point, point_of, references, starts
+from lora_embed.propose import Point, Rank, equal, next_point, point_of, references, starts
 from lora_embed.trials import Exam, TrialLog, Tried
 
 TUNING_SPLITS = 20  # a trial's score is their mean: nearest neighbours cost little beside the vectors
@@ -60,29 +60,44 @@ class Scorer:
 
     def goal(self) -> Goal:
         """Once the references were tried."""
-        scores = self._alone()
+        alone = self._alone()
         return Goal(
             kind=self.ask.objective,
             importance={task.field: task.importance for task in self.ask.tasks},
-            own={task: scores[name][task] for task, name in self.own().items()},
+            own={task: alone[name].per_split[task] for task, name in self.own().items()},
         )
 
     def own(self) -> dict[str, str]:
         """Task → the adapter that it is measured by: the one named, or the best on it alone."""
-        scores = self._alone()
+        scores = {name: tried.scores for name, tried in self._alone().items()}
         return {
             task.field: task.adapter or max(self.names, key=lambda name: scores[name][task.field]) for task in self.ask.tasks
         }
 
     def winner(self) -> Recipe:
+        """The best trial's recipe where its lead on equal weights is beyond noise, else that of equal weights.
+
+        Of hundreds of images and tens of trials, one leads by chance: a lead counts that the paired 95 % interval over the
+        splits is above 0 for, or any if the user says so.
+        """
+        is_ahead = self.ask.takes_best or self.lead()[1] > 0
+        return self.best() if is_ahead else _without_zeros(self.recipe(equal(len(self.names))))
+
+    def best(self) -> Recipe:
         """The recipe of the best rank, the earliest of equals, without adapters at weight 0."""
         return _without_zeros(self.recipe(self._best()))
+
+    def lead(self) -> tuple[float, float, float]:
+        """The best trial's objective less that of equal weights, by split: mean and 95 % interval."""
+        goal = self.goal()
+        best, even = (goal.by_split(self._points[point].per_split) for point in (self._best(), equal(len(self.names))))
+        return interval(np.subtract(best, even))
 
     def references(self) -> dict[str, Recipe]:
         """What the winner is held against, by name."""
         alone = self.ask.recipe.model_copy(update={"adapters": (), "merge_method": "none", "merge_options": {}})
         points = zip([*self.names, "equal"], references(len(self.names)), strict=True)
-        return {"base": alone} | {name: self.recipe(point) for name, point in points}
+        return {"base": alone} | {name: self.recipe(point) for name, point in points} | {"best tried": self.best()}
 
     def recipe(self, point: Point) -> Recipe:
         """The user's recipe with a point's method, weights and options."""
@@ -101,15 +116,15 @@ class Scorer:
         return {
             "objective": goal.kind,
             "importance": goal.importance,
-            "own": {task: {"adapter": name, "score": goal.own[task]} for task, name in self.own().items()},
+            "own": {task: {"adapter": name, "score": float(np.mean(goal.own[task]))} for task, name in self.own().items()},
             "budget": asdict(self.ask.budget),
             "seed": self.ask.seed,
             "methods": self.methods,
             "group": self.ask.group,
             "images": len(self.rows),
             "splits": TUNING_SPLITS,
-            "scores": self._points[best].scores,
-            "objective_value": goal.rank(self._points[best].scores)[0],
+            "best_scores": self._points[best].scores,
+            "lead": dict(zip(("mean", "low", "high"), self.lead(), strict=True)),
             "evaluated_now": self.evaluated,
         }
 
@@ -120,15 +135,15 @@ class Scorer:
             return known
         self.refolder.fold(recipe)
         vectors = self.refolder.embed(self.images.pixels, self.rows)
-        scores = {task: float(np.mean(self._splits.accuracies(vectors, labels))) for task, labels in self.labels.items()}
-        tried = Tried(recipe_id=recipe_id, exam=self._exam, scores=scores, seconds=time.perf_counter() - started)
+        figures = {task: list(self._splits.accuracies(vectors, labels)) for task, labels in self.labels.items()}
+        tried = Tried(recipe_id=recipe_id, exam=self._exam, per_split=figures, seconds=time.perf_counter() - started)
         self._log.add(tried)
         self.evaluated += 1
         return tried
 
-    def _alone(self) -> dict[str, dict[str, float]]:
+    def _alone(self) -> dict[str, Tried]:
         points = zip(self.names, references(len(self.names)), strict=False)
-        return {name: self._points[point].scores for name, point in points}
+        return {name: self._points[point] for name, point in points}
 
     def _best(self) -> Point:
         ranks = self._ranks()
@@ -136,7 +151,7 @@ class Scorer:
 
     def _ranks(self) -> dict[Point, Rank]:
         goal = self.goal()
-        return {point: goal.rank(tried.scores) for point, tried in self._points.items()}
+        return {point: goal.rank(tried.per_split) for point, tried in self._points.items()}
 
     def _trials(self) -> tuple[Trial, ...]:
         ranks = self._ranks()

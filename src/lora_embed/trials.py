@@ -22,12 +22,17 @@ class Exam:
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """Scores of one recipe in one exam, and the seconds that it took. They depend on no objective."""
+    """One recipe in one exam: its accuracies, which depend on no objective, and the seconds that they took."""
 
     recipe_id: str
     exam: Exam
-    scores: dict[str, float]  # task → kNN accuracy
+    per_split: dict[str, list[float]]  # task → kNN accuracies
     seconds: float
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Task → mean over the splits."""
+        return {task: sum(figures) / len(figures) for task, figures in self.per_split.items()}
 
 
 class TrialLog:

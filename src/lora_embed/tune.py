@@ -37,7 +37,7 @@ TUNING_SHARE = 0.5  # of the groups; the others are held back
 FINAL_SPLITS = 5
 LEAST_TRIALS, LEAST_IMAGES = 24, 200  # that a budget in minutes is to allow; to which images are cut for it
 PROVEN = 64  # images whose vectors the built winner must repeat
-TUNED, EQUAL, BASE = "tuned", "equal", "base"
+TUNED, EQUAL, BASE, BEST = "tuned", "equal", "base", "best tried"
 
 Rows = NDArray[np.int64]
 
@@ -58,27 +58,30 @@ class Tuned:
 
     def describe(self) -> str:
         """For a person: the winner, and its figures on images that the search never saw, in points."""
-        winner = next(found for found in self.evaluation.candidates if found.name == "tuned")
+        winner, trials, splits = self._found(TUNED), len(self.evaluation.trials), self.evaluation.splits
         weights = ", ".join(f"{name} {weight:g}" for name, weight in winner.weights.items())
+        lead = _points(*(self.tuning["lead"][name] for name in ("mean", "low", "high")))
+        is_best = winner.space_id == self._found(BEST).space_id
+        chosen = f"the best of {trials} trials" if is_best else f"kept, since none of {trials} trials is better beyond noise"
         lines = [
-            f"{self.out}: {winner.method} of {weights}{shown_options(winner.options)}, the best of "
-            f"{len(self.evaluation.trials)} trials on {self.tuning['images']:,} images",
-            f"On {self.tuning['held_back_images']:,} images that the search never saw, kNN accuracy in percent, mean and "
-            f"95 % interval of {self.evaluation.splits} splits:",
+            f"{self.out}: {winner.method} of {weights}{shown_options(winner.options)}, {chosen}",
+            f"Lead of the best trial on equal weights, by {self.tuning['objective']} gain on {self.tuning['images']:,} images: {lead}",
+            f"On {self.tuning['held_back_images']:,} images that the search never saw, kNN accuracy in percent, mean and 95 % "
+            f"interval of {splits} splits:",
         ]
         for task, own in self.own.items():
-            figures = {f.candidate: f for f in self.evaluation.figures if (f.task, f.metric) == (task, "knn")}
-            lines.append(f"  {task}: " + " · ".join(f"{name} {100 * figure.mean:.1f}" for name, figure in figures.items()))
-            for reference in ("equal", own):
+            figures = [figure for figure in self.evaluation.figures if figure.task == task]
+            lines.append(f"  {task}: " + " · ".join(f"{figure.candidate} {100 * figure.mean:.1f}" for figure in figures))
+            for reference in (EQUAL, own):
                 (found,) = (
-                    d for d in self.evaluation.differences
-                    if (d.task, d.metric, d.candidate, d.reference) == (task, "knn", "tuned", reference)
+                    apart for apart in self.evaluation.differences
+                    if (apart.task, apart.candidate, apart.reference) == (task, TUNED, reference)
                 )  # fmt: skip
-                lines.append(
-                    f"    tuned less {reference}: {100 * found.mean:+.1f} ({100 * found.low:+.1f} … {100 * found.high:+.1f}), "
-                    f"{found.verdict}"
-                )
+                lines.append(f"    tuned less {reference}: {_points(found.mean, found.low, found.high)}, {found.verdict}")
         return "\n".join(lines)
+
+    def _found(self, name: str) -> Candidate:
+        return next(found for found in self.evaluation.candidates if found.name == name)
 
 
 def tune(search: Search) -> Tuned:
@@ -101,8 +104,7 @@ def tune(search: Search) -> Tuned:
         trials = scorer.search()
         searched = time.perf_counter()
         recipe = scorer.winner()
-        held.add(TUNED, recipe)
-        for name, candidate in scorer.references().items():
+        for name, candidate in (scorer.references() | {TUNED: recipe}).items():
             held.add(name, candidate)
         held.prove(recipe)
         seconds = {"decode": decoded - started, "search": searched - decoded, "compare": time.perf_counter() - searched}
@@ -139,7 +141,11 @@ class _Held:
         started = time.perf_counter()
         self._refolder.fold(recipe)
         space_id, folded = self._refolder.space_id(), time.perf_counter()
-        self._vectors[name] = self._refolder.embed(self._images.pixels, self._rows)
+        same = next((known.name for known in self._candidates.values() if known.space_id == space_id), None)
+        if same is None:
+            self._vectors[name] = self._refolder.embed(self._images.pixels, self._rows)
+        else:
+            self._vectors[name] = self._vectors[same]
         self._candidates[name] = Candidate(
             name=name,
             method=recipe.merge_method,
@@ -171,7 +177,7 @@ class _Held:
 
     def evaluation(self, trials: tuple[Trial, ...], own: dict[str, str], seconds: dict[str, float]) -> Evaluation:
         """All that was found."""
-        order = [BASE, *(name for name in self._vectors if name not in (BASE, EQUAL, TUNED)), EQUAL, TUNED]
+        order = [BASE, *(name for name in self._vectors if name not in (BASE, EQUAL, BEST, TUNED)), EQUAL, BEST, TUNED]
         spaces = {name: self._vectors[name] for name in order}
         figures = figures_of(spaces, self._labels, self._splits)
         pairs = [(name, EQUAL) for name in order if name != EQUAL]
@@ -195,9 +201,13 @@ class _Held:
             reference=EQUAL,
             figures=figures,
             differences=differences_of(figures, pairs),
-            relations=cka_relations({name: spaces[name] for name in order[:-2]}),
+            relations=cka_relations({name: spaces[name] for name in order[:-3]}),
             trials=trials,
         )
+
+
+def _points(mean: float, low: float, high: float) -> str:
+    return f"{100 * mean:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})"
 
 
 def names_of(recipe: Recipe) -> tuple[str, ...]:
