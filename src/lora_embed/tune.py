@@ -65,7 +65,8 @@ class Tuned:
         chosen = f"the best of {trials} trials" if is_best else f"kept, since none of {trials} trials is better beyond noise"
         lines = [
             f"{self.out}: {winner.method} of {weights}{shown_options(winner.options)}, {chosen}",
-            f"Lead of the best trial on equal weights, by {self.tuning['objective']} gain on {self.tuning['images']:,} images: {lead}",
+            f"Lead of the best trial on equal weights in the {self.tuning['objective']} gain, on {self.tuning['images']:,} "
+            f"images: {lead}",
             f"On {self.tuning['held_back_images']:,} images that the search never saw, kNN accuracy in percent, mean and 95 % "
             f"interval of {splits} splits:",
         ]
