@@ -1,6 +1,7 @@
-"""Train the demo's two LoRA adapters on the real parts: `category10` (10 classes) and `group27` (27 classes)."""
+"""Train the demo's LoRA adapters on the real parts: `category10` and `group27` on emoji, `digits10` on handwritten digits."""
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -15,10 +16,12 @@ from torch import Tensor
 from torch.nn import functional
 
 import lora_embed.demo
+from lora_embed.demo.digits import Digit, fetch_digits
 from lora_embed.demo.parts import BASE_MODEL_NAME, LabelledImage, fetch_base_model, fetch_images
 from lora_embed.fetch import cache_root
 
-TASKS = {"category10": "category", "group27": "group"}  # adapter: the label it is trained on
+TASKS = {"category10": "category", "group27": "group", "digits10": "digit"}  # adapter: the label it is trained on
+EPOCHS = {"category10": 12, "group27": 12, "digits10": 4}
 PIXELS = 56  # 4x4 patches: the centre of a 64-pixel image
 MARGIN = 64 - PIXELS
 BATCH_SIZE = 32
@@ -29,26 +32,38 @@ MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
 
+Picture = LabelledImage | Digit
+
+
 def main() -> None:
-    """Fetch the parts, train the asked adapters, print how good they are on emoji they never saw."""
+    """Fetch the parts, train the asked adapters, print how good they are on images they never saw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(lora_embed.demo.__path__[0]) / "adapters")
     parser.add_argument("--task", choices=[*TASKS, "all"], default="all")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--half", type=int, choices=[0, 1], help="train on one half of the images alone, named NAME-half0")
+    parser.add_argument("--epochs", type=int, help="12 on emoji, 4 on digits")
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)  # sums in one order: the same machine gives the same adapter
     transformers.logging.set_verbosity_error()
     base = fetch_base_model(cache_root(), print)
-    images = fetch_images(cache_root(), print)
+    emoji, digits = fetch_images(cache_root(), print), fetch_digits(cache_root(), print)
     for adapter in TASKS if arguments.task == "all" else [arguments.task]:
+        images: Sequence[Picture] = digits if adapter == "digits10" else emoji
         labelled = [image for image in images if label_of(image, TASKS[adapter]) is not None]
-        model = train(base, labelled, TASKS[adapter], arguments.epochs)
+        seen = labelled if arguments.half is None else half_of(labelled, arguments.half)
+        model = train(base, seen, TASKS[adapter], arguments.epochs or EPOCHS[adapter])
         print_quality(model, labelled, images, TASKS[adapter])
-        save(model, arguments.out / adapter)
+        save(model, arguments.out / (adapter if arguments.half is None else f"{adapter}-half{arguments.half}"))
 
 
-def train(base: Path, images: Sequence[LabelledImage], label: str, epochs: int) -> PeftModel:
+def half_of(images: Sequence[Picture], half: int) -> list[Picture]:
+    """Return one of two halves that share no emoji: one task split in two."""
+    names = [image.key.rpartition("-")[2] if isinstance(image, Digit) else image.key.partition("-")[2] for image in images]
+    return [image for image, name in zip(images, names, strict=True) if hashlib.sha256(name.encode()).digest()[9] % 2 == half]
+
+
+def train(base: Path, images: Sequence[Picture], label: str, epochs: int) -> PeftModel:
     """Return the base model with a trained LoRA and head. Uses the train split of `images` only, float32, seeded."""
     torch.manual_seed(SEED)
     images = [image for image in images if image.split == "train"]
@@ -64,7 +79,7 @@ def train(base: Path, images: Sequence[LabelledImage], label: str, epochs: int) 
         model.train()
         losses = []
         for batch in torch.randperm(len(images)).split(BATCH_SIZE)[: steps // epochs]:
-            logits = model(pixel_values=augmented(pixels[batch])).logits
+            logits = model(pixel_values=augmented(pixels[batch], mirrors=label != "digit")).logits
             loss = functional.cross_entropy(logits, labels[batch], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
@@ -83,7 +98,7 @@ def peft_model(base: Path, classes: int) -> PeftModel:
     return get_peft_model(model, config)
 
 
-def print_quality(model: PeftModel, labelled: Sequence[LabelledImage], images: Sequence[LabelledImage], label: str) -> None:
+def print_quality(model: PeftModel, labelled: Sequence[Picture], images: Sequence[Picture], label: str) -> None:
     """Print held-out accuracy of the trained head, then of nearest neighbours with the adapter and without it."""
     test = [image for image in labelled if image.split == "test"]
     logits, _ = predict(model, load_pixels(test))
@@ -93,7 +108,7 @@ def print_quality(model: PeftModel, labelled: Sequence[LabelledImage], images: S
     _, with_adapter = predict(model, pixels)
     with model.disable_adapter():
         _, without = predict(model, pixels)
-    for other in TASKS.values():
+    for other in [task for task in TASKS.values() if rows_of(images, task, "test")]:
         base, adapted = (neighbour_accuracy(vectors, images, other) for vectors in (without, with_adapter))
         print(f"{label}: kNN accuracy on {other}: base {base:.3f}, with the adapter {adapted:.3f}", flush=True)
 
@@ -110,7 +125,7 @@ def predict(model: PeftModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(logits), torch.cat(vectors)
 
 
-def neighbour_accuracy(vectors: Tensor, images: Sequence[LabelledImage], label: str) -> float:
+def neighbour_accuracy(vectors: Tensor, images: Sequence[Picture], label: str) -> float:
     """Classify each test image by its nearest train images: votes weighted by cosine similarity."""
     unit = functional.normalize(vectors, dim=1)
     bank, queries = rows_of(images, label, "train"), rows_of(images, label, "test")
@@ -122,17 +137,18 @@ def neighbour_accuracy(vectors: Tensor, images: Sequence[LabelledImage], label: 
     return (votes.argmax(1) == truth).float().mean().item()
 
 
-def rows_of(images: Sequence[LabelledImage], label: str, split: str) -> list[int]:
+def rows_of(images: Sequence[Picture], label: str, split: str) -> list[int]:
     """Return the positions of the images of one split that carry the label."""
     return [row for row, image in enumerate(images) if image.split == split and label_of(image, label) is not None]
 
 
-def label_of(image: LabelledImage, label: str) -> int | None:
-    """Return the image's class for `category` or `group`, None where it has none."""
-    return image.category if label == "category" else image.group
+def label_of(image: Picture, label: str) -> int | None:
+    """Return the image's class for `category`, `group` or `digit`, None where it has none."""
+    found: int | None = getattr(image, label, None)
+    return found
 
 
-def load_pixels(images: Sequence[LabelledImage]) -> Tensor:
+def load_pixels(images: Sequence[Picture]) -> Tensor:
     """Return uint8 (n, 3, 64, 64). Transparent pixels become white, as transformers' processors make them."""
     return torch.stack([torch.from_numpy(on_white(image.path)) for image in images]).permute(0, 3, 1, 2)
 
@@ -144,13 +160,13 @@ def on_white(path: Path) -> np.ndarray:
     return np.array(Image.alpha_composite(white, image).convert("RGB"))
 
 
-def augmented(pixels: Tensor) -> Tensor:
-    """Return a random window of each uint8 image, half of them mirrored, with brightness and colours shifted."""
+def augmented(pixels: Tensor, mirrors: bool) -> Tensor:
+    """Return a random window of each uint8 image, half of them mirrored if asked, with brightness and colours shifted."""
     count = len(pixels)
     offsets = torch.randint(0, MARGIN + 1, (count, 2)).tolist()
     windows = [image[:, y : y + PIXELS, x : x + PIXELS] for image, (y, x) in zip(pixels, offsets, strict=True)]
     batch = torch.stack(windows) / 255
-    mirrored = torch.rand(count) < 0.5
+    mirrored = torch.rand(count) < (0.5 if mirrors else 0.0)
     batch[mirrored] = batch[mirrored].flip(-1)
     gain = 1 + 0.2 * (2 * torch.rand(count, 3, 1, 1) - 1) + 0.1 * (2 * torch.rand(count, 1, 1, 1) - 1)
     return normalised((batch * gain).clamp(0, 1))

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from lora_embed.cli_evaluate import evaluate
+from lora_embed.cli_tune import tune
 from lora_embed.config import JobConfig, load_job, load_recipe
 from lora_embed.errors import ConfigError, LoraEmbedError
 from lora_embed.progress import say
@@ -218,6 +219,7 @@ def demo(folder: Annotated[Path, typer.Argument(help="Where everything is writte
     run_demo(folder, say)
 
 
+app.command()(tune)
 app.command()(evaluate)
 
 

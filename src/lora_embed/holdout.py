@@ -1,0 +1,91 @@
+"""Encoders held against each other on images that no search saw: accuracies by split, and paired differences."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_embed.errors import ConfigError
+from lora_embed.evaluate import knn_accuracy, paired_difference, split_by_name
+from lora_embed.evaluation import Difference, Figure
+
+BANK_SHARE = 2 / 3
+METRIC = "knn"  # what the search chose by; `lora-embed evaluate` has the others
+
+Labels = Mapping[str, NDArray[np.int64]]  # task → (n,) class, −1 where there is none
+Spaces = Mapping[str, NDArray[np.float32]]  # encoder → vectors (n, d) of the same images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """Which images are in the bank, (n,), for each of several seeded splits by group."""
+
+    banks: tuple[NDArray[np.bool_], ...]
+
+    @classmethod
+    def of(cls, names: Sequence[str], count: int, seed: int) -> "Splits":
+        """`count` splits of images whose groups these are; another seed draws all of them anew."""
+        return cls(banks=tuple(split_by_name(names, BANK_SHARE, seed * count + number) for number in range(count)))
+
+    def accuracies(self, vectors: NDArray[np.float32], labels: NDArray[np.int64]) -> tuple[float, ...]:
+        """One per split, over the images that have a label of the task."""
+        known = labels >= 0
+        return tuple(
+            knn_accuracy(vectors[bank & known], labels[bank & known], vectors[~bank & known], labels[~bank & known])
+            for bank in self.banks
+        )
+
+
+def refuse_thin(labels: Labels, splits: Splits, part: str) -> None:
+    """Raises ConfigError where a split has no query of a task, or a bank of less than two of its classes."""
+    for task, classes in labels.items():
+        for bank in splits.banks:
+            if len(set(classes[bank & (classes >= 0)].tolist())) < 2 or not (~bank & (classes >= 0)).any():
+                raise ConfigError(
+                    f"--label {task}: {int((classes >= 0).sum())} images with it are {part}, too few to split into a bank of "
+                    "two classes or more and queries. Give more labelled images, or group them by another field."
+                )
+
+
+def figures_of(spaces: Spaces, labels: Labels, splits: Splits) -> tuple[Figure, ...]:
+    """kNN accuracy of all encoders on all tasks, on the same splits."""
+    found = []
+    for task, classes in labels.items():
+        for name, vectors in spaces.items():
+            values = splits.accuracies(vectors, classes)
+            mean, low, high = interval(values)
+            found.append(Figure(task=task, metric=METRIC, candidate=name, per_split=values, mean=mean, low=low, high=high))
+    return tuple(found)
+
+
+def differences_of(figures: Sequence[Figure], pairs: Sequence[tuple[str, str]]) -> tuple[Difference, ...]:
+    """(candidate, reference) pairs, on each task."""
+    values = {(figure.task, figure.candidate): figure.per_split for figure in figures}
+    found = []
+    for task in dict.fromkeys(figure.task for figure in figures):
+        for candidate, reference in pairs:
+            mean, low, high = interval(np.subtract(values[task, candidate], values[task, reference]))
+            found.append(
+                Difference(
+                    task=task,
+                    metric=METRIC,
+                    candidate=candidate,
+                    reference=reference,
+                    mean=mean,
+                    low=low,
+                    high=high,
+                    verdict="better" if low > 0 else "worse" if high < 0 else "within noise",
+                )
+            )
+    return tuple(found)
+
+
+def interval(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float, float]:
+    """Mean of figures of several splits and its 95 % interval: Student's t with the error of `PairedDifference`, which allows
+    for splits of one image set having images in common (Nadeau & Bengio 2003)."""
+    from scipy.stats import t as student  # type: ignore[import-untyped]
+
+    found = paired_difference(list(values), [0.0] * len(values), BANK_SHARE)
+    reach = float(student.ppf(0.975, len(values) - 1)) * found.corrected_error
+    return found.mean, found.mean - reach, found.mean + reach

@@ -1,0 +1,188 @@
+"""Labelled shards → pixels, decoded once into a mapped file, with labels and groups; what a search embeds many times over."""
+
+import hashlib
+import heapq
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_embed import disk
+from lora_embed.decode import BadImage, decode_image
+from lora_embed.errors import ConfigError
+from lora_embed.model.preprocess import Pixels, Preprocessing
+from lora_embed.plan import list_shards
+from lora_embed.progress import LOG_EVERY_S, say
+from lora_embed.read import Sample, read_samples
+from lora_embed.schema import Layout, Shard
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Which samples take part: those with a label of a task, at most so many, drawn by seed, groups as whole as that allows."""
+
+    fields: tuple[str, ...]  # of labels, one a task
+    group: str | None  # field: samples that share it stay together in every split
+    most: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledImages:
+    """Images ready for a model (n, H, W, 3), mapped from a file, and what is known of them, row by row."""
+
+    pixels: Pixels
+    ids: tuple[str, ...]
+    names: tuple[str, ...]  # of groups; the ids where there are none
+    classes: dict[str, tuple[str, ...]]  # field → names of its classes
+    labels: dict[str, NDArray[np.int64]]  # field → (n,) class, −1 where there is none
+    samples: int  # seen
+    unlabelled: int
+    decoded: int  # in this process: 0 where they were decoded before
+    rejects: dict[str, int]  # reason → samples with a label
+    fingerprint: str  # 12 hex digits over images, labels, groups and how pixels are made
+
+
+@dataclass
+class _Drawn:
+    """What was read, in the order of the rows of the mapped file."""
+
+    ids: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    sums: list[str] = field(default_factory=list)  # SHA-256 of the encoded bytes
+    labels: list[list[str | None]] = field(default_factory=list)
+    samples: int = 0
+    unlabelled: int = 0
+    rejects: dict[str, int] = field(default_factory=dict)
+
+
+def read_labelled(inputs: tuple[str, ...], wanted: Wanted, preprocessing: Preprocessing, folder: Path) -> LabelledImages:
+    """The labelled images of the inputs, decoded into a file below `folder`, or found there.
+
+    Raises ConfigError where no image has a label of some task, and ShardError for a shard that cannot be read to its end.
+    """
+    shards = list_shards(inputs, {})
+    about = [FORMAT, [shard.id for shard in shards], asdict(wanted), preprocessing.settings()]
+    name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+    pixels, record = folder / f"pixels-{name}.npy", folder / f"images-{name}.json"
+    decoded = 0
+    if not record.is_file():
+        pixels.unlink(missing_ok=True)  # of a run that was stopped while it decoded
+        drawn, decoded = _Drawing(wanted, preprocessing, pixels).draw(shards)
+        _check(drawn, wanted, inputs)
+        disk.replace(folder, record, json.dumps(asdict(drawn)).encode())
+    drawn = _Drawn(**json.loads(record.read_bytes()))
+    how = json.dumps([drawn.ids, drawn.names, drawn.sums, drawn.labels, wanted.fields, preprocessing.settings()])
+    classes = [sorted({label for row in drawn.labels if (label := row[task])}) for task in range(len(wanted.fields))]
+    places: list[dict[str | None, int]] = [{name: at for at, name in enumerate(names)} | {None: -1} for names in classes]
+    return LabelledImages(
+        pixels=np.load(pixels, mmap_mode="r")[: len(drawn.ids)],
+        ids=tuple(drawn.ids),
+        names=tuple(drawn.names),
+        classes={of: tuple(names) for of, names in zip(wanted.fields, classes, strict=True)},
+        labels={
+            of: np.array([places[task][row[task]] for row in drawn.labels], np.int64) for task, of in enumerate(wanted.fields)
+        },
+        samples=drawn.samples,
+        unlabelled=drawn.unlabelled,
+        decoded=decoded,
+        rejects=drawn.rejects,
+        fingerprint=hashlib.sha256(how.encode()).hexdigest()[:12],
+    )
+
+
+class _Drawing:
+    """The drawing of `wanted.most` samples in one pass: those of the smallest hashes, whose rows others may take over later."""
+
+    def __init__(self, wanted: Wanted, preprocessing: Preprocessing, path: Path) -> None:
+        self._wanted, self._preprocessing = wanted, preprocessing
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shape = (wanted.most, *preprocessing.size, 3)  # a sparse file: rows that are not written take no room
+        self._pixels: Pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+        self._heap: list[tuple[int, int]] = []  # (−hash, row) of those drawn so far, the largest hash first
+        self._drawn = _Drawn()
+        self._decoded = 0
+
+    def draw(self, shards: list[Shard]) -> tuple[_Drawn, int]:
+        """Read all shards; returns what was drawn, and how many images were decoded for it."""
+        names = (*self._wanted.fields, *([self._wanted.group] if self._wanted.group else []))
+        layout = Layout(precision="float32", batch_size=1, carry=tuple((name, "string") for name in dict.fromkeys(names)))
+        rejects, said = Counter[str](), time.monotonic()
+        for id_, sample in _samples(shards, layout):
+            self._drawn.samples += 1
+            try:
+                self._take(id_, sample)
+            except BadImage as bad:
+                rejects[bad.reason] += 1
+            if time.monotonic() - said > LOG_EVERY_S:
+                said = time.monotonic()
+                say(f"{self._drawn.samples:,} samples read, {self._decoded:,} images decoded")
+        self._drawn.rejects = dict(rejects)
+        self._pixels.flush()  # type: ignore[attr-defined]  # of the mapped file
+        return self._drawn, self._decoded
+
+    def _take(self, id_: str, sample: Sample) -> None:
+        labels = [_text(sample.fields.get(name)) for name in self._wanted.fields]
+        if not any(label is not None for label in labels):
+            self._drawn.unlabelled += 1
+            return
+        if sample.data is None:
+            raise BadImage("no_image", "the sample has no image")
+        name = (_text(sample.fields.get(self._wanted.group)) if self._wanted.group else None) or id_
+        rank = (_hash(self._wanted.seed, name), _hash(self._wanted.seed, id_))
+        place = -(rank[0] << 64 | rank[1])
+        if len(self._heap) == self._wanted.most and place < self._heap[0][0]:
+            return
+        pixels = decode_image(sample.data, self._preprocessing).pixels
+        self._decoded += 1
+        self._put(place, pixels, [id_, name, hashlib.sha256(sample.data).hexdigest(), labels])
+
+    def _put(self, place: int, pixels: Pixels, values: list[Any]) -> None:
+        """Into the next free row, or that of the largest hash."""
+        columns: list[list[Any]] = [self._drawn.ids, self._drawn.names, self._drawn.sums, self._drawn.labels]
+        row = len(self._heap)
+        if row < self._wanted.most:
+            heapq.heappush(self._heap, (place, row))
+            for column, value in zip(columns, values, strict=True):
+                column.append(value)
+        else:
+            _, row = heapq.heapreplace(self._heap, (place, self._heap[0][1]))
+            for column, value in zip(columns, values, strict=True):
+                column[row] = value
+        self._pixels[row] = pixels
+
+
+def _samples(shards: list[Shard], layout: Layout) -> Iterator[tuple[str, Sample]]:
+    """All samples with their ids."""
+    for shard in shards:
+        for sample in read_samples(shard, layout, {}, wanted=lambda number: True):
+            yield (f"{shard.prefix}/{sample.key}" if shard.prefix else sample.key), sample
+
+
+def _text(value: Any) -> str | None:
+    """A field as the name of a class: numbers and truth values as JSON writes them; none where there is nothing."""
+    text = value.strip() if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
+    return text or None
+
+
+def _hash(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode("utf-8", "backslashreplace")).digest()[:8], "big")
+
+
+def _check(drawn: _Drawn, wanted: Wanted, inputs: tuple[str, ...]) -> None:
+    for task, name in enumerate(wanted.fields):
+        classes = {row[task] for row in drawn.labels} - {None}
+        if len(classes) < 2:
+            found = f"one class, {next(iter(classes))!r}" if classes else f"no sample with it among {drawn.samples:,}"
+            raise ConfigError(
+                f"--label {name}: {found} in {', '.join(inputs)}, expected a field of the samples' JSON, a text member or a "
+                "Parquet column with two classes or more. Correct the field's name, or the input."
+            )

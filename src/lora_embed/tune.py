@@ -1,0 +1,292 @@
+"""`lora-embed tune`: weights and a method of merging, searched on one part of the labelled images and judged on the other."""
+
+import datetime
+import importlib.util
+import json
+import os
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+
+from lora_embed import disk
+from lora_embed.cka import cka_relations
+from lora_embed.config import Recipe
+from lora_embed.errors import ConfigError, EncoderError
+from lora_embed.evaluate import split_by_name
+from lora_embed.evaluation import Candidate, Evaluation, Task, Trial
+from lora_embed.goal import Search
+from lora_embed.holdout import BANK_SHARE, Splits, differences_of, figures_of, refuse_thin
+from lora_embed.labelled import LabelledImages, Wanted, read_labelled
+from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.encoder import load_encoder
+from lora_embed.model.merge import METHODS
+from lora_embed.model.refold import BATCH, Refolder
+from lora_embed.progress import say
+from lora_embed.scoring import Scorer, shown_options
+from lora_embed.trials import alone_in
+
+LEAST_ADAPTERS, MOST_ADAPTERS = 2, 5
+TUNING_SHARE = 0.5  # of the groups; the others are held back
+FINAL_SPLITS = 5
+LEAST_TRIALS, LEAST_IMAGES = 24, 200  # that a budget in minutes is to allow; to which images are cut for it
+PROVEN = 64  # images whose vectors the built winner must repeat
+TUNED, EQUAL, BASE, BEST = "tuned", "equal", "base", "best tried"
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """The winner and its evidence."""
+
+    out: str
+    recipe: Recipe
+    evaluation: Evaluation
+    tuning: dict[str, Any]  # what an Evaluation has no place for
+    own: dict[str, str]  # task → its adapter's name
+
+    def as_json(self) -> dict[str, Any]:
+        """An Evaluation's fields, and `tuning`: what it has no place for."""
+        return asdict(self.evaluation) | {"tuning": self.tuning | {"recipe": self.out}}
+
+    def describe(self) -> str:
+        """For a person: the winner, and its figures on images that the search never saw, in points."""
+        winner, trials, splits = self._found(TUNED), len(self.evaluation.trials), self.evaluation.splits
+        weights = ", ".join(f"{name} {weight:g}" for name, weight in winner.weights.items())
+        lead = _points(*(self.tuning["lead"][name] for name in ("mean", "low", "high")))
+        is_best = winner.space_id == self._found(BEST).space_id
+        chosen = f"the best of {trials} trials" if is_best else f"kept, since none of {trials} trials is better beyond noise"
+        lines = [
+            f"{self.out}: {winner.method} of {weights}{shown_options(winner.options)}, {chosen}",
+            f"Lead of the best trial on equal weights in the {self.tuning['objective']} gain, on {self.tuning['images']:,} "
+            f"images: {lead}",
+            f"On {self.tuning['held_back_images']:,} images that the search never saw, kNN accuracy in percent, mean and 95 % "
+            f"interval of {splits} splits:",
+        ]
+        for task, own in self.own.items():
+            figures = [figure for figure in self.evaluation.figures if figure.task == task]
+            lines.append(f"  {task}: " + " · ".join(f"{figure.candidate} {100 * figure.mean:.1f}" for figure in figures))
+            for reference in (EQUAL, own):
+                (found,) = (
+                    apart for apart in self.evaluation.differences
+                    if (apart.task, apart.candidate, apart.reference) == (task, TUNED, reference)
+                )  # fmt: skip
+                lines.append(f"    tuned less {reference}: {_points(found.mean, found.low, found.high)}, {found.verdict}")
+        return "\n".join(lines)
+
+    def _found(self, name: str) -> Candidate:
+        return next(found for found in self.evaluation.candidates if found.name == name)
+
+
+def tune(search: Search) -> Tuned:
+    """Search, judge, write `out` and the evidence beside it. The same search goes on where it was stopped.
+
+    Raises ConfigError, and what reading shards and building encoders raise.
+    """
+    names = _checked(search)
+    refolder = Refolder(gather(search.recipe), "cuda" if torch.cuda.is_available() else "cpu")
+    with alone_in(search.work_folder):
+        started = time.perf_counter()
+        wanted = Wanted(
+            fields=tuple(task.field for task in search.tasks), group=search.group, most=search.most_images, seed=search.seed
+        )
+        images = read_labelled(search.inputs, wanted, refolder.encoder.description.preprocessing, search.work_folder)
+        decoded = time.perf_counter()
+        in_tuning = split_by_name(images.names, TUNING_SHARE, search.seed)
+        held = _Held(search, refolder, images, np.flatnonzero(~in_tuning))
+        scorer = Scorer(search, names, refolder, images, _chosen(search, refolder, images, np.flatnonzero(in_tuning)))
+        trials = scorer.search()
+        searched = time.perf_counter()
+        recipe = scorer.winner()
+        for name, candidate in (scorer.references() | {TUNED: recipe}).items():
+            held.add(name, candidate)
+        held.prove(recipe)
+        seconds = {"decode": decoded - started, "search": searched - decoded, "compare": time.perf_counter() - searched}
+        own = scorer.own()
+        tuned = Tuned(
+            out=str(search.out),
+            recipe=recipe,
+            evaluation=held.evaluation(trials, own, seconds),
+            tuning=scorer.about() | {"held_back_images": held.count},
+            own=own,
+        )
+        _write(search, tuned)
+    return tuned
+
+
+class _Held:
+    """Encoders on the held-back images, one added after another."""
+
+    def __init__(self, search: Search, refolder: Refolder, images: LabelledImages, rows: Rows) -> None:
+        self._search, self._refolder, self._images, self._rows = search, refolder, images, rows
+        self._splits = Splits.of([images.names[row] for row in rows], FINAL_SPLITS, search.seed)
+        self._labels = {task: labels[rows] for task, labels in images.labels.items()}
+        refuse_thin(self._labels, self._splits, "held back")
+        self._vectors: dict[str, NDArray[np.float32]] = {}
+        self._candidates: dict[str, Candidate] = {}
+
+    @property
+    def count(self) -> int:
+        """Images held back."""
+        return len(self._rows)
+
+    def add(self, name: str, recipe: Recipe) -> None:
+        """Embed them by a recipe's encoder."""
+        started = time.perf_counter()
+        self._refolder.fold(recipe)
+        space_id, folded = self._refolder.space_id(), time.perf_counter()
+        same = next((known.name for known in self._candidates.values() if known.space_id == space_id), None)
+        if same is None:
+            self._vectors[name] = self._refolder.embed(self._images.pixels, self._rows)
+        else:
+            self._vectors[name] = self._vectors[same]
+        self._candidates[name] = Candidate(
+            name=name,
+            method=recipe.merge_method,
+            weights={adapter: spec.weight for adapter, spec in zip(names_of(recipe), recipe.adapters, strict=True)},
+            options=recipe.merge_options,
+            recipe_id=self._refolder.identify(recipe),
+            space_id=space_id,
+            dimension=self._vectors[name].shape[1],
+            build_s=folded - started,
+            encoder_bytes=self._refolder.encoder_bytes,
+            forward_s=time.perf_counter() - folded,
+        )
+        say(f"held back, {name}: {self._candidates[name].forward_s:.1f} s")
+
+    def prove(self, recipe: Recipe) -> None:
+        """Build the winner as any recipe is built; raises EncoderError unless its vectors are those that it was chosen for."""
+        device = self._refolder.encoder.device.type
+        with tempfile.TemporaryDirectory(dir=self._search.work_folder) as scratch:
+            description = build_encoder(gather(recipe), Path(scratch) / "encoder", lambda line: None)
+            built = load_encoder(Path(scratch) / "encoder", device=device, batch_size=BATCH[device])
+            found = built.embed_pixels(self._images.pixels[self._rows[:PROVEN]])
+        expected = self._vectors[TUNED][:PROVEN]
+        if description.space_id != self._candidates[TUNED].space_id or not np.array_equal(found, expected):
+            raise EncoderError(
+                f"the built winner is of space {description.space_id} and its vectors differ by up to "
+                f"{np.abs(found - expected).max():.2g}, expected space {self._candidates[TUNED].space_id} and the same vectors "
+                "as in the search. This is a fault of this program: please report it with the recipe."
+            )
+
+    def evaluation(self, trials: tuple[Trial, ...], own: dict[str, str], seconds: dict[str, float]) -> Evaluation:
+        """All that was found."""
+        order = [BASE, *(name for name in self._vectors if name not in (BASE, EQUAL, BEST, TUNED)), EQUAL, BEST, TUNED]
+        spaces = {name: self._vectors[name] for name in order}
+        figures = figures_of(spaces, self._labels, self._splits)
+        pairs = [(name, EQUAL) for name in order if name != EQUAL]
+        pairs += [(TUNED, name) for name in order if name not in (EQUAL, TUNED)]
+        images = self._images
+        return Evaluation(
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            inputs=self._search.inputs,
+            samples=images.samples,
+            decoded=len(images.ids),
+            rejects=images.rejects,
+            seconds=seconds,
+            splits=FINAL_SPLITS,
+            bank_share=BANK_SHARE,
+            seed=self._search.seed,
+            tasks=tuple(
+                Task(name=of, label=of, classes=images.classes[of], images=int((labels >= 0).sum()))
+                for of, labels in images.labels.items()
+            ),
+            candidates=tuple(self._candidates[name] for name in order),
+            reference=EQUAL,
+            figures=figures,
+            differences=differences_of(figures, pairs),
+            relations=cka_relations({name: spaces[name] for name in order[:-3]}),
+            trials=trials,
+        )
+
+
+def _points(mean: float, low: float, high: float) -> str:
+    return f"{100 * mean:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})"
+
+
+def names_of(recipe: Recipe) -> tuple[str, ...]:
+    """What adapters are called: the last part of each path, or all of it where that is not distinct."""
+    short = [spec.path.rstrip("/").rpartition("/")[2] for spec in recipe.adapters]
+    return tuple(name if short.count(name) == 1 else spec.path for name, spec in zip(short, recipe.adapters, strict=True))
+
+
+def _checked(search: Search) -> tuple[str, ...]:
+    """Names of the adapters. Raises ConfigError for what is wrong whatever the images are."""
+    names = names_of(search.recipe)
+    if not LEAST_ADAPTERS <= len(names) <= MOST_ADAPTERS:
+        raise ConfigError(
+            f"the recipe names {len(names)} adapters, expected {LEAST_ADAPTERS} to {MOST_ADAPTERS}: one has nothing to be "
+            "weighed against, and those of many are not found in minutes. Change the recipe."
+        )
+    if not search.out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {search.out}: there is no folder {search.out.absolute().parent}. Make it, or name another.")
+    for task in search.tasks:
+        if task.adapter is not None and task.adapter not in names:
+            raise ConfigError(
+                f"--label {task.adapter}={task.field}: the recipe's adapters are {', '.join(names)}. Name one of them."
+            )
+    fields = [task.field for task in search.tasks]
+    if len(set(fields)) != len(fields):
+        raise ConfigError(f"--label names {max(fields, key=fields.count)!r} twice. Name each field once.")
+    unknown = sorted(set(search.methods) - set(METHODS))
+    if unknown:
+        raise ConfigError(f"--methods: {unknown[0]!r} is no method that has weights, expected some of {', '.join(METHODS)}")
+    if search.budget.evaluations is not None and search.budget.evaluations <= len(names):
+        raise ConfigError(
+            f"--evaluations is {search.budget.evaluations}, expected {len(names) + 1} or more: each adapter alone and equal "
+            "weights are tried first, to measure by."
+        )
+    if importlib.util.find_spec("sklearn") is None:
+        raise ConfigError(
+            "scikit-learn is not installed, which figures and intervals need: pip install 'lora-embed[evaluation]'"
+        )
+    return names
+
+
+def _chosen(search: Search, refolder: Refolder, images: LabelledImages, rows: Rows) -> Rows:
+    """The tuning images, or as many groups of them as let a budget in minutes try enough; chosen once for a work folder."""
+    minutes = search.budget.minutes
+    if minutes is None or len(rows) <= LEAST_IMAGES:
+        return rows
+    pinned = search.work_folder / f"subset-{images.fingerprint}-{minutes:g}-{search.seed}.json"
+    if not pinned.is_file():  # the speed of another day would choose others, and nothing that was tried would count
+        some = rows[: 2 * BATCH[refolder.encoder.device.type]]
+        refolder.embed(images.pixels, some)  # the first batches take longer
+        started = time.perf_counter()
+        refolder.embed(images.pixels, some)
+        affordable = len(some) / (time.perf_counter() - started) * 60 * minutes / LEAST_TRIALS
+        disk.replace(search.work_folder, pinned, json.dumps(max(LEAST_IMAGES, round(affordable))).encode())
+    most = int(json.loads(pinned.read_bytes()))
+    if most >= len(rows):
+        return rows
+    names = [images.names[row] for row in rows]
+    say(
+        f"{minutes:g} minutes: the search sees about {most:,} of {len(rows):,} tuning images, so that it can try "
+        f"{LEAST_TRIALS} merges"
+    )
+    return rows[split_by_name(names, most / len(rows), search.seed)]
+
+
+def _write(search: Search, tuned: Tuned) -> None:
+    """The recipe, with its evidence in short, and all of the evidence beside it."""
+    body = yaml.safe_dump(tuned.recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+    notes = [
+        f"# Written by `lora-embed tune`; all figures: {search.evidence.name}",
+        *(f"# {line}" for line in tuned.describe().splitlines()),
+    ]
+    _replace(search.evidence, (json.dumps(tuned.as_json(), ensure_ascii=False, indent=1) + "\n"))
+    _replace(search.out, "\n".join(notes) + "\n" + body)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file in one step."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
