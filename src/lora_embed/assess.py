@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lora_embed import candidates, cluster, figures, pipeline
 from lora_embed.candidates import AdapterHead, Built, Entrant
+from lora_embed.cka import cka_relations
 from lora_embed.collect import Collected, Source, check_fields, collect
 from lora_embed.config import Resources
 from lora_embed.errors import ConfigError
@@ -23,6 +24,8 @@ from lora_embed.progress import say
 from lora_embed.schema import Layout
 from lora_embed.storage import Store
 from lora_embed.thumbnails import thumbnails
+
+MOST_ALIGNED = 2000  # images whose vectors two spaces are compared by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,8 @@ def assess(request: Request) -> Evaluation:
     metrics_s = time.perf_counter() - clock
     reference = request.reference or names[0]
     clock = time.perf_counter()
-    relations = relate(entrants)
+    alone = {one.entrant.name: prepared.vectors(one)[:MOST_ALIGNED] for one in built if len(one.entrant.recipe.adapters) <= 1}
+    relations = relate(entrants) + cka_relations(alone)
     relate_s = time.perf_counter() - clock
     changed = _changed(prepared.labelled, scored, reference)
     labelled, collected = prepared.labelled, prepared.collected

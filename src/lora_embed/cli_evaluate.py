@@ -28,14 +28,16 @@ def evaluate(
     work: Annotated[str | None, typer.Option(metavar="URI", help="Where encoders and vectors are kept.")] = None,
     shared_filesystem: Annotated[bool, typer.Option("--shared-filesystem", help="All nodes mount the local paths.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the evaluation as JSON.")] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as a page (HTML).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Compare recipes on labelled images: each image decoded once, metrics on seeded splits, paired differences."""
     if precision not in ("auto", "float32", "bfloat16", "float16"):
         raise ConfigError(f"--precision is {precision!r}, expected auto, float32, bfloat16 or float16")
-    if out is not None:
-        _check_writable(out)
+    _check_writable("--out", out)
+    _check_writable("--report", report)
     from lora_embed.assess import Request, assess
+    from lora_embed.report import write_report
     from lora_embed.show import to_markdown
 
     request = Request(
@@ -58,6 +60,8 @@ def evaluate(
     evaluation = assess(request)
     if out is not None:
         out.write_text(evaluation.to_json() + "\n", encoding="utf-8", errors="backslashreplace")
+    if report is not None:
+        write_report(evaluation, report)
     print(evaluation.to_json() if as_json else to_markdown(evaluation))
 
 
@@ -84,7 +88,7 @@ def _absolute(path: str) -> str:
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
-def _check_writable(out: Path) -> None:
+def _check_writable(option: str, path: Path | None) -> None:
     """Before minutes of work. Raises StorageError."""
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise StorageError(f"--out {out}: cannot be written: it is a directory, or lies in none. Name a file.")
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise StorageError(f"{option} {path}: cannot be written: it is a directory, or lies in none. Name a file.")

@@ -75,6 +75,10 @@ class Search:
     def evidence(self) -> Path:
         return self.out.with_name(f"{self.out.stem}.evidence.json")
 
+    @property
+    def report(self) -> Path:
+        return self.out.with_name(f"{self.out.stem}.evidence.html")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:

@@ -29,6 +29,7 @@ from lora_embed.model.encoder import load_encoder
 from lora_embed.model.merge import METHODS
 from lora_embed.model.refold import BATCH, Refolder
 from lora_embed.progress import say
+from lora_embed.report import write_report
 from lora_embed.scoring import Scorer, shown_options
 from lora_embed.trials import alone_in
 
@@ -282,6 +283,7 @@ def _write(search: Search, tuned: Tuned) -> None:
         *(f"# {line}" for line in tuned.describe().splitlines()),
     ]
     _replace(search.evidence, (json.dumps(tuned.as_json(), ensure_ascii=False, indent=1) + "\n"))
+    write_report(tuned.evaluation, search.report)
     _replace(search.out, "\n".join(notes) + "\n" + body)
 
 
