@@ -57,8 +57,8 @@ def before_and_after(found: Evaluation) -> Section:
     about = (
         f"<p>Each figure is a mean over {found.splits:,} seeded splits of the labelled images into a bank "
         f"({percentage(found.bank_share)}) and queries, with its 95 % interval. All encoders see the same splits, so that "
-        f"differences to {brief(found.reference)} are paired. “Better” and “worse” are said only where the 95 % interval of the "
-        "difference leaves out zero.</p>"
+        f"differences to {brief(found.reference)} are paired. “Better” and “worse” are said only where the 95 % interval of "
+        "the difference leaves out zero.</p>"
     )
     parts = [_task(found, task) for task in found.tasks]
     return Section(anchor="scores", title="Before and after", content=about + "".join(parts) if any(parts) else "")
