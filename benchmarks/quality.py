@@ -14,15 +14,15 @@ import numpy as np
 import yaml
 
 from lora_embed import cli
-from lora_embed.assess import Request, assess
 from lora_embed.demo import parts
 from lora_embed.demo.tour import ADAPTERS
-from lora_embed.evaluate import paired_difference
-from lora_embed.evaluation import Evaluation
+from lora_embed.evaluate.assess import Request, assess
+from lora_embed.evaluate.figures import BANK_SHARE
+from lora_embed.evaluate.metrics import paired_difference
+from lora_embed.evaluate.records import Evaluation
+from lora_embed.evaluate.show import to_markdown
 from lora_embed.fetch import cache_root
-from lora_embed.figures import BANK_SHARE
 from lora_embed.progress import say
-from lora_embed.show import to_markdown
 
 IMAGE_SIZE = 56  # pixels; what the adapters were trained on
 COLUMNS = [(task, metric) for task in ("category", "group") for metric in ("knn", "probe")]

@@ -3,7 +3,7 @@
 import base64
 from collections.abc import Callable
 
-from lora_embed.evaluation import (
+from lora_embed.evaluate.records import (
     Candidate,
     ClassChange,
     Difference,

@@ -13,8 +13,8 @@ from PIL import Image
 from jobs import ROOT, write_recipe
 from lora_embed import load_encoder
 from lora_embed.cli import evaluate_job, run_command
-from lora_embed.evaluate import knn_accuracy, split_by_name
-from lora_embed.evaluation import METRICS, Evaluation
+from lora_embed.evaluate.metrics import knn_accuracy, split_by_name
+from lora_embed.evaluate.records import METRICS, Evaluation
 from models import save_adapter, save_base
 from samples import parquet_of, png, tar_of
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from lora_embed.cka import cka_relations, linear_cka
+from lora_embed.evaluate.cka import cka_relations, linear_cka
 
 
 def vectors(n: int, d: int, seed: int) -> NDArray[np.float32]:

@@ -7,7 +7,7 @@ from scipy.stats import ttest_rel
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from lora_embed.evaluate import PROBE_C, knn_accuracy, paired_difference, probe_accuracy, split_by_name
+from lora_embed.evaluate.metrics import PROBE_C, knn_accuracy, paired_difference, probe_accuracy, split_by_name
 
 Clusters = tuple[NDArray[np.float32], NDArray[np.int64]]
 

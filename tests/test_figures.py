@@ -10,9 +10,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 
 from lora_embed.errors import ConfigError
-from lora_embed.evaluate import cluster_nmi, knn_accuracy, mean_interval, probe_accuracy, score_interval
-from lora_embed.evaluation import METRICS
-from lora_embed.figures import (
+from lora_embed.evaluate.figures import (
     Labelled,
     Scored,
     check_sides,
@@ -27,7 +25,9 @@ from lora_embed.figures import (
     score,
     seeded_splits,
 )
-from lora_embed.rank import rank, unit
+from lora_embed.evaluate.metrics import cluster_nmi, knn_accuracy, mean_interval, probe_accuracy, score_interval
+from lora_embed.evaluate.rank import rank, unit
+from lora_embed.evaluate.records import METRICS
 
 RNG = np.random.default_rng(7)
 LABELS = np.concatenate([np.arange(5), RNG.integers(0, 5, 235)])

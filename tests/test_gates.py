@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
 from lora_embed import gates
-from lora_embed.evaluate import knn_accuracy, paired_difference, split_by_name
+from lora_embed.evaluate.metrics import knn_accuracy, paired_difference, split_by_name
 from lora_embed.gates import Comparison, Gate, Limits, Policy, compare, comparison_gates, re_embed_decision
 from lora_embed.health import Figures, measure
 

@@ -8,8 +8,8 @@ import pytest
 
 from lora_embed.decode import decode_image
 from lora_embed.errors import ConfigError
-from lora_embed.labelled import LabelledImages, Wanted, read_labelled
 from lora_embed.model.preprocess import Preprocessing
+from lora_embed.tune.labelled import LabelledImages, Wanted, read_labelled
 from samples import PREPROCESSING, encoded, parquet_of, png
 from tuning import picture, write_labelled
 

@@ -3,7 +3,7 @@
 import pytest
 
 from lora_embed.model.merge import METHODS
-from lora_embed.propose import HEAVIEST, Point, Rank, equal, next_point, point_of, references, starts
+from lora_embed.tune.propose import HEAVIEST, Point, Rank, equal, next_point, point_of, references, starts
 
 ALL = tuple(METHODS)
 BEST = (0.85, 0.3)

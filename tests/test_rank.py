@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from lora_embed import rank as ranking
-from lora_embed.rank import Ranked, rank, unit, vote
+from lora_embed.evaluate import rank as ranking
+from lora_embed.evaluate.rank import Ranked, rank, unit, vote
 
 CLASSES = 6
 

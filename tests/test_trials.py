@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lora_embed.errors import ConfigError
-from lora_embed.trials import Exam, TrialLog, Tried, alone_in
+from lora_embed.tune.trials import Exam, TrialLog, Tried, alone_in
 
 EXAM = Exam(data="abc", seed=0, splits=20)
 

@@ -16,15 +16,15 @@ import yaml
 from lora_embed import cli
 from lora_embed.config import load_recipe
 from lora_embed.errors import AdapterMismatch, ConfigError
-from lora_embed.evaluate import split_by_name
-from lora_embed.evaluation import Evaluation
-from lora_embed.goal import Budget, Goal, TaskLabel, read_label
-from lora_embed.labelled import Wanted, read_labelled
+from lora_embed.evaluate.metrics import split_by_name
+from lora_embed.evaluate.records import Evaluation
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.encoder import load_encoder
 from lora_embed.model.merge import METHODS
 from lora_embed.model.refold import BATCH, Refolder
-from lora_embed.tune import Tuned, tune
+from lora_embed.tune.goal import Budget, Goal, TaskLabel, read_label
+from lora_embed.tune.labelled import Wanted, read_labelled
+from lora_embed.tune.tune import Tuned, tune
 from models import save_adapter
 from tuning import tiny_search
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from jobs import write_recipe
 from lora_embed.config import load_recipe
-from lora_embed.goal import Budget, Search, TaskLabel
+from lora_embed.tune.goal import Budget, Search, TaskLabel
 from models import save_adapter, save_base
 from samples import encoded, tar_of
 

@@ -36,9 +36,9 @@ def evaluate(
         raise ConfigError(f"--precision is {precision!r}, expected auto, float32, bfloat16 or float16")
     _check_writable("--out", out)
     _check_writable("--report", report)
-    from lora_embed.assess import Request, assess
+    from lora_embed.evaluate.assess import Request, assess
+    from lora_embed.evaluate.show import to_markdown
     from lora_embed.report import write_report
-    from lora_embed.show import to_markdown
 
     request = Request(
         recipes=tuple(_absolute(path) for path in recipe or ()),

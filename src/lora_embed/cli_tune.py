@@ -35,8 +35,8 @@ def tune(
 ) -> None:
     """Search weights and method of a merge on labelled images; judge the winner on images that the search never saw."""
     from lora_embed.config import load_recipe
-    from lora_embed.goal import Budget, Search, read_label
-    from lora_embed.tune import tune as tune_recipe
+    from lora_embed.tune.goal import Budget, Search, read_label
+    from lora_embed.tune.tune import tune as tune_recipe
 
     search = Search(
         recipe=load_recipe(recipe),

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_embed.evaluate import knn_accuracy, split_by_name
+from lora_embed.evaluate.metrics import knn_accuracy, split_by_name
 from lora_embed.health import Figures, Vectors, unit
 
 MIN_ROWS = 64  # of fewer vectors the figures say little, and no gate is made of them

@@ -22,7 +22,7 @@ from lora_embed.config import Recipe, load_job, load_recipe
 from lora_embed.decode import decode_image
 from lora_embed.demo import parts
 from lora_embed.demo.picture import Tile, neighbour_sheet
-from lora_embed.evaluate import knn_accuracy
+from lora_embed.evaluate.metrics import knn_accuracy
 from lora_embed.fetch import cache_root
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.encoder import Encoder, load_encoder

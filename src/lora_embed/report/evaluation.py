@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lora_embed.evaluation import Candidate, Evaluation
+from lora_embed.evaluate.records import Candidate, Evaluation
 from lora_embed.page import Column, Section, brief, code, escaped, facts, folded, moment, name, page, percentage, table, write
 from lora_embed.report.charts import bar_chart
 from lora_embed.report.neighbours import contact_sheets

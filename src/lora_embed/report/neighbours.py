@@ -1,6 +1,6 @@
 """Contact sheets: what was nearest to a query before and after, for the queries whose neighbours changed most."""
 
-from lora_embed.evaluation import Evaluation, Neighbour, QueryChange
+from lora_embed.evaluate.records import Evaluation, Neighbour, QueryChange
 from lora_embed.page import Section, brief, folded, picture
 
 OPEN = 12  # sheets that are shown without being asked for

@@ -1,6 +1,6 @@
 """How adapters lie to each other: a matrix for each measure, and the same layer by layer."""
 
-from lora_embed.evaluation import Evaluation, Relation
+from lora_embed.evaluate.records import Evaluation, Relation
 from lora_embed.page import Column, Section, brief, escaped, folded, name, shortened, table
 from lora_embed.report.charts import Axis, Point, Series, plain, xy_chart
 

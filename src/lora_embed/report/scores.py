@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from lora_embed.evaluation import HEADLINE, ClassChange, Difference, Evaluation, Figure, Retention, Task
+from lora_embed.evaluate.records import HEADLINE, ClassChange, Difference, Evaluation, Figure, Retention, Task
 from lora_embed.page import Column, Section, brief, escaped, folded, name, percentage, table
 from lora_embed.report.charts import Scale, interval, interval_axis, interval_scale, move, percent
 

@@ -2,7 +2,7 @@
 
 from itertools import combinations
 
-from lora_embed.evaluation import Evaluation, Trial
+from lora_embed.evaluate.records import Evaluation, Trial
 from lora_embed.page import Column, Section, brief, escaped, folded, name, shortened, table
 from lora_embed.report.charts import Axis, Point, Series, percent, plain, xy_chart
 from lora_embed.report.scores import points, share

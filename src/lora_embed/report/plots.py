@@ -5,7 +5,7 @@ Each function returns a new `matplotlib.figure.Figure`, which a notebook shows a
 
 from typing import TYPE_CHECKING, Any
 
-from lora_embed.evaluation import Evaluation, Relation, Trial
+from lora_embed.evaluate.records import Evaluation, Relation, Trial
 from lora_embed.page import shortened
 from lora_embed.report.scores import METRIC_NAMES, difference_of, figures_of, headline
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from PIL import Image
 
-from lora_embed.collect import Source
 from lora_embed.decode import BadImage, decode_image
-from lora_embed.evaluation import QueryChange
+from lora_embed.evaluate.collect import Source
+from lora_embed.evaluate.records import QueryChange
 from lora_embed.model.preprocess import Preprocessing
 from lora_embed.read import read_samples
 

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_embed.errors import ConfigError
-from lora_embed.evaluate import knn_accuracy, paired_difference, split_by_name
-from lora_embed.evaluation import Difference, Figure
+from lora_embed.evaluate.metrics import knn_accuracy, paired_difference, split_by_name
+from lora_embed.evaluate.records import Difference, Figure
 
 BANK_SHARE = 2 / 3
 METRIC = "knn"  # what the search chose by; `lora-embed evaluate` has the others

@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 
 from lora_embed.config import Recipe
 from lora_embed.errors import AdapterMismatch
-from lora_embed.evaluation import Trial
-from lora_embed.goal import Goal, Search
-from lora_embed.holdout import Splits, interval, refuse_thin
-from lora_embed.labelled import LabelledImages
+from lora_embed.evaluate.records import Trial
 from lora_embed.model.merge import METHODS, options_of
 from lora_embed.model.refold import Refolder
 from lora_embed.progress import say
-from lora_embed.propose import Point, Rank, equal, next_point, point_of, references, starts
-from lora_embed.trials import Exam, TrialLog, Tried
+from lora_embed.tune.goal import Goal, Search
+from lora_embed.tune.holdout import Splits, interval, refuse_thin
+from lora_embed.tune.labelled import LabelledImages
+from lora_embed.tune.propose import Point, Rank, equal, next_point, point_of, references, starts
+from lora_embed.tune.trials import Exam, TrialLog, Tried
 
 TUNING_SPLITS = 20  # a trial's score is their mean: nearest neighbours cost little beside the vectors
 

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_embed.errors import ConfigError
-from lora_embed.evaluate import cluster_nmi, mean_interval, probe, score_interval, split_by_name
-from lora_embed.evaluation import METRICS, ClassChange, Difference, Figure, Neighbour, QueryChange, Retention
-from lora_embed.rank import Ranked, rank, vote
+from lora_embed.evaluate.metrics import cluster_nmi, mean_interval, probe, score_interval, split_by_name
+from lora_embed.evaluate.rank import Ranked, rank, vote
+from lora_embed.evaluate.records import METRICS, ClassChange, Difference, Figure, Neighbour, QueryChange, Retention
 
 BANK_SHARE = 2 / 3
 MOST_CHANGED = 12  # queries that are shown for a task and a candidate

@@ -10,20 +10,21 @@ from datetime import UTC, datetime
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_embed import candidates, cluster, figures, pipeline
-from lora_embed.candidates import AdapterHead, Built, Entrant
-from lora_embed.cka import cka_relations
-from lora_embed.collect import Collected, Source, check_fields, collect
+from lora_embed import cluster, pipeline
 from lora_embed.config import Resources
 from lora_embed.errors import ConfigError
-from lora_embed.evaluation import Difference, Evaluation, Figure, QueryChange, Relation, Retention, Task
+from lora_embed.evaluate import candidates, figures
+from lora_embed.evaluate.candidates import AdapterHead, Built, Entrant
+from lora_embed.evaluate.cka import cka_relations
+from lora_embed.evaluate.collect import Collected, Source, check_fields, collect
+from lora_embed.evaluate.figures import Labelled, Scored
+from lora_embed.evaluate.records import Difference, Evaluation, Figure, QueryChange, Relation, Retention, Task
+from lora_embed.evaluate.thumbnails import thumbnails
 from lora_embed.fetch import cache_root
-from lora_embed.figures import Labelled, Scored
 from lora_embed.plan import list_shards
 from lora_embed.progress import say
 from lora_embed.schema import Layout
 from lora_embed.storage import Store
-from lora_embed.thumbnails import thumbnails
 
 MOST_ALIGNED = 2000  # images whose vectors two spaces are compared by
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lora_embed.evaluation import METRICS, Difference, Evaluation, Figure
+from lora_embed.evaluate.records import METRICS, Difference, Evaluation, Figure
 
 TITLES = {"knn": "kNN", "probe": "probe", "recall@1": "recall@1", "recall@5": "recall@5", "map": "mAP", "nmi": "NMI"}
 MARKS = {"better": " ▲", "worse": " ▼", "within noise": ""}

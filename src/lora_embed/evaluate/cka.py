@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_embed.evaluation import Relation
+from lora_embed.evaluate.records import Relation
 
 
 def linear_cka(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_embed.collect import Wanted
 from lora_embed.config import Recipe, load_recipe
 from lora_embed.embed_each import Asked
 from lora_embed.errors import AdapterMismatch, ConfigError, EncoderError, StorageError
-from lora_embed.evaluation import Candidate
+from lora_embed.evaluate.collect import Wanted
+from lora_embed.evaluate.records import Candidate
 from lora_embed.model.build import Ingredients, gather, match_adapters
 from lora_embed.model.description import Description, read_description
 from lora_embed.model.head import SavedHead, class_names, find_head

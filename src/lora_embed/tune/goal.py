@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_embed.config import Recipe
 from lora_embed.errors import ConfigError
-from lora_embed.propose import Rank
+from lora_embed.tune.propose import Rank
 
 
 @dataclass(frozen=True, kw_only=True)

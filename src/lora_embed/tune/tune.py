@@ -16,22 +16,22 @@ import yaml
 from numpy.typing import NDArray
 
 from lora_embed import disk
-from lora_embed.cka import cka_relations
 from lora_embed.config import Recipe
 from lora_embed.errors import ConfigError, EncoderError
-from lora_embed.evaluate import split_by_name
-from lora_embed.evaluation import Candidate, Evaluation, Task, Trial
-from lora_embed.goal import Search
-from lora_embed.holdout import BANK_SHARE, Splits, differences_of, figures_of, refuse_thin
-from lora_embed.labelled import LabelledImages, Wanted, read_labelled
+from lora_embed.evaluate.cka import cka_relations
+from lora_embed.evaluate.metrics import split_by_name
+from lora_embed.evaluate.records import Candidate, Evaluation, Task, Trial
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.encoder import load_encoder
 from lora_embed.model.merge import METHODS
 from lora_embed.model.refold import BATCH, Refolder
 from lora_embed.progress import say
 from lora_embed.report import write_report
-from lora_embed.scoring import Scorer, shown_options
-from lora_embed.trials import alone_in
+from lora_embed.tune.goal import Search
+from lora_embed.tune.holdout import BANK_SHARE, Splits, differences_of, figures_of, refuse_thin
+from lora_embed.tune.labelled import LabelledImages, Wanted, read_labelled
+from lora_embed.tune.scoring import Scorer, shown_options
+from lora_embed.tune.trials import alone_in
 
 LEAST_ADAPTERS, MOST_ADAPTERS = 2, 5
 TUNING_SHARE = 0.5  # of the groups; the others are held back

@@ -1,0 +1,1 @@
+"""A search for the weights and the method of a merge, and the proof of what it found."""
