@@ -75,8 +75,8 @@ def _member(member: dict[str, Any], number: int, of: int) -> str:
         f"<p><b>{escaped(member.get('merge_method', ''))}</b>{f' ({escaped(options)})' if options else ''} changed "
         f"{member.get('weights_changed', 0):,} weights by {percentage(member.get('relative_change', 0.0), 2)} of their norm. "
         "The saved files were opened again and held against the change computed anew from the adapter files: the "
-        f"largest error of a weight's change is {member.get('largest_error', 0.0):.1e} of that change, {rounding}. All other "
-        "weights equal the base's bit by bit.</p>"
+        f"largest error of a weight's change is {member.get('largest_error', 0.0):.1e} of that change, {rounding}. All "
+        "other weights equal the base's bit by bit.</p>"
     )
     columns = [
         Column(head="Adapter"),
