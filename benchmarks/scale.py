@@ -7,6 +7,7 @@ process of its own, so that its peak memory is that of the driver at that size. 
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def shard_of(number: int) -> Shard:
 
 
 def stage(folder: str, numbers: range) -> None:
-    """Parts of these shards, one row each, committed as `WriteParts` commits them."""
+    """Parts of these shards, one row each, committed as `WriteParts` commits them, but that nothing waits for the disk."""
+    os.fsync = lambda file: None  # of this process, which does nothing else: what is staged need not survive a power cut
     store, rng = Store(folder), np.random.default_rng(numbers.start)
     row = {"key": "image", "width": 8, "height": 8, "reason": None, "detail": None}
     for number in numbers:
