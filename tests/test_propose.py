@@ -95,3 +95,11 @@ def test_the_two_best_methods_are_refined_side_by_side_and_others_when_those_hav
         tried.append(found.method)
     runs = [method for number, method in enumerate(tried) if number == 0 or tried[number - 1] != method]
     assert runs == ["weighted_sum", "ties"] * 3 + ["iso_c"]
+
+
+def test_a_method_that_was_not_asked_for_is_never_refined() -> None:
+    ranks: dict[Point, Rank] = {}
+    first = [*references(2), *starts(2, ("ties",))]
+    while len(ranks) < 30 and (point := next_point(ranks, first, ("ties",), 0)) is not None:
+        ranks[point] = (-distance(point), 0.0)  # weighted sums are best
+    assert [point for point in ranks if point.method != "ties"] == references(2)
