@@ -4,7 +4,9 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from html.parser import HTMLParser
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from browser import Tab, axe, started_browser
 from evaluations import evaluation
 from lora_embed.errors import StorageError
 from lora_embed.evaluate.records import Evaluation
-from lora_embed.page import name, page, printable, shortened
+from lora_embed.page import escaped, name, page, printable, shortened
 from lora_embed.report import write_report
 from lora_embed.report.charts import scale
 from lora_embed.report.evaluation import evaluation_page
@@ -32,9 +34,13 @@ HOSTILE = [
 ]
 
 
+@cache
 def hostile(text: str) -> str:
-    """The same name always in the same dress, and two names never alike."""
-    return f"{HOSTILE[sum(text.encode()) % len(HOSTILE)]}{text}"
+    """A name in the next dress, the same name always in the same one."""
+    return f"{HOSTILE[next(_DRESSES) % len(HOSTILE)]}{text}"
+
+
+_DRESSES = count()
 
 
 class Tables(HTMLParser):
@@ -173,6 +179,7 @@ def test_names_are_escaped_short_and_keep_their_direction() -> None:
     assert "y" * 500 in long
     assert shortened("ab" * 50, 20) == "ababababababab…babab"
     text = evaluation_page(evaluation(hostile))
+    assert [one for one in HOSTILE if escaped(one) not in text] == []
     assert not re.search("[\u202a-\u202e\u2066-\u2069\x00\x1b\ud800]", text)
     tags = Tables(text).tags
     assert not {tag for tag, _ in tags} & {"script", "iframe", "object", "link", "base", "form"}

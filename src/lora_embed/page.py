@@ -196,7 +196,7 @@ section{margin:2.5rem 0 3rem}
 ul.says{padding-left:1.2rem;max-width:52rem}
 ul.says li{margin:.35rem 0}
 .scroll{overflow-x:auto;margin:.75rem 0 1.25rem;border:1px solid var(--rule);border-radius:.6rem;width:fit-content;
-max-width:100%}
+max-width:100%;position:relative}
 table{border-collapse:separate;border-spacing:0;min-width:19rem;font-size:.9rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;padding:.65rem .8rem;color:var(--soft);background:var(--card);border-bottom:1px solid var(--rule)}
 caption span{display:inline-block;position:sticky;left:.8rem;max-width:calc(100vw - 4rem)}
@@ -206,9 +206,11 @@ thead th{font-weight:600;vertical-align:bottom;white-space:nowrap}
 tbody th{font-weight:600;min-width:8rem;max-width:22rem;overflow-wrap:anywhere;position:sticky;left:0;background:var(--bg);
 z-index:1}
 td{max-width:26rem;overflow-wrap:break-word}
-td bdi,dd bdi,td code,dd code{overflow-wrap:anywhere}
+td:not(.num){min-width:7.5rem}
+td bdi,dd bdi,dd code{overflow-wrap:anywhere}
+td code{white-space:nowrap}
 .num{text-align:right;white-space:nowrap}
-.num small,td small{display:block;color:var(--soft);font-size:.8rem}
+td small,th small{display:block;color:var(--soft);font-size:.8rem;font-weight:400}
 .marked>*{background:var(--card)}
 .tag{font-size:.72rem;font-weight:600;border:1px solid var(--rule);border-radius:1rem;padding:.05rem .45rem;color:var(--soft);
 white-space:nowrap}

@@ -163,7 +163,7 @@ def rejects_table(rejects: dict[str, int], samples: int) -> str:
     if not rejects:
         return "<p>No image was rejected.</p>"
     rows = [
-        [code(reason), f"{count:,}", _of(count, samples)]
+        [name(reason), f"{count:,}", _of(count, samples)]
         for reason, count in sorted(rejects.items(), key=lambda pair: (-pair[1], pair[0]))
     ]
     columns = [Column(head="Reason"), Column(head="Images", is_number=True), Column(head="Share", is_number=True)]

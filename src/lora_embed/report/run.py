@@ -168,17 +168,17 @@ def _gate(found: dict[str, Any]) -> list[str]:
     if not found.get("holds", True):
         word = f'<span class="worse">✕ let through</span><small>{escaped(found.get("accepted", ""))}</small>'
     limit = f"{'≥' if found.get('direction') == 'at least' else '≤'} {found.get('limit', 0.0):.3g}"
-    return [value, limit, word, escaped(found.get("says", ""))]
+    return [value.replace("-", "−"), limit.replace("-", "−"), word, escaped(found.get("says", ""))]
 
 
 def rejects(record: RunRecord) -> Section:
     """The version's rejects: how many for each reason, and a few of each."""
     if record.version is None:
         return Section(anchor="rejects", title="Rejects", content="")
-    counts = [[code(reason), f"{count:,}"] for reason, count in sorted(record.rejects.items(), key=lambda pair: -pair[1])]
+    counts = [[name(reason), f"{count:,}"] for reason, count in sorted(record.rejects.items(), key=lambda pair: -pair[1])]
     if not counts:
         return Section(anchor="rejects", title="Rejects", content="<p>Every image has its vector.</p>")
-    shown = [[name(example.id), code(example.reason), name(example.detail, 120)] for example in record.examples]
+    shown = [[name(example.id), name(example.reason), name(example.detail, 120)] for example in record.examples]
     content = table(
         "Images without a vector, by reason", [Column(head="Reason"), Column(head="Images", is_number=True)], counts
     )

@@ -154,7 +154,7 @@ def heads_kept(found: Evaluation) -> Section:
 
 def _retained(found: Evaluation, one: Retention) -> list[str]:
     return [
-        f"{name(one.task)}<br><small>{brief(one.adapter)}, {one.images:,} images</small>",
+        f"{name(one.task)}<small>{brief(one.adapter)}, {one.images:,} images</small>",
         candidate_name(found, one.candidate),
         share(one.own),
         share(one.kept),
