@@ -58,6 +58,9 @@ def recorded(job: JobConfig, shared: pipeline.Job, topology: cluster.Topology) -
     except LoraEmbedError as error:
         journal.error = str(error)
         raise
+    except (KeyboardInterrupt, SystemExit):
+        journal.error = "stopped from outside"
+        raise
     finally:
         if journal.sampled or journal.effort.samples or journal.published:
             _leave(journal, started, time.monotonic() - began)
