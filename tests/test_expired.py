@@ -269,7 +269,7 @@ def test_what_was_embedded_of_a_short_listing_is_not_embedded_again(
         assert (code, "\n  removed: " in said) == (1, True), said
         added = {entry.path.split("/")[0] for entry in objects(server, "short-table") - before}
         assert before <= objects(server, "short-table")
-        assert added <= {"staging", "encoders", "recipes"}
+        assert added <= {"staging", "encoders", "recipes", "runs"}
         assert version(server, "short-table", 10 * IMAGES) == 1
 
     lead(proxy, server)

@@ -164,7 +164,7 @@ def check_table(place: Place, name: str, proxy: Proxy) -> None:
     published = next(n for n, r in enumerate(writes) if "/versions/" in r.path)
     assert [r.path for r in writes[published:] if "/data/" in r.path] == []
     referred = {entry.path for entry in (*manifest.files, *manifest.rejects)} | {"CURRENT", "table.json"}
-    kept = (encoder_path(manifest.space_id), "recipes/", "versions/")
+    kept = (encoder_path(manifest.space_id), "recipes/", "versions/", "runs/")
     assert [e.path for e in store.list_files() if e.path not in referred and not e.path.startswith(kept)] == []
 
 

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -26,6 +26,7 @@ from lora_embed.work import Effort
 
 PACKAGES = ("lora-embed", "torch", "transformers", "peft", "ray", "pyarrow", "pillow")
 MOST_REJECT_FILES = 64  # read again for a report
+RETRY_S = 10.0  # a run that ends because its table does not answer is not to wait for that again
 EXAMPLES = 5  # of each reason
 FORGOTTEN = "forgotten"  # images that somebody wanted out: they are counted, not shown
 
@@ -46,7 +47,10 @@ class Journal:
 
 @contextmanager
 def recorded(job: JobConfig, shared: pipeline.Job, topology: cluster.Topology) -> Iterator[Journal]:
-    """Record the run in this block, also one that fails. A run never fails for its report: that is said, and all."""
+    """Record the run in this block, also one that fails once it has embedded something.
+
+    A run never fails for its report, and waits little for it: that it could not be written is said, and all.
+    """
     journal = Journal(job, shared, topology)
     started, began = datetime.now(UTC), time.monotonic()
     try:
@@ -54,29 +58,33 @@ def recorded(job: JobConfig, shared: pipeline.Job, topology: cluster.Topology) -
     except LoraEmbedError as error:
         journal.error = str(error)
         raise
+    except (KeyboardInterrupt, SystemExit):
+        journal.error = "stopped from outside"
+        raise
     finally:
-        if journal.error or journal.sampled or journal.effort.samples or journal.published:
+        if journal.sampled or journal.effort.samples or journal.published:
             _leave(journal, started, time.monotonic() - began)
 
 
 def _leave(journal: Journal, started: datetime, seconds: float) -> None:
     run_id = f"{started:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
-    store = journal.shared.store
+    table = journal.shared.store
+    store = replace(table, options=table.options | {"retry_s": RETRY_S})
     try:
-        record = make_record(journal, run_id, started.isoformat(timespec="seconds"), seconds)
+        record = make_record(journal, store, run_id, started.isoformat(timespec="seconds"), seconds)
         store.create(f"runs/{run_id}/report.html", run_page(record).encode(errors="backslashreplace"))
         store.create(f"runs/{run_id}/record.json", record.to_json())  # last: where it is, the report is
     except (LoraEmbedError, OSError, ValueError, TypeError, LookupError) as error:  # files of another release, too
-        say(f"the run's report could not be written; nothing else is amiss: {error}")
+        say(f"the run's report could not be written: {error}")
     else:
         say(f"report: {store.uri}/runs/{run_id}/report.html")
 
 
-def make_record(journal: Journal, run_id: str, started: str, seconds: float) -> RunRecord:
+def make_record(journal: Journal, store: Store, run_id: str, started: str, seconds: float) -> RunRecord:
     """The record of a run that has ended."""
     job, shared, effort, workers = journal.job, journal.shared, journal.effort, journal.topology.workers
-    manifest = versions.read_manifest(shared.store, journal.version) if journal.version is not None else None
-    rejects, examples = find_rejects(shared.store, manifest) if manifest is not None else ({}, ())
+    manifest = versions.read_manifest(store, journal.version) if journal.version is not None else None
+    rejects, examples = find_rejects(store, manifest) if manifest is not None else ({}, ())
     options = job.model_dump(mode="json")
     found = {
         "outcome": outcome_of(journal),
@@ -89,7 +97,7 @@ def make_record(journal: Journal, run_id: str, started: str, seconds: float) -> 
         "workers": asdict(workers),
         "gates": manifest.gates if manifest is not None else {},
         "lineage": manifest.lineage if manifest is not None else {},
-        "merge": read_merge(shared.store, shared.encoder.space_id),
+        "merge": read_merge(store, shared.encoder.space_id),
     }
     return RunRecord(
         run_id=run_id,

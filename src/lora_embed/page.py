@@ -175,6 +175,7 @@ h1{font-size:1.75rem;line-height:1.2;margin:0 0 .35rem;overflow-wrap:anywhere}
 h2{font-size:1.3rem;margin:0 0 .75rem;line-height:1.25}
 h3{font-size:1.05rem;margin:1.75rem 0 .5rem;overflow-wrap:anywhere}
 p{max-width:46rem;margin:.5rem 0 1rem}
+p,li,summary,h4,figcaption,.tag{overflow-wrap:anywhere}
 a{color:var(--link)}
 .hid{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .skip{position:absolute;left:-999px}
@@ -212,8 +213,7 @@ td code{white-space:nowrap}
 .num{text-align:right;white-space:nowrap}
 td small,th small{display:block;color:var(--soft);font-size:.8rem;font-weight:400}
 .marked>*{background:var(--card)}
-.tag{font-size:.72rem;font-weight:600;border:1px solid var(--rule);border-radius:1rem;padding:.05rem .45rem;color:var(--soft);
-white-space:nowrap}
+.tag{font-size:.72rem;font-weight:600;border:1px solid var(--rule);border-radius:1rem;padding:.05rem .45rem;color:var(--soft)}
 .better{color:var(--good);font-weight:600;white-space:nowrap}
 .worse{color:var(--bad);font-weight:600;white-space:nowrap}
 .noise{color:var(--soft);white-space:nowrap}
