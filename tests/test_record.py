@@ -66,6 +66,8 @@ def test_a_run_that_a_gate_stops_says_why(job: JobConfig) -> None:
     (record,) = records(strict)
     assert (record["outcome"], record["version"], record["embedded"]) == ("failed", None, 25)
     assert "1 of 25 new samples cannot be embedded" in record["error"]
+    with pytest.raises(GateFailed):
+        run_job(strict)  # embeds nothing, so there is nothing to tell beside the message
     (page,) = Path(job.table, "runs").glob("*/report.html")
     assert "1 of 25 new samples cannot be embedded" in page.read_text()
 

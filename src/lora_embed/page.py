@@ -208,7 +208,7 @@ tbody th{font-weight:600;min-width:8rem;max-width:22rem;overflow-wrap:anywhere;p
 z-index:1}
 td{max-width:26rem;overflow-wrap:break-word}
 td:not(.num){min-width:7.5rem}
-td bdi,dd bdi,dd code{overflow-wrap:anywhere}
+dd bdi,dd code,details.long{overflow-wrap:anywhere}
 td code{white-space:nowrap}
 .num{text-align:right;white-space:nowrap}
 td small,th small{display:block;color:var(--soft);font-size:.8rem;font-weight:400}
@@ -282,7 +282,7 @@ overflow-wrap:anywhere}
 footer{color:var(--soft);font-size:.85rem;padding-bottom:2rem}
 @media (max-width:40rem){body{font-size:15px}header,main,footer,nav ul{padding-left:.9rem;padding-right:.9rem}
 .sheet{grid-template-columns:minmax(0,1fr)}.facts div{grid-template-columns:minmax(0,1fr);gap:0}
-.tiles{grid-template-columns:repeat(2,minmax(0,1fr))}tbody th{min-width:7rem;max-width:8.5rem}}
+.tiles{grid-template-columns:repeat(2,minmax(0,1fr))}tbody th{min-width:8.2rem;max-width:8.5rem;padding-right:.4rem}}
 @media print{:root{color-scheme:light;--bg:#fff;--card:#f6f7f9;--ink:#000;--soft:#444;--rule:#bbb;--link:#000;--good:#0a6c47;
 --bad:#a33c00;--heat:0,92,168;--c0:#0067a5;--c1:#b35900;--c2:#007a5a;--c3:#a3447c;--c4:#6a51a3;--c5:#7a6a00;--c6:#3d7f9e;
 --c7:#4d4d4d}nav,.skip{display:none}.scroll{overflow:visible;border:0}table{font-size:.75rem}body{font-size:11pt}

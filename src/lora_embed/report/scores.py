@@ -190,7 +190,10 @@ def _class_pair(task: str, candidate: str, changes: list[ClassChange], *, is_ope
     caption = f"Largest losses and gains on {brief(task)} with {brief(candidate, 48)}, percent"
     content = _class_table(caption, shown) if shown else "<p>No class changed.</p>"
     if len(changes) > len(shown):
-        content += folded(f"All {len(changes)} classes", _class_table(f"All classes of {brief(task)}, percent", changes))
+        content += folded(
+            f"All {len(changes)} classes",
+            _class_table(f"All classes of {brief(task)} with {brief(candidate, 48)}, percent", changes),
+        )
     return folded(summary, content, is_open=is_open)
 
 
