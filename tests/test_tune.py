@@ -71,11 +71,16 @@ def test_the_evidence_is_an_evaluation_with_its_trials(folder: Path, tuned: Tune
     assert about["images"] == about["held_back_images"] == 60
     pairs = {(found.candidate, found.reference) for found in tuned.evaluation.differences}
     assert {("tuned", "equal"), ("tuned", "one"), ("tuned", "two"), ("tuned", "base"), ("one", "equal")} <= pairs
-    assert {(found.one, found.other) for found in tuned.evaluation.relations} == {
-        ("base", "one"),
-        ("base", "two"),
-        ("one", "two"),
-    }
+    seen = {(found.kind, found.one, found.other) for found in tuned.evaluation.relations if found.layer is None}
+    assert {(one, other) for kind, one, other in seen if kind == "cka"} == {
+        ("base", "one"), ("base", "two"), ("one", "two"),
+    }  # fmt: skip
+    assert {kind for kind, one, other in seen if {one, other} == {"one", "two"}} == {
+        "cka", "cosine", "sign_conflicts", "subspace_overlap",
+    }  # fmt: skip
+    page = (folder / "tuned.evidence.html").read_text()
+    assert "<html" in page
+    assert "stripes" in page
     assert "tuned less equal" in (folder / "tuned.yaml").read_text()
 
 

@@ -27,7 +27,7 @@ class Refolder:
 
     def __init__(self, ingredients: Ingredients, device: str) -> None:
         self.ingredients = ingredients
-        self._adapters = {adapter.uri: adapter for adapter in match_adapters(ingredients)}
+        self.adapters = {adapter.uri: adapter for adapter in match_adapters(ingredients)}  # by their paths in the recipe
         self._model, description = open_base(ingredients)
         self._weights = {name: parameter.data for name, parameter in self._model.named_parameters()}
         self._encoder = Encoder([self._model], description, device=device, precision="float32", batch_size=BATCH[device])
@@ -70,6 +70,6 @@ class Refolder:
             return iter(())
         options = merge.options_of(recipe.merge_method, recipe.merge_options)
         weights = tuple(spec.weight for spec in recipe.adapters)
-        adapters = tuple(self._adapters[spec.path] for spec in recipe.adapters)
+        adapters = tuple(self.adapters[spec.path] for spec in recipe.adapters)
         merged = Merge(adapters=adapters, weights=weights, method=recipe.merge_method, options=options)
         return fold(self._model, merged)

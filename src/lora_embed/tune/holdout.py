@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_embed.errors import ConfigError
-from lora_embed.evaluate.metrics import knn_accuracy, paired_difference, split_by_name
+from lora_embed.evaluate.metrics import knn_accuracy, mean_interval, split_by_name
 from lora_embed.evaluate.records import Difference, Figure
 
 BANK_SHARE = 2 / 3
@@ -54,7 +54,7 @@ def figures_of(spaces: Spaces, labels: Labels, splits: Splits) -> tuple[Figure, 
     for task, classes in labels.items():
         for name, vectors in spaces.items():
             values = splits.accuracies(vectors, classes)
-            mean, low, high = interval(values)
+            mean, low, high = mean_interval(values, BANK_SHARE)
             found.append(Figure(task=task, metric=METRIC, candidate=name, per_split=values, mean=mean, low=low, high=high))
     return tuple(found)
 
@@ -65,7 +65,7 @@ def differences_of(figures: Sequence[Figure], pairs: Sequence[tuple[str, str]]) 
     found = []
     for task in dict.fromkeys(figure.task for figure in figures):
         for candidate, reference in pairs:
-            mean, low, high = interval(np.subtract(values[task, candidate], values[task, reference]))
+            mean, low, high = mean_interval(np.subtract(values[task, candidate], values[task, reference]).tolist(), BANK_SHARE)
             found.append(
                 Difference(
                     task=task,
@@ -79,13 +79,3 @@ def differences_of(figures: Sequence[Figure], pairs: Sequence[tuple[str, str]]) 
                 )
             )
     return tuple(found)
-
-
-def interval(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float, float]:
-    """Mean of figures of several splits and its 95 % interval: Student's t with the error of `PairedDifference`, which allows
-    for splits of one image set having images in common (Nadeau & Bengio 2003)."""
-    from scipy.stats import t as student  # type: ignore[import-untyped]
-
-    found = paired_difference(list(values), [0.0] * len(values), BANK_SHARE)
-    reach = float(student.ppf(0.975, len(values) - 1)) * found.corrected_error
-    return found.mean, found.mean - reach, found.mean + reach

@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 
 from lora_embed.config import Recipe
 from lora_embed.errors import AdapterMismatch
+from lora_embed.evaluate.metrics import mean_interval
 from lora_embed.evaluate.records import Trial
 from lora_embed.model.merge import METHODS, options_of
 from lora_embed.model.refold import Refolder
 from lora_embed.progress import say
 from lora_embed.tune.goal import Goal, Search
-from lora_embed.tune.holdout import Splits, interval, refuse_thin
+from lora_embed.tune.holdout import BANK_SHARE, Splits, refuse_thin
 from lora_embed.tune.labelled import LabelledImages
 from lora_embed.tune.propose import Point, Rank, equal, next_point, point_of, references, starts
 from lora_embed.tune.trials import Exam, TrialLog, Tried
@@ -91,7 +92,7 @@ class Scorer:
         """The best trial's objective less that of equal weights, by split: mean and 95 % interval."""
         goal = self.goal()
         best, even = (goal.by_split(self._points[point].per_split) for point in (self._best(), equal(len(self.names))))
-        return interval(np.subtract(best, even))
+        return mean_interval(np.subtract(best, even).tolist(), BANK_SHARE)
 
     def references(self) -> dict[str, Recipe]:
         """What the winner is held against, by name."""

@@ -20,11 +20,12 @@ from lora_embed.config import Recipe
 from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.evaluate.cka import cka_relations
 from lora_embed.evaluate.metrics import split_by_name
-from lora_embed.evaluate.records import Candidate, Evaluation, Task, Trial
+from lora_embed.evaluate.records import Candidate, Evaluation, Relation, Task, Trial
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.encoder import load_encoder
 from lora_embed.model.merge import METHODS
 from lora_embed.model.refold import BATCH, Refolder
+from lora_embed.model.relate import relate_adapters
 from lora_embed.progress import say
 from lora_embed.report import write_report
 from lora_embed.tune.goal import Search
@@ -203,9 +204,20 @@ class _Held:
             reference=EQUAL,
             figures=figures,
             differences=differences_of(figures, pairs),
-            relations=cka_relations({name: spaces[name] for name in order[:-3]}),
+            relations=_relations(self._refolder, self._search.recipe)
+            + cka_relations({name: spaces[name] for name in order[:-3]}),
             trials=trials,
         )
+
+
+def _relations(refolder: Refolder, recipe: Recipe) -> tuple[Relation, ...]:
+    """How the adapters lie to each other by their weights, over all layers and in each."""
+    called = dict(zip((spec.path for spec in recipe.adapters), names_of(recipe), strict=True))
+    names = [called[path] for path in refolder.adapters]
+    return tuple(
+        Relation(kind=kind, one=names[one], other=names[other], layer=layer, value=value)
+        for kind, one, other, layer, value in relate_adapters(refolder.ingredients.base, list(refolder.adapters.values()))
+    )
 
 
 def _points(mean: float, low: float, high: float) -> str:
