@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from lora_embed.evaluate import rank as ranking
-from lora_embed.evaluate.rank import Ranked, rank, unit, vote
+from lora_embed.evaluate.rank import Ranked, nearest, rank, unit, vote
 
 CLASSES = 6
 
@@ -62,6 +62,12 @@ def test_votes_are_scikit_learns(ranked: Ranked) -> None:
 
     reference = KNeighborsClassifier(10, metric="cosine", algorithm="brute", weights=cosine).fit(*BANK)
     np.testing.assert_array_equal(vote(BANK[1][ranked.nearest], ranked.cosines), reference.predict(QUERIES[0]))
+
+
+def test_many_neighbours_are_in_order() -> None:
+    """Of few, numpy's partition leaves them sorted on some processors."""
+    cosines = np.random.default_rng(4).normal(size=(3, 5000)).astype(np.float32)
+    np.testing.assert_array_equal(nearest(cosines, 900), np.argsort(-cosines, axis=1)[:, :900])
 
 
 def test_a_class_that_the_bank_lacks_has_no_precision() -> None:
