@@ -117,7 +117,7 @@ def _differences(names: list[str], called: Naming) -> list[Difference]:
 
 
 def _classes(names: list[str], called: Naming) -> list[ClassChange]:
-    after = (0.2, 0.5, 0.65, 0.9)
+    after = (0.65, 0.5, 0.2, 0.9)
     return [
         ClassChange(
             task=called(task), candidate=names[1], reference=names[0], label=called(label), images=40, before=0.5, after=share

@@ -128,7 +128,7 @@ def test_every_part_of_the_evaluation_is_in_the_report() -> None:
     kept = rows_of(text, "Accuracy of the adapters' own heads")
     assert kept[0][2:] == ["80.0", "76.0", "95 %", "−4.0 −6.0 to −2.0"]
     losses = rows_of(text, "Largest losses and gains on category")
-    assert [(row[0], row[1]) for row in losses] == [("activities", "−30.0"), ("food", "+15.0"), ("symbols", "+40.0")]
+    assert [(row[0], row[1]) for row in losses] == [("food", "−30.0"), ("activities", "+15.0"), ("symbols", "+40.0")]
     assert len(rows_of(text, "All classes of category")) == 4
     assert len(rows_of(text, "All trials")) == 12
     assert [row[1:] for row in rows_of(text, "CKA")] == [

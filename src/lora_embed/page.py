@@ -262,10 +262,10 @@ svg .good{fill:var(--good);stroke:var(--good)}svg .bad{fill:var(--bad);stroke:va
 grid-template-columns:8rem minmax(0,1fr);gap:.4rem 1rem}
 .sheet h3{grid-column:1/-1;margin:0}
 .sheet h4{margin:.2rem 0 .3rem;font-size:.9rem;font-weight:600}
-.near{list-style:none;display:grid;grid-auto-flow:column;grid-auto-columns:7rem;gap:.6rem;padding:4px;margin:0;
+.near{list-style:none;display:grid;grid-auto-flow:column;grid-auto-columns:6.4rem;gap:.5rem;padding:4px;margin:0;
 overflow-x:auto}
 .near figure,.query{margin:0;font-size:.8rem;line-height:1.3}
-.near img,.near .none,.query img,.query .none{display:block;width:6.5rem;height:6.5rem;object-fit:contain;border-radius:.5rem;
+.near img,.near .none,.query img,.query .none{display:block;width:6rem;height:6rem;object-fit:contain;border-radius:.5rem;
 background:#fff;border:3px solid var(--rule);color:#57606a}
 .none{display:grid!important;place-items:center;font-size:.75rem;background:var(--card)!important;color:var(--soft)!important}
 .near .right img,.near .right .none{border-color:var(--good)}
