@@ -15,10 +15,12 @@ from lora_embed import load_encoder
 from lora_embed.cli import evaluate_job, run_command
 from lora_embed.evaluate.metrics import knn_accuracy, split_by_name
 from lora_embed.evaluate.records import METRICS, Evaluation
+from lora_embed.model.head import HeadOnBody, SavedHead
 from models import save_adapter, save_base
 from samples import parquet_of, png, tar_of
 
 IMAGES = 96
+NUMBERS = [*range(0, IMAGES, 2), *range(1, IMAGES, 2)]  # in the order of the shards
 
 
 def label_of(number: int) -> dict[str, object]:
@@ -28,6 +30,10 @@ def label_of(number: int) -> dict[str, object]:
         "object": f"o{number // 2}",
         "side": "train" if number % 4 else "test",
     }
+
+
+def images() -> list[Image.Image]:
+    return [Image.open(io.BytesIO(png(number))) for number in NUMBERS]
 
 
 @pytest.fixture(scope="module")
@@ -84,25 +90,33 @@ def test_candidates_tasks_and_counts(evaluation: Evaluation) -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_figures_are_those_of_the_encoder_by_hand(world: Path, evaluation: Evaluation) -> None:
-    numbers = [*range(0, IMAGES, 2), *range(1, IMAGES, 2)]
     candidate = next(one for one in evaluation.candidates if one.name == "most")
     encoder = load_encoder(world / "work" / "encoders" / candidate.space_id)
-    vectors = encoder.embed([Image.open(io.BytesIO(png(number))) for number in numbers])
-    labels = np.array(numbers) % 10
-    banks = [split_by_name([f"o{number // 2}" for number in numbers], 2 / 3, seed) for seed in range(3)]
+    vectors = encoder.embed(images())
+    labels = np.array(NUMBERS) % 10
+    banks = [split_by_name([f"o{number // 2}" for number in NUMBERS], 2 / 3, seed) for seed in range(3)]
     expected = [knn_accuracy(vectors[bank], labels[bank], vectors[~bank], labels[~bank]) for bank in banks]
     (found,) = [one for one in evaluation.figures if (one.task, one.metric, one.candidate) == ("digit", "knn", "most")]
     assert found.per_split == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.usefixtures("cluster")
-def test_heads_stand_on_every_candidate_of_their_base(evaluation: Evaluation) -> None:
+def test_heads_stand_on_every_candidate_of_their_base(world: Path, evaluation: Evaluation) -> None:
     found = {one.candidate: one for one in evaluation.retention}
     assert set(found) == {"half", "most", "base", "ten", "more"}
     assert {(one.task, one.adapter) for one in evaluation.retention} == {("digit", "ten")}  # no task has 27 classes
     own = found["ten"]
     assert (own.kept, own.low, own.high) == (own.own, 0, 0)
     assert {one.own for one in evaluation.retention} == {own.own}
+    saved = [SavedHead.from_bytes(path.read_bytes()) for path in (world / "work" / "heads").iterdir()]
+    (head,) = [one for one in saved if one.classes == 10]
+    for candidate in evaluation.candidates:
+        encoder = load_encoder(world / "work" / "encoders" / candidate.space_id)
+        on_body = HeadOnBody(head, encoder.models[0])
+        encoder.embed(images())
+        right = on_body.take(IMAGES).argmax(axis=1) == np.array(NUMBERS) % 10
+        assert found[candidate.name].kept == pytest.approx(right.mean())
+    assert len({one.kept for one in evaluation.retention}) > 1
 
 
 @pytest.mark.usefixtures("cluster")
