@@ -19,7 +19,7 @@ from lora_embed.evaluate.records import (
 from samples import encoded, noise
 
 Naming = Callable[[str], str]
-TASKS, CLASSES = ("category", "group"), ("activities", "flags", "food", "symbols")
+TASKS, CLASSES = ("category", "group"), ("activities", "flags", "food", "symbols", "travel")
 CANDIDATES = {"base": {}, "halves": {"ten": 0.5, "more": 0.5}, "ties": {"ten": 1.0, "more": 1.0}}
 MEANS = {("category", "knn"): (0.700, 0.731, 0.688), ("category", "probe"): (0.75, 0.77, 0.752)}
 MEANS |= {("group", "knn"): (0.612, 0.613, 0.655), ("group", "probe"): (0.66, 0.65, 0.671)}
@@ -117,7 +117,7 @@ def _differences(names: list[str], called: Naming) -> list[Difference]:
 
 
 def _classes(names: list[str], called: Naming) -> list[ClassChange]:
-    after = (0.65, 0.5, 0.2, 0.9)
+    after = (0.9, 0.2, 0.4, 0.65, 0.5)
     return [
         ClassChange(
             task=called(task), candidate=names[1], reference=names[0], label=called(label), images=40, before=0.5, after=share

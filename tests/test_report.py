@@ -128,8 +128,13 @@ def test_every_part_of_the_evaluation_is_in_the_report() -> None:
     kept = rows_of(text, "Accuracy of the adapters' own heads")
     assert kept[0][2:] == ["80.0", "76.0", "95 %", "−4.0 −6.0 to −2.0"]
     losses = rows_of(text, "Largest losses and gains on category")
-    assert [(row[0], row[1]) for row in losses] == [("food", "−30.0"), ("activities", "+15.0"), ("symbols", "+40.0")]
-    assert len(rows_of(text, "All classes of category")) == 4
+    assert [(row[0], row[1]) for row in losses] == [
+        ("flags", "−30.0"),
+        ("food", "−10.0"),
+        ("symbols", "+15.0"),
+        ("activities", "+40.0"),
+    ]
+    assert len(rows_of(text, "All classes of category")) == 5
     assert len(rows_of(text, "All trials")) == 12
     assert [row[1:] for row in rows_of(text, "CKA")] == [
         ["–", "0.900", "0.800"],
@@ -291,7 +296,7 @@ def test_figures_draw_what_was_found() -> None:
     with pytest.raises(ValueError, match="metric 'f1' was not measured"):
         scores(found, "f1")
     bars = class_changes(found, "$category_1$", "$halves_1$").axes[0].patches
-    assert [bar.get_width() for bar in bars] == pytest.approx([-30, 0, 15, 40])
+    assert [bar.get_width() for bar in bars] == pytest.approx([-30, -10, 0, 15, 40])
     curves = weight_curves(found, "$ten_1$").axes
     assert curves[0].lines[0].get_xdata() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     pairs = trial_scores(found, "$category_1$", "$group_1$")
