@@ -7,9 +7,10 @@ from scipy.stats import ttest_rel
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from lora_embed.evaluate.metrics import PROBE_C, knn_accuracy, paired_difference, probe_accuracy, split_by_name
+from lora_embed.evaluate.metrics import PROBE_C, knn_accuracy, paired_difference, probe, split_by_name
 
-Clusters = tuple[NDArray[np.float32], NDArray[np.int64]]
+Floats, Classes = NDArray[np.float32], NDArray[np.int64]
+Clusters = tuple[Floats, Classes]
 
 
 def clusters(seed: int, rows: int, spread: float) -> Clusters:
@@ -35,6 +36,10 @@ def test_knn_accuracy_is_scikit_learns() -> None:
     expected = float((reference.predict(queries) == query_labels).mean())
     assert 0.4 < expected < 0.95
     assert knn_accuracy(bank, labels, queries, query_labels, k=10) == pytest.approx(expected, abs=1e-9)
+
+
+def probe_accuracy(bank: Floats, labels: Classes, queries: Floats, query_labels: Classes) -> float:
+    return float((probe(bank, labels, queries) == query_labels).mean())
 
 
 def test_probe_separates_what_is_separable() -> None:

@@ -25,7 +25,7 @@ from lora_embed.evaluate.figures import (
     score,
     seeded_splits,
 )
-from lora_embed.evaluate.metrics import cluster_nmi, knn_accuracy, mean_interval, probe_accuracy, score_interval
+from lora_embed.evaluate.metrics import cluster_nmi, knn_accuracy, mean_interval, probe, score_interval
 from lora_embed.evaluate.rank import rank, unit
 from lora_embed.evaluate.records import METRICS
 
@@ -44,6 +44,13 @@ def labelled(**changes: Any) -> Labelled:
         "groups": np.arange(240) // 2, "banks": seeded_splits([str(number // 2) for number in range(240)], 4, seed=3),
     }  # fmt: skip
     return Labelled(**fields | changes)
+
+
+def test_seeds_draw_other_splits_of_whole_groups() -> None:
+    names = [str(number // 2) for number in range(240)]
+    drawn = [tuple(bank.tolist()) for seed in range(3) for bank in seeded_splits(names, 5, seed)]
+    assert len(set(drawn)) == 15
+    assert all(bank[::2] == bank[1::2] and sum(bank) == 160 for bank in drawn)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +83,7 @@ def test_figures_are_the_metrics_of_each_split(scored: dict[str, dict[str, Score
         nearest = labels[bank][rank(*asked).nearest]
         expected = {
             "knn": knn_accuracy(*asked),
-            "probe": probe_accuracy(*asked),
+            "probe": (probe(*asked[:3]) == asked[3]).mean(),
             "recall@1": float((nearest[:, 0] == labels[queries]).mean()),
             "recall@5": float((nearest[:, :5] == labels[queries][:, None]).any(axis=1).mean()),
             "map": float(rank(*asked).precision.mean()),

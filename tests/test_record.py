@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 
 from jobs import job_of, run_here, tiny_recipe, write_tars
+from lora_embed import journal
 from lora_embed.config import JobConfig
 from lora_embed.errors import GateFailed
 from lora_embed.record import Reading, RunRecord, bins_of, without_secrets
 from lora_embed.report.run import run_page
 from lora_embed.run import run_job
+from lora_embed.storage import Store
+from lora_embed.versions import read_manifest
 from samples import tar_of
 
 SECRET = "wJalrXUtnFEMI"
@@ -51,6 +54,15 @@ def test_a_run_leaves_its_record_and_a_report(job: JobConfig, capfd: pytest.Capt
     for said in ("Published as version 1", "not_an_image", "&lt;b&gt;no picture", "weighted_sum", "✓ holds", record["run_id"]):
         assert said in text
     assert f"report: {job.table}/runs/{record['run_id']}/report.html" in capfd.readouterr().err
+
+
+def test_rejects_in_files_that_are_not_read_are_counted(job: JobConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_job(job)
+    store = Store(job.table)
+    manifest = read_manifest(store)
+    assert manifest is not None
+    monkeypatch.setattr(journal, "MOST_REJECT_FILES", 0)
+    assert journal.find_rejects(store, manifest) == ({journal.NOT_READ: 1}, ())
 
 
 def test_a_run_that_finds_nothing_to_do_leaves_nothing(job: JobConfig) -> None:

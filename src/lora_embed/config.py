@@ -2,6 +2,7 @@
 
 import math
 import os
+import posixpath
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -66,6 +67,11 @@ class Recipe(Section):
     image_size: int | None = Field(default=None, ge=8, le=4096)
     decode: Literal["exact", "fast"] = "exact"
 
+    @property
+    def adapter_names(self) -> list[str]:
+        """What adapters are called: the last part of their paths, or more where that is not distinct."""
+        return distinct_names([spec.path.rstrip("/") for spec in self.adapters])
+
     @model_validator(mode="after")
     def _method_fits_adapters(self) -> "Recipe":
         if self.merge_method == "none" and self.adapters:
@@ -80,6 +86,16 @@ class Recipe(Section):
         if self.merge_method == "concat" and any(adapter.weight != 1 for adapter in self.adapters):
             raise ValueError("merge_method is concat, which keeps each adapter whole. Leave out the weights, which would be 1.")
         return self
+
+
+def distinct_names(paths: list[str]) -> list[str]:
+    """As few last parts of each path as tell them all apart; equal paths stay equal."""
+    names = paths
+    for parts in range(max((path.count("/") for path in paths), default=0) + 1, 0, -1):
+        shorter = [posixpath.join(*path.split("/")[-parts:]) for path in paths]
+        if len(set(shorter)) == len(set(paths)):
+            names = shorter
+    return names
 
 
 class Actors(Section):

@@ -28,6 +28,7 @@ PACKAGES = ("lora-embed", "torch", "transformers", "peft", "ray", "pyarrow", "pi
 MOST_REJECT_FILES = 64  # read again for a report
 RETRY_S = 10.0  # a run that ends because its table does not answer is not to wait for that again
 EXAMPLES = 5  # of each reason
+NOT_READ = "in more files than a report reads"
 FORGOTTEN = "forgotten"  # images that somebody wanted out: they are counted, not shown
 
 
@@ -124,7 +125,7 @@ def outcome_of(journal: Journal) -> str:
 
 
 def find_rejects(store: Store, manifest: Manifest) -> tuple[dict[str, int], tuple[RejectExample, ...]]:
-    """A version's rejects by reason, and a few of each, from its first files of rejects."""
+    """A version's rejects by reason, and a few of each, from its first files of rejects; what the others hold is counted."""
     counts: Counter[str] = Counter()
     shown: dict[str, list[RejectExample]] = {}
     for entry in manifest.rejects[:MOST_REJECT_FILES]:
@@ -136,6 +137,8 @@ def find_rejects(store: Store, manifest: Manifest) -> tuple[dict[str, int], tupl
             shown[reason] += [
                 RejectExample(id=row["id"], reason=reason, detail=without_secrets(row["detail"] or "")) for row in some
             ]
+    if unread := sum(entry.rows for entry in manifest.rejects[MOST_REJECT_FILES:]):
+        counts[NOT_READ] = unread
     return dict(counts), tuple(example for examples in shown.values() for example in examples)
 
 

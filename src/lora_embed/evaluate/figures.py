@@ -59,8 +59,8 @@ def own_split(values: Sequence[str | None], field: str) -> tuple[Mask, ...]:
 
 
 def seeded_splits(names: Sequence[str], splits: int, seed: int) -> tuple[Mask, ...]:
-    """Two thirds of the names in the bank, drawn anew for each split."""
-    return tuple(split_by_name(names, BANK_SHARE, seed + number) for number in range(splits))
+    """Two thirds of the names in the bank, drawn anew for each split; another seed draws all of them anew."""
+    return tuple(split_by_name(names, BANK_SHARE, seed * splits + number) for number in range(splits))
 
 
 def classes_of(values: Sequence[str | None]) -> tuple[tuple[str, ...], Classes]:
@@ -135,14 +135,14 @@ def differences_of(labelled: Labelled, task: str, pair: tuple[str, str], scored:
     for metric in METRICS:
         differences = [a - b for a, b in zip(scored.scores[metric], reference.scores[metric], strict=True)]
         mean, low, high = _interval(labelled, task, metric, differences, least=-1.0)
-        verdict: Verdict = "better" if low > 0 else "worse" if high < 0 else "within noise"
-        candidate, other = pair
-        found.append(
-            Difference(
-                task=task, metric=metric, candidate=candidate, reference=other, mean=mean, low=low, high=high, verdict=verdict
-            )
-        )
+        names = {"task": task, "metric": metric, "candidate": pair[0], "reference": pair[1]}
+        found.append(Difference(**names, mean=mean, low=low, high=high, verdict=verdict_of(low, high)))
     return found
+
+
+def verdict_of(low: float, high: float) -> Verdict:
+    """What a difference's interval says."""
+    return "better" if low > 0 else "worse" if high < 0 else "within noise"
 
 
 def _interval(

@@ -36,17 +36,6 @@ def knn_accuracy(
     return right / len(queries)
 
 
-def probe_accuracy(
-    bank: NDArray[np.float32],
-    bank_labels: NDArray[np.int64],
-    queries: NDArray[np.float32],
-    query_labels: NDArray[np.int64],
-    c: float = PROBE_C,
-) -> float:
-    """Share of queries that a linear classifier fitted to the bank gives their class; as `probe` classifies them."""
-    return float((probe(bank, bank_labels, queries, c) == query_labels).mean())
-
-
 def probe(
     bank: NDArray[np.float32], bank_labels: NDArray[np.int64], queries: NDArray[np.float32], c: float = PROBE_C
 ) -> NDArray[np.int64]:

@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_embed.errors import ConfigError
-from lora_embed.evaluate.metrics import knn_accuracy, mean_interval, split_by_name
+from lora_embed.evaluate.figures import BANK_SHARE, seeded_splits, verdict_of
+from lora_embed.evaluate.metrics import knn_accuracy, mean_interval
 from lora_embed.evaluate.records import Difference, Figure
 
-BANK_SHARE = 2 / 3
 METRIC = "knn"  # what the search chose by; `lora-embed evaluate` has the others
 
 Labels = Mapping[str, NDArray[np.int64]]  # task → (n,) class, −1 where there is none
@@ -25,8 +25,8 @@ class Splits:
 
     @classmethod
     def of(cls, names: Sequence[str], count: int, seed: int) -> "Splits":
-        """`count` splits of images whose groups these are; another seed draws all of them anew."""
-        return cls(banks=tuple(split_by_name(names, BANK_SHARE, seed * count + number) for number in range(count)))
+        """`count` splits of images whose groups these are."""
+        return cls(banks=seeded_splits(names, count, seed))
 
     def accuracies(self, vectors: NDArray[np.float32], labels: NDArray[np.int64]) -> tuple[float, ...]:
         """One per split, over the images that have a label of the task."""
@@ -75,7 +75,7 @@ def differences_of(figures: Sequence[Figure], pairs: Sequence[tuple[str, str]]) 
                     mean=mean,
                     low=low,
                     high=high,
-                    verdict="better" if low > 0 else "worse" if high < 0 else "within noise",
+                    verdict=verdict_of(low, high),
                 )
             )
     return tuple(found)

@@ -19,6 +19,7 @@ from lora_embed import disk
 from lora_embed.config import Recipe
 from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.evaluate.cka import cka_relations
+from lora_embed.evaluate.figures import BANK_SHARE
 from lora_embed.evaluate.metrics import split_by_name
 from lora_embed.evaluate.records import Candidate, Evaluation, Relation, Task, Trial
 from lora_embed.model.build import build_encoder, gather
@@ -29,7 +30,7 @@ from lora_embed.model.relate import relate_adapters
 from lora_embed.progress import say
 from lora_embed.report import write_report
 from lora_embed.tune.goal import Search
-from lora_embed.tune.holdout import BANK_SHARE, Splits, differences_of, figures_of, refuse_thin
+from lora_embed.tune.holdout import Splits, differences_of, figures_of, refuse_thin
 from lora_embed.tune.labelled import LabelledImages, Wanted, read_labelled
 from lora_embed.tune.scoring import Scorer, shown_options
 from lora_embed.tune.trials import alone_in
@@ -152,7 +153,7 @@ class _Held:
         self._candidates[name] = Candidate(
             name=name,
             method=recipe.merge_method,
-            weights={adapter: spec.weight for adapter, spec in zip(names_of(recipe), recipe.adapters, strict=True)},
+            weights={adapter: spec.weight for adapter, spec in zip(recipe.adapter_names, recipe.adapters, strict=True)},
             options=recipe.merge_options,
             recipe_id=self._refolder.identify(recipe),
             space_id=space_id,
@@ -212,7 +213,7 @@ class _Held:
 
 def _relations(refolder: Refolder, recipe: Recipe) -> tuple[Relation, ...]:
     """How the adapters lie to each other by their weights, over all layers and in each."""
-    called = dict(zip((spec.path for spec in recipe.adapters), names_of(recipe), strict=True))
+    called = dict(zip((spec.path for spec in recipe.adapters), recipe.adapter_names, strict=True))
     names = [called[path] for path in refolder.adapters]
     return tuple(
         Relation(kind=kind, one=names[one], other=names[other], layer=layer, value=value)
@@ -224,15 +225,9 @@ def _points(mean: float, low: float, high: float) -> str:
     return f"{100 * mean:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})"
 
 
-def names_of(recipe: Recipe) -> tuple[str, ...]:
-    """What adapters are called: the last part of each path, or all of it where that is not distinct."""
-    short = [spec.path.rstrip("/").rpartition("/")[2] for spec in recipe.adapters]
-    return tuple(name if short.count(name) == 1 else spec.path for name, spec in zip(short, recipe.adapters, strict=True))
-
-
 def _checked(search: Search) -> tuple[str, ...]:
     """Names of the adapters. Raises ConfigError for what is wrong whatever the images are."""
-    names = names_of(search.recipe)
+    names = tuple(search.recipe.adapter_names)
     if not LEAST_ADAPTERS <= len(names) <= MOST_ADAPTERS:
         raise ConfigError(
             f"the recipe names {len(names)} adapters, expected {LEAST_ADAPTERS} to {MOST_ADAPTERS}: one has nothing to be "
