@@ -4,6 +4,7 @@ import enum
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,9 +14,11 @@ import typer
 
 from lora_embed.cli_evaluate import evaluate
 from lora_embed.cli_tune import tune
-from lora_embed.config import JobConfig, load_job, load_recipe
-from lora_embed.errors import ConfigError, LoraEmbedError
-from lora_embed.progress import say
+from lora_embed.config import load_job, load_recipe
+from lora_embed.ending import Ending
+from lora_embed.errors import ConfigError, LoraEmbedError, lack_of_machine
+from lora_embed.progress import LogFormat, log_as, logs_json, note, noted, say, shown
+from lora_embed.record import without_secrets
 
 app = typer.Typer(
     add_completion=False,
@@ -24,9 +27,11 @@ app = typer.Typer(
     help="Merge LoRA adapters into one encoder, and keep its embeddings of many images as a versioned Parquet table.",
 )
 
+A_BUG = "this is a bug: please report it with the traceback"
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
+Log = Annotated[LogFormat, typer.Option("--log-format", callback=log_as, help="How stderr is written.")]
 TableUri = Annotated[str, typer.Argument(metavar="TABLE", help="URI or path of a table.")]
 
 
@@ -45,6 +50,7 @@ def build(
     rank: Annotated[int | None, typer.Option(min=1, help="With --store adapter: its largest rank.")] = None,
     energy: Annotated[float, typer.Option(help="With --store adapter: share of the change's squared norm to keep.")] = 1.0,
     as_json: Json = False,
+    log_format: Log = LogFormat.TEXT,
 ) -> None:
     """Merge a recipe's adapters into an encoder directory, with its merge report."""
     from lora_embed.model.build import build_encoder, gather
@@ -80,9 +86,10 @@ def run(
     set_: Set = None,
     publish: Annotated[bool, typer.Option(help="Publish a version once everything is embedded.")] = True,
     as_json: Json = False,
+    log_format: Log = LogFormat.TEXT,
 ) -> None:
     """Build the encoder if needed, embed what is missing, verify, publish."""
-    _run(load_job(job, set_), publish, as_json)
+    _run(job, set_, as_json, publishes=publish)
 
 
 @app.command()
@@ -93,6 +100,7 @@ def publish(
     accept: Annotated[list[str] | None, typer.Option(metavar="GATE", help="Let a failed gate through.")] = None,
     why: Annotated[str, typer.Option(help="The reason for that, kept in the version.")] = "",
     as_json: Json = False,
+    log_format: Log = LogFormat.TEXT,
 ) -> None:
     """Publish what is staged as the next version, without embedding anything."""
     from lora_embed.run import publish_job
@@ -146,12 +154,20 @@ def forget(
 
 
 @app.command()
-def status(table: TableUri, as_json: Json = False) -> None:
-    """Show a table's versions and what is staged for the next."""
+def status(
+    table: TableUri,
+    metrics: Annotated[bool, typer.Option("--metrics", help="Print gauges for Prometheus on stdout.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show a table's versions, what is staged for the next, the runs that go on and how the last ones ended."""
+    from lora_embed.runs import describe_runs, read_runs, to_prometheus
+    from lora_embed.storage import Store as TableStore
     from lora_embed.table import describe_table
 
-    state = describe_table(table)
-    _print(asdict(state), as_json, state.describe())
+    state, runs = describe_table(table), read_runs(TableStore(table, {}))
+    described = "\n".join([state.describe(), *describe_runs(runs)])
+    text = to_prometheus(table, state.version, runs) if metrics else described
+    _print(asdict(state) | {"runs": [run.to_dict() for run in runs]}, as_json, text)
 
 
 @app.command()
@@ -240,12 +256,10 @@ def nightly_job(arguments: list[str]) -> int:
         set_: Set = None,
         release: Annotated[bool, typer.Option("--release", help="Publish a space that a rollback holds back.")] = False,
         as_json: Json = False,
+        log_format: Log = LogFormat.TEXT,
     ) -> None:
         """Embed what is stale: new and changed shards, or everything where the recipe makes another space; publish."""
-        from lora_embed.run import run_job
-
-        result = run_job(load_job(config, set_), replaces=True, releases=release)
-        _print(asdict(result), as_json, result.describe())
+        _run(config, set_, as_json, replaces=True, releases=release)
 
     return _exit_code(lambda: entry(arguments, prog_name="reembed_nightly.py"))
 
@@ -260,9 +274,10 @@ def embed_job(arguments: list[str]) -> int:
         set_: Set = None,
         publish: bool = True,
         as_json: Json = False,
+        log_format: Log = LogFormat.TEXT,
     ) -> None:
         """Build the encoder if needed, embed what is missing, verify, publish."""
-        _run(load_job(config, set_), publish, as_json)
+        _run(config, set_, as_json, publishes=publish)
 
     return _exit_code(lambda: entry(arguments, prog_name="embed.py"))
 
@@ -274,8 +289,8 @@ def main() -> None:
 
 def end_process(code: int) -> NoReturn:
     """End with this exit code, and Ray before it: after a signal the interpreter's own end aborts where Ray was loaded."""
-    if (ray := sys.modules.get("ray")) is not None:
-        ray.shutdown()
+    if (cluster := sys.modules.get("lora_embed.cluster")) is not None:
+        cluster.leave(failed=code != 0)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -286,29 +301,56 @@ def run_command(arguments: list[str]) -> int:
     return _exit_code(lambda: app(arguments, prog_name="lora-embed"))
 
 
-def _run(job: JobConfig, publish: bool, as_json: bool) -> None:
+def _run(path: Path, overrides: list[str] | None, as_json: bool, **how: bool) -> None:
+    note(is_run=True)  # from here on a last line says how it ended
+    job = load_job(path, overrides)
     from lora_embed.run import run_job
 
-    result = run_job(job, publishes=publish)
+    result = run_job(job, **how)
     _print(asdict(result), as_json, result.describe())
 
 
 def _exit_code(command: Callable[[], Any]) -> int:
-    """Run a command; what a user can mend ends in one message, never in a traceback."""
+    """Run a command; what a user can mend ends in one message, never in a traceback, and a run in a line that sums it up."""
+    log_as(LogFormat.TEXT)
+    started = time.monotonic()
+    code, cause, advice = 0, "", ""
     try:
         command()
     except LoraEmbedError as error:
-        say(f"error: {error}")
-        return error.exit_code
+        code, cause, advice = error.exit_code, str(error), error.advice
+        say(f"error: {error}", level="error", event="error", error=type(error).__name__)
+    except (OSError, MemoryError) as error:
+        if (lack := lack_of_machine(error)) is None:
+            _say_end(_ending_of_a_bug(error, started))
+            raise
+        code, cause, advice = 1, lack, LoraEmbedError.advice
+        say(f"error: {lack}. What is committed stays, and the same command goes on.", level="error", event="error")
     except KeyboardInterrupt:
-        say("interrupted; what is committed stays, and the same command goes on")
-        return 1
+        code, cause, advice = 1, "interrupted", LoraEmbedError.advice
+        say("interrupted; what is committed stays, and the same command goes on", level="error", event="error")
     except SystemExit as end:
-        if end.code in (None, 0, 1, 2):
-            return int(end.code or 0)
-        say("stopped by a signal; what is committed stays, and the same command goes on")
-        return 1
-    return 0
+        code = int(end.code or 0) if end.code in (None, 0, 1, 2) else 1
+        if end.code not in (None, 0, 1, 2):
+            cause, advice = "stopped by a signal", LoraEmbedError.advice
+            say("stopped by a signal; what is committed stays, and the same command goes on", level="error", event="error")
+    except Exception as bug:
+        _say_end(_ending_of_a_bug(bug, started))
+        raise
+    _say_end(Ending(code=code, seconds=time.monotonic() - started, cause=cause, advice=advice))
+    return code
+
+
+def _ending_of_a_bug(bug: Exception, started: float) -> Ending:
+    return Ending(code=1, seconds=time.monotonic() - started, cause=f"{type(bug).__name__}: {bug}", advice=A_BUG)
+
+
+def _say_end(ending: Ending) -> None:
+    """How a run ended; as text not of one that was refused, of which the message before is all there is to say."""
+    facts = noted()
+    if facts.pop("is_run", False) and (ending.code != 2 or logs_json()):
+        level = "error" if ending.code else "info"
+        say(ending.describe(facts), level=level, event="end", **facts | {"exit_code": ending.code, "advice": ending.advice})
 
 
 def _counted(counts: dict[str, int]) -> str:
@@ -316,4 +358,4 @@ def _counted(counts: dict[str, int]) -> str:
 
 
 def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
-    print(json.dumps(result) if as_json else text)
+    print(json.dumps(without_secrets(result)) if as_json else shown(text))

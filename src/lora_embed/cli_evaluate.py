@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lora_embed.errors import ConfigError, StorageError
+from lora_embed.progress import LogFormat, log_as
 
 Many = list[str] | None
 
@@ -30,6 +31,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the evaluation as JSON.")] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as a page (HTML).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    log_format: Annotated[LogFormat, typer.Option(callback=log_as, help="How stderr is written.")] = LogFormat.TEXT,
 ) -> None:
     """Compare recipes on labelled images: each image decoded once, metrics on seeded splits, paired differences."""
     if precision not in ("auto", "float32", "bfloat16", "float16"):

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lora_embed.progress import LogFormat, log_as
+
 
 class Objective(enum.StrEnum):
     """What a tuned merge is best in."""
@@ -32,6 +34,7 @@ def tune(
     seed: Annotated[int, typer.Option(min=0, help="Of splits and of the search.")] = 0,
     work: Annotated[Path | None, typer.Option(help="Where trials and pixels are kept; beside --out by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    log_format: Annotated[LogFormat, typer.Option(callback=log_as, help="How stderr is written.")] = LogFormat.TEXT,
 ) -> None:
     """Search weights and method of a merge on labelled images; judge the winner on images that the search never saw."""
     from lora_embed.config import load_recipe

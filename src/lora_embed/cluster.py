@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import socket
 import time
 import warnings
@@ -13,17 +14,22 @@ from typing import Any
 import ray
 import ray.data
 import ray.exceptions
+from ray._private import ray_constants
 from ray.autoscaler.sdk import request_resources
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.data import ActorPoolStrategy
 from ray.util.annotations import RayDeprecationWarning
+from ray.util.metrics import Counter, Gauge
 
 from lora_embed.config import Resources
-from lora_embed.errors import ResourcesError
+from lora_embed.errors import IncompleteRun, ResourcesError
 from lora_embed.progress import say
 from lora_embed.stages import Workers
 
+_IS_REACHABLE = bool(ray_constants.ENABLE_RAY_CLUSTER)  # by other machines, as Ray would have it
 MAX_RETRIES = 3  # of a task whose process died; Ray Data's default is for ever
+OOM_RETRIES = 5  # of a task whose process Ray's memory monitor ended, 1 to 16 s apart; Ray's default is for ever
+METRICS_PORT = "LORA_EMBED_METRICS_PORT"  # the environment's word for the port of a cluster that is started here
 # How long a node is waited for, by default: for a GPU that may be there, for what must be there, for one that is started.
 ASKING_S, JOINING_S, SCALING_S = 20.0, 60.0, 1800.0
 
@@ -49,13 +55,17 @@ def connect(num_cpus: int | None = None, num_gpus: int | None = None) -> None:
 
     The numbers are what a cluster started here declares, by default what the machine has. A joined cluster's nodes need
     the dependencies alone: this package goes to them as it is here.
-    Raises ResourcesError for a cluster that cannot be joined.
+    Raises ResourcesError for a cluster that cannot be joined or started.
     """
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_task_oom_retries", str(OOM_RETRIES))
     address = os.environ.get("RAY_ADDRESS", "local")
     is_own = address == "local"
+    # Ray's only way to listen on the loopback address alone, which it does by itself on macOS and Windows: else everybody who
+    # reaches this machine could run code in it. Of a cluster that is joined, whoever started it has the say.
+    ray_constants.ENABLE_RAY_CLUSTER = _IS_REACHABLE and not is_own
     _check_reachable(address)
     try:
         ray.init(
@@ -63,14 +73,20 @@ def connect(num_cpus: int | None = None, num_gpus: int | None = None) -> None:
             num_cpus=num_cpus,
             num_gpus=num_gpus,
             include_dashboard=False if is_own else None,
+            _metrics_export_port=_metrics_port() if is_own else None,
             runtime_env=None if is_own else {"py_modules": [str(Path(__file__).parent)]},
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+    except Exception as error:  # Ray raises no other when its processes do not come up
         if is_own:
+            raise IncompleteRun(
+                f"Ray could not be started on this machine: {_line(error)}. Nothing was embedded yet: free memory, disk or "
+                "CPU here, and run the same command again. Its own words are in the logs below /tmp/ray, or RAY_TMPDIR."
+            ) from None
+        if not isinstance(error, ConnectionError | RuntimeError | ValueError | ray.exceptions.AuthenticationError):
             raise
-        text = " ".join(str(getattr(error, "message", error)).split()).rstrip(".")
+        text = _line(error)
         reason = re.sub(r"{.*}", "…", text)  # environments that do not fit together, secrets and all
         raise ResourcesError(
             f"the Ray cluster at {address} cannot be joined: {reason}. Correct RAY_ADDRESS, give the cluster's token "
@@ -78,9 +94,66 @@ def connect(num_cpus: int | None = None, num_gpus: int | None = None) -> None:
         ) from None
     warnings.filterwarnings("ignore", category=RayDeprecationWarning)  # of arguments that the pinned Ray still takes
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it prints the tracebacks of what is raised anyway
+    ray._private.worker.print_to_stdstream = _warn  # there is no public way to keep this off stdout, where results go
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(getattr(error, "message", error)).split()).rstrip(".")
+
+
+def _warn(data: dict[str, Any], *_: Any, **__: Any) -> None:
+    """What Ray prints of tasks and workers that failed, without the traceback: the run goes on, or says why it cannot."""
+    for message in data["lines"]:
+        what, _, trace = message.partition("Error: Traceback")
+        cause = [line.strip() for line in trace.splitlines() if line.strip()][-1:]
+        logging.getLogger(__name__).warning("%s", " ".join(["Ray:", *what.split(), *cause])[:1000])
+
+
+def leave(*, failed: bool) -> None:
+    """End what this process has of Ray. A Ray that was started here leaves its folder of logs only where the run failed.
+
+    Ray itself never removes it: a night each would fill the disk of temporary files.
+    """
+    node: Any = ray._private.worker._global_node if ray.is_initialized() and not _is_joined() else None
+    folder = node.get_session_dir_path() if node is not None else None  # Ray has no public way to ask for it
+    ray.shutdown()
+    if folder is not None and not failed:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _metrics_port() -> int | None:
+    """Where Prometheus looks, by the environment; None for any port, also where that one is taken."""
+    port = os.environ.get(METRICS_PORT, "")
+    if not port.isdigit():
+        return None
+    try:
+        socket.create_server(("127.0.0.1", int(port))).close()
+    except OSError as error:
+        say(f"{METRICS_PORT} is {port}, which cannot be had ({error}): this run's metrics are at another port", level="warning")
+        return None
+    return int(port)
+
+
+def say_where_metrics_are() -> None:
+    """The metrics endpoint of this process's node."""
+    here = ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
+    for node in ray.nodes() if here is not None else ():
+        if node["NodeID"] == here and node.get("MetricsExportPort", 0) > 0:
+            url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+            say(f"metrics: {url}", event="metrics", url=url)
+
+
+def counter(name: str, help_: str, tags: tuple[str, ...]) -> Any:
+    """A counter on the metrics endpoint of this process's node."""
+    return Counter(name, description=help_, tag_keys=tags)
+
+
+def gauge(name: str, help_: str, tags: tuple[str, ...]) -> Any:
+    """A gauge there; Ray drops it some seconds after this process's end."""
+    return Gauge(name, description=help_, tag_keys=tags)
 
 
 def _check_reachable(address: str) -> None:

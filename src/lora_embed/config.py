@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
-from lora_embed.errors import ConfigError
+from lora_embed.errors import ConfigError, holds_secret, redacted
 from lora_embed.explain import Keys, checked, shown
 
 OWN_COLUMNS = ("id", "embedding", "shard", "key", "width", "height", "sha256", "reason", "detail")
@@ -40,16 +40,26 @@ def _not_empty(value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
+def _without_password(uri: str) -> str:
+    if holds_secret(uri):
+        raise ValueError(
+            f"{redacted(uri)} holds a password or a signature, and places are written to tables, logs and reports. Give it "
+            "in the environment or, for input and table, in their storage options."
+        )
+    return uri
+
+
 # Not strict: YAML reads 1e-3, without a point, as text.
 Number = Annotated[float, Field(strict=False), BeforeValidator(_not_bool), AfterValidator(_finite)]
 Share = Annotated[Number, Field(ge=0.0, le=1.0)]
 Text = Annotated[str, Field(min_length=1)]
+Uri = Annotated[Text, AfterValidator(_without_password)]  # or a path; what names a place is written to tables and reports
 
 
 class AdapterSpec(Section):
     """One adapter of a recipe and its weight in the merge."""
 
-    path: Text
+    path: Uri
     weight: Number = 1.0
     revision: str | None = None
 
@@ -57,7 +67,7 @@ class AdapterSpec(Section):
 class Recipe(Section):
     """What an encoder is built from."""
 
-    base_model: Text
+    base_model: Uri
     revision: str | None = None
     adapters: tuple[AdapterSpec, ...] = Field(default=(), strict=False)
     merge_method: Text = "weighted_sum"  # `model.merge` knows the methods, and the options of each
@@ -125,6 +135,7 @@ class Retain(Section):
 
     versions: int = Field(default=10, ge=2)
     grace_days: Annotated[Number, Field(ge=0)] = 7.0
+    runs: int = Field(default=100, ge=1)  # whose states, records and reports are kept
 
 
 class Reembed(Section):
@@ -160,15 +171,16 @@ def _carry_field(value: Any) -> Any:
 class JobConfig(Section):
     """One run: which encoder, which images, which table, and how."""
 
-    recipe: Text
-    input: Annotated[tuple[Text, ...], Field(strict=False), AfterValidator(_not_empty)]
-    table: Text
+    recipe: Uri
+    input: Annotated[tuple[Uri, ...], Field(strict=False), AfterValidator(_not_empty)]
+    table: Uri
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     chunk_size: int = Field(default=512, ge=1, le=65536)
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = "auto"
     max_rejects: Share = 0.01
     max_removed: Share = 0.05
     max_pixels: int = Field(default=100_000_000, ge=1)
+    max_bytes: int = Field(default=2**30, ge=1)
     carry: tuple[CarryField, ...] = Field(default=(), strict=False)
     image_column: str | None = None
     key_column: str | None = None
@@ -180,8 +192,8 @@ class JobConfig(Section):
     gates: dict[str, Number] = Field(default_factory=dict)  # limits by name: `gates.Limits` has them and their defaults
     prices: Prices = Prices()
     shared_filesystem: bool = False
-    input_storage_options: dict[str, Any] = Field(default_factory=dict)
-    table_storage_options: dict[str, Any] = Field(default_factory=dict)
+    input_storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+    table_storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -250,8 +262,14 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> JobConfig:
         if len(keys) == 1:
             value = _with_absolute_paths({keys[0]: value}, Path.cwd())[keys[0]]
         _section_for(data, keys, text)[keys[-1]] = value
-        overridden[tuple(keys)] = text
+        overridden[tuple(keys)] = _as_said(text)
     return checked(JobConfig, data, str(path), overridden)
+
+
+def _as_said(override: str) -> str:
+    """An override as messages give it: without what it sets storage options to, which may be a secret."""
+    key = override.partition("=")[0]
+    return f"{key}=…" if key.partition(".")[0].endswith("_storage_options") else override
 
 
 def _parse_override(text: str) -> tuple[list[str], Any]:
@@ -261,7 +279,7 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
     try:
         return key.split("."), yaml.load(raw, _Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"--set {text}: the value is not valid YAML: {_yaml_problem(error)}. Quote it.") from None
+        raise ConfigError(f"--set {_as_said(text)}: the value is not valid YAML: {_yaml_problem(error)}. Quote it.") from None
 
 
 def _section_for(data: dict[str, Any], keys: list[str], text: str) -> dict[str, Any]:
@@ -271,7 +289,8 @@ def _section_for(data: dict[str, Any], keys: list[str], text: str) -> dict[str, 
             data[key] = {}
         data = data[key]
         if not isinstance(data, dict):
-            raise ConfigError(f"--set {text}: {key!r} is {shown(data)}, not a section that holds {keys[-1]!r}")
+            found = shown(data) if _as_said(text) == text else type(data).__name__
+            raise ConfigError(f"--set {_as_said(text)}: {key!r} is {found}, not a section that holds {keys[-1]!r}")
     return data
 
 

@@ -17,10 +17,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from lora_embed.errors import ShardError, StorageError, StoreUnavailable
 from lora_embed.model.preprocess import Box, Joint, Pixels, Preprocessing
 from lora_embed.read import Sample, read_samples
+from lora_embed.resume import find_stretches
+from lora_embed.retry import take_retries
 from lora_embed.schema import ChunkHead, Layout, Shard, WorkItem, sample_schema, to_ipc
 from lora_embed.stages import Stopwatch
 
@@ -30,6 +34,9 @@ _DAMAGE = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, AttributeError, OverflowError,
     ZeroDivisionError, NotImplementedError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
+
+MOST_SCANS = 24  # of an image of `max_pixels`, which take 4 s; of a smaller one more
+_SCAN = b"\xff\xda"  # begins one; within its data, 0 follows each 255
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -115,8 +122,9 @@ def _decode(data: bytes, preprocessing: Prepare, max_pixels: int) -> Decoded:
         raise BadImage("too_many_pixels", f"declares more than twice the {max_pixels} pixels that are allowed") from None
     except _DAMAGE:
         raise BadImage("not_an_image", f"{len(data)} bytes that start with {data[:8].hex()}") from None
-    _check_area(image.width, image.height, max_pixels, "declares")
     try:
+        _check_area(image.width, image.height, max_pixels, "declares")
+        _check_passes(data, image, max_pixels)
         image, size, part = _load(image, preprocessing)
         for one in preprocessing.parts:
             width, height = one.resized_size(*size)
@@ -188,8 +196,15 @@ def decode_items(
             for chunk in decode_shard(item, layout, preprocessing, options, decode=decode):
                 yield _row(chunk.head, chunk.samples, chunk.pixels)
         except (ShardError, StorageError, StoreUnavailable, OSError) as error:
-            shard, may_pass = item.shard, isinstance(error, StoreUnavailable | OSError)
-            head = ChunkHead(shard_id=shard.id, shard_name=shard.name, prefix=shard.prefix, error=str(error), may_pass=may_pass)
+            shard = item.shard
+            head = ChunkHead(
+                shard_id=shard.id,
+                shard_name=shard.name,
+                prefix=shard.prefix,
+                error=str(error),
+                may_pass=isinstance(error, StoreUnavailable | OSError),
+                retries=take_retries(),
+            )
             nothing = pa.RecordBatch.from_pylist([], schema=sample_schema(layout.carry))
             yield _row(head, nothing, np.empty((0, *preprocessing.shape), np.uint8))
 
@@ -214,24 +229,24 @@ def decode_shard(
     """
     shard, done, size = item.shard, item.done, layout.chunk_size
     keys: set[str] = set()
-    held: _Chunk | None = None
     clock = Stopwatch()
-    samples = read_samples(shard, layout, options, wanted=lambda number: number // size not in done)
-    for number, sample in enumerate(clock.timed("read", samples)):
-        if item.limit is not None and number >= item.limit:
-            break
-        if number % size == 0:
-            if held is not None and held.chunk not in done:
-                yield held.finish(shard, clock.take(), last=False)
-            held = _Chunk(number // size, layout, preprocessing, decode)
-        assert held is not None
+    for stretch in find_stretches(item, layout):
+        span, held = stretch.span, _Chunk(stretch.span.first // size, layout, preprocessing, decode)
+        keys |= stretch.passed
+        samples = read_samples(shard, layout, options, lambda number: number // size not in done, span)
+        for number, sample in enumerate(clock.timed("read", samples), span.first):
+            if item.limit is not None and number >= item.limit:
+                break
+            if number // size != held.chunk:
+                if held.chunk not in done:
+                    yield held.finish(shard, clock.take(), last=False)
+                held = _Chunk(number // size, layout, preprocessing, decode)
+            if held.chunk not in done:
+                with clock.timing("decode"):
+                    held.add(sample, is_duplicate=sample.key in keys)
+            keys.add(sample.key)
         if held.chunk not in done:
-            with clock.timing("decode"):
-                held.add(sample, is_duplicate=sample.key in keys)
-        keys.add(sample.key)
-    held = held or _Chunk(0, layout, preprocessing, decode)
-    if held.chunk not in done:
-        yield held.finish(shard, clock.take(), last=True)
+            yield held.finish(shard, clock.take(), last=span.end is None)
 
 
 class _Chunk:
@@ -243,16 +258,22 @@ class _Chunk:
         self._preprocessing = preprocessing
         self._decode = decode
         self._pixels: Pixels | None = None
-        self._good = self._decoded = 0
+        self._begin: int | None = None
+        self._end: int | None = None
+        self._good = self._decoded = self._image_bytes = 0
         self._rows: list[dict[str, Any]] = []
 
     def add(self, sample: Sample, *, is_duplicate: bool) -> None:
+        self._begin, self._end = self._begin if self._rows else sample.begin, sample.end
         carried = {name: _typed(sample.fields.get(name), kind) for name, kind in self._layout.carry}
         row = {"key": sample.key, "width": None, "height": None, "sha256": None, "reason": None, "detail": None} | carried
         try:
+            if sample.excess:
+                raise BadImage("too_many_bytes", f"{sample.excess} bytes, allowed are {self._layout.max_bytes}")
             if sample.data is None:
                 raise BadImage("no_image", "the sample has no image")
             row["sha256"] = hashlib.sha256(sample.data).digest()
+            self._image_bytes += len(sample.data)
             if is_duplicate:
                 raise BadImage("duplicate_id", "an earlier sample of this shard has the same key")
             self._decoded += 1
@@ -274,6 +295,10 @@ class _Chunk:
             last=last,
             good=self._good,
             decoded=self._decoded,
+            begin=self._begin,
+            end=self._end,
+            image_bytes=self._image_bytes,
+            retries=take_retries(),
             seconds=seconds,
         )
         return DecodedChunk(head=head, samples=samples, pixels=pixels)
@@ -288,6 +313,23 @@ class _Chunk:
 def _check_area(width: int, height: int, most: int, verb: str) -> None:
     if width * height > most:
         raise BadImage("too_many_pixels", f"{verb} {width}×{height} pixels, allowed are {most}")
+
+
+def _check_passes(data: bytes, image: Image.Image, max_pixels: int) -> None:
+    """What costs more than an image's area: a progressive JPEG's scans, and tiles of a TIFF that are larger than the image.
+
+    Ten scans are usual; 6,000 of them in 1 MB would take minutes. A tile is unpacked as a whole.
+    """
+    if isinstance(image, JpegImageFile) and (scans := data.count(_SCAN)) * image.width * image.height > MOST_SCANS * max_pixels:
+        raise BadImage(
+            "too_many_pixels",
+            f"has {scans} scans of {image.width}×{image.height} pixels, allowed are {MOST_SCANS} times {max_pixels} in all",
+        )
+    if isinstance(image, TiffImageFile) and TILEWIDTH in image.tag_v2:
+        width, height = (image.tag_v2.get(tag) for tag in (TILEWIDTH, TILELENGTH))
+        if not isinstance(width, int) or not isinstance(height, int):
+            raise BadImage("corrupt_image", "its tiles have no size")
+        _check_area(width, height, max_pixels, "has tiles of")
 
 
 def _typed(value: Any, kind: str) -> Any:

@@ -1,7 +1,7 @@
 """Several encoders on the same images: an actor that decodes each image once and gives it to all of them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class Each:
 
     encoders: tuple[Asked, ...]
     store: Store  # where encoders and heads are kept
-    input_options: dict[str, Any]
+    input_options: dict[str, Any] = field(repr=False)
     layout: Layout
 
     @property

@@ -1,19 +1,47 @@
 """What can go wrong, by what the user has to do about it; the command line turns each into an exit code."""
 
+import errno
+import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_PASSWORD = re.compile(r"://[^/\s@]*:[^/\s@]*@")
+_USER = re.compile(r"(?<!abfs)(?<!abfss)://[^/\s@]*@")  # which may be a token; in Azure's URIs it is a container
+_QUERY = re.compile(r"(://[^\s?]+)\?[^\s\"']*=[^\s\"']*")
+_OF_THE_MACHINE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+}  # fmt: skip
+
+
+def redacted(text: str) -> str:
+    """Text in which URIs tell neither their user and password nor what follows their question mark, such as a signature."""
+    return _QUERY.sub(r"\1?…", _USER.sub("://…@", _PASSWORD.sub("://…@", text)))
+
+
+def holds_secret(uri: str) -> bool:
+    """Does it hold a password, or what may be a signature?"""
+    return bool(_PASSWORD.search(uri) or _QUERY.search(uri))
+
 
 class LoraEmbedError(Exception):
-    """Base of all errors meant for a user: one message that says what, where, found, expected and what to do."""
+    """Base of all errors meant for a user: one message that says what, where, found, expected and what to do.
+
+    Messages go to logs, records and reports, so they are `redacted`.
+    """
 
     exit_code = 1
+    advice = "run the same command again"  # a few words, for whoever reads the last line alone
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redacted(message))
 
 
 class ConfigError(LoraEmbedError):
     """The recipe, the job or its input is wrong; nothing was started."""
 
     exit_code = 2
+    advice = "mend it, then run it again"
 
 
 class AdapterMismatch(ConfigError):
@@ -36,6 +64,10 @@ class ShardError(LoraEmbedError):
     """A shard cannot be read to a proven end, or changed under the run; its chunks are not complete."""
 
 
+class ChangedMeanwhile(LoraEmbedError):
+    """Files of a base, an adapter or an encoder changed while they were read; the same command reads them anew."""
+
+
 class ResourcesError(ConfigError):
     """The cluster can never schedule what the job asks for."""
 
@@ -55,9 +87,23 @@ class WorkersLost(IncompleteRun):
 class VerificationFailed(LoraEmbedError):
     """Stored files contradict their own counts, sums or identity."""
 
+    advice = "look at it before a next run"
+
 
 class GateFailed(LoraEmbedError):
     """A check before publication failed; the staged work stays."""
+
+    advice = "a person must decide"
+
+
+def lack_of_machine(error: OSError | MemoryError) -> str | None:
+    """What this machine ran out of or cannot do any more; None for an error that is a bug's."""
+    if isinstance(error, MemoryError):
+        return "this machine has no memory left"
+    if error.errno not in _OF_THE_MACHINE:
+        return None
+    where = error.filename or f"a file of this machine, such as those in {tempfile.gettempdir()}"
+    return f"{where}: {error.strerror}"
 
 
 @contextmanager

@@ -1,15 +1,19 @@
 """Directories of models, adapters and encoders → on this machine's disk, copied once."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 from typing import Any
 
-from lora_embed.errors import StorageError
+from lora_embed.errors import ChangedMeanwhile, StorageError
 from lora_embed.storage import Entry, Store
+
+KEPT_S = 7 * 86400.0  # a copy that was not asked for any longer is removed: each retrained adapter brings another encoder
 
 
 def fetch_directory(uri: str, revision: str | None, patterns: tuple[str, ...], options: dict[str, Any] | None = None) -> Path:
@@ -45,29 +49,56 @@ def cache_root() -> Path:
 
 
 def _copy_to_cache(store: Store, patterns: tuple[str, ...]) -> Path:
-    entries = [entry for entry in store.list_files() if any(Path(entry.path).match(pattern) for pattern in patterns)]
+    entries = _listed(store, patterns)
     if not entries:
         raise StorageError(f"{store.uri}: no files there that match {', '.join(patterns)}")
+    if outside := [entry.path for entry in entries if ".." in entry.path.split("/") or entry.path.startswith("/")]:
+        raise StorageError(f"{store.uri}: {outside[0]!r} would be copied out of its folder. Remove it there.")
     state = hashlib.sha256(repr([store.uri, entries]).encode()).hexdigest()[:24]
     target = cache_root() / "fetched" / state
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f"{state}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a node's actors start together: one copies, the others wait for it
-        if not target.is_dir():
-            _copy(store, entries, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.with_name(f"{state}.lock").open("w") as lock:  # which dates it: when the copy was asked for last
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a node's actors start together: one copies, the others wait for it
+            if not target.is_dir():
+                _copy(store, entries, target, patterns)
+        _remove_unused(target.parent)
+    except OSError as error:
+        raise StorageError(
+            f"{target.parent}: no copy of {store.uri} can be kept there: {error.strerror or error}. Make room, or set "
+            "LORA_EMBED_CACHE to another disk."
+        ) from None
     return target
 
 
-def _copy(store: Store, entries: list[Entry], target: Path) -> None:
+def _remove_unused(folder: Path) -> None:
+    """Remove copies that nobody asked for lately, and what a process that was killed had copied in part."""
+    oldest = time.time() - KEPT_S
+    for lock in folder.glob("*.lock"):
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), lock.open() as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock.stat().st_mtime < oldest:
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                lock.unlink()
+    for partial in folder.glob("*.*"):
+        with contextlib.suppress(FileNotFoundError):
+            if partial.is_dir() and partial.stat().st_mtime < oldest:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _listed(store: Store, patterns: tuple[str, ...]) -> list[Entry]:
+    return [entry for entry in store.list_files() if any(Path(entry.path).match(pattern) for pattern in patterns)]
+
+
+def _copy(store: Store, entries: list[Entry], target: Path, patterns: tuple[str, ...]) -> None:
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
     try:
         for entry in entries:
-            data = store.read(entry.path)
-            if data is None or len(data) != entry.size:  # else the cache would hold half of it for good
-                raise StorageError(f"{store.uri}/{entry.path}: changed while it was copied. Run the same command again.")
             file = partial / entry.path
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(data)
+            file.write_bytes(store.read(entry.path) or b"")
+        if _listed(store, patterns) != entries:  # else the cache would hold some of it under the name of another for good
+            raise ChangedMeanwhile(f"{store.uri}: changed while it was copied. Run the same command again.")
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -22,6 +22,7 @@ TRIES = 2  # a child may die of something else than its image, such as the machi
 # pixel, a transparent PNG 20, JPEG and GIF 13.
 ROOM_BYTES = 4 * 2**30
 ROOM_BYTES_PER_PIXEL = 40  # of max_pixels, where that is more
+IMAGE_S = 120.0  # for one image, of which a hundred megapixels take seconds
 _CRASHED = "decoder_crashed"
 _READY = "ready"
 _START_S = 120.0  # for Python and its imports, on a machine with much else to do
@@ -33,15 +34,24 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 def decode_blocks(
     batch: dict[str, Any], layout: Layout, preprocessing: Prepare, options: dict[str, Any], was_tried: Callable[[], bool]
 ) -> Iterator[dict[str, Any]]:
-    """`decode_items`, but in a child process where a process died of the same task before.
+    """`decode_items`, but in a child process where a process died of the same task before, or hung with it.
 
     If an image killed it, that image is the end of a child this time, and a reject; else the child does no harm.
     """
     keep_freed_memory()
     isolated = IsolatedDecoder() if was_tried() else None
     with isolated or contextlib.nullcontext():
-        decode: Decode = isolated or decode_image
+        decode: Decode = isolated or decode_or_die
         yield from decode_items(batch, layout, preprocessing, options, decode=decode)
+
+
+def decode_or_die(data: bytes, preprocessing: Prepare, max_pixels: int = 100_000_000) -> Decoded:
+    """`decode_image`, whose process the kernel ends after `IMAGE_S` seconds: an image that hangs is one that crashes."""
+    signal.setitimer(signal.ITIMER_REAL, IMAGE_S)
+    try:
+        return decode_image(data, preprocessing, max_pixels)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 class IsolatedDecoder:
@@ -51,7 +61,7 @@ class IsolatedDecoder:
     with the reason `decoder_crashed`. ChildProcessError where no child can be started. For one thread at a time.
     """
 
-    def __init__(self, timeout_s: float = 120.0) -> None:
+    def __init__(self, timeout_s: float = IMAGE_S) -> None:
         self._timeout_s = timeout_s
         self._child: _Child | None = None
 

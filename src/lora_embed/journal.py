@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,70 +16,182 @@ import pyarrow.compute as pc
 
 from lora_embed import cluster, pipeline, versions
 from lora_embed.config import JobConfig
+from lora_embed.effort import Effort
 from lora_embed.errors import LoraEmbedError
-from lora_embed.progress import say
-from lora_embed.record import OPTIONS, RejectExample, RunRecord, without_secrets
+from lora_embed.heartbeat import Heartbeat
+from lora_embed.metrics import Meters
+from lora_embed.progress import note, say
+from lora_embed.record import OPTIONS, Outcome, RejectExample, RunRecord, RunState, without_secrets
 from lora_embed.report.run import run_page
+from lora_embed.retry import take_retries
+from lora_embed.runs import prune_runs, state_path
 from lora_embed.schema import Manifest, encoder_path
 from lora_embed.storage import Store
 from lora_embed.table import read_rows
-from lora_embed.work import Effort
 
 PACKAGES = ("lora-embed", "torch", "transformers", "peft", "ray", "pyarrow", "pillow")
 MOST_REJECT_FILES = 64  # read again for a report
 RETRY_S = 10.0  # a run that ends because its table does not answer is not to wait for that again
+BEAT_RETRY_S = 2.0  # another beat follows
 EXAMPLES = 5  # of each reason
 NOT_READ = "in more files than a report reads"
 FORGOTTEN = "forgotten"  # images that somebody wanted out: they are counted, not shown
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """When a run began, and its name: `<UTC>-<6 hex digits>`, so that names sort by time."""
+
+    run_id: str
+    started: datetime
+    moment: float  # monotonic
+
+    @property
+    def seconds(self) -> float:
+        return round(time.monotonic() - self.moment, 2)
+
+
+def begin(job: JobConfig) -> Beginning:
+    """Name a run; from now on what is said bears its name."""
+    started = datetime.now(UTC)
+    run_id = f"{started:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+    note(run_id=run_id, table=job.table)
+    return Beginning(run_id, started, time.monotonic())
 
 
 @dataclass
 class Journal:
     """What a run says of itself while it goes on."""
 
+    beginning: Beginning
     job: JobConfig
     shared: pipeline.Job
     topology: cluster.Topology
     effort: Effort = field(default_factory=Effort)
     sampled: int = 0  # samples embedded to judge a new encoder by, before all others
+    doing: str = "starting"
+    before: int | None = None  # the version that was current when the run began
     version: int | None = None
     published: bool = False
     error: str = ""
+    has_missed: bool = False  # a beat, and said so
+
+    def state(self, outcome: Outcome = "running") -> RunState:
+        """How far the run is."""
+        effort, began = self.effort, self.beginning
+        last = effort.timeline.readings()[-1]
+        return RunState(
+            run_id=began.run_id,
+            host=socket.gethostname(),
+            started=began.started.isoformat(timespec="seconds"),
+            seconds=began.seconds,
+            outcome=outcome,
+            doing=self.doing,
+            space_id=self.shared.encoder.space_id,
+            shards=effort.shards,
+            shards_done=effort.shards_done,
+            shards_failed=effort.shards_failed,
+            embedded=self.sampled + effort.samples,
+            rejected=effort.rejects.total(),
+            images_per_s=round(last.samples / last.elapsed_s, 1) if last.samples else 0.0,
+            bound=effort.bound.by if effort.bound is not None else None,
+            last_chunk=_utc(effort.last_chunk) if effort.last_chunk is not None else None,
+            version=self.version,
+            error=without_secrets(self.error),
+        )
 
 
 @contextmanager
-def recorded(job: JobConfig, shared: pipeline.Job, topology: cluster.Topology) -> Iterator[Journal]:
-    """Record the run in this block, also one that fails once it has embedded something.
+def recorded(beginning: Beginning, job: JobConfig, shared: pipeline.Job, topology: cluster.Topology) -> Iterator[Journal]:
+    """Record the run in this block: its state while it goes on and how it ended, and a report once it has embedded something.
 
-    A run never fails for its report, and waits little for it: that it could not be written is said, and all.
+    A run never fails for what tells of it, and waits little for it: that it could not be written is said, and all.
     """
-    journal = Journal(job, shared, topology)
-    started, began = datetime.now(UTC), time.monotonic()
+    journal = Journal(beginning, job, shared, topology)
+    cluster.say_where_metrics_are()
+    meters = Meters(job.table, beginning.run_id, beginning.started.timestamp())
+
+    def beat() -> None:
+        journal.effort.retries += take_retries()  # the driver's own
+        meters.show(journal.effort, journal.version or journal.before)
+        _leave_state(journal)
+
     try:
-        yield journal
-    except LoraEmbedError as error:
-        journal.error = str(error)
-        raise
-    except (KeyboardInterrupt, SystemExit):
-        journal.error = "stopped from outside"
+        with Heartbeat(beat):
+            yield journal
+    except BaseException as error:
+        journal.error = _reason_of(error)
         raise
     finally:
-        if journal.sampled or journal.effort.samples or journal.published:
-            _leave(journal, started, time.monotonic() - began)
+        meters.show(journal.effort, journal.version or journal.before)
+        state = journal.state(outcome_of(journal))
+        note(**asdict(state))
+        is_told = leave_state(state, shared.store, job.retain.runs)  # first: who stops a run may not wait for long
+        if is_told and (journal.sampled or journal.effort.samples or journal.published):
+            _leave_report(journal)
 
 
-def _leave(journal: Journal, started: datetime, seconds: float) -> None:
-    run_id = f"{started:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
-    table = journal.shared.store
-    store = replace(table, options=table.options | {"retry_s": RETRY_S})
+def _reason_of(error: BaseException) -> str:
+    if isinstance(error, LoraEmbedError):
+        return str(error)
+    return "stopped from outside" if isinstance(error, KeyboardInterrupt | SystemExit) else f"{type(error).__name__}: {error}"
+
+
+def _leave_state(journal: Journal) -> None:
+    """A beat; the first that fails is said, since whoever looks from another machine will take the run for dead."""
     try:
-        record = make_record(journal, store, run_id, started.isoformat(timespec="seconds"), seconds)
+        impatient(journal.shared.store, BEAT_RETRY_S).replace(state_path(journal.beginning.run_id), journal.state().to_json())
+    except (LoraEmbedError, OSError) as error:
+        if not journal.has_missed:
+            journal.has_missed = True
+            say(f"the run's state could not be written, so `status` does not see it; the run goes on: {error}", level="warning")
+
+
+def leave_quiet(beginning: Beginning, job: JobConfig, store: Store, current: Manifest) -> None:
+    """What a run leaves that found nothing to do, so that a quiet night is not taken for a night without a run."""
+    state = RunState(
+        run_id=beginning.run_id,
+        host=socket.gethostname(),
+        started=beginning.started.isoformat(timespec="seconds"),
+        seconds=beginning.seconds,
+        outcome="current",
+        space_id=current.space_id,
+        version=current.version,
+    )
+    note(**asdict(state))
+    leave_state(state, store, job.retain.runs)
+
+
+def impatient(store: Store, retry_s: float = RETRY_S) -> Store:
+    """The store, asked for a short time only: no run waits long for what only tells of it."""
+    return replace(store, options=store.options | {"retry_s": min(retry_s, store.retry_s)})
+
+
+def leave_state(state: RunState, store: Store, keep: int) -> bool:
+    """Write how a run ended, and remove what runs left that are too old; False where the store does not take it."""
+    try:
+        impatient(store).replace(state_path(state.run_id), state.to_json())
+        prune_runs(impatient(store), keep)
+    except (LoraEmbedError, OSError) as error:
+        say(f"how the run ended could not be written to its table, so `status` does not tell it: {error}", level="warning")
+        return False
+    return True
+
+
+def _leave_report(journal: Journal) -> None:
+    store, run_id, began = impatient(journal.shared.store), journal.beginning.run_id, journal.beginning
+    try:
+        record = make_record(journal, store, run_id, began.started.isoformat(timespec="seconds"), began.seconds)
         store.create(f"runs/{run_id}/report.html", run_page(record).encode(errors="backslashreplace"))
         store.create(f"runs/{run_id}/record.json", record.to_json())  # last: where it is, the report is
     except (LoraEmbedError, OSError, ValueError, TypeError, LookupError) as error:  # files of another release, too
         say(f"the run's report could not be written: {error}")
     else:
         say(f"report: {store.uri}/runs/{run_id}/report.html")
+
+
+def _utc(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")
 
 
 def make_record(journal: Journal, store: Store, run_id: str, started: str, seconds: float) -> RunRecord:
@@ -105,7 +218,7 @@ def make_record(journal: Journal, store: Store, run_id: str, started: str, secon
         started=started,
         seconds=round(seconds, 2),
         embedded=journal.sampled + effort.samples,
-        rejected=effort.rejects,
+        rejected=effort.rejects.total(),
         readings=effort.timeline.readings(),
         version=journal.version,
         counts=manifest.counts if manifest is not None else {},
@@ -116,7 +229,7 @@ def make_record(journal: Journal, store: Store, run_id: str, started: str, secon
     )
 
 
-def outcome_of(journal: Journal) -> str:
+def outcome_of(journal: Journal) -> Outcome:
     if journal.error:
         return "failed"
     if journal.version is None:

@@ -115,7 +115,7 @@ def align(before: Rows, new: Rows) -> tuple[list[str], NDArray[np.float32], NDAr
 def some_rows(rows: pa.Table, count: int) -> pa.Table:
     """A seeded few of the rows: whole shards may hold many more than a sample is to."""
     ids = seeded_sample(rows.column("id").to_pylist(), count)
-    return rows.filter(pc.field("id").isin(ids))
+    return rows.filter(pc.field("id").isin(pa.array(ids, pa.string())))  # of none, Arrow takes the type for null
 
 
 def rows_of(store: Store, manifest: Manifest, ids: list[str]) -> Rows:

@@ -94,7 +94,7 @@ def forget(store: Store, ids: list[str], why: str) -> Forgotten:
     id is in no retained version.
     """
     while True:
-        current = versions.read_manifest(store)
+        current = versions.manifest_to_follow(store)
         if current is None:
             raise TableError(f"{store.uri}: has no published version")
         holders = {m.version: set(_ids_in(store, m, ids)) for m in versions.newest_first(store)}

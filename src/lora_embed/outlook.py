@@ -79,7 +79,7 @@ def plan_job(job: JobConfig, *, forecasts: bool = False) -> Outlook:
     Raises ConfigError as `run_job` does, for what can be seen by reading.
     """
     store, shards = run.list_input(job)
-    current = versions.read_manifest(store)
+    current = versions.manifest_to_follow(store)
     source = run.find_source(job.recipe)
     encoder = read_description(source) if isinstance(source, Path) else run.find_encoder(source, store)
     if encoder is None and not isinstance(source, Path):

@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import ray
@@ -33,10 +33,10 @@ R = TypeVar("R")
 class Job:
     """What all chunks of a run share."""
 
-    input_options: dict[str, Any]
+    input_options: dict[str, Any] = field(repr=False)
     store: Store  # where parts go
     encoder_uri: str
-    encoder_options: dict[str, Any]
+    encoder_options: dict[str, Any] = field(repr=False)
     encoder: Description
     layout: Layout
 
@@ -171,7 +171,13 @@ def _own_errors() -> Iterator[None]:
         if own is not None:
             raise own from None
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        kind = IncompleteRun if isinstance(error, ray.exceptions.RayTaskError) else WorkersLost  # an exception stays one
+        if "low on memory" in str(error):  # Ray's last line is an address
+            lines = ["a node ran low on memory, so it ended workers there: take fewer actors, smaller chunks or larger nodes"]
+        # An exception stays one, and after half an hour without progress another would be no better.
+        is_final = isinstance(error, ray.exceptions.RayTaskError | ray.data.exceptions.ExecutionTimeoutError)
+        if isinstance(error, ray.data.exceptions.ExecutionTimeoutError):
+            lines = ["no worker has finished anything for too long; has the cluster nodes left, and do they answer?"]
+        kind = IncompleteRun if is_final else WorkersLost
         raise kind(
             f"Ray gave the run up: {lines[-1][:300]}. What was embedded is kept, and the same command goes on."
         ) from error

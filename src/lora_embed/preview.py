@@ -7,6 +7,7 @@ import pyarrow.compute as pc
 
 from lora_embed import cluster, gates, judge, pipeline, table, work
 from lora_embed.config import JobConfig
+from lora_embed.effort import Effort
 from lora_embed.errors import GateFailed
 from lora_embed.gates import Decision, Policy
 from lora_embed.health import combine, measure_rows
@@ -55,7 +56,7 @@ def _decide(job: JobConfig, shared: pipeline.Job, current: Manifest, sample: lis
     return gates.re_embed_decision(compared, policy, hours, extra)
 
 
-def _seconds_an_image(shared: pipeline.Job, effort: work.Effort, workers: Workers) -> float:
+def _seconds_an_image(shared: pipeline.Job, effort: Effort, workers: Workers) -> float:
     """As the sample took when it was embedded, which may have been another night."""
     path = f"staging/{shared.encoder.space_id}/sample.json"
     if effort.samples:

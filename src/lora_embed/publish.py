@@ -35,7 +35,7 @@ def publish(
     store = shared.store
     wanted = {shard.id: shard for shard in shards}
     while True:
-        current = versions.read_manifest(store)
+        current = versions.manifest_to_follow(store)
         versions.refuse_held(current, shared.encoder.space_id, releases=releases)
         _refuse_backwards(store, current, shared.encoder.space_id, replaces)
         if current is not None and current.space_id == shared.encoder.space_id and set(current.shards) == set(wanted):

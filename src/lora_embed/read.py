@@ -18,6 +18,8 @@ from lora_embed.schema import Layout, Shard
 from lora_embed.storage import Entry, Store, explained
 
 BLOCK = tarfile.BLOCKSIZE
+MOST_FIELD = 16 * 2**20  # bytes of a text or JSON member that may be carried; JSON unpacks to 30 times its size
+MOST_HEADER = 2**20  # bytes of a tar's header that only names what follows
 MOST_PADDING = 2**20 + 2 * BLOCK  # tar pads with zeros to a record of 10 KiB, or of up to 1 MiB where it is told to
 _IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "jpg", "png")
 _KEY_COLUMNS = ("key", "__key__", "id", "path", "file_name")
@@ -27,28 +29,47 @@ Wanted = Callable[[int], bool]  # sample number in the shard → must its bytes 
 
 @dataclass
 class Sample:
-    """One image of a shard: encoded bytes, or None where there is none or it was not wanted."""
+    """One image of a shard: encoded bytes, or None where there is none, it was not wanted, or it has too many (`excess`)."""
 
     key: str
     data: bytes | None = None
     fields: dict[str, Any] = field(default_factory=dict)
+    excess: int = 0  # bytes of an image that has more than are allowed
+    begin: int | None = None  # byte of its first header in a tar; None where reading could not begin there
+    end: int | None = None  # byte where the sample after it begins, or the tar's closing blocks
 
 
-def read_samples(shard: Shard, layout: Layout, options: dict[str, Any], wanted: Wanted) -> Iterator[Sample]:
-    """Yield every sample of a shard; to run out means that the end is proven.
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Bytes [begin, end) of a tar, which sample `first` begins at; without an end, up to the shard's, which is proven then."""
+
+    first: int = 0
+    begin: int = 0
+    end: int | None = None
+
+
+WHOLE = Span()
+
+
+def read_samples(shard: Shard, layout: Layout, options: dict[str, Any], wanted: Wanted, span: Span = WHOLE) -> Iterator[Sample]:
+    """Yield every sample of a shard, or of a span of it; to run out means that the shard's end is proven, or the span's there.
 
     Raises ShardError when the shard is cut short, damaged, or another one than was listed.
     """
+    assert shard.kind == "tar" or span == WHOLE, (shard.kind, span)
     store = Store(shard.root, options)
     if shard.kind == "images":
-        yield from _read_images(store, shard, wanted)
+        yield from _read_images(store, shard, wanted, layout.max_bytes)
         return
     entry = shard.files[0]
     _check_unchanged(store, entry, shard)
-    reader = _read_tar if shard.kind == "tar" else _read_parquet
+    ahead = (span.end or entry.size) - span.begin
     try:
-        with explained(store, entry.path), store.open(entry.path) as file:
-            yield from reader(file, shard, layout, wanted)
+        with explained(store, entry.path), store.open(entry.path, ahead) as file:
+            if shard.kind == "tar":
+                yield from _read_tar(file, shard, layout, wanted, span)
+            else:
+                yield from _read_parquet(file, shard, layout, wanted)
     except (ShardError, StorageError):
         _check_unchanged(store, entry, shard)  # one that is being written looks cut short, or is another one by now
         raise
@@ -71,9 +92,12 @@ def _check_unchanged(store: Store, listed: Entry, shard: Shard) -> None:
         )
 
 
-def _read_images(store: Store, shard: Shard, wanted: Wanted) -> Iterator[Sample]:
+def _read_images(store: Store, shard: Shard, wanted: Wanted, max_bytes: int) -> Iterator[Sample]:
     for number, entry in enumerate(shard.files):
         data = None
+        if wanted(number) and entry.size > max_bytes:
+            yield Sample(posixpath.basename(entry.path), excess=entry.size)
+            continue
         if wanted(number):
             _check_unchanged(store, entry, shard)
             data = store.read(entry.path)
@@ -82,7 +106,21 @@ def _read_images(store: Store, shard: Shard, wanted: Wanted) -> Iterator[Sample]
         yield Sample(posixpath.basename(entry.path), data)
 
 
-def _read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted) -> Iterator[Sample]:
+_NAMING = {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
+
+
+class _Member(tarfile.TarInfo):
+    """A tar's header; those that only name what follows are read whole, one within the other, so they are bounded."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in _NAMING and member.size > MOST_HEADER:
+            raise tarfile.ReadError(f"a header of {member.size} bytes")
+        return member
+
+
+def _read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted, span: Span = WHOLE) -> Iterator[Sample]:
     """WebDataset: consecutive members that share a name up to the first dot of its last part are one sample.
 
     A member that the sample already has begins a sample of the same key, so that no image goes uncounted.
@@ -93,33 +131,49 @@ def _read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted) -> I
         raise ShardError(f"{where}: is an empty file, not a tar; an empty tar has an end of its own")
     current: Sample | None = None
     taken: set[str] = set()  # extensions of the current sample
-    number = 0
+    number = span.first
+    file.seek(span.begin)
     try:
         # Names that are not UTF-8 are escaped: an id must be UTF-8, and the same on every machine.
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # a tar of a million members need not be remembered
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member, encoding="utf-8", errors="backslashreplace") as tar:
+            for member in _members(tar, span.end):
                 key, extension = _split_name(member.name)
                 if not member.isreg() or posixpath.basename(member.name).startswith("."):  # macOS adds ._name to each
                     continue
                 if current is None or key != current.key or extension in taken:
+                    begin = None if tar.pax_headers else member.offset  # headers for the whole tar stand at its beginning
                     if current is not None:
+                        current.end = begin
                         yield current
                         number += 1
-                    current, taken = Sample(key), set()
+                    current, taken = Sample(key, begin=begin), set()
                 taken.add(extension)
                 if not member.issparse() and member.offset_data + member.size > size:  # before memory is taken for it
                     raise tarfile.ReadError("unexpected end of data")
                 if wanted(number):
                     _add_field(current, tar, member, extension, layout)
             end = tar.offset
-    except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError) as error:  # of damaged headers
-        if size >= BLOCK and current is None and "invalid header" in str(error):
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:  # of damaged headers
+        if size >= BLOCK and current is None and not span.begin and "invalid header" in str(error):
             raise ShardError(f"{where}: is not a tar, whatever its name says") from None
         raise ShardError(_cut_short(where, size, str(error))) from None
-    _prove_end(file, end, size, where)
+    if span.end is None:
+        _prove_end(file, end, size, where)
+    elif end != span.end:
+        raise ShardError(f"{where}: damaged tar: its members end at byte {end}, expected {span.end}. Upload it again.")
     if current is not None:
+        current.end = end
         yield current
+
+
+def _members(tar: tarfile.TarFile, end: int | None) -> Iterator[tarfile.TarInfo]:
+    for member in tar:
+        tar.members = []  # type: ignore[attr-defined]  # a tar of a million members need not be remembered
+        if member.size < 0:  # tarfile would go back by it, and on for ever
+            raise tarfile.ReadError(f"a member of {member.size} bytes")
+        yield member
+        if tar.offset == end:
+            return
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -131,8 +185,11 @@ def _split_name(name: str) -> tuple[str, str]:
 def _add_field(sample: Sample, tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, layout: Layout) -> None:
     """The first image member is the sample's image; JSON keys and text members are fields that may be carried."""
     names = {name for name, _ in layout.carry}
-    is_image = f".{extension}" in IMAGES and sample.data is None
+    is_image = f".{extension}" in IMAGES and sample.data is None and not sample.excess
     if not is_image and extension != "json" and extension not in names:
+        return
+    if member.size > (layout.max_bytes if is_image else MOST_FIELD):  # also of a sparse member, which is short in the file
+        sample.excess = member.size if is_image else sample.excess
         return
     stream = tar.extractfile(member)
     assert stream is not None
@@ -185,6 +242,8 @@ def _read_parquet(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted) 
         source = pq.ParquetFile(file)
         image, key = _columns(source.schema_arrow, layout, where)
         carried = [name for name, _ in layout.carry if name in source.schema_arrow.names]
+        for name in filter(None, (image, key, *carried)):
+            _refuse_objects(source.schema_arrow.field(name), where)
         number = 0
         for group in range(source.num_row_groups):
             rows = source.metadata.row_group(group).num_rows
@@ -195,7 +254,10 @@ def _read_parquet(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted) 
                 number += rows
                 continue
             for batch in source.iter_batches(batch_size=64, row_groups=[group], columns=columns):
-                yield from _rows(batch, image if needed else None, key, carried, number)
+                for sample in _rows(batch, image if needed else None, key, carried, number):
+                    if sample.data is not None and len(sample.data) > layout.max_bytes:
+                        sample = Sample(sample.key, excess=len(sample.data))
+                    yield sample
                 number += batch.num_rows
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if getattr(error, "errno", None) is not None:  # the disk's or the network's; Arrow's own has no number
@@ -218,6 +280,21 @@ def _columns(schema: pa.Schema, layout: Layout, where: str) -> tuple[str, str | 
     if key is not None and key not in schema.names:
         raise ShardError(f"{where}: has no column {key!r} to take keys from, found {schema.names}. Set key_column in the job.")
     return image, key
+
+
+def _refuse_objects(field: pa.Field, where: str) -> None:
+    """Ray gives Arrow a type whose values are pickles, and opening a pickle runs what is in it."""
+    if _holds_objects(field.type):
+        raise ShardError(
+            f"{where}: column {field.name!r} is of type {field.type}, expected Arrow's own types: values of others may be "
+            "pickles, which are never opened. Write it as text, bytes or numbers."
+        )
+
+
+def _holds_objects(kind: pa.DataType) -> bool:
+    """Is it, or a part of it, of a type that a library made in Python?"""
+    parts = [kind.value_type] if pa.types.is_dictionary(kind) else [kind.field(part).type for part in range(kind.num_fields)]
+    return isinstance(kind, pa.ExtensionType) or any(map(_holds_objects, parts))
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

@@ -1,22 +1,21 @@
 """What a run leaves behind of itself, as plain data: `runs/<run_id>/record.json`, and all that its report shows."""
 
 import json
-import re
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
+from lora_embed.errors import redacted
 from lora_embed.stages import Bound, Reading, Workers, find_bound
 
 FORMAT = 1
 OPTIONS = (  # keys of a job that a record holds: no storage options, which may hold keys
-    "recipe", "input", "table", "precision", "chunk_size", "batch_size", "max_rejects", "max_removed", "max_pixels", "carry",
-    "image_column", "key_column", "limit", "vector_type", "resources", "reembed", "gates", "prices", "retain",
-    "shared_filesystem",
+    "recipe", "input", "table", "precision", "chunk_size", "batch_size", "max_rejects", "max_removed", "max_pixels",
+    "max_bytes", "carry", "image_column", "key_column", "limit", "vector_type", "resources", "reembed", "gates", "prices",
+    "retain", "shared_filesystem",
 )  # fmt: skip
 MOST_BINS = 48
-_USER = re.compile(r"(://)[^/\s@]*@")
-_QUERY = re.compile(r"(://[^\s?]+)\?\S*=\S*")
+Outcome = Literal["running", "published", "current", "not published", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,7 @@ class RunRecord:
     run_id: str
     started: str  # UTC, ISO 8601
     seconds: float
-    outcome: Literal["published", "current", "not published", "failed"]
+    outcome: Outcome
     error: str  # why it failed
     job: dict[str, Any]
     encoder: dict[str, Any]  # space_id, recipe_id, dimension
@@ -58,6 +57,42 @@ class RunRecord:
 
     def to_json(self) -> bytes:
         return (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """How far a run is, or how it ended, in a few hundred bytes: `runs/<run_id>/state.json`."""
+
+    run_id: str
+    host: str
+    started: str  # UTC, ISO 8601
+    seconds: float = 0.0
+    outcome: Outcome = "running"
+    doing: str = ""
+    space_id: str = ""
+    shards: int = 0  # to embed
+    shards_done: int = 0
+    shards_failed: int = 0
+    embedded: int = 0  # samples that this run decoded, rejects included
+    rejected: int = 0  # of these
+    images_per_s: float = 0.0
+    bound: str | None = None
+    last_chunk: str | None = None  # UTC, ISO 8601: when the last one came in
+    version: int | None = None
+    error: str = ""  # why it failed
+    format: int = FORMAT
+
+    def to_json(self) -> bytes:
+        return (json.dumps(asdict(self)) + "\n").encode(errors="backslashreplace")
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "RunState | None":
+        """None for what another release wrote."""
+        try:
+            fields = json.loads(data)
+            return cls(**fields) if fields.get("format") == FORMAT else None
+        except (ValueError, TypeError, AttributeError):
+            return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +139,9 @@ def workers_of(record: RunRecord) -> Workers:
 
 
 def without_secrets(value: Any) -> Any:
-    """Plain data with what stands for a user in a URI, and what follows its question mark, left out of all its text."""
+    """Plain data with all its text `redacted`."""
     if isinstance(value, str):
-        return _QUERY.sub(r"\1?…", _USER.sub(r"\1…@", value))
+        return redacted(value)
     if isinstance(value, dict):
         return {key: without_secrets(one) for key, one in value.items()}
     return [without_secrets(one) for one in value] if isinstance(value, list | tuple) else value

@@ -29,8 +29,9 @@ def retire(store: Store, keep: int, grace_s: float, wanted: frozenset[str] = fro
 
     To be called after a commit: `CURRENT` was just written and tells the store's own time. A version is retired by moving
     its manifest to `retired/`; for `grace_s` from then on its files stay, for readers that have it open and for a
-    rollback to it or a run that takes rows over from it, which began before. Parts of `wanted` shards are never removed.
-    Raises StorageError, before anything is removed, when the newest version is not among those listed.
+    rollback to it or a run that takes rows over from it, which began before. Parts of `wanted` shards stay for as long as a
+    run stages more beside them. Raises StorageError, before anything is removed, when the newest version is not among
+    those listed.
     """
     written, newest = store.info(CURRENT), read_manifest(store)
     assert written is not None
@@ -74,20 +75,25 @@ def _encoders(store: Store, retained: Retained, oldest: float) -> list[str]:
         if space not in retained.spaces and max(entry.modified for entry in entries) < oldest
     }
     doomed = [entry.path for space in unused for entry in found[space] if entry.path.startswith(encoder_path(space))]
-    if unused:
-        for entry in store.list_files("recipes"):
-            data = store.read(entry.path)
-            if data is not None and json.loads(data)["space_id"] in unused:
+    for entry in store.list_files("recipes"):
+        if entry.modified < oldest and (data := store.read(entry.path)) is not None:
+            space = json.loads(data)["space_id"]
+            if space in unused or space not in found:  # the second where a removal was interrupted
                 doomed.append(entry.path)
     return doomed
 
 
 def _parts(store: Store, retained: Retained, oldest: float) -> list[str]:
-    """Staged parts that were left behind: of shards that are no longer there, and of layouts that no run uses."""
+    """Staged parts that were left behind: of shards that are no longer there, and of spaces or layouts given up."""
+    staged = store.list_files("staging")
+    renewed: dict[str, float] = defaultdict(float)  # when something was staged last, by space and layout
+    for entry in staged:
+        renewed[entry.path.rpartition("/")[0]] = max(entry.modified, renewed[entry.path.rpartition("/")[0]])
     doomed = []
-    for entry in store.list_files("staging"):
-        part = Part.parse(entry.path.rsplit("/", 1)[-1])
-        is_wanted = part is not None and part.shard_id in retained.wanted
+    for entry in staged:
+        folder, _, name = entry.path.rpartition("/")
+        part = Part.parse(name)
+        is_wanted = part is not None and part.shard_id in retained.wanted and renewed[folder] >= oldest
         is_needed = part is None and entry.path.split("/")[1] in retained.spaces  # what `auto` was resolved to
         if entry.modified < oldest and not is_wanted and not is_needed:
             doomed.append(entry.path)

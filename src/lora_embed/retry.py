@@ -4,6 +4,7 @@ import http.client
 import itertools
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -11,11 +12,13 @@ from typing import TypeVar
 import aiohttp
 import botocore.exceptions as boto  # type: ignore[import-untyped]
 
-from lora_embed.errors import StoreUnavailable
+from lora_embed.errors import StoreUnavailable, redacted
 
 LONGEST_PAUSE_S = 15.0
 SAY_AFTER_S = 3.0  # what is over sooner needs no word
 R = TypeVar("R")
+_counting = threading.Lock()
+_retries = 0  # of this process, since they were taken
 
 # What fsspec lets through of its libraries besides OSError, of which most are.
 LIBRARY_ERRORS = (boto.BotoCoreError, boto.ClientError, aiohttp.ClientError, http.client.HTTPException)
@@ -49,11 +52,28 @@ def retried(operation: Callable[[], R], what: str, limit_s: float) -> R:
                     f"{what}: no proper answer for {waited:.0f} s, {tries} tries; the last: {describe(error)}. What is "
                     "committed stays; run the same command again once the store answers."
                 ) from error
+            _count_retry()
             pause = min(LONGEST_PAUSE_S, 0.1 * 2**tries) * random.uniform(0.5, 1.0)
             if waited + pause > SAY_AFTER_S:
-                logging.getLogger(__name__).warning("%s: %s; trying again for up to %g s", what, describe(error), limit_s)
+                logging.getLogger(__name__).warning(
+                    "%s: %s; trying again for up to %g s", redacted(what), describe(error), limit_s
+                )
             time.sleep(min(pause, max(0.0, limit_s - waited)))
     raise AssertionError("unreachable")
+
+
+def _count_retry() -> None:
+    global _retries
+    with _counting:
+        _retries += 1
+
+
+def take_retries() -> int:
+    """How often this process has tried a request again since the last call; counting begins anew."""
+    global _retries
+    with _counting:
+        taken, _retries = _retries, 0
+    return taken
 
 
 def is_transient(error: BaseException) -> bool:
@@ -71,7 +91,7 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _is_transient_status(status: int) -> bool:
-    return status == 429 or (status >= 500 and status != 501)
+    return status == 429 or (status >= 500 and status not in (501, 507))  # not implemented; no room left
 
 
 def is_no_connection(error: BaseException) -> bool:
@@ -87,4 +107,4 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def describe(error: BaseException) -> str:
     """An error in one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return redacted(" ".join(str(error).split()))[:200] or type(error).__name__

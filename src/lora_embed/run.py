@@ -19,7 +19,6 @@ from lora_embed.storage import Store
 if TYPE_CHECKING:
     from lora_embed.model.build import Ingredients
 
-MARKER = "table.json"  # the first object of a table
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job
 
 
@@ -54,17 +53,18 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
     ConfigError before anything is written; IncompleteRun, VerificationFailed or GateFailed afterwards, when what is
     committed stays and the same call goes on.
     """
-    started = time.monotonic()
+    beginning = journal.begin(job)
     judge.limits_of(job)
     store, shards = list_input(job)
     source = find_source(job.recipe)
     store.check_writable()
-    current = versions.read_manifest(store)
+    current = versions.manifest_to_follow(store)
     known = find_encoder(source, store)
     if known is not None:
         _refuse_space(store, current, known, replaces=replaces, releases=releases)
     if known is not None and current is not None and _is_current(job, store, known, current, shards):
-        counts, seconds = current.counts, round(time.monotonic() - started, 2)
+        journal.leave_quiet(beginning, job, store, current)
+        counts, seconds = current.counts, beginning.seconds
         return RunResult(
             table=job.table, space_id=known.space_id, embedded=0, version=current.version, counts=counts, seconds=seconds
         )
@@ -76,17 +76,18 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
         cluster.connect()
         topology = cluster.choose_topology(job.resources)
         refuse_local_paths(job, shards, store, prepared.base)
-        store = store.claim(MARKER, b'{"format": 1}\n')  # the last that can refuse, and the first that writes
+        store = store.claim(versions.MARKER, versions.MARKED)  # the last that can refuse, and the first that writes
         if not store.exclusive:
             say(f"{job.table}: this store ignores conditional PUT: never run two jobs on this table at the same time")
-        encoder = renew_encoder(known, store, job.retain.grace_days) if folder is None else store_encoder(folder, store)
+        with once_started():
+            encoder = renew_encoder(known, store, job.retain.grace_days) if folder is None else store_encoder(folder, store)
     with once_started():
         layout = resolve_layout(job, store, encoder, current, topology)
         shared = pipeline.Job.of(job, store, encoder, layout)
-        with journal.recorded(job, shared, topology) as recording:
+        with journal.recorded(beginning, job, shared, topology) as recording:
             result = _carry_out(recording, current, shards, publishes=publishes, releases=releases)
             recording.version, recording.published = result.version, result.published
-    return replace(result, seconds=round(time.monotonic() - started, 2))
+    return replace(result, seconds=beginning.seconds)
 
 
 def _carry_out(
@@ -95,12 +96,15 @@ def _carry_out(
     """Embed what is missing, a sample first where all of it is, and publish it."""
     job, shared, topology = recording.job, recording.shared, recording.topology
     store, space_id, embedded = shared.store, shared.encoder.space_id, 0
+    recording.before = current.version if current is not None else None
     if current is not None and job.limit is None and versions.newest_of(store, space_id, shared.layout.pins, current) is None:
+        recording.doing = "embedding a sample"
         sampled = preview.embed_sample(job, shared, current, shards, topology)
         if sampled is None:
             held, counts = current.space_id, current.counts
             return RunResult(table=job.table, space_id=held, embedded=0, version=current.version, counts=counts)
         embedded = recording.sampled = sampled
+    recording.doing = "embedding"
     effort = work.embed_missing(job, shared, shards, topology, recording.effort)
     result = RunResult(
         table=job.table,
@@ -110,6 +114,7 @@ def _carry_out(
         bound=effort.bound.by if effort.bound else None,
     )
     if publishes and job.limit is None:
+        recording.doing = "publishing"
         before = current.space_id if current is not None else None
         manifest, is_new = publish.publish(job, shared, shards, replaces=before, releases=releases)
         result = replace(result, version=manifest.version, published=is_new, counts=manifest.counts)
@@ -124,7 +129,7 @@ def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, s
     started = time.monotonic()
     store, shards = list_input(job)
     source = find_source(job.recipe)
-    current, encoder = versions.read_manifest(store), find_encoder(source, store)
+    current, encoder = versions.manifest_to_follow(store), find_encoder(source, store)
     layout = known_layout(job, store, encoder, current) if encoder is not None else None
     if encoder is None or layout is None:
         raise TableError(f"{job.table}: nothing was embedded there with this recipe yet. Use `lora-embed run`.")
@@ -311,6 +316,7 @@ def layout_of(job: JobConfig, resolved: dict[str, Any]) -> Layout:
         vector_type=job.vector_type,
         carry=tuple((carried.name, carried.type) for carried in job.carry),
         max_pixels=job.max_pixels,
+        max_bytes=job.max_bytes,
         image_column=job.image_column,
         key_column=job.key_column,
         limit=job.limit,

@@ -3,19 +3,22 @@
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import pyarrow as pa
 
 from lora_embed.errors import TableError
-from lora_embed.storage import Entry
+from lora_embed.storage import Entry, Store
 
-FORMAT = 1  # of manifests and parts; part of the layout id
+FORMAT = 1  # of tables, manifests and parts, and part of the layout id; docs/format.md says what it promises
 REASONS = (
-    "no_image", "empty", "not_an_image", "corrupt_image", "too_many_pixels", "decoder_crashed", "duplicate_id",
-    "non_finite_vector", "forgotten",
+    "no_image", "empty", "not_an_image", "corrupt_image", "too_many_pixels", "too_many_bytes", "decoder_crashed",
+    "duplicate_id", "non_finite_vector", "forgotten",
 )  # fmt: skip
+MAX_BYTES = 2**30  # of an encoded image; one of 100 megapixels with 16 bits of red, green, blue and alpha has 0.8 GB
 _PART = re.compile(r"([0-9a-f]+)-(\d{8})(-last)?\.parquet")
 _CARRY_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 
@@ -44,6 +47,16 @@ class WorkItem:
     shard: Shard
     done: frozenset[int] = frozenset()
     limit: int | None = None
+    staged: "Staged | None" = None  # None: reading begins at the shard's start, whatever is done
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staged:
+    """Where the parts of a shard's committed chunks are, and the number of its last chunk, once its end was proven."""
+
+    store: Store
+    space_id: str
+    last: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +80,15 @@ class Layout:
     key_column: str | None = None
     limit: int | None = None
     format: int = FORMAT
+    max_bytes: int = MAX_BYTES
 
     @property
     def layout_id(self) -> str:
         """12 hex digits."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        settings = asdict(self)
+        if self.max_bytes == MAX_BYTES:  # parts that were made before there was a choice keep their name
+            del settings["max_bytes"]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def pins(self) -> dict[str, Any]:
@@ -109,6 +126,10 @@ class ChunkHead:
     last: bool = False  # the shard's end is proven and this chunk reaches it
     good: int = 0  # samples with pixels
     decoded: int = 0  # images given to the decoder, good or bad
+    begin: int | None = None  # bytes [begin, end) of a tar, where reading can begin at them
+    end: int | None = None
+    image_bytes: int = 0  # of the samples' images, as they were read
+    retries: int = 0  # of requests to a store, until here
     error: str = ""
     may_pass: bool = False  # the error: another try may get further
     seconds: dict[str, float] = field(default_factory=dict, compare=False)  # that it took, by stage
@@ -137,6 +158,9 @@ class ChunkStats:
     samples: int = 0
     vectors: int = 0
     rejects: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)  # of the rejects
+    image_bytes: int = 0
+    retries: int = 0
     last: bool = False
     error: str = ""
     may_pass: bool = False
@@ -184,8 +208,23 @@ class FileEntry:
     shards: tuple[ShardCounts, ...]
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "FileEntry":
-        return cls(**fields | {"shards": tuple(ShardCounts(**shard) for shard in fields["shards"])})
+    def from_dict(cls, found: dict[str, Any], newer: set[str]) -> "FileEntry":
+        """`newer` takes the names of fields that this release does not know."""
+        shards = tuple(ShardCounts(**known_fields(ShardCounts, shard, newer)) for shard in found["shards"])
+        return cls(**known_fields(cls, found, newer) | {"shards": shards})
+
+
+def known_fields(cls: type, found: dict[str, Any], newer: set[str]) -> dict[str, Any]:
+    """What a record holds of this release's fields; the names of others are added to `newer`."""
+    if others := found.keys() - _names(cls):
+        newer |= others
+        return {name: value for name, value in found.items() if name not in others}
+    return found
+
+
+@cache
+def _names(cls: type) -> frozenset[str]:
+    return frozenset(one.name for one in fields(cls))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +244,7 @@ class Manifest:
     held: dict[str, str] = field(default_factory=dict)  # spaces that a rollback holds back → why
     forgotten: tuple[str, ...] = ()  # ids that stay out
     format: int = field(default=FORMAT)
+    newer: tuple[str, ...] = ()  # fields that only a newer release knows; not written
 
     @property
     def shards(self) -> dict[str, ShardCounts]:
@@ -212,21 +252,43 @@ class Manifest:
         return {shard.id: shard for entry in self.files for shard in entry.shards}
 
     def to_json(self) -> bytes:
-        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+        assert not self.newer, "what a newer release knows would be lost"
+        written = asdict(self)
+        del written["newer"]
+        return (json.dumps(written, indent=1) + "\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "Manifest":
-        """Raises TableError, naming `where`, for bytes that this release did not write."""
+        """Raises TableError, naming `where`, for a damaged manifest or one of another format."""
         try:
-            fields = json.loads(data)
+            found = json.loads(data)
         except ValueError as error:
             raise TableError(f"{where}: is damaged ({error}). Remove it to return to the version before.") from None
-        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-            raise TableError(f"{where}: is of another format than {FORMAT}. Use the release of lora-embed that wrote it.")
-        fields["forgotten"] = tuple(fields.get("forgotten", ()))
+        refuse_other_format(found, where)
+        newer: set[str] = set()
+        found = known_fields(cls, found, newer)
+        found["forgotten"] = tuple(found.get("forgotten", ()))
         for kind in ("files", "rejects"):
-            fields[kind] = tuple(FileEntry.from_dict(entry) for entry in fields[kind])
-        return cls(**fields)
+            found[kind] = tuple(FileEntry.from_dict(entry, newer) for entry in found[kind])
+        return cls(**found | {"newer": tuple(sorted(newer))})
+
+
+def refuse_other_format(found: Any, where: str) -> None:
+    """Raises TableError, naming `where`, unless the JSON found there is of this release's format."""
+    number = found.get("format") if isinstance(found, dict) else None
+    if number != FORMAT:
+        raise TableError(
+            f"{where}: is of format {number}, and this release of lora-embed ({release()}) knows format {FORMAT}. Use a newer "
+            "release, or the one that wrote it."
+        )
+
+
+def release() -> str:
+    """This release's number."""
+    try:
+        return version("lora-embed")
+    except PackageNotFoundError:  # the package alone went to a cluster
+        return "not installed"
 
 
 def encoder_path(space_id: str) -> str:

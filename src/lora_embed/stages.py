@@ -102,10 +102,11 @@ class Bound:
     says: str
 
 
-def add_seconds(total: dict[str, float], more: Mapping[str, float]) -> None:
+def add_seconds(total: dict[str, float], more: Mapping[str, float]) -> dict[str, float]:
     """Sum by stage, in place."""
     for stage, seconds in more.items():
         total[stage] = total.get(stage, 0.0) + seconds
+    return total
 
 
 def seconds_an_image(seconds: Mapping[str, float], samples: int, workers: Workers) -> float:

@@ -48,7 +48,7 @@ class Store:
     """
 
     uri: str
-    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    options: dict[str, Any] = field(default_factory=dict, hash=False, repr=False)  # they may hold keys
     exclusive: bool = True  # it honours conditional PUT; `claim` finds out
 
     @property
@@ -82,10 +82,10 @@ class Store:
         if self.is_local:
             return
         try:
-            self._list_one(min(self._retry_s, FIRST_CONTACT_S))
+            self._list_one(min(self.retry_s, FIRST_CONTACT_S))
         except StoreUnavailable as error:
             if error.__cause__ is None or not is_no_connection(error.__cause__):
-                self._list_one(self._retry_s)  # somebody is there, who may answer later
+                self._list_one(self.retry_s)  # somebody is there, who may answer later
                 return
             raise StorageError(
                 f"{self.uri}: cannot be reached: {describe(error.__cause__)}. Check network, endpoint and keys."
@@ -100,15 +100,14 @@ class Store:
             found = self._retried(prefix, lambda: list(_find(self, prefix)))
         return sorted((e for e in found if not e.path.startswith(f"{disk.TEMPORARY}/")), key=lambda entry: entry.path)
 
-    def open(self, path: str) -> BinaryIO:
-        """Open for reading at random; FileNotFoundError when it is gone.
+    def open(self, path: str, ahead: int = READ_AHEAD) -> BinaryIO:
+        """Open for reading at random, at most `ahead` bytes beyond what is asked for; FileNotFoundError when it is gone.
 
         On S3 every read carries If-Match, so that all bytes are of the object as it was when it was opened.
         """
         fs = self.filesystem
-        file = self._retried(
-            path, lambda: fs.open(self.full_path(path), "rb", **({} if self.is_local else {"block_size": READ_AHEAD}))
-        )
+        given = {} if self.is_local else {"block_size": max(1, min(ahead, READ_AHEAD))}
+        file = self._retried(path, lambda: fs.open(self.full_path(path), "rb", **given))
         return cast(BinaryIO, file if self.is_local else io.BufferedReader(_RetriedFile(self, path, file), 65536))
 
     def read(self, path: str) -> bytes | None:
@@ -171,7 +170,7 @@ class Store:
         fs = self.filesystem
         with explained(self, path, writes=True):
             try:
-                retried(lambda: fs.pipe_file(self.full_path(path), data, mode=mode), self.name(path), self._retry_s)
+                retried(lambda: fs.pipe_file(self.full_path(path), data, mode=mode), self.name(path), self.retry_s)
             except OSError as error:
                 if "pre-conditions" in str(error):  # so s3fs reports a refused If-None-Match; by now it may be gone again
                     return False
@@ -187,7 +186,7 @@ class Store:
                 disk.replace(self._root, Path(self.full_path(path)), data)
             else:
                 fs = self.filesystem
-                retried(lambda: fs.pipe_file(self.full_path(path), data), self.name(path), self._retry_s)
+                retried(lambda: fs.pipe_file(self.full_path(path), data), self.name(path), self.retry_s)
 
     def delete(self, paths: list[str]) -> None:
         """Remove objects; one that is gone already is no error."""
@@ -215,7 +214,8 @@ class Store:
             disk.clear_temporary(self._root, older_than_s)
 
     @property
-    def _retry_s(self) -> float:
+    def retry_s(self) -> float:
+        """Seconds for which transient errors are tried again."""
         return float(self.options.get("retry_s", RETRY_S))
 
     def _list_one(self, limit_s: float) -> None:
@@ -232,7 +232,7 @@ class Store:
 
     def _retried(self, path: str, operation: Callable[[], R], limit_s: float | None = None) -> R:
         with explained(self, path):
-            return retried(operation, self.name(path), self._retry_s if limit_s is None else limit_s)
+            return retried(operation, self.name(path), self.retry_s if limit_s is None else limit_s)
 
 
 class _RetriedFile(io.RawIOBase):

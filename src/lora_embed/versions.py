@@ -1,5 +1,7 @@
 """The versions of a table: immutable manifests, created one after another, of which the highest is current."""
 
+import contextlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,9 +9,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from lora_embed.errors import GateFailed, TableError
-from lora_embed.schema import Manifest
+from lora_embed.schema import FORMAT, Manifest, refuse_other_format
 from lora_embed.storage import Store
 
+MARKER = "table.json"  # the first object of a table
+MARKED = b'{"format": %d}\n' % FORMAT
 CURRENT = "CURRENT"
 RETIRED = "retired"
 
@@ -34,6 +38,31 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest | None:
     while (following := store.read(manifest_path(number + 1))) is not None:
         number, latest = number + 1, following
     return Manifest.from_json(latest, f"{store.uri}/{manifest_path(number)}") if latest is not None else None
+
+
+def manifest_to_follow(store: Store) -> Manifest | None:
+    """The highest version's manifest, for who is to write the next one.
+
+    Raises TableError for a table that a newer release has written to: what that release knows of it would be lost.
+    """
+    marker, found = store.read(MARKER), None
+    if marker is not None:
+        with contextlib.suppress(ValueError):
+            found = json.loads(marker)
+        refuse_other_format(found, store.name(MARKER))
+    manifest = read_manifest(store)
+    if manifest is not None:
+        _refuse_newer(store, manifest)
+    return manifest
+
+
+def _refuse_newer(store: Store, manifest: Manifest) -> None:
+    if manifest.newer:
+        raise TableError(
+            f"{store.name(manifest_path(manifest.version))}: a newer release of lora-embed wrote it, with "
+            f"{manifest.newer[0]!r}, which this one does not know. It can be read; to publish, roll back or forget, use that "
+            "release."
+        )
 
 
 def read_manifest_at(store: Store, path: str) -> Manifest | None:
@@ -78,10 +107,11 @@ def roll_back(store: Store, to: int, why: str) -> Manifest:
     Raises TableError for a version that is not there, or is the current one.
     """
     while True:
-        current, wanted = read_manifest(store), read_manifest(store, to)
+        current, wanted = manifest_to_follow(store), read_manifest(store, to)
         if current is None or wanted is None:
             there = ", ".join(map(str, listed_versions(store))) or "none"
             raise TableError(f"{store.uri}: has no version {to} to return to; versions there: {there}")
+        _refuse_newer(store, wanted)
         if wanted.version == current.version:
             raise TableError(f"{store.uri}: version {to} is the current one already")
         if set(current.forgotten) - set(wanted.forgotten):

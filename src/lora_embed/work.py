@@ -1,17 +1,17 @@
 """What a job has yet to embed, and embedding it, however often it takes."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from lora_embed import cluster, pipeline, table, versions
 from lora_embed.config import JobConfig
+from lora_embed.effort import Effort
 from lora_embed.errors import IncompleteRun, WorkersLost
 from lora_embed.health import seeded_sample
 from lora_embed.model.description import Description
 from lora_embed.progress import Progress, say
 from lora_embed.read import count_samples
-from lora_embed.schema import ChunkStats, Layout, Manifest, Shard, WorkItem
-from lora_embed.stages import Bound, Timeline, add_seconds
+from lora_embed.schema import ChunkStats, Layout, Manifest, Part, Shard, Staged, WorkItem
 from lora_embed.storage import Store
 
 ATTEMPTS = 3
@@ -25,13 +25,19 @@ def find_work(job: JobConfig, store: Store, encoder: Description, layout: Layout
     before = versions.newest_of(store, encoder.space_id, layout.pins, current)
     published = set(before.shards) if before is not None else set()
     items = [
-        WorkItem(shard=shard, done=frozenset(part.chunk for part in staged.get(shard.id, [])))
+        _what_is_left(shard, staged.get(shard.id, []), store, encoder)
         for shard in shards
         if shard.id not in published and not table.is_complete(staged.get(shard.id, []))
     ]
     if job.limit is not None:
         items = _first_samples(items, job.limit, layout, job.input_storage_options)
     return items
+
+
+def _what_is_left(shard: Shard, parts: list[Part], store: Store, encoder: Description) -> WorkItem:
+    last = next((part.chunk for part in parts if part.last), None)
+    staged = Staged(store=store, space_id=encoder.space_id, last=last) if parts else None
+    return WorkItem(shard=shard, done=frozenset(part.chunk for part in parts), staged=staged)
 
 
 def _first_samples(items: list[WorkItem], limit: int, layout: Layout, options: dict[str, Any]) -> list[WorkItem]:
@@ -75,41 +81,25 @@ def find_drift_work(job: JobConfig, shared: pipeline.Job, shards: list[Shard]) -
     return items
 
 
-@dataclass
-class Effort:
-    """What embedding took: samples, rejects included, the workers' seconds by stage, and what bounded it."""
-
-    samples: int = 0
-    rejects: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    bound: Bound | None = None
-    timeline: Timeline = field(default_factory=Timeline)
-
-    def add(self, progress: Progress) -> None:
-        """Another try at what is missing."""
-        self.samples += progress.samples
-        self.rejects += progress.rejects
-        add_seconds(self.seconds, progress.seconds)
-        self.bound = progress.bound()
-
-
 def embed_missing(
     job: JobConfig, shared: pipeline.Job, shards: list[Shard], topology: cluster.Topology, effort: Effort | None = None
 ) -> Effort:
     """Embed what is neither published nor staged.
 
     Beside it go a few that are published, not counted: their vectors must still be the same. When workers were lost for
-    good or a store did not answer, what is still missing is tried again, up to `ATTEMPTS` times in all. What it took is
-    added to `effort`, also where it fails. Raises IncompleteRun naming the shards that failed.
+    good or a store did not answer, what is still missing is tried again, up to `ATTEMPTS` times in all. What it takes is
+    counted in `effort` as it goes on, also where it fails. Raises IncompleteRun naming the shards that failed.
     """
     effort = effort or Effort()
     for attempt in range(1, ATTEMPTS + 1):
         work = find_work(job, shared.store, shared.encoder, shared.layout, shards)
-        say(f"{len(shards)} shards: {len(shards) - len(work)} done, {len(work)} to embed")
+        done = f"{len(shards) - len(work)} done, " if job.limit is None else ""  # the others of a trial are not asked for
+        say(f"{len(shards)} shards: {done}{len(work)} to embed")
         if not work:
             break
+        effort.begin(len(work))
         failures: dict[str, ChunkStats] = {}
-        with Progress([item.shard for item in work], topology.workers, timeline=effort.timeline) as progress:
+        with Progress([item.shard for item in work], topology.workers, effort=effort) as progress:
             try:
                 _embed(work, find_drift_work(job, shared, shards), shared, topology, progress, failures)
             except WorkersLost as error:
@@ -117,8 +107,6 @@ def embed_missing(
                     raise
                 say(f"{error}\ntrying again what is missing")
                 continue
-            finally:
-                effort.add(progress)
         if not failures:
             break
         if attempt == ATTEMPTS or not all(failure.may_pass for failure in failures.values()):

@@ -2,8 +2,8 @@
 
 import io
 import json
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -11,11 +11,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from lora_embed.retry import take_retries
 from lora_embed.schema import ChunkHead, ChunkStats, Layout, Part, from_ipc, part_schema
 from lora_embed.stages import Stopwatch
 from lora_embed.storage import Store
 
 FOOTER = b"lora_embed.part"
+FOOTER_BYTES = 2**16  # read at once of a part of which its footer and keys are wanted
 
 
 def part_path(space_id: str, layout_id: str, part: Part | None = None) -> str:
@@ -40,11 +42,19 @@ class WriteParts:
             clock = Stopwatch()
             with clock.timing("write"):
                 table = make_part(head, from_ipc(batch["samples"][0]), np.asarray(batch["vectors"][0]), self._layout)
-                write_part(self._store, self._space_id, self._layout, head.part, table)
+                write_part(self._store, self._space_id, self._layout, head, table)
             samples, rejects = table.num_rows, table.num_rows - table.column("reason").null_count
             stats = replace(stats, samples=samples, vectors=samples - rejects, rejects=rejects, last=head.last)
+            stats = replace(stats, reasons=reasons_of(table), image_bytes=head.image_bytes)
             stats = replace(stats, seconds=head.seconds | clock.seconds)
+        stats = replace(stats, retries=head.retries + take_retries())
         return {"stats": np.array([stats.to_json()], dtype=object)}
+
+
+def reasons_of(part: pa.Table) -> dict[str, int]:
+    """How many of a part's rows are rejects of each reason."""
+    counted = part.column("reason").drop_null().value_counts().to_pylist()
+    return {value["values"]: value["counts"] for value in counted}
 
 
 def make_part(head: ChunkHead, samples: pa.RecordBatch, vectors: NDArray[np.float32], layout: Layout) -> pa.Table:
@@ -72,23 +82,50 @@ def make_part(head: ChunkHead, samples: pa.RecordBatch, vectors: NDArray[np.floa
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
-def write_part(store: Store, space_id: str, layout: Layout, part: Part, table: pa.Table) -> bool:
+def write_part(store: Store, space_id: str, layout: Layout, head: ChunkHead, table: pa.Table) -> bool:
     """Commit a part; False when it had been committed before. The footer holds what `read_footer` returns."""
     facts = {
         "space_id": space_id,
         "layout_id": layout.layout_id,
-        "start": part.chunk * layout.chunk_size,
+        "start": head.chunk * layout.chunk_size,
         "samples": table.num_rows,
         "vectors": table.column("reason").null_count,
+        "bytes": None if head.begin is None or head.end is None else [head.begin, head.end],
     }
     footer = {FOOTER: json.dumps(facts).encode()}
-    return store.create(part_path(space_id, layout.layout_id, part), to_parquet(table.replace_schema_metadata(footer)))
+    return store.create(part_path(space_id, layout.layout_id, head.part), to_parquet(table.replace_schema_metadata(footer)))
 
 
 def read_footer(data: pq.FileMetaData) -> dict[str, object] | None:
-    """A part's own facts: space_id, layout_id, start, samples, vectors; None for a file that is no part."""
+    """A part's own facts: space_id, layout_id, start, samples, vectors; None for a file that is no part.
+
+    And `bytes`: [begin, end) of the chunk in its tar, or None where reading cannot begin there.
+    """
     raw = (data.metadata or {}).get(FOOTER)
     return json.loads(raw) if raw else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkPlace:
+    """The bytes [begin, end) of a committed chunk in its tar, and the keys of its samples."""
+
+    begin: int
+    end: int
+    keys: frozenset[str]
+
+
+def read_place(store: Store, path: str) -> ChunkPlace | None:
+    """Of a part; None where it is gone, or was written without knowing its bytes."""
+    try:
+        with store.open(path, FOOTER_BYTES) as data:
+            file = pq.ParquetFile(data)
+            place = (read_footer(file.metadata) or {}).get("bytes")
+            if place is None:
+                return None
+            begin, end = cast(list[int], place)
+            return ChunkPlace(begin=begin, end=end, keys=frozenset(file.read(columns=["key"])["key"].to_pylist()))
+    except FileNotFoundError:
+        return None
 
 
 def to_parquet(table: pa.Table, row_group_rows: int = 65536) -> bytes:

@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from lora_embed.errors import AdapterMismatch, StorageError
+from lora_embed.errors import AdapterMismatch, ChangedMeanwhile, LoraEmbedError, StorageError
 from lora_embed.fetch import fetch_directory
 from lora_embed.model.change import LowRank
 
@@ -79,6 +79,16 @@ def read_adapter(uri: str, revision: str | None = None) -> SavedAdapter:
     _check_numbers(uri, tensors)
     content_hash = _content_hash(config, tensors)
     return SavedAdapter(uri=uri, folder=folder, config=config, tensors=tensors, content_hash=content_hash)
+
+
+def check_adapter(saved: SavedAdapter) -> None:
+    """Raises ChangedMeanwhile when the files are others than those that were read."""
+    try:
+        now = read_adapter(str(saved.folder)).content_hash
+    except LoraEmbedError:
+        now = ""
+    if now != saved.content_hash:
+        raise ChangedMeanwhile(f"{saved.uri}: changed while the encoder was built. Run the same command again.")
 
 
 def write_adapter(folder: Path, changes: dict[str, LowRank], base: str) -> None:

@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_ty
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING
 from transformers.utils import logging
 
-from lora_embed.errors import EncoderError
+from lora_embed.errors import ChangedMeanwhile, EncoderError
 from lora_embed.fetch import fetch_directory
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the second: with a tokenizer beside it (CLIP)
@@ -44,17 +44,26 @@ def find_base(uri: str, revision: str | None) -> Base:
     folder = fetch_directory(uri, revision, MODEL_FILES)
     if not (folder / "config.json").is_file():
         raise EncoderError(f"{uri}: is not a Hugging Face model directory: it has no config.json")
-    processors = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
-    if not processors:
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         raise EncoderError(f"{uri}: has no preprocessor_config.json, so how images are prepared is unknown. Save it there.")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
+    if not any(folder.glob("*.safetensors")):
         raise EncoderError(f"{uri}: has no .safetensors weights (pickled weights are never opened). Save it again.")
+    return Base(uri=uri, folder=folder, content_hash=_content_hash(folder))
+
+
+def check_base(base: Base) -> None:
+    """Raises ChangedMeanwhile when the files are others than those that were hashed: what was loaded may be of either."""
+    if _content_hash(base.folder) != base.content_hash:
+        raise ChangedMeanwhile(f"{base.uri}: changed while the encoder was built. Run the same command again.")
+
+
+def _content_hash(folder: Path) -> str:
     digest = hashlib.sha256()
-    for path in [folder / "config.json", *processors, *weights]:
+    paths = [folder / name for name in ("config.json", *PROCESSOR_FILES) if (folder / name).is_file()]
+    for path in [*paths, *sorted(folder.glob("*.safetensors"))]:
         with path.open("rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return Base(uri=uri, folder=folder, content_hash=digest.hexdigest())
+    return digest.hexdigest()
 
 
 def load_headless(folder: Path, where: str) -> PreTrainedModel:
@@ -94,7 +103,7 @@ def read_model_config(folder: Path, where: str) -> PretrainedConfig:
     Raises EncoderError for one that AutoModel cannot make a model from.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # else it asks whoever sits at the terminal
     except (ValueError, OSError) as error:
         raise EncoderError(f"{where}: config.json is not a known model's: {' '.join(str(error).split())[:200]}") from None
     vision = getattr(config, "vision_config", None)
@@ -127,7 +136,7 @@ def _check_takes_images(model_class: Any, where: str) -> None:
 def read_processor(folder: Path) -> Any:
     """The image processor, always the PIL one: with torchvision installed the default's pixels would differ."""
     try:
-        return AutoImageProcessor.from_pretrained(folder, backend="pil")
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise EncoderError(f"{folder}/preprocessor_config.json: is not a known image processor's: {reason}") from None

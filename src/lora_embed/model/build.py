@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from lora_embed.config import Recipe
 from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.model import golden, merge
-from lora_embed.model.adapter import PROCESSOR_NAME, SavedAdapter, read_adapter, some
-from lora_embed.model.base import Base, find_base, load_headless, read_processor
+from lora_embed.model.adapter import PROCESSOR_NAME, SavedAdapter, check_adapter, read_adapter, some
+from lora_embed.model.base import Base, check_base, find_base, load_headless, read_processor
 from lora_embed.model.description import BaseReference, Description, read_description, write_description
 from lora_embed.model.encoder import Encoder, golden_pixels, space_id_of
 from lora_embed.model.fold import Limit
@@ -88,15 +88,34 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@contextlib.contextmanager
+def _unchanged(ingredients: Ingredients) -> Iterator[None]:
+    """Raises ChangedMeanwhile where files of base or adapters are others in the end, whatever else came of that."""
+    try:
+        yield
+    finally:
+        check_base(ingredients.base)
+        for adapter in ingredients.adapters:
+            check_adapter(adapter)
+
+
 @one_thread()
 def build_encoder(ingredients: Ingredients, out: Path, say: Say, limit: Limit | None = None) -> Description:
     """Fold, write, check and prove an encoder at `out`, which must not exist; nothing is left there when a check fails.
 
     With a `limit`, what is written is the merged change as one LoRA adapter cut to it, and a reference to the base.
-    Raises AdapterMismatch, EncoderError or ConfigError.
+    Raises AdapterMismatch, EncoderError, ConfigError, or ChangedMeanwhile.
     """
-    recipe, base = ingredients.recipe, ingredients.base
     _check_out(out)
+    with _written_aside(out) as folder, _unchanged(ingredients):
+        _build(ingredients, folder, say, limit)
+    description = read_description(out)
+    say(f"encoder {description.space_id}: {description.dimension}-d vectors, pooling {description.pooling}")
+    return description
+
+
+def _build(ingredients: Ingredients, folder: Path, say: Say, limit: Limit | None) -> None:
+    recipe, base = ingredients.recipe, ingredients.base
     if limit is not None and not recipe.adapters:
         raise ConfigError("there is no adapter to store: merge_method is none. Name adapters, or store the model.")
     adapters = match_adapters(ingredients)
@@ -117,18 +136,15 @@ def build_encoder(ingredients: Ingredients, out: Path, say: Say, limit: Limit | 
     description = _describe(models, preprocessing, ingredients, limit, pixels)
     vectors = _vectors(models, description, pixels, base)
     moved = None if whole is None else golden.relative_difference(vectors, whole)
-    with _written_aside(out) as folder:
-        for member, place in zip(members, description.members, strict=True):
-            write_member(member, folder / place, base)
-        (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-        golden.save(folder, images, vectors)
-        write_description(folder, description)
-        for model in models:
-            torch.nn.Module.to(model, "meta")  # what was saved is opened again below, and memory is for that
-        write_report(folder, description, base, members, prove_members(base, members, description, folder), notes, moved)
-    say(f"encoder {description.space_id}: {description.dimension}-d vectors, pooling {description.pooling}")
-    return read_description(out)
+    for member, place in zip(members, description.members, strict=True):
+        write_member(member, folder / place, base)
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    golden.save(folder, images, vectors)
+    write_description(folder, description)
+    for model in models:
+        torch.nn.Module.to(model, "meta")  # what was saved is opened again below, and memory is for that
+    write_report(folder, description, base, members, prove_members(base, members, description, folder), notes, moved)
 
 
 def open_base(ingredients: Ingredients) -> tuple[PreTrainedModel, Description]:
@@ -154,15 +170,22 @@ def _check_out(out: Path) -> None:
 
 @contextlib.contextmanager
 def _written_aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when all went well, and is gone when not."""
+    """A folder beside `out` that takes its place when all went well, and is gone when not, with those made to hold it."""
+    made = [above for above in out.parents if not above.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
-        folder = Path(aside) / "encoder"
-        folder.mkdir()
-        yield folder
-        if out.is_dir():
-            out.rmdir()
-        shutil.move(folder, out)
+    try:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
+            folder = Path(aside) / "encoder"
+            folder.mkdir()
+            yield folder
+            if out.is_dir():
+                out.rmdir()
+            shutil.move(folder, out)
+    except BaseException:
+        for above in made:
+            with contextlib.suppress(OSError):  # somebody else's files are in it by now
+                above.rmdir()
+        raise
 
 
 def _vectors(

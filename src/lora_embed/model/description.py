@@ -1,7 +1,7 @@
 """What an encoder says of itself in `encoder.json`; read without torch, which drivers of a run can do without."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,12 @@ def read_description(folder: Path) -> Description:
     members = tuple(data.pop("members", (".",)))
     base = data.pop("base", None)
     reference = BaseReference(**base) if base else None
+    newer = set(data) - {one.name for one in fields(Description)} | set(geometry) - {one.name for one in fields(Preprocessing)}
+    if newer:  # each of them changes what a vector is
+        raise EncoderError(
+            f"{path}: a newer release of lora-embed wrote it, with {min(newer)!r}, which this one does not know. Use that "
+            "release."
+        )
     return Description(**data, members=members, base=reference, preprocessing=Preprocessing(**geometry | tuples))
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from lora_embed.decode import decode_image, to_rgb
-from lora_embed.errors import EncoderError
+from lora_embed.errors import EncoderError, IncompleteRun
 from lora_embed.fetch import fetch_directory
 from lora_embed.model import golden
 from lora_embed.model.base import MODEL_FILES, find_base, load_headless
@@ -82,9 +82,17 @@ class Encoder:
 
     @torch.inference_mode()
     def embed_pixels(self, pixels: Pixels) -> NDArray[np.float32]:
-        """Prepared uint8 pixels (n, H, W, 3) → float32 (n, d), on the host."""
-        found = [self._forward(batch) for batch in self._batches(pixels)]
-        return torch.cat(found)[: len(pixels)].cpu().numpy() if found else np.empty((0, self.dimension), np.float32)
+        """Prepared uint8 pixels (n, H, W, 3) → float32 (n, d), on the host. Raises IncompleteRun where memory ends."""
+        try:
+            found = [self._forward(batch) for batch in self._batches(pixels)]
+            return torch.cat(found)[: len(pixels)].cpu().numpy() if found else np.empty((0, self.dimension), np.float32)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # of a CPU's
+                raise
+            raise IncompleteRun(
+                f"{self.device}: memory does not suffice for batches of {self.batch_size} images in {self.precision} "
+                f"({' '.join(str(error).split())[:160]}). Set batch_size lower, or free memory there."
+            ) from None
 
     def check_golden(self, folder: Path) -> float:
         """Decode and embed the encoder's golden images here; the largest relative difference from their vectors.

@@ -51,12 +51,15 @@ def save(folder: Path, images: dict[str, bytes], vectors: NDArray[np.float32]) -
 
 
 def load(folder: Path) -> tuple[dict[str, bytes], NDArray[np.float32]]:
-    """The images and vectors of `save`, sorted by name. Raises EncoderError when they are not there."""
+    """The images and vectors of `save`, sorted by name. Raises EncoderError when they are not there or damaged."""
     path = folder / FOLDER / VECTORS
     if not path.is_file():
         raise EncoderError(f"{folder}: has no golden vectors, so nothing shows that it works here. Build it again.")
     images = {file.name: file.read_bytes() for file in sorted(path.parent.iterdir()) if file.suffix in (".jpg", ".png")}
-    return images, np.load(path, allow_pickle=False)
+    try:
+        return images, np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise EncoderError(f"{path}: is damaged ({error}); build the encoder again") from None
 
 
 def check(found: NDArray[np.float32], expected: NDArray[np.float32], precision: str, device: str) -> float:
