@@ -160,8 +160,8 @@ def _lines(path: str) -> list[str]:
 
 
 def chosen(names: list[str] | None, *, short: bool) -> list[Workload]:
-    """Those whose names begin with one of `names`, or all."""
-    wanted = [workload for workload in WORKLOADS if not names or workload.name.startswith(tuple(names))]
+    """Those that are named, or all."""
+    wanted = [workload for workload in WORKLOADS if not names or workload.name in names]
     return [workload.shortened() if short else workload for workload in wanted]
 
 
@@ -181,7 +181,7 @@ def main() -> None:
     arguments = parser.parse_args()
     workloads = [among(arguments.contestant, workload) for workload in chosen(arguments.workload, short=arguments.short)]
     if not workloads:
-        parser.error(f"no workload begins with {arguments.workload}")
+        parser.error(f"no workload has one of the names {arguments.workload}")
     adopt_orphans()
     arguments.out.mkdir(parents=True, exist_ok=True)
     repeats, began = arguments.repeats or (1 if arguments.short else 3), time.time()

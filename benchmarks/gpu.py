@@ -43,8 +43,9 @@ from lora_embed.plan import list_shards
 from lora_embed.schema import Block, Layout, WorkItem
 from workloads import Workload, build_model, write_shards
 
+GUIDE = Path(__file__).resolve().parent / "peers" / "guide.py"
 PRECISIONS = ("float32", "bfloat16", "float16")
-PARTS = ("forward", "copy", "decode", "job")
+PARTS = ("forward", "copy", "decode", "guide", "job")
 NOT_A_GPU = "  [not measured on a GPU]"
 NO_GAIN = 1.02  # a batch size that is not faster than the best by this is none; two of them end the ramp
 WARM_UP = 3  # calls
@@ -73,10 +74,13 @@ class Sizes:
     chunk_size: int  # and a shard's size
     chunks_per_core: int  # of the job
     distinct_shards: int
+    guide_images: int
 
 
-ON_GPU = Sizes(ramp=(32, 64, 128, 256, 512, 1024), repeats=20, chunk_size=512, chunks_per_core=12, distinct_shards=3)
-ON_CPU = Sizes(ramp=(1, 2, 4), repeats=3, chunk_size=8, chunks_per_core=2, distinct_shards=2)
+ON_GPU = Sizes(
+    ramp=(32, 64, 128, 256, 512, 1024), repeats=20, chunk_size=512, chunks_per_core=12, distinct_shards=3, guide_images=2048
+)
+ON_CPU = Sizes(ramp=(1, 2, 4), repeats=3, chunk_size=8, chunks_per_core=2, distinct_shards=2, guide_images=48)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -120,9 +124,12 @@ def measure(given: argparse.Namespace, folder: Path) -> Iterator[Figures]:
         del loaded
     if given.device == "cuda":
         cuda.empty_cache()  # for the actors
-    shards = write_photos(folder / "distinct", sizes) if {"decode", "job"} & set(given.only) else []
+    shards = write_photos(folder / "distinct", sizes) if {"decode", "guide", "job"} & set(given.only) else []
     if "decode" in given.only:
         yield {"decode": measure_decoding(shards, read_description(encoder).preprocessing, sizes.chunk_size)}
+    if "guide" in given.only:
+        source = link_shards(shards, folder / "guide", max(2, sizes.guide_images // sizes.chunk_size))
+        yield {"guide": measure_guide(encoder, source, folder, batch_size)}
     if "job" in given.only:
         images = given.images or sizes.chunk_size * sizes.chunks_per_core * count_cores()
         source = link_shards(shards, folder / "shards", math.ceil(images / sizes.chunk_size))
@@ -289,6 +296,21 @@ def measure_decoding(shards: list[Path], preprocessing: Preprocessing, per_shard
     return {"cores": cores, "per_core": rate_of(per_shard, seconds)}
 
 
+def measure_guide(encoder: Path, source: Path, folder: Path, batch_size: int) -> Figures:
+    """The plain loop of a guide, in float32, on the same images; the first batch is not counted."""
+    (folder / "guide-table").mkdir()
+    progress, shards = folder / "progress.txt", sorted(map(str, source.iterdir()))
+    task = {"shards": shards, "model": str(encoder), "out": str(folder / "guide-table"), "progress": str(progress)}
+    (folder / "task.json").write_text(
+        json.dumps(task | {"batch_size": batch_size, "cores": count_cores(), "store": None})  # of `task.Task`
+    )
+    subprocess.run([sys.executable, str(GUIDE), str(folder / "task.json")], check=True)
+    lines = [line.split() for line in progress.read_text().splitlines()]
+    moments, images = [float(moment) for moment, _ in lines], [int(number) for _, number in lines]
+    rate = sum(images[1:]) / (moments[-1] - moments[0])
+    return {"images": sum(images), "batch_size": batch_size, "steady_images_per_s": rate}
+
+
 def measure_job(encoder: Path, source: Path, folder: Path, settings: Figures, *, is_declared: bool) -> Figures:
     """A job up to its last committed part, decoding on the CPUs and an actor on each GPU."""
     import ray  # which a machine that measures other parts need not have
@@ -419,8 +441,13 @@ def describe(result: Figures) -> list[str]:
         for precision, found in result.get("forward", {}).items():
             cpus = found["ceiling"] / decode["per_core"]["images_per_s"]
             lines.append(f"{precision} needs {cpus:.1f} CPUs that decode for a GPU, and one that feeds it{note}")
+    if "guide" in result:
+        lines += ["", f"guide: {result['guide']['steady_images_per_s']:,.1f} images/s steady, float32, the plain loop{note}"]
     if "job" in result:
         lines += ["", *(line + note for line in _describe_job(result["job"], result.get("forward", {})))]
+    if {"guide", "job"} <= set(result):
+        times = result["job"]["steady_images_per_s"] / result["guide"]["steady_images_per_s"]
+        lines += [f"job: {times:.1f} times the guide's images/s in steady state{note}"]
     return lines
 
 

@@ -61,7 +61,7 @@ def stage(folder: str, numbers: range) -> None:
         head = ChunkHead(shard_id=shard.id, shard_name=shard.name, prefix=shard.prefix, last=True, good=1)
         batch = pa.RecordBatch.from_pylist([row | {"sha256": rng.bytes(32)}], schema=sample_schema(()))
         vector = rng.standard_normal((1, DIMENSION)).astype(np.float32)
-        write_part(store, SPACE, LAYOUT, head.part, make_part(head, batch, vector, LAYOUT))
+        write_part(store, SPACE, LAYOUT, head, make_part(head, batch, vector, LAYOUT))
 
 
 def stage_all(folder: Path, count: int) -> None:

@@ -54,6 +54,10 @@ WORKLOADS = (
         chunk_size=64, contestants=ALL, short=(4, 32), short_contestants=ALL,
     ),
     Workload(
+        name="feeding-20k", about="the same with 20,000 images", model="tiny", shards=20, per_shard=1000, chunk_size=64,
+        short=(4, 32),
+    ),
+    Workload(
         name="large", about="tiny ViT, 12-megapixel JPEGs", model="tiny", shards=4, per_shard=24, chunk_size=8,
         photo=LARGE_PHOTO, probe=16, short=(2, 16),
     ),

@@ -1,6 +1,6 @@
 """The plain loop of a guide: open, preprocess a batch, forward, pool the last hidden state; one table at the end.
 
-One process; torch takes all cores for the forward, as it does by default.
+One process, in float32; the forward is done by a GPU where there is one, else by all cores, as torch does by default.
 """
 
 import io
@@ -32,13 +32,14 @@ def read_images(task: Task) -> Iterator[tuple[str, Image.Image]]:
 @torch.inference_mode()
 def main(task: Task) -> None:
     processor = AutoImageProcessor.from_pretrained(task.model, backend="pil")
-    model = AutoModel.from_pretrained(task.model).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModel.from_pretrained(task.model).to(device).eval()
     ids, vectors = [], []
     images = read_images(task)
     while batch := list(islice(images, task.batch_size)):
-        inputs = processor([image for _, image in batch], return_tensors="pt")
+        inputs = processor([image for _, image in batch], return_tensors="pt").to(device)
         outputs = model(**inputs, output_hidden_states=True)
-        vectors.append(outputs.hidden_states[-1].mean(dim=1).numpy())
+        vectors.append(outputs.hidden_states[-1].mean(dim=1).cpu().numpy())
         ids += [name for name, _ in batch]
         record(task.progress, len(batch))
     table = pa.table({"id": ids, "embedding": list(np.concatenate(vectors))})
