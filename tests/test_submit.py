@@ -1,29 +1,15 @@
 """Jobs on a cluster that has the dependencies alone: what goes there with a job, and `ray job submit` on a real Ray head."""
 
-import contextlib
 import io
 import json
-import os
 import re
-import shutil
-import signal
-import socket
-import subprocess
 import sys
-import sysconfig
-import tempfile
-import time
 import tomllib
-import urllib.error
-import urllib.request
-import venv
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import yaml
 from PIL import Image
@@ -31,13 +17,13 @@ from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import _zip_files
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from heads import Head, ray_head, wait_until
 from jobs import ROOT, read_rows, tiny_recipe, write_job, write_tars
 from lora_embed import open_table
 from lora_embed.model.golden import relative_difference
 from samples import png
 
 CLUSTER_FILE = ROOT / "cluster.yaml"
-RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 PROBE = """
 import json, os, sys
 sys.path.insert(0, "src")  # as jobs/embed.py does
@@ -108,94 +94,10 @@ def test_what_goes_to_a_cluster_is_small_and_complete(tmp_path: Path, folder: st
     assert not [name for name in names if name.startswith((".", "tests/", "docs/")) and not name.endswith("ignore")]
 
 
-@dataclass(frozen=True)
-class Head:
-    """A running Ray head with a dashboard that asks for a token; its Python does not see this package."""
-
-    dashboard: str
-    address: str
-    folder: Path
-    environment: dict[str, str]
-
-    def start(self, command: list[str], log: Path, **changes: str) -> subprocess.Popen[bytes]:
-        with log.open("wb") as file:
-            return subprocess.Popen(
-                command, cwd=ROOT, env=self.environment | changes, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
-
-    def submit(self, log: Path, *arguments: str, **changes: str) -> subprocess.Popen[bytes]:
-        command = [*RAY, "job", "submit", "--address", self.dashboard, "--working-dir", ".", *arguments]
-        return self.start(command, log, **changes)
-
-    def ask(self, method: str, path: str) -> int:
-        """A request to the dashboard with the token; returns its status."""
-        token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
-        request = urllib.request.Request(self.dashboard + path, method=method, headers={"Authorization": f"Bearer {token}"})
-        return int(urllib.request.urlopen(request, timeout=10).status)
-
-
-def free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, limit_s: float = 240) -> None:
-    deadline = time.monotonic() + limit_s
-    while not ready():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, at which Ray ends what it started, then SIGKILL to what is left: after jobs it may wait for half a minute."""
-    started = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=3)
-    process.kill()
-    for one in psutil.wait_procs(started, timeout=1)[1]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    process.wait()
-
-
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # Ray's sockets lie in it, and their paths must be short
-    venv.create(folder / "env", symlinks=True)
-    [site] = (folder / "env" / "lib").glob("python*/site-packages")
-    (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])  # not followed by the .pth files therein
-    python = folder / "env" / "bin" / "python"
-    token = folder / "token"
-    token.write_text(os.urandom(32).hex())
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "AWS_", "PYTHONPATH"))}
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    imported = subprocess.run([python, "-c", "import lora_embed"], env=environment, capture_output=True, check=False)
-    assert b"No module named 'lora_embed'" in imported.stderr
-
-    port, dashboard, agent, client = free_ports(4)
-    command = [str(python), *RAY[1:], "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"]
-    command += [f"--temp-dir={folder}/t", f"--port={port}", f"--dashboard-port={dashboard}"]
-    command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
-    started = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", folder, environment)
-    path = f"{python.parent}{os.pathsep}{environment['PATH']}"
-    process = started.start(command, folder / "log", PATH=path)
-    try:
-        wait_until(lambda: is_up(started), process, folder / "log")
+    with ray_head({"num-cpus": "2"}) as started:
         yield started
-    finally:
-        end(process)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def is_up(head: Head) -> bool:
-    with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-        return head.ask("GET", "/api/version") == 200
-    return False
 
 
 @pytest.fixture(scope="module")
