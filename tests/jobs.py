@@ -90,14 +90,20 @@ def run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "connect", lambda: None)
     monkeypatch.setattr(cluster, "choose_topology", lambda resources: topology)
     monkeypatch.setattr(cluster, "count_nodes", lambda: 1)
+    monkeypatch.setattr(cluster, "say_where_metrics_are", lambda: None)  # asks Ray, which a forked process waits for in vain
 
 
-def start_job(job: Path, log: Path, *arguments: str, gpus: int = 0, **environment: str) -> subprocess.Popen[bytes]:
-    """`jobs/embed.py` in a session of its own, which can be killed; `gpus` are declared, not there."""
+def start_job(
+    job: Path, log: Path, *arguments: str, gpus: int = 0, through: tuple[str, ...] = (), **environment: str
+) -> subprocess.Popen[bytes]:
+    """`jobs/embed.py` in a session of its own, which can be killed; `gpus` are declared, not there.
+
+    `through`: a command that becomes the one that is given to it, such as nsenter.
+    """
     command = [sys.executable, str(ROOT / "jobs" / "embed.py")]
     if gpus:
         command = [sys.executable, "-c", DECLARED_GPUS.format(gpus=gpus)]
-    command += ["--config", str(job), "--json", *arguments]
+    command = [*through, *command, "--config", str(job), "--json", *arguments]
     with log.open("wb") as file:
         variables = os.environ | environment
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=variables)

@@ -30,8 +30,6 @@ GRPC_OFFSET = 10_000  # weed speaks gRPC that far above each port; -admin.port.g
 PR_SET_PDEATHSIG = 1
 PIECE, HEAD_LIMIT = 1 << 16, 1 << 20
 END = b"\r\n\r\n"
-SLOW_DOWN = b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>SlowDown</Code><Message>Reduce your rate.</Message></Error>'
-SLOW_DOWN_HEAD = b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nContent-Length: %d" % len(SLOW_DOWN) + END
 
 
 class Head(NamedTuple):
@@ -39,6 +37,25 @@ class Head(NamedTuple):
 
     lines: list[bytes]
     fields: dict[str, str]
+
+
+class Refusal(NamedTuple):
+    """What a store answers instead of doing what it is asked."""
+
+    status: int
+    code: str
+    message: str
+
+    def answer(self, method: str) -> bytes:
+        """The whole answer; to HEAD it has no body, so that a client sees the status alone."""
+        body = (
+            f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{self.code}</Code><Message>{self.message}</Message></Error>'
+        )
+        head = f"HTTP/1.1 {self.status} {self.code}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
+        return (head + body * (method != "HEAD")).encode()
+
+
+SLOW_DOWN = Refusal(503, "SlowDown", "Reduce your rate.")
 
 
 @dataclass(frozen=True)
@@ -163,8 +180,8 @@ class Request:
 class Faults:
     """Which share of the requests meets which fault; all are drawn from one sequence of random numbers.
 
-    error: 503 SlowDown, not forwarded · reset: RST, not forwarded · cut: half of the answer's body, then the end ·
-    stall: no answer for `stall_s`, not forwarded · lost_answer: done by the server, then RST.
+    error: `answer`, by default 503 SlowDown, not forwarded · reset: RST, not forwarded · cut: half of the answer's body,
+    then the end · stall: no answer for `stall_s`, not forwarded · lost_answer: done by the server, then RST.
     `only` chooses the requests that may be hit. `strip`: headers, in lower case, removed from every request; a
     signature does not survive it.
     """
@@ -177,12 +194,13 @@ class Faults:
         *,
         only: Callable[[Request], bool] | None = None,
         stall_s: float = 60.0,
+        answer: Refusal = SLOW_DOWN,
         strip: tuple[str, ...] = (),
         **shares: float,
     ) -> None:
         if not set(shares) <= set(self.KINDS):
             raise TypeError(f"faults are {self.KINDS}, found {sorted(shares)}")
-        self.only, self.stall_s, self.strip, self.shares = only, stall_s, strip, shares
+        self.only, self.stall_s, self.answer, self.strip, self.shares = only, stall_s, answer, strip, shares
         self._random = random.Random(seed)
 
     def draw(self, request: Request) -> str:
@@ -273,8 +291,8 @@ class Proxy:
         if request.fault == "error":
             async for _ in body:
                 pass
-            self.requests.append(replace(request, status=503))
-            writer.write(SLOW_DOWN_HEAD + (b"" if method == "HEAD" else SLOW_DOWN))
+            self.requests.append(replace(request, status=faults.answer.status))
+            writer.write(faults.answer.answer(method))
             return True
         # "expect" is answered above, and signatures leave it out
         stripped = {"expect", *faults.strip}

@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import psutil
 import pyarrow as pa
 import pytest
 
+from faults import PHASES, TARGETS
 from jobs import kill_all, start_job, tiny_recipe, write_job, write_tars
 from lora_embed import open_table, versions
 from lora_embed.schema import encoder_path
@@ -25,18 +26,7 @@ from s3 import Proxy, Request, S3Server, s3_server
 SHARDS, IMAGES, CHUNK = 20, 12, 5
 LIMIT_S = 150.0  # of one run
 
-PHASES: dict[str, Callable[[Request], bool]] = {
-    "listing": lambda r: r.method == "GET" and "list-type=2" in r.query,
-    "decode": lambda r: r.method == "GET" and "/shards/" in r.path,
-    "commit": lambda r: r.method == "PUT" and "/staging/" in r.path,
-    "publish": lambda r: (
-        (r.method == "PUT" and ("/data/" in r.path or "/versions/" in r.path or r.path.endswith("CURRENT")))
-        or (r.method == "POST" and "delete" in r.query)
-    ),
-}
 MOST = {"listing": 5, "decode": 20, "commit": 50, "publish": 4}  # of such requests in a run, or a safe bound below it
-# Whose process is killed → its title under Ray; the driver and all at once have none.
-TARGETS = {"actor": "ray::MapWorker(MapBatches(Embed", "decode": "ray::MapBatches(decode_blocks)", "write": "WriteParts"}
 
 
 @dataclass(frozen=True)
@@ -57,14 +47,14 @@ def draw_kills(seed: int, count: int) -> list[Kill]:
     """All targets and phases in turn, the rest by chance."""
     rng = random.Random(seed)
     pairs = [  # decoding is over before the first commit: none dies in that
-        ("driver", "listing"), ("driver", "commit"), ("all", "publish"), ("actor", "commit"), ("decode", "decode"),
-        ("write", "commit"), ("all", "decode"), ("driver", "publish"), ("actor", "decode"), ("all", "listing"),
-        ("all", "commit"), ("decode", "decode"),
+        ("driver", "listing"), ("driver", "commit"), ("all", "publish"), ("actor", "commit"), ("decoder", "decode"),
+        ("writer", "commit"), ("all", "decode"), ("driver", "publish"), ("actor", "decode"), ("all", "listing"),
+        ("all", "commit"), ("decoder", "decode"),
     ]  # fmt: skip
     kills = []
     for turn in range(count):
         target, phase = pairs[turn % len(pairs)]
-        gpus = 1 if target in ("decode", "write") else rng.randint(0, 1)
+        gpus = 1 if target in ("decoder", "writer") else rng.randint(0, 1)
         kills.append(Kill(target, phase, rng.randint(1, MOST[phase]), rng.random() < 0.5, gpus))
     return kills
 
@@ -158,7 +148,7 @@ def check_table(place: Place, name: str, proxy: Proxy) -> None:
     assert manifest is not None
     assert (manifest.version, versions.listed_versions(store)) == (1, [1])
     writes = [r for r in proxy.requests if r.method == "PUT" and r.status == 200 and f"/{name}/" in r.path]
-    parts = {"data", "rejects", "CURRENT"}  # these may be written again until a version refers to them
+    parts = {"data", "rejects", "CURRENT", "runs"}  # these may be written again: until a version refers to them, or at any time
     once = Counter(r.path for r in writes if r.path.split(f"/{name}/")[1].split("/")[0] not in parts)
     assert [path for path, times in once.items() if times > 1] == []
     published = next(n for n, r in enumerate(writes) if "/versions/" in r.path)
