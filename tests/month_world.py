@@ -8,11 +8,14 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow.parquet as pq
+from fsspec.implementations.dirfs import DirFileSystem
 from PIL import Image
 
 from lora_embed import load_encoder
@@ -55,10 +58,19 @@ class Month:
     left: dict[int, int] = field(default_factory=dict)  # version that is not retained any more → night since when
     gone: frozenset[str] = frozenset()  # ids whose forgetting came to its end
     night: int = 0
+    most_shards: int = 1000
+    mirrored: dict[str, int] = field(default_factory=dict)  # shard → time of its file when it was copied to the job's input
 
     @property
     def table(self) -> Path:
+        """Where it is on a local disk."""
         return Path(self.job.table)
+
+    @cached_property
+    def files(self) -> Any:
+        """The table's files wherever it is, by fsspec alone and never from a cache."""
+        fs, root = fsspec.core.url_to_fs(self.job.table, use_listings_cache=False)
+        return DirFileSystem(root, fs)
 
     @property
     def newest(self) -> Content:
@@ -74,6 +86,7 @@ class Month:
         """Add, change and remove some; a changed one is another one in size or time."""
         for _ in range(self.rng.choice([0, 1, 2, 2, 3])):
             event = self.rng.choice(["add", "change", "remove"]) if len(self.shards) > 2 else "add"
+            event = "remove" if event == "add" and len(self.shards) >= self.most_shards else event
             name = f"{self.changes:04d}.tar" if event == "add" else self.rng.choice(sorted(self.shards))
             self.changes += 1
             if event == "remove":
@@ -88,6 +101,16 @@ class Month:
             path.write_bytes(tar_of(members))
             os.utime(path, ns=(self.changes * 10**9, self.changes * 10**9))
 
+    def mirror(self) -> None:
+        """Bring the shards on a server to the state of the folder."""
+        fs, root = fsspec.core.url_to_fs(self.job.input[0], use_listings_cache=False)
+        now = {path.name: path.stat().st_mtime_ns for path in (self.folder / "shards").iterdir()}
+        for name in [name for name in now if self.mirrored.get(name) != now[name]]:
+            fs.put_file(str(self.folder / "shards" / name), f"{root}/{name}")
+        for name in self.mirrored.keys() - now.keys():
+            fs.rm_file(f"{root}/{name}")
+        self.mirrored = now
+
     def retrain(self) -> None:
         """Another adapter, or back to one of those before."""
         path = self.folder / "ten" / "adapter_model.safetensors"
@@ -101,7 +124,7 @@ class Month:
     def today(self, number: int, space_id: str) -> Content:
         """What a version made of today's shards must hold."""
         if space_id not in self.encoders:
-            self.encoders[space_id] = load_encoder(self.table / encoder_path(space_id))
+            self.encoders[space_id] = load_encoder(f"{self.job.table}/{encoder_path(space_id)}")
         images = {f"{name}/{key}": seed for name, keys in self.shards.items() for key, seed in keys.items()}
         good = {id_: Image.open(io.BytesIO(png(seed))) for id_, seed in images.items() if seed is not None}
         vectors = self.encoders[space_id].embed(list(good.values())) if good else np.zeros((0, 0), np.float32)
@@ -110,7 +133,8 @@ class Month:
         return Content(rows, rejects, frozenset()).without(self.newest.forgotten)
 
     def manifests(self, folder: str = "versions") -> dict[int, dict[str, Any]]:
-        return {int(path.stem): json.loads(path.read_text()) for path in sorted((self.table / folder).glob("*.json"))}
+        paths = [path for path in sorted(self.files.find(folder)) if path.endswith(".json")]
+        return {int(Path(path).stem): json.loads(self.files.cat_file(path)) for path in paths}
 
     def note(self, made: Callable[[int, str], Content]) -> None:
         """Versions that are new were made by this; one may be retired already."""
@@ -124,18 +148,7 @@ class Month:
     def check(self) -> None:
         """What readers see: each version as it must be, and gone only if it is old or holds what was forgotten."""
         listed, tombs = self.manifests(), self.manifests("retired")
-        if not self.published:
-            assert not listed
-            return
-        assert max(listed) == max(self.published)
-        hint = self.table / "CURRENT"
-        assert not hint.exists() or int(hint.read_text()) <= max(listed)
-        for number, manifest in listed.items():
-            expected = self.published[number]
-            assert self.read(manifest) == (expected.rows, expected.rejects), number
-            assert manifest["counts"]["vectors"] == len(expected.rows)
-            assert manifest["counts"]["rejects"] == len(expected.rejects)
-            assert not expected.rows.keys() & self.gone, f"version {number} holds what was forgotten"
+        self.check_listed(listed)
         there = sorted(self.published.keys() - self.left.keys())
         assert set(listed) <= set(there), "a retired version is back"
         for number in set(there) - set(listed):
@@ -143,6 +156,18 @@ class Month:
             self.left[number] = self.night
         for number in [number for number, since in self.left.items() if self.night - since < GRACE_DAYS]:
             assert self.read(tombs[number])[0] == self.published[number].rows, f"{number} is in its grace period"
+
+    def check_listed(self, listed: dict[int, dict[str, Any]]) -> None:
+        """Each version that is there is as it must be, and the last that was made is there."""
+        assert max(listed, default=0) == max(self.published, default=0)
+        hint = self.files.cat_file("CURRENT") if self.files.exists("CURRENT") else b"0"
+        assert int(hint) <= max(listed, default=0)
+        for number, manifest in listed.items():
+            expected = self.published[number]
+            assert self.read(manifest) == (expected.rows, expected.rejects), number
+            assert manifest["counts"]["vectors"] == len(expected.rows)
+            assert manifest["counts"]["rejects"] == len(expected.rejects)
+            assert not expected.rows.keys() & self.gone, f"version {number} holds what was forgotten"
 
     def read(self, manifest: dict[str, Any]) -> tuple[dict[str, bytes], dict[str, str]]:
         """Vectors and reasons by id."""
@@ -153,7 +178,7 @@ class Month:
         return vectors, {row["id"]: row["reason"] for row in rejects}
 
     def read_file(self, entry: dict[str, Any], columns: list[str]) -> list[dict[str, Any]]:
-        data = (self.table / entry["path"]).read_bytes()
+        data = self.files.cat_file(entry["path"])
         assert hashlib.sha256(data).hexdigest() == entry["sha256"]
         rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data), columns=columns).to_pylist()
         return rows
