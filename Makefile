@@ -10,7 +10,7 @@ DAFT := $(LORA_EMBED_CACHE)/peers/daft/ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-long matrix lint bench quality clean
+.PHONY: setup demo test test-long soak readers matrix faults lint bench quality clean
 
 setup: $(READY)
 
@@ -34,8 +34,17 @@ test: lint
 test-long: setup
 	$(BIN)/python -m pytest --durations=12 -m long -s
 
+soak: setup
+	$(BIN)/python tests/soak.py --minutes 60 $(SOAK)
+
+readers: setup
+	$(BIN)/python tests/readers.py --minutes 10 $(READERS)
+
 matrix: setup
 	LORA_EMBED_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_families.py tests/test_features.py
+
+faults: setup
+	$(BIN)/python tests/campaign.py $(FAULTS)
 
 bench: $(PEERS) $(DAFT)
 	$(BIN)/python benchmarks/bench.py $(BENCH)

@@ -43,7 +43,7 @@ def publish_vectors(
         rows = [{"key": key, "label": row} for row, key in enumerate(keys)]
         head = ChunkHead(shard_id=shard_id, shard_name=name, prefix=prefix, last=True, good=len(keys))
         batch = pa.RecordBatch.from_pylist(rows, schema=sample_schema(CARRY))
-        write_part(store, space_id, how, head.part, make_part(head, batch, vectors, how))
+        write_part(store, space_id, how, head, make_part(head, batch, vectors, how))
         counts = ShardCounts(id=shard_id, name=name, samples=len(keys), vectors=len(keys), rejects=0)
         part = Part(shard_id=shard_id, chunk=0, last=True)
         sources.append(Source(shard=counts, parts=part_paths(space_id, how, [part])))

@@ -19,7 +19,8 @@ from PIL import Image
 from ray.cluster_utils import Cluster
 
 from jobs import kill_all, start_job, tiny_recipe, vectors_by_id, write_job, write_tars
-from lora_embed import open_table
+from lora_embed import cluster, open_table
+from lora_embed.errors import IncompleteRun
 from lora_embed.model.encoder import load_encoder
 from lora_embed.storage import Store
 from s3 import Proxy, Request, S3Server, free_ports
@@ -72,7 +73,7 @@ def test_a_node_lost_and_one_added_leave_the_same_table(
             if request.method == "PUT" and "/staging/" in request.path:
                 parts.append(request.path)
                 time.sleep(0.1)  # so that there is a middle
-                if len(parts) == 20:
+                if len(parts) >= 20:
                     in_the_middle.set()
 
         proxy.watch = count
@@ -161,3 +162,14 @@ def test_a_cluster_scaled_to_zero_is_asked_for_what_the_job_needs(
     result = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
     assert result["counts"]["vectors"] == 24
     assert load_encoder("s3://images/scaled/encoders/" + result["space_id"]).space_id == result["space_id"]
+
+
+def test_a_ray_that_does_not_start_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**arguments: object) -> None:
+        raise Exception("The current node timed out during startup.")  # as Ray does, after half a minute
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray.shutdown()
+    with pytest.raises(IncompleteRun, match=r"^Ray could not be started on this machine: The current node timed out during st"):
+        cluster.connect()

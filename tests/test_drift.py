@@ -26,7 +26,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def published(folder: Path, **options: Any) -> JobConfig:
     """A job whose first version is published, and which finds one more shard since."""
-    job = job_of(folder, tiny_recipe(folder), folder / "shards", chunk_size=16, max_rejects=0.5, **options)
+    options = {"max_rejects": 0.5} | options
+    job = job_of(folder, tiny_recipe(folder), folder / "shards", chunk_size=16, **options)
     run_job(job)
     (folder / "shards" / "9999.tar").write_bytes(tar_of([("new.png", png(10**6))]))
     return job
@@ -87,5 +88,13 @@ def test_unchanged_images_that_cannot_be_read_any_more_hold_nothing_up(folder: P
         data = shard.read_bytes()
         shard.write_bytes(data[:1024] + b"\1" * (len(data) - 1024))
         os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert run_job(job).version == 2
+    assert "drift" not in open_table(job.table).manifest.gates
+
+
+def test_unchanged_images_that_are_all_rejects_hold_nothing_up(folder: Path) -> None:
+    for shard in (folder / "shards").glob("000*.tar"):
+        shard.write_bytes(tar_of([("none.png", b"no image")]))
+    job = published(folder, max_rejects=1.0)
     assert run_job(job).version == 2
     assert "drift" not in open_table(job.table).manifest.gates

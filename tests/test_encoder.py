@@ -1,7 +1,10 @@
 """The built encoder: parity with the guide, identity, golden vectors, and loading by others."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +150,31 @@ def test_an_encoder_whose_weights_were_touched_refuses_to_work(tmp_path: Path) -
     shutil.copy(tmp_path / "other" / "model.safetensors", folder / "model.safetensors")
     with pytest.raises(EncoderError, match="golden vectors: cpu in float32 differs by"):
         load_encoder(folder)
+
+
+IN_LITTLE_MEMORY = """
+import sys
+import numpy as np
+from lora_embed import load_encoder
+from lora_embed.errors import IncompleteRun
+from lora_embed.isolate import limit_memory
+encoder = load_encoder(sys.argv[1], batch_size=4096, check=False)
+height, width = encoder.description.preprocessing.size
+limit_memory(2**28)
+try:
+    encoder.embed_pixels(np.zeros((1, height, width, 3), np.uint8))
+except IncompleteRun as error:
+    print(error)
+"""
+
+
+def test_a_batch_that_memory_does_not_hold_is_said(tmp_path: Path) -> None:
+    """4,096 images of 112 pixels are 0.6 GB as float32; a quarter of a GB is left."""
+    base = save_base(tmp_path / "base", "dinov2")
+    folder = build(recipe_of(base, {}, merge_method="none", image_size=112), tmp_path / "encoder")
+    command = [sys.executable, "-c", IN_LITTLE_MEMORY, str(folder)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.match(r"cpu: memory does not suffice for batches of 4096 images in float32 \(.*\)\. Set batch_size lower", said)
 
 
 def test_build_never_writes_over_and_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -164,6 +164,26 @@ def test_a_child_that_hangs_dies_with_its_parent(monkeypatch: pytest.MonkeyPatch
         assert ended(pid)
 
 
+HANGING = """
+from lora_embed import isolate
+from samples import PREPROCESSING, png
+isolate.IMAGE_S = 0.5
+isolate.decode_or_die(png(), PREPROCESSING)
+time.sleep(1)
+print("lives", flush=True)
+isolate.decode_or_die(png(1), PREPROCESSING)
+"""
+
+
+def test_an_image_that_hangs_ends_the_process_that_decodes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that crashes does: what the process was doing is tried again, with a child. No other image is cut off."""
+    poisoned(monkeypatch, hang=png(1))
+    command = [sys.executable, "-c", f"import time{HANGING}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT / "tests")
+    assert done.stdout == "lives\n"
+    assert done.returncode == -signal.SIGALRM
+
+
 LIMITED = """
 import numpy, PIL.Image
 from lora_embed.decode import decode_image

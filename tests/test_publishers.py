@@ -36,7 +36,7 @@ def add_shard(store: Store, number: int) -> int:
 
 
 def test_publishers_at_once_make_gapless_versions_and_lose_no_change(server: S3Server) -> None:
-    store = Store("s3://images/crowd", server.options()).claim("table.json", b"{}")
+    store = Store("s3://images/crowd", server.options()).claim("table.json", b'{"format": 1}\n')
     store.create(f"encoders/{SPACE}/encoder.json", b"{}")
     add_shard(store, 0)
     seen: list[int] = []

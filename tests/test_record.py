@@ -65,7 +65,7 @@ def test_rejects_in_files_that_are_not_read_are_counted(job: JobConfig, monkeypa
     assert journal.find_rejects(store, manifest) == ({journal.NOT_READ: 1}, ())
 
 
-def test_a_run_that_finds_nothing_to_do_leaves_nothing(job: JobConfig) -> None:
+def test_a_run_that_finds_nothing_to_do_leaves_no_record(job: JobConfig) -> None:
     run_job(job)
     run_job(job)
     assert len(records(job)) == 1
@@ -88,7 +88,7 @@ def test_a_run_does_not_fail_for_its_report(job: JobConfig, capfd: pytest.Captur
     Path(job.table).mkdir()
     Path(job.table, "runs").write_text("in the way")
     assert run_job(job).published
-    assert "the run's report could not be written: " in capfd.readouterr().err
+    assert "how the run ended could not be written to its table" in capfd.readouterr().err
 
 
 def test_secrets_in_uris_are_left_out() -> None:

@@ -111,7 +111,7 @@ def planned(folder: Path, count: int) -> dict[str, float]:
     ]
     counts = [ShardCounts(id=s.id, name=s.name, samples=512, vectors=512, rejects=0) for s in shards]
     store = Store(str(folder))
-    create(folder, folder / "table.json", b"{}")
+    create(folder, folder / "table.json", b'{"format": 1}\n')
     staging = folder / "staging" / SPACE / LAYOUT.layout_id
     staging.mkdir(parents=True)
     for shard in shards[count // 2 :]:

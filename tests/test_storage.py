@@ -1,5 +1,6 @@
 """Storage: whole objects or none, one winner, nothing left behind, nothing left out of a listing, errors for people."""
 
+import fcntl
 import os
 import pickle
 import resource
@@ -230,3 +231,22 @@ def test_fetched_directories_are_whole_and_kept(tmp_path: Path, monkeypatch: pyt
         fetch_directory(store.uri, None, ("weights",))
     with pytest.raises(StorageError, match="no such directory"):
         fetch_directory("/nowhere/encoder", None, ("*",))
+
+
+def test_copies_that_nobody_asks_for_any_longer_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_EMBED_CACHE", str(tmp_path))
+    folders = []
+    for name in ("old", "in use", "held", "new"):
+        store = Store(f"memory://copies-of-storage-test/{name}")
+        store.create("config.json", name.encode())
+        if name == "new":
+            (tmp_path / "fetched" / "killed.0f").mkdir()
+            for path in (tmp_path / "fetched").iterdir():
+                os.utime(path, (time.time() - 8 * 86400, time.time() - 8 * 86400))
+            held = folders[2].with_suffix(".lock").open()
+            fcntl.flock(held, fcntl.LOCK_EX)
+            fetch_directory("memory://copies-of-storage-test/in use", None, ("*",))
+        folders.append(fetch_directory(store.uri, None, ("*",)))
+    held.close()
+    assert {path.name for path in (tmp_path / "fetched").iterdir() if path.is_dir()} == {path.name for path in folders[1:]}
+    assert not folders[0].with_suffix(".lock").exists()

@@ -49,7 +49,7 @@ def stage(store: Store, shard_id: str, name: str, samples: int, rejects: int = 0
         )
         batch = pa.RecordBatch.from_pylist(rows, schema=sample_schema(()))
         vectors = np.array([[number, 1.0] for number in numbers if number >= rejects], np.float32).reshape(-1, 2)
-        write_part(store, SPACE, LAYOUT, head.part, make_part(head, batch, vectors, LAYOUT))
+        write_part(store, SPACE, LAYOUT, head, make_part(head, batch, vectors, LAYOUT))
         parts.append(head.part)
     return parts
 

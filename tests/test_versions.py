@@ -17,7 +17,16 @@ from lora_embed.run import renew_encoder
 from lora_embed.schema import Manifest, ShardCounts
 from lora_embed.storage import Entry, Store
 from lora_embed.table import describe_table, open_table, verify_parts, verify_table
-from lora_embed.versions import commit_version, listed_versions, newest_of, read_manifest, refuse_held, roll_back
+from lora_embed.versions import (
+    MARKED,
+    MARKER,
+    commit_version,
+    listed_versions,
+    newest_of,
+    read_manifest,
+    refuse_held,
+    roll_back,
+)
 from test_table import LAYOUT, SPACE, publish, stage
 
 OTHER = "07e207e207e2"
@@ -29,7 +38,7 @@ SHARD = ShardCounts(id="ee", name="e.tar", samples=2, vectors=2, rejects=0)
 def store(tmp_path: Path) -> Store:
     """Three versions of one space: shards a; a and b; a and b and c, in files of their own."""
     store = Store(str(tmp_path / "table"))
-    store.create("table.json", b"{}")
+    store.create(MARKER, MARKED)
     store.create(f"encoders/{SPACE}/encoder.json", b"{}")
     current, names = None, {}
     for number, name in enumerate(("a", "b", "c"), start=1):
@@ -153,12 +162,26 @@ def test_what_nothing_refers_to_is_removed_by_age(store: Store) -> None:
     store.replace("CURRENT", b"3\n")
     assert retire(store, keep=5, grace_s=DAY) == 0
     age(store, 2)
+    store.create(f"staging/{SPACE}/{LAYOUT.layout_id}/ff-00000001.parquet", b"in progress")
     store.replace("CURRENT", b"3\n")
     retire(store, keep=5, grace_s=DAY, wanted=frozenset({"ff"}))
     assert files_below(store, "") == kept | {
         f"staging/{SPACE}/resolved.json",
         f"staging/{SPACE}/{LAYOUT.layout_id}/ff-00000000.parquet",
+        f"staging/{SPACE}/{LAYOUT.layout_id}/ff-00000001.parquet",
     }
+
+
+def test_what_was_staged_for_an_encoder_that_was_given_up_goes(store: Store) -> None:
+    """Also where the shards are there still, and where a removal was interrupted between the encoder and its recipe."""
+    kept = {path for path in files_below(store, "") if not path.startswith("staging/")}
+    store.create(f"encoders/{OTHER}/encoder.json", b"{}")
+    store.create(f"staging/{OTHER}/layout/aa-00000000.parquet", b"of its sample")
+    store.create("recipes/abc.json", b'{"space_id": "an-encoder-that-is-gone"}')
+    age(store, 2)
+    store.replace("CURRENT", b"3\n")
+    retire(store, keep=5, grace_s=DAY, wanted=frozenset({"aa"}))
+    assert files_below(store, "") == kept
 
 
 def test_an_encoder_in_use_is_kept_whatever_its_age(store: Store) -> None:

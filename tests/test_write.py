@@ -47,8 +47,8 @@ def test_a_part_round_trips(tmp_path: Path) -> None:
     shape, store = layout(carry=CARRY), Store(str(tmp_path))
     values = vectors(2)
     table = make_part(HEAD, samples([None, "empty", None], shape), values, shape)
-    assert write_part(store, "space", shape, HEAD.part, table)
-    assert not write_part(store, "space", shape, HEAD.part, table.slice(0, 1))  # the first stays
+    assert write_part(store, "space", shape, HEAD, table)
+    assert not write_part(store, "space", shape, HEAD, table.slice(0, 1))  # the first stays
 
     path = tmp_path / "staging" / "space" / shape.layout_id / f"{'5' * 16}-00000002-last.parquet"
     assert part_path("space", shape.layout_id, HEAD.part) == path.relative_to(tmp_path).as_posix()
@@ -63,7 +63,7 @@ def test_a_part_round_trips(tmp_path: Path) -> None:
         "share": 0.5, "flag": False, "reason": "empty", "detail": "why 1",
     }  # fmt: skip
     assert read_footer(pq.read_metadata(path)) == {
-        "space_id": "space", "layout_id": shape.layout_id, "start": 8, "samples": 3, "vectors": 2,
+        "space_id": "space", "layout_id": shape.layout_id, "start": 8, "samples": 3, "vectors": 2, "bytes": None,
     }  # fmt: skip
 
 
@@ -120,7 +120,9 @@ def test_write_parts_goes_batch_to_batch(tmp_path: Path) -> None:
     write = WriteParts(store, "space", shape)
     for _ in range(2):  # again by a task that was retried: the same stats, nothing new
         (stats,) = write(batch)["stats"]
-        assert ChunkStats.from_json(stats) == ChunkStats(shard_id="a" * 16, chunk=1, samples=4, vectors=2, rejects=2)
+        reasons = {"empty": 1, "non_finite_vector": 1}
+        expected = ChunkStats(shard_id="a" * 16, chunk=1, samples=4, vectors=2, rejects=2, reasons=reasons)
+        assert ChunkStats.from_json(stats) == expected
     failed = ChunkHead(shard_id="b" * 16, shard_name="t", prefix="t", error="t: cut short")
     (stats,) = write(row_of(failed, samples([], shape), vectors(1)))["stats"]
     assert ChunkStats.from_json(stats) == ChunkStats(shard_id="b" * 16, chunk=0, error="t: cut short")
