@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from jobs import ROOT, job_of, kill_all, run_here, tiny_recipe, write_job, write_tars
-from lora_embed import runs
+from lora_embed import heartbeat, runs
 from lora_embed.cli import run_command
 from lora_embed.config import JobConfig
 from lora_embed.errors import GateFailed
@@ -152,3 +153,18 @@ def test_a_run_is_seen_from_elsewhere_while_it_goes_on_and_seems_dead_once_it_is
     (dead,) = wait_for(lambda: [run for run in read_runs(store) if run.status == "seems dead"])
     assert dead.describe().startswith(f"seems dead: embedding on {run['host']}, ")
     assert dead.state.run_id == run["run_id"]
+
+
+def test_a_beat_that_hangs_does_not_hold_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one was seen to, whose answer the network lost."""
+    monkeypatch.setattr(heartbeat, "LAST_BEAT_S", 0.2)
+    forever = threading.Event()
+
+    def beat() -> None:
+        forever.wait()
+
+    began = time.monotonic()
+    with heartbeat.Heartbeat(beat):
+        pass
+    assert time.monotonic() - began < 5
+    forever.set()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 EVERY_S = 10.0
+LAST_BEAT_S = 15.0  # for a beat that is under way at the end
 DEAD_AFTER_S = 90.0  # without a beat a run seems dead: several have failed, or nobody is left to beat
 
 
@@ -21,7 +22,7 @@ class Heartbeat:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended.set()
-        self._thread.join()  # else a beat that hangs could be written after the end
+        self._thread.join(LAST_BEAT_S)  # else a late beat could be written after the end; one that hangs holds no run
 
     def _run(self) -> None:
         self._beat()
