@@ -116,7 +116,7 @@ def kill_all(process: psutil.Process) -> None:
     for one in started:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
-    psutil.wait_procs(started[1:], timeout=20)  # not the driver: who started it waits for it, and would learn nothing
+    psutil.wait_procs(started, timeout=20)
 
 
 def read_rows(table: Path) -> pa.Table:
