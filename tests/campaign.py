@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -84,7 +83,8 @@ def disturbed(here: Scene, result: Result) -> list[int | None]:
     for _ in range(2 if fault.kind.name == "started twice" else 1):
         here.start(disturbed=True)
     codes = [end_of(process) for process in here.processes]
-    result.struck, result.code = trap.struck, codes[0]
+    with trap.lock:  # a run may be over before its killer has seen that it is
+        result.struck, result.code = trap.struck, codes[0]
     requests = here.requests
     result.requests, result.failed = len(requests), sum(1 for request in requests if request.fault)
     if not trap.struck:
@@ -96,7 +96,7 @@ def end_of(process: "subprocess.Popen[bytes]") -> int | None:
     try:
         return process.wait(LIMIT_S)
     except subprocess.TimeoutExpired:
-        kill_all(psutil.Process(process.pid))
+        kill_all(process)
         return None
 
 

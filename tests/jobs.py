@@ -109,14 +109,16 @@ def start_job(
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=variables)
 
 
-def kill_all(process: psutil.Process) -> None:
+def kill_all(driver: "subprocess.Popen[bytes]") -> None:
     """SIGKILL to the driver and every process that it started."""
+    process = psutil.Process(driver.pid)
     process.suspend()  # else it may come to its end while its children are being listed
-    started = [process, *process.children(recursive=True)]
-    for one in started:
+    started = process.children(recursive=True)
+    for one in [process, *started]:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
     psutil.wait_procs(started, timeout=20)
+    driver.wait(20)  # by its own means, else it could not say how it ended
 
 
 def read_rows(table: Path) -> pa.Table:

@@ -163,7 +163,7 @@ class Scene:
     proxies: tuple[Proxy, ...]  # the driver's, and the workers' where they are on a cluster
     disk: SmallDisk | None = None
     cluster: Cluster | None = None
-    processes: list["psutil.Popen"] = field(default_factory=list)
+    processes: list["subprocess.Popen[bytes]"] = field(default_factory=list)
     timers: list[threading.Timer] = field(default_factory=list)
 
     @property
@@ -186,7 +186,7 @@ class Scene:
         """The shard that a run finds replaced."""
         return f"{self.fault.seed % SHARDS:04d}.tar"
 
-    def start(self, *, disturbed: bool) -> "psutil.Popen":
+    def start(self, *, disturbed: bool) -> "subprocess.Popen[bytes]":
         """A run of the job."""
         log = self.folder / f"{len(self.processes)}.log"
         variables = self.world.server.environment(self.proxies[0].endpoint) | places(self.folder, self.name) | FAIR

@@ -80,7 +80,7 @@ def _kill_driver(here: Scene) -> str:
 
 
 def _kill_all(here: Scene) -> str:
-    kill_all(psutil.Process(here.processes[-1].pid))
+    kill_all(here.processes[-1])
     return "all"
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 import yaml
@@ -50,7 +49,7 @@ def finish(process: "subprocess.Popen[bytes]", log: Path) -> tuple[int, str]:
     try:
         code = process.wait(LIMIT_S)
     finally:
-        kill_all(psutil.Process(process.pid)) if process.poll() is None else None
+        kill_all(process) if process.poll() is None else None
     return code, log.read_text()
 
 
@@ -140,7 +139,7 @@ def autoscaled_head(folder: Path, node_types: dict[str, dict[str, int]]) -> Iter
     try:
         yield f"127.0.0.1:{port}"
     finally:
-        kill_all(psutil.Process(head.pid))
+        kill_all(head)
         head.wait()
 
 

@@ -335,7 +335,7 @@ def test_killed_runs_resume_to_the_same_table(tmp_path: Path, tiny: Path) -> Non
             time.sleep(0.005)
         assert process.poll() is None, (tmp_path / f"log{attempt}").read_text()
         if end == signal.SIGKILL:
-            kill_all(psutil.Process(process.pid))
+            kill_all(process)
         else:
             process.terminate()
             assert process.wait(30) == 1, (tmp_path / f"log{attempt}").read_text()

@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from jobs import ROOT, write_tars
-from lora_embed import cluster, open_table, storage
+from lora_embed import cluster, open_table, remote
 from lora_embed.cli import run_command
 from lora_embed.config import load_job
 from lora_embed.export import export_index
@@ -574,7 +574,7 @@ def test_a_user_error_is_one_message_and_nothing_is_written(
     else:
         monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("a cluster was started for what reading alone shows"))
     monkeypatch.chdir(broken)
-    storage._connect_cached.cache_clear()  # it knows `table` in the folder of the case before
+    remote._connect_cached.cache_clear()  # it knows `table` in the folder of the case before
     before = everything(broken.parent)
     capsys.readouterr()
     started = time.monotonic()

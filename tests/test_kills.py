@@ -5,6 +5,7 @@
 
 import contextlib
 import random
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -64,7 +65,7 @@ class Trap:
     """Kills when the moment has come."""
 
     kill: Kill
-    pid: int = 0
+    driver: "subprocess.Popen[bytes] | None" = None
     seen: int = 0
     killed: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -79,12 +80,12 @@ class Trap:
 
     def _strike(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
-            driver = psutil.Process(self.pid)
+            assert self.driver is not None
             if self.kill.target in ("driver", "all"):
                 self.killed = [self.kill.target]
-                kill_all(driver) if self.kill.target == "all" else driver.kill()
+                kill_all(self.driver) if self.kill.target == "all" else self.driver.kill()
                 return
-            for process in driver.children(recursive=True):
+            for process in psutil.Process(self.driver.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     title = " ".join(process.cmdline())
                     if TARGETS[self.kill.target] in title:
@@ -101,7 +102,7 @@ class Place:
     folder: Path
     expected: pa.Table
 
-    def start(self, name: str, proxy: Proxy, gpus: int = 0) -> "psutil.Popen":
+    def start(self, name: str, proxy: Proxy, gpus: int = 0) -> "subprocess.Popen[bytes]":
         environment = self.server.environment(proxy.endpoint)
         log = self.folder / f"{name}-{time.monotonic_ns()}.log"
         return start_job(self.folder / "job.yaml", log, "--set", f"table=s3://images/{name}", gpus=gpus, **environment)
@@ -134,7 +135,7 @@ def killed_run(place: Place, name: str, proxy: Proxy, kill: Kill) -> str:
     trap = Trap(kill)
     proxy.watch, proxy.answered = (None, trap) if kill.is_done else (trap, None)
     process = place.start(name, proxy, kill.gpus)
-    trap.pid = process.pid
+    trap.driver = process
     code = process.wait(LIMIT_S)
     proxy.watch = proxy.answered = None
     return f"{kill}: killed {trap.killed}, exit code {code}"

@@ -175,6 +175,20 @@ def test_a_cut_or_stalled_read_is_tried_again(server: S3Server, proxy: Proxy) ->
     assert [request.fault for request in proxy.requests if request.fault] == ["cut", "stall", "error", "reset"]
 
 
+def test_a_write_that_the_store_never_lets_begin_is_tried_again(server: S3Server, proxy: Proxy) -> None:
+    """botocore asks before it sends a body, and nothing but us limits how long it waits for the answer."""
+    store = store_at(server, proxy, "writes")
+    hits = iter(["stall", "stall"])
+    proxy.faults = Faults(only=lambda request: request.method == "PUT", stall_s=60)
+    proxy.faults.draw = lambda request: next(hits, "") if request.method == "PUT" else ""  # type: ignore[method-assign]
+    started = time.monotonic()
+    store.replace("one", b"1")
+    assert store.create("two", b"2")
+    assert time.monotonic() - started < 10
+    assert [store.read("one"), store.read("two")] == [b"1", b"2"]
+    assert [request.fault for request in proxy.requests if request.method == "PUT"] == ["stall", "stall", "", ""]
+
+
 def test_all_bytes_of_a_read_are_of_the_object_as_it_was_opened(server: S3Server, proxy: Proxy) -> None:
     store = store_at(server, proxy, "changes")
     store.replace("large", os.urandom(20_000_000))

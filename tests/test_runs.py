@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -140,7 +139,7 @@ def test_a_run_is_seen_from_elsewhere_while_it_goes_on_and_seems_dead_once_it_is
             said = json.loads(status("s3://images/seen", server.environment(), "--json"))["runs"]
             text = status("s3://images/seen", server.environment())
         finally:
-            kill_all(psutil.Process(process.pid))
+            kill_all(process)
     (run,) = said
     assert (run["status"], run["doing"], run["shards"], run["shards_failed"]) == ("running", "embedding", 12, 0)
     assert run["embedded"] == 4 * run["shards_done"] > 0

@@ -1,4 +1,4 @@
-"""Local disks and object stores: the only user of fsspec.
+"""Local disks and object stores behind one interface; with `remote`, the only user of fsspec.
 
 A `Store` is a root URI; every path given to it is relative to that root, with `/` between its parts.
 """
@@ -9,23 +9,18 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-import fsspec
-from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.spec import AbstractFileSystem
 
-from lora_embed import disk
+from lora_embed import disk, remote
 from lora_embed.errors import StorageError, StoreUnavailable
 from lora_embed.retry import LIBRARY_ERRORS, describe, is_no_connection, retried
 
 RETRY_S = 120.0  # how long transient errors are tried again; `retry_s` beside fsspec's own options changes it
 FIRST_CONTACT_S = 5.0
 READ_AHEAD = 16 * 2**20  # bytes of one request when a remote file is read on
-S3 = ("s3://", "s3a://")
 R = TypeVar("R")
 
 
@@ -63,7 +58,7 @@ class Store:
     @property
     def _connection(self) -> tuple[Any, str]:
         uri = self.uri if "://" in self.uri else os.path.abspath(self.uri)  # of the folder now, which a process may change
-        return _connect(uri, tuple(sorted((key, value) for key, value in self.options.items() if key != "retry_s")))
+        return remote.connect(uri, tuple(sorted((key, value) for key, value in self.options.items() if key != "retry_s")))
 
     @property
     def _root(self) -> Path:
@@ -97,7 +92,7 @@ class Store:
             with explained(self, prefix):
                 found = [_local_entry(path, state) for path, state in disk.walk(self.full_path(""), prefix)]
         else:
-            found = self._retried(prefix, lambda: list(_find(self, prefix)))
+            found = self._retried(prefix, lambda: self._find(prefix))
         return sorted((e for e in found if not e.path.startswith(f"{disk.TEMPORARY}/")), key=lambda entry: entry.path)
 
     def open(self, path: str, ahead: int = READ_AHEAD) -> BinaryIO:
@@ -167,10 +162,9 @@ class Store:
         if not self.exclusive and self.info(path) is not None:
             return False
         mode = "create" if self.exclusive else "overwrite"
-        fs = self.filesystem
         with explained(self, path, writes=True):
             try:
-                retried(lambda: fs.pipe_file(self.full_path(path), data, mode=mode), self.name(path), self.retry_s)
+                retried(lambda: self._put(path, data, mode=mode), self.name(path), self.retry_s)
             except OSError as error:
                 if "pre-conditions" in str(error):  # so s3fs reports a refused If-None-Match; by now it may be gone again
                     return False
@@ -185,13 +179,12 @@ class Store:
             if self.is_local:
                 disk.replace(self._root, Path(self.full_path(path)), data)
             else:
-                fs = self.filesystem
-                retried(lambda: fs.pipe_file(self.full_path(path), data), self.name(path), self.retry_s)
+                retried(lambda: self._put(path, data), self.name(path), self.retry_s)
 
     def delete(self, paths: list[str]) -> None:
         """Remove objects; one that is gone already is no error."""
         fs = self.filesystem
-        if self.uri.startswith(S3):
+        if remote.is_s3(self.uri):
             for start in range(0, len(paths), 1000):
                 self._retried(paths[start], lambda some=paths[start : start + 1000]: self._delete_at_once(some))  # type: ignore[misc]
             return
@@ -218,12 +211,21 @@ class Store:
         """Seconds for which transient errors are tried again."""
         return float(self.options.get("retry_s", RETRY_S))
 
+    def _put(self, path: str, data: bytes, **options: str) -> None:
+        silence_s = self.options.get("config_kwargs", {}).get("read_timeout", remote.SILENCE_S)
+        remote.put(self.filesystem, self.full_path(path), data, float(silence_s), **options)
+
+    def _find(self, prefix: str) -> list[Entry]:
+        fs, root = self._connection
+        start = len(root.rstrip("/")) + 1
+        return [_entry(name[start:], info) for name, info in remote.find(fs, self.full_path(prefix), self.uri)]
+
     def _list_one(self, limit_s: float) -> None:
         """The cheapest request that fails where the bucket is not there; s3fs takes such a bucket for an empty one."""
         fs = self.filesystem
         bucket, _, prefix = self.full_path("").partition("/")
         try:
-            if self.uri.startswith(S3):
+            if remote.is_s3(self.uri):
                 self._retried("", lambda: fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1), limit_s)
             else:
                 self._retried("", lambda: fs.exists(self.full_path("")), limit_s)
@@ -264,68 +266,6 @@ class _RetriedFile(io.RawIOBase):
         if not self.closed:
             self._file.close()
         super().close()
-
-
-def _connect_anew(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, str]:
-    given = dict(options)
-    if uri.startswith(S3):
-        # One patience, this module's: botocore and s3fs would try five times each, and a stalled read 25 times.
-        given["config_kwargs"] = {"retries": {"total_max_attempts": 1}} | given.get("config_kwargs", {})
-        given.setdefault("max_concurrency", 1)  # else each read asks for the size first
-    fs, root = fsspec.core.url_to_fs(uri, **given)
-    if uri.startswith(S3):
-        fs.retries = 1
-    return fs, root
-
-
-_connect_cached = lru_cache(maxsize=64)(_connect_anew)
-
-
-def _is_hashable(options: tuple[tuple[str, Any], ...]) -> bool:
-    """Nested options cannot be a cache key; fsspec then keeps the connection by itself."""
-    try:
-        hash(options)
-    except TypeError:
-        return False
-    return True
-
-
-def _connect(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, str]:
-    try:
-        fs, root = _connect_cached(uri, options) if _is_hashable(options) else _connect_anew(uri, options)
-    except ImportError as error:
-        raise StorageError(f"{uri}: this kind of storage needs another package: {error}") from None
-    except (ValueError, TypeError) as error:
-        raise StorageError(f"{uri}: unknown kind of storage, or storage options that do not fit it: {error}") from None
-    if not root and uri.startswith(("s3:", "s3a:")):
-        raise StorageError(f"{uri}: names no bucket; expected s3://bucket/path")
-    return fs, root
-
-
-def _find(store: Store, prefix: str) -> Iterator[Entry]:
-    """Files below a folder of a store that is not a local disk; none where there is no such folder."""
-    fs, root = store._connection
-    fs.invalidate_cache()
-    is_async, kind, path = isinstance(fs, AsyncFileSystem), type(fs), store.full_path(prefix)
-    walks = kind._find is AsyncFileSystem._find if is_async else kind.find is AbstractFileSystem.find
-    try:
-        # fsspec's own walk leaves out every folder that it cannot list; file systems with a `find` of theirs raise.
-        found = dict(_walk(fs, path)) if walks else fs.find(path, detail=True)
-    except FileNotFoundError:
-        if fs.exists(path):
-            raise StorageError(f"{store.uri}: changed while it was listed. Run the same command again.") from None
-        return
-    start = len(root.rstrip("/")) + 1
-    yield from (_entry(name[start:], info) for name, info in found.items() if info["type"] == "file")
-
-
-def _walk(fs: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for info in fs.ls(folder, detail=True):
-        name = info["name"].rstrip("/")
-        if info["type"] != "directory":
-            yield name, info
-        elif name != folder.rstrip("/"):  # some list the folder itself too
-            yield from _walk(fs, name)
 
 
 def _local_entry(path: str, state: os.stat_result) -> Entry:

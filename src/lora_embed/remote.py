@@ -1,0 +1,90 @@
+"""What fsspec's remote file systems do differently from each other, or not at all: connecting, listing and writing."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem
+from fsspec.spec import AbstractFileSystem
+
+from lora_embed.errors import StorageError
+
+SILENCE_S = 15.0  # without a byte, of a store that is told no `read_timeout`; s3fs's own for reading
+SLOWEST = 2**18  # bytes per second of an upload that is still under way
+
+
+def is_s3(uri: str) -> bool:
+    return uri.startswith(("s3://", "s3a://"))
+
+
+def connect(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, str]:
+    """The file system and the root in it; StorageError for options or a kind of storage that it does not know."""
+    try:
+        fs, root = _connect_cached(uri, options) if _is_hashable(options) else _connect_anew(uri, options)
+    except ImportError as error:
+        raise StorageError(f"{uri}: this kind of storage needs another package: {error}") from None
+    except (ValueError, TypeError) as error:
+        raise StorageError(f"{uri}: unknown kind of storage, or storage options that do not fit it: {error}") from None
+    if not root and is_s3(uri):
+        raise StorageError(f"{uri}: names no bucket; expected s3://bucket/path")
+    return fs, root
+
+
+def _connect_anew(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, str]:
+    given = dict(options)
+    if is_s3(uri):
+        # One patience, that of `retry`: botocore and s3fs would try five times each, and a stalled read 25 times.
+        given["config_kwargs"] = {"retries": {"total_max_attempts": 1}} | given.get("config_kwargs", {})
+        given.setdefault("max_concurrency", 1)  # else each read asks for the size first
+    fs, root = fsspec.core.url_to_fs(uri, **given)
+    if is_s3(uri):
+        fs.retries = 1
+    return fs, root
+
+
+_connect_cached = lru_cache(maxsize=64)(_connect_anew)
+
+
+def _is_hashable(options: tuple[tuple[str, Any], ...]) -> bool:
+    """Nested options cannot be a cache key; fsspec then keeps the connection by itself."""
+    try:
+        hash(options)
+    except TypeError:
+        return False
+    return True
+
+
+def put(fs: Any, path: str, data: bytes, silence_s: float, **options: Any) -> None:
+    """Write an object; TimeoutError once the store has been silent for too long to be still receiving it.
+
+    The libraries limit how long an answer may take, but not how long they wait to be let send (`100 Continue`) or for
+    a peer that receives nothing.
+    """
+    if isinstance(fs, AsyncFileSystem):  # of the others, none takes a limit
+        options["timeout"] = silence_s + len(data) / SLOWEST
+    fs.pipe_file(path, data, **options)
+
+
+def find(fs: Any, folder: str, uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Full paths of the files below a folder and what is known of them; none where there is no such folder."""
+    fs.invalidate_cache()
+    is_async, kind = isinstance(fs, AsyncFileSystem), type(fs)
+    walks = kind._find is AsyncFileSystem._find if is_async else kind.find is AbstractFileSystem.find
+    try:
+        # fsspec's own walk leaves out every folder that it cannot list; file systems with a `find` of theirs raise.
+        found = dict(_walk(fs, folder)) if walks else fs.find(folder, detail=True)
+    except FileNotFoundError:
+        if fs.exists(folder):
+            raise StorageError(f"{uri}: changed while it was listed. Run the same command again.") from None
+        return
+    yield from ((name, info) for name, info in found.items() if info["type"] == "file")
+
+
+def _walk(fs: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for info in fs.ls(folder, detail=True):
+        name = info["name"].rstrip("/")
+        if info["type"] != "directory":
+            yield name, info
+        elif name != folder.rstrip("/"):  # some list the folder itself too
+            yield from _walk(fs, name)
