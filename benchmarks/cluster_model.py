@@ -28,11 +28,12 @@ import numpy as np
 import ray
 from ray.data.block import BlockAccessor
 
-from lora_embed import cluster, compact, decode, pipeline, plan, read, run, table
+from lora_embed import cluster, compact, decode, pipeline, plan, read, run, staging
 from lora_embed.config import JobConfig
+from lora_embed.manifest import FileEntry, ShardCounts
 from lora_embed.model.description import read_description
 from lora_embed.pipeline import BLOCK_BYTES, BLOCK_ITEMS, BLOCKS_IN_WAVE, BLOCKS_PER_READER, WAVE
-from lora_embed.schema import Block, FileEntry, Layout, ShardCounts, WorkItem
+from lora_embed.schema import Block, Layout, WorkItem
 from lora_embed.storage import Store
 from lora_embed.write import WriteParts
 from workloads import Workload, build_model, write_shards
@@ -216,8 +217,8 @@ def calibrate(folder: Path, dimension: int, count: int = 128) -> Costs:
     for _ in pipeline.embed_items([WorkItem(shard=shard) for shard in small], job, topology):
         marks.append((time.perf_counter(), time.process_time()))
     plan_s = _cpu_s(lambda: plan.list_shards((str(folder / "many"),), {}))
-    staged = table.staged_parts(store, description.space_id, layout.layout_id).values()
-    verify_s = _cpu_s(lambda: [table.verify_parts(store, description.space_id, layout, parts) for parts in staged])
+    staged = staging.staged_parts(store, description.space_id, layout.layout_id).values()
+    verify_s = _cpu_s(lambda: [staging.verify_parts(store, description.space_id, layout, parts) for parts in staged])
     counts = tuple(ShardCounts(id=shard.id, name=shard.name, samples=1000, vectors=1000, rejects=0) for shard in small)
     file = FileEntry(path="", rows=0, bytes=0, sha256="", shards=counts)
     manifest = compact.make_manifest(1, "", 0, [(file, None)], compact.plan_reuse(None, set()), gates={}, pins={}, lineage={})

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from lora_embed import cluster, pipeline, publish, table, versions, work
+from lora_embed import cluster, pipeline, publish, staging, table, versions, work
 from lora_embed.config import JobConfig
 from lora_embed.disk import create
 from lora_embed.model.description import Description
@@ -93,10 +93,10 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
     before_mb = peak_mb()
     missing = timed(found, "resume: find work", lambda: work.find_work(job, store, ENCODER, LAYOUT, [*shards, shard_of(count)]))
     assert [item.shard.id for item in missing] == [shard_of(count).id]
-    parts = list(table.staged_parts(store, SPACE, LAYOUT.layout_id).values())
+    parts = list(staging.staged_parts(store, SPACE, LAYOUT.layout_id).values())
     where = (store, SPACE, LAYOUT)
     each_has = publish.SHARDS_PER_TASK
-    timed(found, "verify parts", lambda: pipeline.map_tasks(table.verify_parts, where, parts, each_has=each_has))
+    timed(found, "verify parts", lambda: pipeline.map_tasks(staging.verify_parts, where, parts, each_has=each_has))
     manifest, _ = timed(found, "publish", lambda: publish.publish(job, shared, shards))
     assert manifest.counts["vectors"] == count
     timed(found, "open", lambda: table.open_table(str(folder)))

@@ -34,7 +34,8 @@ import torch
 from jobs import run_here, tiny_recipe, write_job
 from lora_embed import open_table
 from lora_embed.config import load_job
-from lora_embed.table import Table, describe_table
+from lora_embed.status import describe_table
+from lora_embed.table import Table
 from month_world import Month
 from s3 import OWNER, s3_server
 from samples import png

@@ -9,9 +9,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lora_embed.compact import Source, compact, make_manifest, plan_compactions, plan_reuse
-from lora_embed.schema import ChunkHead, Part, Shard, ShardCounts, sample_schema
+from lora_embed.manifest import ShardCounts
+from lora_embed.schema import ChunkHead, Part, Shard, sample_schema
+from lora_embed.staging import part_paths
 from lora_embed.storage import Store
-from lora_embed.table import Table, open_table, part_paths
+from lora_embed.table import Table, open_table
 from lora_embed.versions import commit_version, read_manifest
 from lora_embed.write import make_part, write_part
 from samples import layout

@@ -44,7 +44,7 @@ from lora_embed.model.fold import Limit
 from lora_embed.model.golden import relative_difference
 from lora_embed.outlook import plan_job
 from lora_embed.run import run_job
-from lora_embed.table import verify_table
+from lora_embed.verify import verify_table
 from samples import encoded, noise, png, tar_of
 
 

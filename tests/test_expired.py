@@ -26,7 +26,7 @@ from lora_embed.errors import StorageError
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.run import run_job
 from lora_embed.storage import Entry, Store
-from lora_embed.table import verify_table
+from lora_embed.verify import verify_table
 from s3 import READER, RIGHTS, Proxy, Request, S3Server, s3_server
 from samples import png
 

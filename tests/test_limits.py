@@ -11,7 +11,8 @@ import pytest
 from jobs import job_of, tiny_recipe, write_tars
 from lora_embed import cluster
 from lora_embed.run import run_job
-from lora_embed.table import open_table, verify_table
+from lora_embed.table import open_table
+from lora_embed.verify import verify_table
 
 
 class DriverMemory:

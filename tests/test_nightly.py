@@ -16,7 +16,7 @@ from jobs import read_rejects, read_rows, tiny_recipe, vectors_by_id, write_job,
 from lora_embed import cluster, load_encoder, open_table
 from lora_embed.cli import nightly_job, run_command
 from lora_embed.demo.parts import LabelledImage, write_shards
-from lora_embed.table import verify_table
+from lora_embed.verify import verify_table
 from lora_embed.versions import listed_versions
 from models import edit_tensors
 from samples import png, tar_of

@@ -15,12 +15,12 @@ from lora_embed import load_encoder, open_table, pipeline
 from lora_embed.cli import run_command
 from lora_embed.config import load_job, load_recipe
 from lora_embed.errors import StorageError, StoreUnavailable
+from lora_embed.manifest import Manifest
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.fold import Limit
 from lora_embed.run import run_job
-from lora_embed.schema import Manifest
 from lora_embed.storage import Store
-from lora_embed.table import verify_table
+from lora_embed.verify import verify_table
 from lora_embed.versions import commit_version, read_manifest
 from s3 import Faults, Proxy, Request, S3Server, s3_server
 

@@ -6,9 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from lora_embed import versions
 from lora_embed.compact import Source, compact, make_manifest, plan_compactions, plan_reuse
-from lora_embed.schema import ShardCounts
+from lora_embed.manifest import ShardCounts
+from lora_embed.staging import part_paths, verify_parts
 from lora_embed.storage import Store
-from lora_embed.table import open_table, part_paths, verify_parts, verify_table
+from lora_embed.table import open_table
+from lora_embed.verify import verify_table
 from s3 import S3Server
 from test_table import LAYOUT, SPACE, stage
 

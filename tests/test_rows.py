@@ -16,7 +16,8 @@ import pytest
 
 from lora_embed.errors import TableError, VerificationFailed
 from lora_embed.export import export_index, import_library
-from lora_embed.schema import FileEntry, Shard, ShardCounts
+from lora_embed.manifest import FileEntry, ShardCounts
+from lora_embed.schema import Shard
 from lora_embed.search import search_table
 from lora_embed.storage import Store
 from lora_embed.table import Table, open_table

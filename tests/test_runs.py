@@ -22,7 +22,8 @@ from lora_embed.errors import GateFailed
 from lora_embed.run import run_job
 from lora_embed.runs import Run, prune_runs, read_runs
 from lora_embed.storage import Store
-from lora_embed.table import open_table, verify_table
+from lora_embed.table import open_table
+from lora_embed.verify import verify_table
 from s3 import Proxy, Request, S3Server
 from samples import tar_of
 

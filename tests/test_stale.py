@@ -11,10 +11,11 @@ from jobs import job_of, read_rows, run_here, tiny_recipe, write_tars
 from lora_embed import work
 from lora_embed.compact import Reuse, Source, make_manifest, plan_compactions, plan_reuse
 from lora_embed.disk import create
+from lora_embed.manifest import FileEntry, Manifest, ShardCounts
 from lora_embed.model.description import Description
 from lora_embed.model.preprocess import Preprocessing
 from lora_embed.run import run_job
-from lora_embed.schema import FileEntry, Manifest, Shard, ShardCounts
+from lora_embed.schema import Shard
 from lora_embed.storage import Entry, Store
 from lora_embed.versions import commit_version
 from samples import layout, png, tar_of

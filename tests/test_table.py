@@ -12,18 +12,13 @@ import pytest
 from lora_embed.compact import SMALL_FILES, Reuse, Source, compact, make_manifest, plan_compactions, plan_reuse
 from lora_embed.errors import TableError, VerificationFailed
 from lora_embed.gates import Gate
-from lora_embed.schema import ChunkHead, ChunkStats, Manifest, Part, ShardCounts, sample_schema
+from lora_embed.manifest import Manifest, ShardCounts
+from lora_embed.schema import ChunkHead, ChunkStats, Part, sample_schema
+from lora_embed.staging import is_complete, part_paths, staged_parts, verify_parts
+from lora_embed.status import describe_table
 from lora_embed.storage import Store
-from lora_embed.table import (
-    Table,
-    describe_table,
-    is_complete,
-    open_table,
-    part_paths,
-    staged_parts,
-    verify_parts,
-    verify_table,
-)
+from lora_embed.table import Table, open_table
+from lora_embed.verify import verify_table
 from lora_embed.versions import commit_version, read_manifest
 from lora_embed.write import make_part, write_part
 from samples import layout

@@ -24,8 +24,9 @@ from lora_embed.lineage import forget
 from lora_embed.model.golden import relative_difference
 from lora_embed.run import run_job
 from lora_embed.schema import FORMAT
+from lora_embed.status import describe_table
 from lora_embed.storage import Store
-from lora_embed.table import describe_table, verify_table
+from lora_embed.verify import verify_table
 from lora_embed.versions import roll_back
 from old_table import COMMITS, TABLES
 from samples import encoded, noise

@@ -11,12 +11,15 @@ from lora_embed import pipeline
 from lora_embed.compact import plan_reuse
 from lora_embed.config import JobConfig
 from lora_embed.errors import GateFailed, StorageError, StoreUnavailable, TableError
+from lora_embed.manifest import Manifest, ShardCounts
 from lora_embed.publish import _clear
 from lora_embed.retention import retire
 from lora_embed.run import renew_encoder
-from lora_embed.schema import Manifest, ShardCounts
+from lora_embed.staging import verify_parts
+from lora_embed.status import describe_table
 from lora_embed.storage import Entry, Store
-from lora_embed.table import describe_table, open_table, verify_parts, verify_table
+from lora_embed.table import open_table
+from lora_embed.verify import verify_table
 from lora_embed.versions import (
     MARKED,
     MARKER,

@@ -161,8 +161,8 @@ def status(
 ) -> None:
     """Show a table's versions, what is staged for the next, the runs that go on and how the last ones ended."""
     from lora_embed.runs import describe_runs, read_runs, to_prometheus
+    from lora_embed.status import describe_table
     from lora_embed.storage import Store as TableStore
-    from lora_embed.table import describe_table
 
     state, runs = describe_table(table), read_runs(TableStore(table, {}))
     described = "\n".join([state.describe(), *describe_runs(runs)])
@@ -173,7 +173,8 @@ def status(
 @app.command()
 def verify(table: TableUri, version: int | None = None, as_json: Json = False) -> None:
     """Read a version's files again and check sums, counts, ids and space."""
-    from lora_embed.table import open_table, verify_table
+    from lora_embed.table import open_table
+    from lora_embed.verify import verify_table
 
     opened = open_table(table, version)
     verify_table(opened)

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lora_embed.errors import VerificationFailed
-from lora_embed.schema import REJECT_SCHEMA, ChunkStats, FileEntry, Layout, Manifest, Shard, ShardCounts, data_schema, may_hold
+from lora_embed.manifest import FileEntry, Manifest, ShardCounts, may_hold
+from lora_embed.schema import REJECT_SCHEMA, ChunkStats, Layout, Shard, data_schema
 from lora_embed.storage import Store
 from lora_embed.table import read_rows
 from lora_embed.write import to_parquet

@@ -19,13 +19,14 @@ from lora_embed.config import JobConfig
 from lora_embed.effort import Effort
 from lora_embed.errors import LoraEmbedError
 from lora_embed.heartbeat import Heartbeat
+from lora_embed.manifest import Manifest
 from lora_embed.metrics import Meters
 from lora_embed.progress import note, say
 from lora_embed.record import OPTIONS, Outcome, RejectExample, RunRecord, RunState, without_secrets
 from lora_embed.report.run import run_page
 from lora_embed.retry import take_retries
 from lora_embed.runs import prune_runs, state_path
-from lora_embed.schema import Manifest, encoder_path
+from lora_embed.schema import encoder_path
 from lora_embed.storage import Store
 from lora_embed.table import read_rows
 

@@ -15,9 +15,10 @@ from lora_embed.config import JobConfig, check_options
 from lora_embed.errors import GateFailed
 from lora_embed.gates import Gate, Limits
 from lora_embed.health import Figures, Health, combine, measure_rows, seeded_sample
+from lora_embed.manifest import FileEntry, Manifest
 from lora_embed.model import golden
 from lora_embed.model.description import DESCRIPTION
-from lora_embed.schema import FileEntry, Manifest, encoder_path
+from lora_embed.schema import encoder_path
 from lora_embed.storage import Store
 from lora_embed.table import Table, read_rows
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from lora_embed import compact, versions
 from lora_embed.errors import TableError
-from lora_embed.schema import Layout, Manifest, encoder_path
+from lora_embed.manifest import Manifest
+from lora_embed.schema import Layout, encoder_path
 from lora_embed.storage import Store
 from lora_embed.table import Table
 

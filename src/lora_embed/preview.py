@@ -5,14 +5,15 @@ import json
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lora_embed import cluster, gates, judge, pipeline, table, work
+from lora_embed import cluster, gates, judge, pipeline, staging, table, work
 from lora_embed.config import JobConfig
 from lora_embed.effort import Effort
 from lora_embed.errors import GateFailed
 from lora_embed.gates import Decision, Policy
 from lora_embed.health import combine, measure_rows
+from lora_embed.manifest import Manifest
 from lora_embed.progress import say
-from lora_embed.schema import Manifest, Shard
+from lora_embed.schema import Shard
 from lora_embed.stages import Workers, seconds_an_image
 
 
@@ -44,8 +45,8 @@ def embed_sample(
 def _decide(job: JobConfig, shared: pipeline.Job, current: Manifest, sample: list[Shard], hours: float) -> Decision:
     limits = judge.limits_of(job)
     policy = Policy(skip_overlap=job.reembed.skip_overlap, skip_gain=job.reembed.skip_gain, limits=limits)
-    staged = table.staged_parts(shared.store, shared.encoder.space_id, shared.layout.layout_id)
-    paths = [path for s in sample for path in table.part_paths(shared.encoder.space_id, shared.layout, staged.get(s.id, []))]
+    staged = staging.staged_parts(shared.store, shared.encoder.space_id, shared.layout.layout_id)
+    paths = [path for s in sample for path in staging.part_paths(shared.encoder.space_id, shared.layout, staged.get(s.id, []))]
     parts = [table.read_rows(shared.store, path) for path in paths]
     health = combine([measure_rows(part) for part in parts]) if parts else None
     found = health.figures() if health is not None and health.count else None

@@ -5,12 +5,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 
-from lora_embed import compact, judge, pipeline, retention, table, versions
+from lora_embed import compact, judge, pipeline, retention, staging, versions
 from lora_embed.config import JobConfig
 from lora_embed.errors import IncompleteRun, StorageError, StoreUnavailable, VerificationFailed
 from lora_embed.gates import Gate
+from lora_embed.manifest import Manifest, ShardCounts
 from lora_embed.progress import say
-from lora_embed.schema import Manifest, Part, Shard, ShardCounts
+from lora_embed.schema import Part, Shard
 from lora_embed.storage import Store
 
 SHARDS_PER_TASK = 64  # to verify one takes milliseconds
@@ -39,7 +40,7 @@ def publish(
         versions.refuse_held(current, shared.encoder.space_id, releases=releases)
         _refuse_backwards(store, current, shared.encoder.space_id, replaces)
         if current is not None and current.space_id == shared.encoder.space_id and set(current.shards) == set(wanted):
-            table.clear_absorbed(store, current, shared.layout)
+            staging.clear_absorbed(store, current, shared.layout)
             return current, False
         try:
             manifest = _next_version(job, shared, current, wanted, accepted or {})
@@ -57,7 +58,7 @@ def publish(
 def _clear(job: JobConfig, shared: pipeline.Job, manifest: Manifest) -> None:
     """Remove what the new version has made needless; it is published whether or not that succeeds."""
     try:
-        table.clear_absorbed(shared.store, manifest, shared.layout)
+        staging.clear_absorbed(shared.store, manifest, shared.layout)
         retention.retire(shared.store, job.retain.versions, job.retain.grace_days * 86400, frozenset(manifest.shards))
     except (StorageError, StoreUnavailable) as error:
         say(f"version {manifest.version} is published, but what it replaces could not be cleared; the next one will: {error}")
@@ -85,20 +86,20 @@ def _next_version(
     forgotten = current.forgotten if current is not None else ()
     reuse = compact.plan_reuse(before, set(wanted), set(forgotten) - set(before.forgotten if before is not None else ()))
     kept = set(before.shards) & set(wanted) if before is not None else set()
-    staged = table.staged_parts(store, encoder.space_id, layout.layout_id)
+    staged = staging.staged_parts(store, encoder.space_id, layout.layout_id)
     new = {shard_id: staged.get(shard_id, []) for shard_id in wanted if shard_id not in kept}
     _refuse_incomplete(new, wanted)
     where = (store, encoder.space_id, layout)
     few = len(new) + len(reuse.sources) <= SHARDS_PER_TASK
-    checked = pipeline.map_tasks(table.verify_parts, where, list(new.values()), each_has=SHARDS_PER_TASK, here=few)
+    checked = pipeline.map_tasks(staging.verify_parts, where, list(new.values()), each_has=SHARDS_PER_TASK, here=few)
     counts = {stats.shard_id: compact.shard_counts(wanted[stats.shard_id], stats) for stats in checked}
     shares = _shares(job, current, list(counts.values()), kept)
-    again = [path for id_ in sorted(kept) for path in table.part_paths(encoder.space_id, layout, staged.get(id_, []))]
+    again = [path for id_ in sorted(kept) for path in staging.part_paths(encoder.space_id, layout, staged.get(id_, []))]
     drift = judge.drift(shared, before, again, job.reembed.drift) if before is not None else None
     shares += [drift] if drift is not None else []
     judge.decide(job.table, shares, accepted)
     sources = [
-        compact.Source(shard=counts[shard_id], parts=table.part_paths(encoder.space_id, layout, parts))
+        compact.Source(shard=counts[shard_id], parts=staging.part_paths(encoder.space_id, layout, parts))
         for shard_id, parts in new.items()
     ]
     sources = [*reuse.sources, *sources]
@@ -128,7 +129,7 @@ def _next_version(
 
 
 def _refuse_incomplete(new: dict[str, list[Part]], wanted: dict[str, Shard]) -> None:
-    incomplete = [wanted[shard_id].name for shard_id, parts in new.items() if not table.is_complete(parts)]
+    incomplete = [wanted[shard_id].name for shard_id, parts in new.items() if not staging.is_complete(parts)]
     if incomplete:
         raise IncompleteRun(f"{len(incomplete)} shards are not complete, first {incomplete[0]}; run the same command again")
 

@@ -5,7 +5,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from lora_embed.errors import StorageError
-from lora_embed.schema import Manifest, Part, encoder_path
+from lora_embed.manifest import Manifest
+from lora_embed.schema import Part, encoder_path
 from lora_embed.storage import Entry, Store
 from lora_embed.versions import CURRENT, RETIRED, listed_versions, move_aside, read_manifest, read_manifest_at
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from lora_embed import cluster, journal, judge, pipeline, plan, preview, publish, table, versions, work
+from lora_embed import cluster, journal, judge, pipeline, plan, preview, publish, staging, versions, work
 from lora_embed.config import JobConfig, load_recipe
 from lora_embed.errors import ConfigError, TableError, once_started
+from lora_embed.manifest import Manifest
 from lora_embed.model.description import DESCRIPTION, BaseReference, Description, read_description
 from lora_embed.progress import say
-from lora_embed.schema import Layout, Manifest, Shard, encoder_path
+from lora_embed.schema import Layout, Shard, encoder_path
 from lora_embed.storage import Store
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def _is_current(job: JobConfig, store: Store, encoder: Description, current: Man
     layout = known_layout(job, store, encoder, current)
     if layout is None or job.limit is not None or set(current.shards) != {shard.id for shard in shards}:
         return False
-    table.clear_absorbed(store, current, layout)
+    staging.clear_absorbed(store, current, layout)
     return True
 
 

@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from lora_embed.errors import GateFailed, TableError
-from lora_embed.schema import FORMAT, Manifest, refuse_other_format
+from lora_embed.manifest import Manifest, refuse_other_format
+from lora_embed.schema import FORMAT
 from lora_embed.storage import Store
 
 MARKER = "table.json"  # the first object of a table

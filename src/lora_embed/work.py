@@ -3,15 +3,16 @@
 from dataclasses import replace
 from typing import Any
 
-from lora_embed import cluster, pipeline, table, versions
+from lora_embed import cluster, pipeline, staging, versions
 from lora_embed.config import JobConfig
 from lora_embed.effort import Effort
 from lora_embed.errors import IncompleteRun, WorkersLost
 from lora_embed.health import seeded_sample
+from lora_embed.manifest import Manifest
 from lora_embed.model.description import Description
 from lora_embed.progress import Progress, say
 from lora_embed.read import count_samples
-from lora_embed.schema import ChunkStats, Layout, Manifest, Part, Shard, Staged, WorkItem
+from lora_embed.schema import ChunkStats, Layout, Part, Shard, Staged, WorkItem
 from lora_embed.storage import Store
 
 ATTEMPTS = 3
@@ -20,14 +21,14 @@ MOST_IN_A_ROW = 8  # shards that fail for a store that does not answer, before a
 
 def find_work(job: JobConfig, store: Store, encoder: Description, layout: Layout, shards: list[Shard]) -> list[WorkItem]:
     """Subtract what is published or staged from the listed shards; a trial run takes the first `limit` samples."""
-    staged = table.staged_parts(store, encoder.space_id, layout.layout_id)
+    staged = staging.staged_parts(store, encoder.space_id, layout.layout_id)
     current = versions.read_manifest(store)  # after the listing: another run may publish, and remove its parts, in between
     before = versions.newest_of(store, encoder.space_id, layout.pins, current)
     published = set(before.shards) if before is not None else set()
     items = [
         _what_is_left(shard, staged.get(shard.id, []), store, encoder)
         for shard in shards
-        if shard.id not in published and not table.is_complete(staged.get(shard.id, []))
+        if shard.id not in published and not staging.is_complete(staged.get(shard.id, []))
     ]
     if job.limit is not None:
         items = _first_samples(items, job.limit, layout, job.input_storage_options)
@@ -70,7 +71,7 @@ def find_drift_work(job: JobConfig, shared: pipeline.Job, shards: list[Shard]) -
     before = versions.newest_of(store, shared.encoder.space_id, layout.pins, current)
     if before is None or not job.reembed.drift or job.limit is not None:
         return []
-    staged = table.staged_parts(store, shared.encoder.space_id, layout.layout_id)
+    staged = staging.staged_parts(store, shared.encoder.space_id, layout.layout_id)
     items = []
     for shard in choose_unchanged(before, shards, job.reembed.drift, seed=before.version):
         samples = before.shards[shard.id].samples

@@ -1,0 +1,67 @@
+"""TODO."""
+
+from collections import defaultdict
+
+import pyarrow.parquet as pq
+
+from lora_embed.errors import VerificationFailed
+from lora_embed.manifest import Manifest
+from lora_embed.schema import ChunkStats, Layout, Part
+from lora_embed.storage import Store
+from lora_embed.write import part_path, read_footer
+
+
+def staged_parts(store: Store, space_id: str, layout_id: str) -> dict[str, list[Part]]:
+    """Committed parts of one layout by shard id, from one listing."""
+    found: dict[str, list[Part]] = defaultdict(list)
+    for entry in store.list_files(part_path(space_id, layout_id)):
+        part = Part.parse(entry.path.rsplit("/", 1)[-1])
+        if part is not None:
+            found[part.shard_id].append(part)
+    return {shard: sorted(parts, key=lambda part: part.chunk) for shard, parts in found.items()}
+
+
+def part_paths(space_id: str, layout: Layout, parts: list[Part]) -> tuple[str, ...]:
+    return tuple(part_path(space_id, layout.layout_id, part) for part in parts)
+
+
+def is_complete(parts: list[Part]) -> bool:
+    """Do sorted parts tile a shard from its first chunk to a proven last one?"""
+    chunks = [part.chunk for part in parts]
+    return bool(parts) and parts[-1].last and chunks == list(range(len(parts)))
+
+
+def verify_parts(store: Store, space_id: str, layout: Layout, parts: list[Part]) -> ChunkStats:
+    """Check one complete shard's parts by their footers against names and layout; its counts.
+
+    Raises VerificationFailed for a part of another space or layout, a gap, or counts that do not add up.
+    """
+    samples = vectors = 0
+    for part in parts:
+        path = part_path(space_id, layout.layout_id, part)
+        try:
+            with store.open(path) as file:
+                metadata = pq.ParquetFile(file).metadata
+        except FileNotFoundError:
+            raise VerificationFailed(f"{store.uri}/{path}: is gone, though it was listed; run the same command again") from None
+        facts = read_footer(metadata)
+        full = layout.chunk_size if not part.last else metadata.num_rows
+        expected = {
+            "space_id": space_id,
+            "layout_id": layout.layout_id,
+            "start": samples,
+            "samples": full,
+        }
+        if facts is None or {key: facts[key] for key in expected} != expected or metadata.num_rows != full:
+            raise VerificationFailed(f"{store.uri}/{path}: its footer says {facts}, expected {expected}; remove it, run again")
+        samples += metadata.num_rows
+        vectors += int(str(facts["vectors"]))
+    return ChunkStats(shard_id=parts[0].shard_id, chunk=len(parts), samples=samples, vectors=vectors, rejects=samples - vectors)
+
+
+def clear_absorbed(store: Store, manifest: Manifest, layout: Layout) -> None:
+    """Remove the staged parts of shards that a version holds, also where a run died just after it was committed."""
+    staged = staged_parts(store, manifest.space_id, layout.layout_id)
+    for shard_id in set(staged) & set(manifest.shards):
+        store.delete(list(part_paths(manifest.space_id, layout, staged[shard_id])))
+    store.clear_temporary()
