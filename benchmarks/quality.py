@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lora_embed import cli
+from lora_embed import ending
 from lora_embed.demo import parts
 from lora_embed.demo.tour import ADAPTERS
 from lora_embed.evaluate.assess import Request, assess
@@ -116,4 +116,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    cli.end_process(0)
+    ending.end_process(0)

@@ -9,7 +9,6 @@ cause; then the same command, undisturbed, ends whole. Exit code 1 if one did no
 import argparse
 import json
 import re
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -21,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from faults import KINDS, NETWORK, Fault, Trap, draw, transient
-from jobs import ROOT, kill_all
+from jobs import ROOT
 from lora_embed import versions
 from lora_embed.schema import Part
 from scene import LIMIT_S, Scene, World, left_over, rows_of, scene, world_at
@@ -82,7 +81,7 @@ def disturbed(here: Scene, result: Result) -> list[int | None]:
         here.watch(after=trap) if fault.is_done else here.watch(before=trap)
     for _ in range(2 if fault.kind.name == "started twice" else 1):
         here.start(disturbed=True)
-    codes = [end_of(process) for process in here.processes]
+    codes = [here.wait(process) for process in here.processes]
     with trap.lock:  # a run may be over before its killer has seen that it is
         result.struck, result.code = trap.struck, codes[0]
     requests = here.requests
@@ -90,14 +89,6 @@ def disturbed(here: Scene, result: Result) -> list[int | None]:
     if not trap.struck:
         result.violations.append("the fault never struck")
     return codes
-
-
-def end_of(process: "subprocess.Popen[bytes]") -> int | None:
-    try:
-        return process.wait(LIMIT_S)
-    except subprocess.TimeoutExpired:
-        kill_all(process)
-        return None
 
 
 def committed(here: Scene) -> dict[str, str]:
@@ -154,7 +145,7 @@ def check_processes(here: Scene, result: Result) -> None:
 def resume(here: Scene, result: Result, before: dict[str, str]) -> None:
     """The same command, undisturbed: whole, and nothing that was committed is written again."""
     seen = Counter(r.path for r in here.requests if r.method == "PUT" and r.status == 200)
-    result.again = end_of(here.start(disturbed=False))
+    result.again = here.wait(here.start(disturbed=False))
     said = here.said(len(here.processes) - 1)
     if result.again != 0 or "Traceback (most recent call last)" in said:
         result.violations.append(f"the same command again: exit code {result.again}: {said[-1500:]}")

@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from urllib.parse import unquote
 
 import psutil
@@ -20,7 +22,7 @@ import pyarrow.parquet as pq
 from ray.cluster_utils import Cluster
 
 from faults import MONITOR, Fault
-from jobs import start_job, tiny_recipe, write_job, write_recipe, write_tars
+from jobs import kill_all, start_job, tiny_recipe, write_job, write_recipe, write_tars
 from lora_embed import open_table
 from lora_embed.config import load_recipe
 from lora_embed.journal import software
@@ -165,6 +167,7 @@ class Scene:
     cluster: Cluster | None = None
     processes: list["subprocess.Popen[bytes]"] = field(default_factory=list)
     timers: list[threading.Timer] = field(default_factory=list)
+    errands: "SimpleQueue[Callable[[], object]]" = field(default_factory=SimpleQueue)  # for the thread that waits for the run
 
     @property
     def table(self) -> str:
@@ -200,6 +203,17 @@ class Scene:
         process = start_job(self.folder / "job.yaml", log, gpus=gpus, through=through, **variables)
         self.processes.append(process)
         return process
+
+    def wait(self, process: "subprocess.Popen[bytes]") -> int | None:
+        """Its exit code, or None if it does not end in time and is killed; runs errands meanwhile."""
+        end = time.monotonic() + LIMIT_S
+        while process.poll() is None:
+            with contextlib.suppress(Empty):
+                self.errands.get(timeout=0.2)()
+            if time.monotonic() > end:
+                kill_all(process)
+                return None
+        return process.returncode
 
     def said(self, number: int) -> str:
         return (self.folder / f"{number}.log").read_text(errors="replace")

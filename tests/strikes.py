@@ -90,7 +90,7 @@ def _lose_node(here: Scene) -> str:
     for node in nodes if here.fault.form.startswith("both") else nodes[:1]:
         here.cluster.remove_node(node, allow_graceful=False)
     if "another" in here.fault.form:
-        here.cluster.add_node(num_cpus=1)
+        here.errands.put(lambda: here.cluster.add_node(num_cpus=1))  # Ray starts nodes from a main thread alone
     return here.fault.form
 
 

@@ -14,7 +14,22 @@ from jobs import ROOT
 
 PACKAGE = ROOT / "src" / "lora_embed"
 LAYERS = [  # top to bottom: a module imports from its own layer and those above it
-    ["errors", "explain", "config", "schema", "stages", "disk", "retry", "storage", "fetch", "effort", "heartbeat"],
+    [
+        "errors",
+        "explain",
+        "yaml_file",
+        "config",
+        "schema",
+        "manifest",
+        "stages",
+        "disk",
+        "retry",
+        "remote",
+        "storage",
+        "fetch",
+        "effort",
+        "heartbeat",
+    ],
     ["evaluate", "evaluate.metrics", "evaluate.records", "evaluate.rank", "evaluate.figures", "evaluate.show", "evaluate.cka"],
     [
         "model.*",
@@ -33,7 +48,22 @@ LAYERS = [  # top to bottom: a module imports from its own layer and those above
         "record",
     ],
     ["report.*"],
-    ["embed", "embed_each", "versions", "retention", "table", "compact", "lineage", "search", "cluster", "metrics", "runs"],
+    [
+        "embed",
+        "embed_each",
+        "versions",
+        "retention",
+        "staging",
+        "table",
+        "verify",
+        "status",
+        "compact",
+        "lineage",
+        "search",
+        "cluster",
+        "metrics",
+        "runs",
+    ],
     ["tune.*"],
     ["pipeline"],
     ["judge"],
@@ -48,8 +78,8 @@ FENCES = {  # library → who alone imports it
     "ray": ["cluster", "pipeline", "cli", "jobs.*"],
     "peft": ["model.adapter", "model.match", "model.merge"],
     "transformers": ["model.*"],
-    "fsspec": ["storage"],
-    "pyarrow.parquet": ["write", "table", "read", "export"],
+    "fsspec": ["remote", "storage"],
+    "pyarrow.parquet": ["write", "staging", "table", "verify", "read", "export"],
 }
 # Training has no place in the package: the demo's adapters are trained by PEFT's own injection.
 OUTSIDE_THE_FENCES = {"scripts.train_demo_adapters": {"peft", "transformers"}}
@@ -120,7 +150,7 @@ def is_placed(name: str) -> bool:
 
 def test_modules_are_found() -> None:
     assert {"config", "model.adapter", "demo.tour", "jobs.embed"} <= set(MODULES)
-    assert own_imports("config") == {"errors", "explain"}
+    assert own_imports("config") == {"errors", "explain", "yaml_file"}
     assert {"pipeline", "plan", "schema", "model.build"} <= own_imports("run")
     assert "model.build" not in own_imports("run", at_import=True)
     assert "table" not in own_imports("cli", at_import=True)

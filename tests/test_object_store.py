@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from jobs import job_of, read_rows, tiny_recipe, write_job, write_tars
+from jobs import job_of, read_rows, start_job, tiny_recipe, write_job, write_tars
 from lora_embed import load_encoder, open_table, pipeline
 from lora_embed.cli import run_command
 from lora_embed.config import load_job, load_recipe
@@ -75,6 +77,19 @@ def test_a_table_on_s3_is_the_one_on_a_disk_whatever_fails_in_between(
     assert rows_at(server, "faulty").equals(read_rows(local / "table"))
     proxy.faults = Faults()
     assert run_job(load_job(job)).embedded == 0
+
+
+def test_a_run_told_to_end_before_ray_has_started_says_so(tmp_path: Path, server: S3Server, proxy: Proxy, local: Path) -> None:
+    job = remote_job(local, tmp_path, server.options(proxy.endpoint), "told")
+    listing = threading.Event()
+    proxy.watch = lambda request: listing.set() if "list-type=2" in request.query else None
+    process = start_job(job, tmp_path / "log")
+    assert listing.wait(60)
+    process.send_signal(signal.SIGTERM)
+    said = f"{process.wait(60)} {(tmp_path / 'log').read_text()}"
+    assert said.startswith("1 ")
+    assert "stopped by a signal; what is committed stays" in said
+    assert "end: not done, exit 1" in said
 
 
 def test_base_and_adapters_on_s3_make_the_encoder_of_those_on_a_disk(

@@ -29,9 +29,9 @@ from samples import tar_of
 
 BEATS_OFTEN = """
 import sys
-from lora_embed import cli, heartbeat
+from lora_embed import cli, ending, heartbeat
 heartbeat.EVERY_S = 0.3
-cli.end_process(cli.embed_job(sys.argv[1:]))
+ending.end_process(cli.embed_job(sys.argv[1:]))
 """
 COMMAND = "import sys; from lora_embed.cli import main; main()"
 

@@ -1,23 +1,20 @@
-"""The command line: parse, call, print, exit code."""
+"""The command line: parse, call, print."""
 
 import enum
 import json
-import os
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 from lora_embed.cli_evaluate import evaluate
 from lora_embed.cli_tune import tune
 from lora_embed.config import load_job, load_recipe
-from lora_embed.ending import Ending
-from lora_embed.errors import ConfigError, LoraEmbedError, lack_of_machine
-from lora_embed.progress import LogFormat, log_as, logs_json, note, noted, say, shown
+from lora_embed.ending import end_process, exit_code_of
+from lora_embed.errors import ConfigError
+from lora_embed.progress import LogFormat, log_as, note, say, shown
 from lora_embed.record import without_secrets
 
 app = typer.Typer(
@@ -27,7 +24,6 @@ app = typer.Typer(
     help="Merge LoRA adapters into one encoder, and keep its embeddings of many images as a versioned Parquet table.",
 )
 
-A_BUG = "this is a bug: please report it with the traceback"
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
@@ -244,7 +240,7 @@ def evaluate_job(arguments: list[str]) -> int:
     """`jobs/evaluate.py`, with the options of `lora-embed evaluate`; returns the exit code."""
     entry = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     entry.command()(evaluate)
-    return _exit_code(lambda: entry(arguments, prog_name="evaluate.py"))
+    return exit_code_of(lambda: entry(arguments, prog_name="evaluate.py"))
 
 
 def nightly_job(arguments: list[str]) -> int:
@@ -262,7 +258,7 @@ def nightly_job(arguments: list[str]) -> int:
         """Embed what is stale: new and changed shards, or everything where the recipe makes another space; publish."""
         _run(config, set_, as_json, replaces=True, releases=release)
 
-    return _exit_code(lambda: entry(arguments, prog_name="reembed_nightly.py"))
+    return exit_code_of(lambda: entry(arguments, prog_name="reembed_nightly.py"))
 
 
 def embed_job(arguments: list[str]) -> int:
@@ -280,7 +276,7 @@ def embed_job(arguments: list[str]) -> int:
         """Build the encoder if needed, embed what is missing, verify, publish."""
         _run(config, set_, as_json, publishes=publish)
 
-    return _exit_code(lambda: entry(arguments, prog_name="embed.py"))
+    return exit_code_of(lambda: entry(arguments, prog_name="embed.py"))
 
 
 def main() -> None:
@@ -288,18 +284,9 @@ def main() -> None:
     end_process(run_command(sys.argv[1:]))
 
 
-def end_process(code: int) -> NoReturn:
-    """End with this exit code, and Ray before it: after a signal the interpreter's own end aborts where Ray was loaded."""
-    if (cluster := sys.modules.get("lora_embed.cluster")) is not None:
-        cluster.leave(failed=code != 0)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 def run_command(arguments: list[str]) -> int:
     """`lora-embed` with these arguments; returns the exit code."""
-    return _exit_code(lambda: app(arguments, prog_name="lora-embed"))
+    return exit_code_of(lambda: app(arguments, prog_name="lora-embed"))
 
 
 def _run(path: Path, overrides: list[str] | None, as_json: bool, **how: bool) -> None:
@@ -309,49 +296,6 @@ def _run(path: Path, overrides: list[str] | None, as_json: bool, **how: bool) ->
 
     result = run_job(job, **how)
     _print(asdict(result), as_json, result.describe())
-
-
-def _exit_code(command: Callable[[], Any]) -> int:
-    """Run a command; what a user can mend ends in one message, never in a traceback, and a run in a line that sums it up."""
-    log_as(LogFormat.TEXT)
-    started = time.monotonic()
-    code, cause, advice = 0, "", ""
-    try:
-        command()
-    except LoraEmbedError as error:
-        code, cause, advice = error.exit_code, str(error), error.advice
-        say(f"error: {error}", level="error", event="error", error=type(error).__name__)
-    except (OSError, MemoryError) as error:
-        if (lack := lack_of_machine(error)) is None:
-            _say_end(_ending_of_a_bug(error, started))
-            raise
-        code, cause, advice = 1, lack, LoraEmbedError.advice
-        say(f"error: {lack}. What is committed stays, and the same command goes on.", level="error", event="error")
-    except KeyboardInterrupt:
-        code, cause, advice = 1, "interrupted", LoraEmbedError.advice
-        say("interrupted; what is committed stays, and the same command goes on", level="error", event="error")
-    except SystemExit as end:
-        code = int(end.code or 0) if end.code in (None, 0, 1, 2) else 1
-        if end.code not in (None, 0, 1, 2):
-            cause, advice = "stopped by a signal", LoraEmbedError.advice
-            say("stopped by a signal; what is committed stays, and the same command goes on", level="error", event="error")
-    except Exception as bug:
-        _say_end(_ending_of_a_bug(bug, started))
-        raise
-    _say_end(Ending(code=code, seconds=time.monotonic() - started, cause=cause, advice=advice))
-    return code
-
-
-def _ending_of_a_bug(bug: Exception, started: float) -> Ending:
-    return Ending(code=1, seconds=time.monotonic() - started, cause=f"{type(bug).__name__}: {bug}", advice=A_BUG)
-
-
-def _say_end(ending: Ending) -> None:
-    """How a run ended; as text not of one that was refused, of which the message before is all there is to say."""
-    facts = noted()
-    if facts.pop("is_run", False) and (ending.code != 2 or logs_json()):
-        level = "error" if ending.code else "info"
-        say(ending.describe(facts), level=level, event="end", **facts | {"exit_code": ending.code, "advice": ending.advice})
 
 
 def _counted(counts: dict[str, int]) -> str:

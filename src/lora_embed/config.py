@@ -3,7 +3,6 @@
 import math
 import os
 import posixpath
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from lora_embed.errors import ConfigError, holds_secret, redacted
 from lora_embed.explain import Keys, checked, shown
+from lora_embed.yaml_file import Loader, read_yaml, yaml_problem
 
 OWN_COLUMNS = ("id", "embedding", "shard", "key", "width", "height", "sha256", "reason", "detail")
 
@@ -230,7 +230,7 @@ def load_recipe(path: str | Path) -> Recipe:
 
     Raises ConfigError naming the file, the key, what was found and what is allowed.
     """
-    data = _read_yaml(Path(path), "a recipe (YAML)")
+    data = read_yaml(Path(path), "a recipe (YAML)")
     folder = Path(path).resolve().parent
     if isinstance(data.get("base_model"), str):
         data["base_model"] = _local_or_hub(folder, data["base_model"])
@@ -255,7 +255,7 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> JobConfig:
 
     Raises ConfigError naming the file or the override, the key, what was found and what is allowed.
     """
-    data = _with_absolute_paths(_read_yaml(Path(path), "a job file (YAML)"), Path(path).resolve().parent)
+    data = _with_absolute_paths(read_yaml(Path(path), "a job file (YAML)"), Path(path).resolve().parent)
     overridden: dict[Keys, str] = {}
     for text in overrides or []:
         keys, value = _parse_override(text)
@@ -277,9 +277,9 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
     if not separator or not key:
         raise ConfigError(f"--set {text}: expected KEY=VALUE, for example --set chunk_size=256")
     try:
-        return key.split("."), yaml.load(raw, _Loader)
+        return key.split("."), yaml.load(raw, Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"--set {_as_said(text)}: the value is not valid YAML: {_yaml_problem(error)}. Quote it.") from None
+        raise ConfigError(f"--set {_as_said(text)}: the value is not valid YAML: {yaml_problem(error)}. Quote it.") from None
 
 
 def _section_for(data: dict[str, Any], keys: list[str], text: str) -> dict[str, Any]:
@@ -314,39 +314,3 @@ def _local_or_hub(folder: Path, value: str) -> str:
     """A name that exists below the folder, or looks like a path, is a path; anything else names a hub repository."""
     looks_local = value.startswith((".", "/", "~")) or (folder / value).exists() or value.count("/") > 1
     return _absolute(folder, value) if looks_local else value
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, of which the first would be lost without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands there twice", key.start_mark)
-            seen.add(key.value)
-            if key.tag != "tag:yaml.org,2002:merge":
-                key.tag = "tag:yaml.org,2002:str"  # `on` and `5` too: keys are names
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path, kind: str) -> dict[str, Any]:
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file, expected {kind}. Correct the path.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise ConfigError(f"{path}: cannot be read as a text file: {reason}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: is not valid YAML: {_yaml_problem(error)}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: is {shown(data)}, expected keys and values, a line each, such as `key: value`")
-    return data
-
-
-def _yaml_problem(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return " ".join(str(error).split())
-    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None)}"

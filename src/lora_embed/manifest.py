@@ -1,4 +1,4 @@
-"""TODO."""
+"""A version of a table as JSON: its files, their shards and counts, and how releases read each other's."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The Arrow schemas of parts and tables, and the records that the stages hand to each other or write as JSON."""
+"""The Arrow schemas of parts and tables, and the records that the stages hand to each other."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Parts that are committed and wait for a version: listed, complete, verified, and gone once a version holds them."""
 
 from collections import defaultdict
 

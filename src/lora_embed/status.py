@@ -1,4 +1,4 @@
-"""TODO."""
+"""What `status` shows of a table."""
 
 from collections import defaultdict
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The table on storage: what is staged and published, verification, compaction, versions, and opening one."""
+"""A version of a table, open for reading."""
 
 import re
 from bisect import bisect_left

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Published files read again and held against their manifest."""
 
 import hashlib
 import io
