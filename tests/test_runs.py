@@ -146,7 +146,7 @@ def test_a_run_is_seen_from_elsewhere_while_it_goes_on_and_seems_dead_once_it_is
     assert run["embedded"] == 4 * run["shards_done"] > 0
     assert run["silent_s"] < runs.DEAD_AFTER_S
     assert run["last_chunk"] >= run["started"]
-    assert f"running   {run['run_id']} embedding on {run['host']} for 0:" in text
+    assert f"running   {run['run_id']} embedding on {run['host']} for " in text
     assert " of 12 shards, " in text
 
     monkeypatch.setattr(runs, "DEAD_AFTER_S", 0.5)
