@@ -103,7 +103,7 @@ def check_end(here: Scene, result: Result, codes: list[int | None]) -> None:
         errors = [line for line in said.splitlines() if line.startswith(("error: ", "stopped by", "interrupted"))]
         result.message = result.message or " | ".join(errors)[:1000]
         if "Traceback (most recent call last)" in said:
-            result.violations.append(f"a traceback: {said[said.index('Traceback') :][-1500:]}")
+            result.violations.append(f"a traceback: {said[said.index('Traceback') :][:1500]}")
         if code == 1:
             check_message(here.fault, said, errors, result)
         elif code is None:

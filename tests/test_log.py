@@ -1,6 +1,8 @@
 """What a run says with `--log-format json`, and the line that sums it up."""
 
+import contextlib
 import json
+import logging
 import os
 import re
 import subprocess
@@ -62,6 +64,17 @@ def test_a_refusal_is_an_object_too(tmp_path: Path) -> None:
     assert "unknown key 'tabel'" in error["message"]
     assert (end["event"], end["exit_code"]) == ("end", 2)
     assert end["message"].startswith("end: refused, exit 2 · ")
+
+
+def test_a_log_file_on_a_full_disk_is_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    run_command(["status", "/nowhere"])
+    logger, handler = logging.getLogger("of.a.library"), logging.FileHandler("/dev/full")
+    logger.addHandler(handler)
+    logger.error("is written nowhere")
+    logger.removeHandler(handler)
+    with contextlib.suppress(OSError):
+        handler.close()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_the_last_line_sums_a_run_up(

@@ -60,6 +60,7 @@ def shown(message: str) -> str:
 def log_as(wanted: LogFormat) -> None:
     """Speak in that way from now on, about no run yet."""
     _FACTS.clear()
+    logging.raiseExceptions = False  # Ray keeps logs of its own, and prints a traceback where their disk is full
     if wanted is LogFormat.TEXT:
         _IS_JSON.clear()
         return
