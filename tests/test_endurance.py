@@ -48,6 +48,13 @@ def test_trends_leave_the_warm_up_out_and_judge_by_name() -> None:
     assert trends["threads of resident"].slope == pytest.approx(180)
 
 
+@pytest.mark.parametrize(("a_night", "grows"), [(0.2, False), (0.6, True)])
+def test_what_ray_keeps_of_each_night_is_no_growth_of_ours(a_night: float, grows: bool) -> None:
+    lines = [{"hours": n / 60, "form": "resident", "figures": {"memory of resident, MB": 400 + a_night * n}} for n in range(60)]
+    [memory] = trends_of(lines, minutes=60)
+    assert (memory.grows, memory.slope) == (grows, pytest.approx(60 * a_night))
+
+
 def test_a_process_that_lost_its_parent_is_counted(tmp_path: Path) -> None:
     mark = f"test-{os.getpid()}"
     orphan = "import subprocess; print(subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL).pid)"

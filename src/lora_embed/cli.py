@@ -3,6 +3,7 @@
 import enum
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -236,47 +237,47 @@ app.command()(tune)
 app.command()(evaluate)
 
 
-def evaluate_job(arguments: list[str]) -> int:
-    """`jobs/evaluate.py`, with the options of `lora-embed evaluate`; returns the exit code."""
-    entry = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    entry.command()(evaluate)
-    return exit_code_of(lambda: entry(arguments, prog_name="evaluate.py"))
+def embed(
+    config: Annotated[Path, typer.Option(help="Job file (YAML).")],
+    set_: Set = None,
+    publish: bool = True,
+    as_json: Json = False,
+    log_format: Log = LogFormat.TEXT,
+) -> None:
+    """Build the encoder if needed, embed what is missing, verify, publish."""
+    _run(config, set_, as_json, publishes=publish)
 
 
-def nightly_job(arguments: list[str]) -> int:
-    """`jobs/reembed_nightly.py`: `--config JOB [--set KEY=VALUE …] [--release] [--json]`; returns the exit code."""
-    entry = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-    @entry.command()
-    def main(
-        config: Annotated[Path, typer.Option(help="Job file (YAML).")],
-        set_: Set = None,
-        release: Annotated[bool, typer.Option("--release", help="Publish a space that a rollback holds back.")] = False,
-        as_json: Json = False,
-        log_format: Log = LogFormat.TEXT,
-    ) -> None:
-        """Embed what is stale: new and changed shards, or everything where the recipe makes another space; publish."""
-        _run(config, set_, as_json, replaces=True, releases=release)
-
-    return exit_code_of(lambda: entry(arguments, prog_name="reembed_nightly.py"))
+def reembed_nightly(
+    config: Annotated[Path, typer.Option(help="Job file (YAML).")],
+    set_: Set = None,
+    release: Annotated[bool, typer.Option("--release", help="Publish a space that a rollback holds back.")] = False,
+    as_json: Json = False,
+    log_format: Log = LogFormat.TEXT,
+) -> None:
+    """Embed what is stale: new and changed shards, or everything where the recipe makes another space; publish."""
+    _run(config, set_, as_json, replaces=True, releases=release)
 
 
 def embed_job(arguments: list[str]) -> int:
     """`jobs/embed.py`: `--config JOB [--set KEY=VALUE …] [--no-publish] [--json]`; returns the exit code."""
+    return _exit_code_of_job(embed, arguments)
+
+
+def nightly_job(arguments: list[str]) -> int:
+    """`jobs/reembed_nightly.py`: `--config JOB [--set KEY=VALUE …] [--release] [--json]`; returns the exit code."""
+    return _exit_code_of_job(reembed_nightly, arguments)
+
+
+def evaluate_job(arguments: list[str]) -> int:
+    """`jobs/evaluate.py`, with the options of `lora-embed evaluate`; returns the exit code."""
+    return _exit_code_of_job(evaluate, arguments)
+
+
+def _exit_code_of_job(command: Callable[..., None], arguments: list[str]) -> int:
     entry = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-    @entry.command()
-    def main(
-        config: Annotated[Path, typer.Option(help="Job file (YAML).")],
-        set_: Set = None,
-        publish: bool = True,
-        as_json: Json = False,
-        log_format: Log = LogFormat.TEXT,
-    ) -> None:
-        """Build the encoder if needed, embed what is missing, verify, publish."""
-        _run(config, set_, as_json, publishes=publish)
-
-    return exit_code_of(lambda: entry(arguments, prog_name="embed.py"))
+    entry.command()(command)
+    return exit_code_of(lambda: entry(arguments, prog_name=f"{command.__name__}.py"))
 
 
 def main() -> None:
