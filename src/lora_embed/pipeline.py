@@ -1,4 +1,4 @@
-"""The chain on a Ray cluster. Besides `cluster` and the entry points, the only user of ray."""
+"""The chain on a Ray cluster. Besides `ray_private`, `cluster` and the entry points, the only user of ray."""
 
 import contextlib
 import re

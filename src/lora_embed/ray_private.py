@@ -86,7 +86,11 @@ def _log(data: dict[str, Any], *_: Any, **__: Any) -> None:
 
 
 def was_tried_before() -> bool:
-    """Inside a task: did a process die that had it before?"""
+    """Inside a task: did a process die that had it before?
+
+    In an actor, for the body of a generator alone: Ray Data calls what is no generator in another thread, where Ray knows
+    of no task and answers that this is the first attempt.
+    """
     return bool(_worker.global_worker.core_worker.get_current_task_attempt_number() > 0)
 
 
