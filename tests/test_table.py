@@ -12,6 +12,7 @@ import pytest
 from lora_embed.compact import SMALL_FILES, Reuse, Source, compact, cut_shard, make_manifest, plan_compactions, plan_reuse
 from lora_embed.errors import TableError, VerificationFailed
 from lora_embed.gates import Gate
+from lora_embed.lineage import forget
 from lora_embed.manifest import Manifest, ShardCounts
 from lora_embed.schema import ChunkHead, Part, Shard, sample_schema
 from lora_embed.staging import VerifiedShard, is_complete, part_paths, staged_parts, verify_parts
@@ -211,6 +212,74 @@ def test_files_hold_whole_shards_up_to_their_size(monkeypatch: pytest.MonkeyPatc
         ["0.tar", "1.tar", "2.tar"],
         ["3.tar", "4.tar"],
     ]
+
+
+def spanning(store: Store, monkeypatch: pytest.MonkeyPatch) -> Manifest:
+    """Version 2: beside `a` and `b` a shard of 42 samples, 3 of them bad, whose rows take three files."""
+    monkeypatch.setattr("lora_embed.compact.DATA_FILE_BYTES", 80)  # ten vectors
+    parts = stage(store, "cc", "c.tar", 42, rejects=3)
+    reuse = plan_reuse(read_manifest(store), {"aa", "bb", "cc"})
+    return publish(store, 2, {"cc": verify_parts(store, SPACE, LAYOUT, parts)}, reuse, {"cc": "c.tar"})
+
+
+def test_a_shard_may_span_data_files_and_is_one_shard_all_the_same(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = spanning(store, monkeypatch)
+    holding = [shard for entry in manifest.files for shard in entry.shards if shard.id == "cc"]
+    assert [(shard.start, shard.samples) for shard in holding] == [(0, 21), (21, 18), (39, 3)]
+    assert manifest.shards["cc"] == ShardCounts(id="cc", name="c.tar", samples=42, vectors=39, rejects=3)
+    assert manifest.counts == {"shards": 3, "samples": 51, "vectors": 47, "rejects": 4}
+    opened = open_table(store.uri)
+    verify_table(opened)
+    assert opened.manifest == manifest
+    ids = opened.to_dataset().to_table(columns=["id"]).column("id").to_pylist()
+    assert [id_ for id_ in ids if id_.startswith("c.tar")] == [f"c.tar/{number}" for number in range(3, 42)]
+    assert opened.rows(["c.tar/41", "c.tar/3"], ["id"]).column("id").to_pylist() == ["c.tar/41", "c.tar/3"]
+    assert opened.rejects().num_rows == 4
+    whole = plan_reuse(manifest, {"aa", "bb", "cc"})
+    assert (set(whole.files), set(whole.rejects), whole.sources) == (set(manifest.files), set(manifest.rejects), ())
+
+
+def test_an_older_release_does_not_publish_where_a_shard_spans_files(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their records hold `start`, which it does not know; all other manifests are written as it writes them."""
+    assert b'"start"' not in (store.read("versions/00000001.json") or b"")
+    spanning(store, monkeypatch)
+    assert (store.read("versions/00000002.json") or b"").count(b'"start"') == 2, "of three files, the first begins at 0"
+
+
+def test_forgetting_in_a_shard_that_spans_files_leaves_all_others(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    spanning(store, monkeypatch)
+    store.create(f"encoders/{SPACE}/merge_report.json", b"{}")
+    forget(store, ["c.tar/5", "c.tar/28", "c.tar/40", "b.tar/1"], "asked")
+    opened = open_table(store.uri)
+    verify_table(opened)
+    assert opened.manifest.counts == {"shards": 3, "samples": 51, "vectors": 43, "rejects": 8}
+    assert opened.manifest.shards["cc"] == ShardCounts(id="cc", name="c.tar", samples=42, vectors=36, rejects=6)
+    ids = set(opened.to_dataset().to_table(columns=["id"]).column("id").to_pylist())
+    assert len(ids) == 43
+    assert not ids & {"c.tar/5", "c.tar/28", "c.tar/40", "b.tar/1"}
+
+
+def test_a_shard_that_spans_files_goes_whole(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = spanning(store, monkeypatch)
+    third = publish(store, 3, {}, plan_reuse(manifest, {"aa", "bb"}), {})
+    verify_table(open_table(store.uri))
+    assert third.counts == {"shards": 2, "samples": 9, "vectors": 8, "rejects": 1}
+
+
+def test_a_data_file_has_at_most_twice_its_size_and_small_row_groups(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes together: one that was close to twice the size before gets nothing more."""
+    monkeypatch.setattr("lora_embed.compact.DATA_FILE_BYTES", 100)
+    monkeypatch.setattr("lora_embed.compact.ROW_GROUP_BYTES", 16)
+    shards = [ShardCounts(id=f"{n}", name=f"{n}.tar", samples=n, vectors=n, rejects=0) for n in (12, 24, 13, 11, 25, 1)]
+    tasks = plan_compactions([Source(shards=(shard,), data="d") for shard in shards], LAYOUT, SPACE, 2)
+    assert max(task.vector_bytes for task in tasks) <= 200
+    assert sum(task.vector_bytes for task in tasks) == 8 * (12 + 24 + 13 + 11 + 25 + 1)
+    parts = stage(store, "dd", "d.tar", 9)
+    manifest = publish(store, 2, {"dd": verify_parts(store, SPACE, LAYOUT, parts)}, plan_reuse(None, set()), {"dd": "d.tar"})
+    (entry,) = manifest.files
+    metadata = pq.read_metadata(store.full_path(entry.path))
+    assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [2, 2, 2, 2, 1]
+    assert Table(store, manifest).rows(["d.tar/7"]).column("embedding").to_pylist() == [[7.0, 1.0]]
 
 
 def test_an_absent_table_or_version_is_named(tmp_path: Path, store: Store) -> None:
