@@ -97,7 +97,7 @@ def seconds_to_plan(folder: Path, shards: list[Shard], staged: list[ShardCounts]
     started = time.monotonic()
     current = Manifest.from_json((folder / "versions" / "00000001.json").read_bytes(), "")
     kept = plan_reuse(current, {shard.id for shard in shards})
-    sources = [Source(shard=shard, parts=("p",)) for shard in staged]
+    sources = [Source(shards=(shard,), parts=("p",)) for shard in staged]
     assert len(plan_compactions([*kept.sources, *sources], LAYOUT, SPACE, 384)) == -(-len(sources) // 171)
     return time.monotonic() - started
 

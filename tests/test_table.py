@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lora_embed.compact import SMALL_FILES, Reuse, Source, compact, make_manifest, plan_compactions, plan_reuse
+from lora_embed.compact import SMALL_FILES, Reuse, Source, compact, cut_shard, make_manifest, plan_compactions, plan_reuse
 from lora_embed.errors import TableError, VerificationFailed
 from lora_embed.gates import Gate
 from lora_embed.manifest import Manifest, ShardCounts
-from lora_embed.schema import ChunkHead, ChunkStats, Part, sample_schema
-from lora_embed.staging import is_complete, part_paths, staged_parts, verify_parts
+from lora_embed.schema import ChunkHead, Part, Shard, sample_schema
+from lora_embed.staging import VerifiedShard, is_complete, part_paths, staged_parts, verify_parts
 from lora_embed.status import describe_table
 from lora_embed.storage import Store
 from lora_embed.table import Table, open_table
@@ -49,14 +49,15 @@ def stage(store: Store, shard_id: str, name: str, samples: int, rejects: int = 0
     return parts
 
 
-def publish(store: Store, version: int, staged: dict[str, ChunkStats], reuse: Reuse, names: dict[str, str]) -> Manifest:
+def shard_of(shard_id: str, name: str) -> Shard:
+    return Shard(id=shard_id, name=name, prefix=name, kind="tar", root="/input", files=())
+
+
+def publish(store: Store, version: int, staged: dict[str, VerifiedShard], reuse: Reuse, names: dict[str, str]) -> Manifest:
     sources = []
-    for shard_id, stats in staged.items():
-        counts = ShardCounts(
-            id=shard_id, name=names[shard_id], samples=stats.samples, vectors=stats.vectors, rejects=stats.rejects
-        )
+    for shard_id, verified in staged.items():
         parts = staged_parts(store, SPACE, LAYOUT.layout_id)[shard_id]
-        sources.append(Source(shard=counts, parts=part_paths(SPACE, LAYOUT, parts)))
+        sources += cut_shard(shard_of(shard_id, names[shard_id]), verified, part_paths(SPACE, LAYOUT, parts), 8)
     tasks = plan_compactions([*reuse.sources, *sources], LAYOUT, SPACE, 2)
     written = [compact(store, task) for task in tasks]
     about: dict[str, Any] = {"gates": {}, "pins": LAYOUT.pins, "lineage": {}}
@@ -151,7 +152,7 @@ def test_unchanged_files_are_reused_and_rows_of_touched_ones_copied(store: Store
     assert not whole.sources
     parts = stage(store, "cc", "c.tar", 4)
     reuse = plan_reuse(first, {"aa", "cc"})
-    assert [source.shard.id for source in reuse.sources] == ["aa"]
+    assert [[shard.id for shard in source.shards] for source in reuse.sources] == [["aa"]]
     second = publish(store, 2, {"cc": verify_parts(store, SPACE, LAYOUT, parts)}, reuse, {"cc": "c.tar"})
     assert second.counts == {"shards": 2, "samples": 11, "vectors": 10, "rejects": 1}
     verify_table(open_table(store.uri))
@@ -197,7 +198,7 @@ def test_verify_notices_counts_that_do_not_add_up(store: Store) -> None:
 def test_compaction_refuses_rows_that_are_not_what_was_verified(store: Store) -> None:
     counts = ShardCounts(id="bb", name="b.tar", samples=3, vectors=3, rejects=0)
     parts = part_paths(SPACE, LAYOUT, staged_parts(store, SPACE, LAYOUT.layout_id)["bb"])
-    (task,) = plan_compactions([Source(shard=counts, parts=parts)], LAYOUT, SPACE, 2)
+    (task,) = plan_compactions([Source(shards=(counts,), parts=parts)], LAYOUT, SPACE, 2)
     with pytest.raises(VerificationFailed, match="holds 2 vectors and 0 rejects, expected 3 and 0"):
         compact(store, task)
 
@@ -205,8 +206,8 @@ def test_compaction_refuses_rows_that_are_not_what_was_verified(store: Store) ->
 def test_files_hold_whole_shards_up_to_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_embed.compact.DATA_FILE_BYTES", 100)
     shards = [ShardCounts(id=f"{n}", name=f"{n}.tar", samples=5, vectors=5, rejects=0) for n in range(5)]
-    tasks = plan_compactions([Source(shard=shard, parts=("p",)) for shard in shards], LAYOUT, SPACE, 2)
-    assert [[source.shard.name for source in task.sources] for task in tasks] == [
+    tasks = plan_compactions([Source(shards=(shard,), parts=("p",)) for shard in shards], LAYOUT, SPACE, 2)
+    assert [[source.shards[0].name for source in task.sources] for task in tasks] == [
         ["0.tar", "1.tar", "2.tar"],
         ["3.tar", "4.tar"],
     ]
