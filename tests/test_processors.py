@@ -87,7 +87,8 @@ def test_the_processes_compute_with_other_kernels(nights: Nights) -> None:
     """Else the tests below would show nothing."""
     kernels = {kind: answer["kernels"] for kind, answer in nights[1].items()}
     if kernels["this"].startswith("AVX"):
-        assert kernels | {"without AVX": "DEFAULT", "AVX2": "AVX2"} == kernels
+        assert kernels["without AVX"] in ("DEFAULT", "NO AVX")  # the second by older torch
+        assert kernels["AVX2"] == "AVX2"
 
 
 @pytest.mark.parametrize("kind", KINDS)
