@@ -237,13 +237,22 @@ def renew_encoder(encoder: Description | None, store: Store, grace_days: float) 
 
 
 def store_encoder(folder: Path, store: Store) -> Description:
-    """Copy an encoder to the table, its description last, so that it is whole once that can be read."""
+    """Copy an encoder to the table, its description last, so that it is whole once that can be read.
+
+    Returns the table's encoder of this recipe. That is another one where a run on another kind of processor, whose numbers
+    differ in their last digits, has stored its own in the meantime: a recipe has one space in a table.
+    """
     description = read_description(folder)
-    target = encoder_path(description.space_id)
+    target, record = encoder_path(description.space_id), f"recipes/{description.recipe_id}.json"
+    own = json.dumps({"space_id": description.space_id}).encode() + b"\n"
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     for file in sorted(files, key=lambda file: file.name == DESCRIPTION):
         store.create(f"{target}/{file.relative_to(folder).as_posix()}", file.read_bytes())
-    store.create(f"recipes/{description.recipe_id}.json", json.dumps({"space_id": description.space_id}).encode() + b"\n")
+    if not store.create(record, own):
+        settled = stored_encoder(store, json.loads(store.read(record) or own)["space_id"])
+        if settled is not None:
+            return settled
+        store.replace(record, own)  # its encoder was removed, since no version needed it
     return description
 
 
