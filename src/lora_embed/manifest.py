@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +27,11 @@ def prefix_of(shard_name: str) -> str:
     """What stands before `/` and key in ids of a shard: its name, or for a group of loose images their folder."""
     group = re.fullmatch(r"(.*)/#\d+of\d+", shard_name)
     return shard_name if group is None else group[1] if group[1] != "." else ""
+
+
+def prefixes_of(ids: Iterable[str]) -> set[str]:
+    """All that can stand before the key in these ids: only shards of such a prefix may hold one."""
+    return {id_[: cut.start()] for id_ in ids for cut in re.finditer("/", id_)} | {""}
 
 
 def may_hold(shard: ShardCounts, id_: str) -> bool:

@@ -1,6 +1,5 @@
 """A version of a table, open for reading."""
 
-import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +14,7 @@ import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 
 from lora_embed.errors import TableError, VerificationFailed
-from lora_embed.manifest import FileEntry, Manifest, prefix_of
+from lora_embed.manifest import FileEntry, Manifest, prefix_of, prefixes_of
 from lora_embed.schema import REJECT_SCHEMA, data_schema, encoder_path
 from lora_embed.storage import Store
 from lora_embed.versions import read_manifest
@@ -126,9 +125,7 @@ class Table:
 
     def _may_hold(self, sample_id: str) -> set[int]:
         """Numbers of the files that hold a shard whose samples' ids begin as this one does."""
-        cuts = (cut.start() for cut in re.finditer("/", sample_id))
-        begins = [sample_id[:cut] for cut in cuts]
-        return set().union(*(self._files_by_prefix.get(prefix, ()) for prefix in ["", *begins]))
+        return set().union(*(self._files_by_prefix.get(prefix, ()) for prefix in prefixes_of([sample_id])))
 
     @cached_property
     def _files_by_prefix(self) -> dict[str, list[int]]:
