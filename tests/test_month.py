@@ -92,7 +92,7 @@ def rolling_back(month: Month) -> Step:
 
 def do(month: Month, step: Step, *, alone: bool = True) -> str:
     """Do it, hold the table against the model, and say what became of it."""
-    with clock_of_its_own(month.rng):
+    with contextlib.nullcontext() if month.night in THROUGH_RAY else clock_of_its_own(month.rng):
         what = step.act()
     assert what != "incomplete" or not alone
     month.note(step.made)
@@ -104,7 +104,7 @@ def do(month: Month, step: Step, *, alone: bool = True) -> str:
 
 @contextlib.contextmanager
 def clock_of_its_own(rng: random.Random) -> Iterator[None]:
-    """A machine whose clock is up to ten minutes off; the table's disk goes by another one."""
+    """A machine whose clock is up to ten minutes off; the table's disk goes by another one. Not for Ray, which has none."""
     off_s, right = rng.uniform(-600, 600), time.time
 
     class Shifted(datetime):
@@ -258,6 +258,7 @@ def test_a_month(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> 
         month.sleep()
     counts = dict(sorted(Counter(happened).items()))
     print(f"\n{NIGHTS} nights, {len(month.published)} versions, {len(month.gone)} images forgotten: {counts}")
-    assert {"published", "forgotten", "rolled back"} <= set(counts)
+    for what in ("published", "forgotten", "rolled back", "while another stalled: forgotten"):
+        assert any(what in name for name in counts), what
     assert all(any(f"killed {where} its manifest" in what for what in counts) for where in ("before", "at", "after"))
     assert len(month.published) > NIGHTS / 3
