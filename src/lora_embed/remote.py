@@ -1,6 +1,8 @@
 """What fsspec's remote file systems do differently from each other, or not at all: connecting, listing and writing."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Any
 
@@ -53,6 +55,12 @@ def _is_hashable(options: tuple[tuple[str, Any], ...]) -> bool:
     except TypeError:
         return False
     return True
+
+
+def date_of(answer: Mapping[str, Any]) -> float:
+    """Seconds since 1970 by the clock of the S3 store that gave this answer; this machine's where the answer has no date."""
+    date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+    return parsedate_to_datetime(date).timestamp() if date else time.time()
 
 
 def put(fs: Any, path: str, data: bytes, silence_s: float, **options: Any) -> None:
