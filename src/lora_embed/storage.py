@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from lora_embed import disk, remote
 from lora_embed.errors import StorageError, StoreUnavailable
-from lora_embed.retry import LIBRARY_ERRORS, describe, is_no_connection, retried
+from lora_embed.retry import LIBRARY_ERRORS, describe, is_no_connection, is_refused_create, retried
 
 RETRY_S = 120.0  # how long transient errors are tried again; `retry_s` beside fsspec's own options changes it
 FIRST_CONTACT_S = 5.0
@@ -176,8 +176,8 @@ class Store:
         with explained(self, path, writes=True):
             try:
                 retried(lambda: self._put(path, data, mode=mode), self.name(path), self.retry_s)
-            except OSError as error:
-                if "pre-conditions" in str(error):  # so s3fs reports a refused If-None-Match; by now it may be gone again
+            except (OSError, *LIBRARY_ERRORS) as error:
+                if is_refused_create(error):  # by now the object may be gone again
                     return False
                 if isinstance(error, FileExistsError) and self.info(path) is not None:  # not for what stands above it
                     return False
@@ -318,6 +318,6 @@ def explained(store: Store, path: str, *, writes: bool = False) -> Iterator[None
     except LIBRARY_ERRORS as error:
         raise StorageError(f"{where}: cannot be reached: {error}. Check network, endpoint and keys.") from None
     except TypeError as error:  # file systems take their options late, and say only this of one they do not know
-        if not store.options or "unexpected keyword" not in str(error):
+        if not store.options or not remote.is_unknown_option(error):
             raise
         raise StorageError(f"{where}: a storage option is not known: {error}; given are {sorted(store.options)}") from None
