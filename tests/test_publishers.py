@@ -30,7 +30,9 @@ def add_shard(store: Store, number: int) -> int:
         reuse = plan_reuse(current, set(current.shards) if current else set())
         written = [compact(store, task) for task in plan_compactions([*reuse.sources, *sources], LAYOUT, SPACE, 2)]
         number = current.version + 1 if current else 1
-        manifest = make_manifest(number, SPACE, 2, written, reuse, gates={}, pins=LAYOUT.pins, lineage={})
+        forgotten = current.forgotten if current else ()
+        about = {"gates": {}, "pins": LAYOUT.pins, "lineage": {}}
+        manifest = make_manifest(number, SPACE, 2, written, reuse, **about, forgotten=forgotten)
         if versions.commit_version(store, manifest):
             return attempts
 

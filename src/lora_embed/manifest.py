@@ -129,17 +129,23 @@ class Manifest:
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "Manifest":
         """Raises TableError, naming `where`, for a damaged manifest or one of another format."""
-        try:
-            found = json.loads(data)
-        except ValueError as error:
-            raise TableError(f"{where}: is damaged ({error}). Remove it to return to the version before.") from None
-        refuse_other_format(found, where)
+        found = parse_manifest(data, where)
         newer: set[str] = set()
         found = known_fields(cls, found, newer)
         found["forgotten"] = tuple(found.get("forgotten", ()))
         for kind in ("files", "rejects"):
             found[kind] = tuple(FileEntry.from_dict(entry, newer) for entry in found[kind])
         return cls(**found | {"newer": tuple(sorted(newer))})
+
+
+def parse_manifest(data: bytes, where: str) -> dict[str, Any]:
+    """A manifest as plain data. Raises TableError, naming `where`, for a damaged one or one of another format."""
+    try:
+        found: dict[str, Any] = json.loads(data)
+    except ValueError as error:
+        raise TableError(f"{where}: is damaged ({error}). Remove it to return to the version before.") from None
+    refuse_other_format(found, where)
+    return found
 
 
 def refuse_other_format(found: Any, where: str) -> None:

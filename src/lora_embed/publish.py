@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 
-from lora_embed import compact, judge, pipeline, retention, staging, versions, work
+from lora_embed import compact, judge, pipeline, staging, versions, work
 from lora_embed.config import JobConfig
 from lora_embed.errors import IncompleteRun, StorageError, StoreUnavailable, VerificationFailed
 from lora_embed.gates import Gate
@@ -45,22 +45,22 @@ def publish(
             return current, False
         try:
             manifest = _next_version(job, shared, current, wanted, accepted or {})
+            versions.refuse_gone(store, manifest)
             committed = versions.commit_version(store, manifest)
         except (IncompleteRun, VerificationFailed):
             if _version(versions.read_manifest(store)) == _version(current):
                 raise
             continue  # another run published meanwhile and removed the parts that it absorbed
         if committed:
-            _clear(job, shared, manifest)
+            _clear(shared, manifest)
             return manifest, True
         say(f"version {manifest.version} was published by another run meanwhile; planning again from it")
 
 
-def _clear(job: JobConfig, shared: pipeline.Job, manifest: Manifest) -> None:
-    """Remove what the new version has made needless; it is published whether or not that succeeds."""
+def _clear(shared: pipeline.Job, manifest: Manifest) -> None:
+    """Remove the parts that the new version has absorbed; it is published whether or not that succeeds."""
     try:
         staging.clear_absorbed(shared.store, manifest, shared.layout)
-        retention.retire(shared.store, job.retain.versions, job.retain.grace_days * 86400, frozenset(manifest.shards))
     except (StorageError, StoreUnavailable) as error:
         say(f"version {manifest.version} is published, but what it replaces could not be cleared; the next one will: {error}")
 
@@ -126,6 +126,7 @@ def _next_version(
             "recipe_id": encoder.recipe_id,
             "input": list(job.input),
             "layout": asdict(layout),
+            "retain": job.retain.model_dump(),
             "figures": known or (found.to_dict() if found is not None else None),
         },
     )

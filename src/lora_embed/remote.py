@@ -3,7 +3,9 @@
 Also all of fsspec and s3fs that is used and is not public; `tests/test_private.py` takes each part away.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Any
 
@@ -67,6 +69,12 @@ def _is_hashable(options: tuple[tuple[str, Any], ...]) -> bool:
     except TypeError:
         return False
     return True
+
+
+def date_of(answer: Mapping[str, Any]) -> float:
+    """Seconds since 1970 by the clock of the S3 store that gave this answer; this machine's where the answer has no date."""
+    date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+    return parsedate_to_datetime(date).timestamp() if date else time.time()
 
 
 def is_unknown_option(error: TypeError) -> bool:

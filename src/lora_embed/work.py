@@ -8,7 +8,7 @@ from lora_embed.config import JobConfig
 from lora_embed.effort import Effort
 from lora_embed.errors import IncompleteRun, WorkersLost
 from lora_embed.health import seeded_sample
-from lora_embed.manifest import Manifest
+from lora_embed.manifest import Manifest, prefixes_of_ids
 from lora_embed.model.description import Description
 from lora_embed.progress import Progress, say
 from lora_embed.read import count_samples
@@ -53,10 +53,15 @@ def _first_samples(items: list[WorkItem], limit: int, layout: Layout, options: d
 
 
 def choose_unchanged(current: Manifest, shards: list[Shard], samples: int, seed: int = 0) -> list[Shard]:
-    """Whole shards that a version holds as they are, in a seeded order, until they hold that many samples."""
+    """Whole shards that a version holds as they are, in a seeded order, until they hold that many samples.
+
+    Shards that may hold a forgotten image come last: what is embedded to be compared alone may stay staged for long.
+    """
     unchanged = {shard.name: shard for shard in shards if shard.id in current.shards}
+    apart = prefixes_of_ids(current.forgotten) if current.forgotten else set()
+    last = {name for name, shard in unchanged.items() if shard.prefix in apart}
     chosen, held = [], 0
-    for name in seeded_sample(unchanged, samples, seed):
+    for name in [*seeded_sample(unchanged.keys() - last, samples, seed), *seeded_sample(last, samples, seed)]:
         if held >= samples:
             break
         chosen.append(unchanged[name])
