@@ -204,11 +204,12 @@ def label(request: Request, collected: Collected) -> Labelled:
         banks = figures.own_split(columns[request.split], request.split)
     else:
         banks = figures.seeded_splits(names, request.splits, request.seed)
+    place = {name: number for number, name in enumerate(sorted(set(names)))}
     labelled = Labelled(
         ids=tuple(ids),
         classes={task: found for task, (found, _) in classes.items()},
         labels={task: found for task, (_, found) in classes.items()},
-        groups=np.unique(names, return_inverse=True)[1],
+        groups=np.array([place[name] for name in names], np.int64),
         banks=banks,
         bank_share=None if request.split else figures.BANK_SHARE,
     )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lora_embed import disk
 from lora_embed.decode import BadImage, decode_image
 from lora_embed.errors import ConfigError
+from lora_embed.fields import typed
 from lora_embed.model.preprocess import Pixels, Preprocessing
 from lora_embed.plan import list_shards
 from lora_embed.progress import LOG_EVERY_S, say
@@ -168,9 +169,8 @@ def _samples(shards: list[Shard], layout: Layout) -> Iterator[tuple[str, Sample]
 
 
 def _text(value: Any) -> str | None:
-    """A field as the name of a class: numbers and truth values as JSON writes them; none where there is nothing."""
-    text = value.strip() if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
-    return text or None
+    """A field as the name of a class: as `carry` keeps it as text, without space around it; none where there is nothing."""
+    return (typed(value, "string") or "").strip() or None
 
 
 def _hash(seed: int, name: str) -> int:
