@@ -69,7 +69,6 @@ class Journal:
     shared: pipeline.Job
     topology: cluster.Topology
     effort: Effort = field(default_factory=Effort)
-    sampled: int = 0  # samples embedded to judge a new encoder by, before all others
     doing: str = "starting"
     before: int | None = None  # the version that was current when the run began
     version: int | None = None
@@ -79,7 +78,7 @@ class Journal:
 
     def state(self, outcome: Outcome = "running") -> RunState:
         """How far the run is."""
-        effort, began = self.effort, self.beginning
+        effort, began = self.effort.now(), self.beginning
         last = effort.timeline.readings()[-1]
         return RunState(
             run_id=began.run_id,
@@ -92,7 +91,7 @@ class Journal:
             shards=effort.shards,
             shards_done=effort.shards_done,
             shards_failed=effort.shards_failed,
-            embedded=self.sampled + effort.samples,
+            embedded=effort.samples,
             rejected=effort.rejects.total(),
             images_per_s=round(last.samples / last.elapsed_s, 1) if last.samples else 0.0,
             bound=effort.bound.by if effort.bound is not None else None,
@@ -113,8 +112,8 @@ def recorded(beginning: Beginning, job: JobConfig, shared: pipeline.Job, topolog
     meters = Meters(job.table, beginning.run_id, beginning.started.timestamp())
 
     def beat() -> None:
-        journal.effort.retries += take_retries()  # the driver's own
-        meters.show(journal.effort, journal.version or journal.before)
+        journal.effort.add_retries(take_retries())  # the driver's own
+        meters.show(journal.effort.now(), journal.version or journal.before)
         _leave_state(journal)
 
     try:
@@ -124,11 +123,11 @@ def recorded(beginning: Beginning, job: JobConfig, shared: pipeline.Job, topolog
         journal.error = _reason_of(error)
         raise
     finally:
-        meters.show(journal.effort, journal.version or journal.before)
+        meters.show(journal.effort.now(), journal.version or journal.before)
         state = journal.state(outcome_of(journal))
         note(**asdict(state))
         is_told = leave_state(state, shared.store, job.retain.runs)  # first: who stops a run may not wait for long
-        if is_told and (journal.sampled or journal.effort.samples or journal.published):
+        if is_told and (journal.effort.samples or journal.published):
             _leave_report(journal)
 
 
@@ -218,7 +217,7 @@ def make_record(journal: Journal, store: Store, run_id: str, started: str, secon
         run_id=run_id,
         started=started,
         seconds=round(seconds, 2),
-        embedded=journal.sampled + effort.samples,
+        embedded=effort.samples,
         rejected=effort.rejects.total(),
         readings=effort.timeline.readings(),
         version=journal.version,
