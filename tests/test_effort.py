@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from lora_embed.stages import Workers
 from lora_embed.storage import Store
 from samples import PREPROCESSING, layout
 
-CHUNKS = 20_000
+CHUNKS = 4_000
 STATS = ChunkStats(
     shard_id="a", chunk=0, samples=3, vectors=2, rejects=1, reasons={"empty": 1}, retries=1, last=True, seconds={"read": 1.0}
 )
@@ -43,10 +44,22 @@ def test_no_retry_is_lost_between_driver_and_heartbeat(tmp_path: Path, monkeypat
     shared = pipeline.Job.of(job, Store(job.table), encoder, layout())
     topology = cluster.Topology(decode=None, embed={}, write={}, device={}, workers=Workers(actors=1))
     retry.take_retries()
+    ended = threading.Event()
+
+    def request() -> None:
+        while not ended.is_set():  # other requests of this process are counted, so that the heartbeat waits for its turn
+            with retry._counting:
+                time.sleep(1e-4)
+
+    others = threading.Thread(target=request)
+    others.start()
     with journal.recorded(journal.begin(job), job, shared, topology) as recording:
         for _ in range(CHUNKS):
             recording.effort.add(STATS)
-            retry._count_retry()  # as a request of the driver's own, in the same process
+        for _ in range(CHUNKS):
+            retry._count_retry()
+        ended.set()
+    others.join()
     assert recording.effort.retries + retry.take_retries() == 2 * CHUNKS
 
 

@@ -51,7 +51,8 @@ def test_a_change_below_the_threshold_is_skipped(job: JobConfig, capfd: pytest.C
     again = run_job(job, replaces=True)  # the next night says so again, without embedding
     assert (again.version, again.embedded) == (1, 0)
     assert staged(job) == 7
-    assert [(run.status, run.state.embedded, run.state.shards_done, run.state.shards) for run in read_runs(Store(job.table))] == [
+    states = [(run.status, run.state) for run in read_runs(Store(job.table))]
+    assert [(status, state.embedded, state.shards_done, state.shards) for status, state in states] == [
         ("current", 0, 0, 0), ("current", 84, 7, 7), ("published", 120, 10, 10),
     ]  # fmt: skip
 
