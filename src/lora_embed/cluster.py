@@ -61,7 +61,7 @@ def connect(num_cpus: int | None = None, num_gpus: int | None = None) -> None:
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_task_oom_retries", str(OOM_RETRIES))
-    address = os.environ.get("RAY_ADDRESS", "local")
+    address = _address()
     is_own = address == "local"
     # Ray's only way to listen on the loopback address alone, which it does by itself on macOS and Windows: else everybody who
     # reaches this machine could run code in it. Of a cluster that is joined, whoever started it has the say.
@@ -127,11 +127,13 @@ def leave(*, failed: bool) -> None:
 def _metrics_port() -> int | None:
     """Where Prometheus looks, by the environment; None for any port, also where that one is taken."""
     port = os.environ.get(METRICS_PORT, "")
-    if not port.isdigit():
+    if not port:
         return None
     try:
+        if not re.fullmatch("[0-9]{1,5}", port):
+            raise OSError("it is no port")
         socket.create_server(("127.0.0.1", int(port))).close()
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # beyond 65535
         say(f"{METRICS_PORT} is {port}, which cannot be had ({error}): this run's metrics are at another port", level="warning")
         return None
     return int(port)
@@ -215,7 +217,12 @@ def _nodes() -> list[dict[str, float]]:
 
 
 def _is_joined() -> bool:
-    return os.environ.get("RAY_ADDRESS", "local") != "local"
+    return _address() != "local"
+
+
+def _address() -> str:
+    """Of the cluster to join; an empty RAY_ADDRESS is none, as everywhere in an environment."""
+    return os.environ.get("RAY_ADDRESS") or "local"
 
 
 def _wait_for(resource: str, amount: float, resources: Resources) -> bool:

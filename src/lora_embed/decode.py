@@ -35,6 +35,7 @@ _DAMAGE = (
     ZeroDivisionError, NotImplementedError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
 
+MAX_PIXELS = 100_000_000  # of an image, where nobody says otherwise
 MOST_SCANS = 24  # of an image of `max_pixels`, which take 4 s; of a smaller one more
 _SCAN = b"\xff\xda"  # begins one; within its data, 0 follows each 255
 
@@ -85,7 +86,7 @@ class DecodedChunk:
     pixels: Pixels
 
 
-def decode_image(data: bytes, preprocessing: Prepare, max_pixels: int = 100_000_000) -> Decoded:
+def decode_image(data: bytes, preprocessing: Prepare, max_pixels: int = MAX_PIXELS) -> Decoded:
     """Decode and prepare one image, the first frame of an animated one. Raises BadImage.
 
     For tests, the environment variable LORA_EMBED_TEST_POISON makes it do harm instead: entries `<sha256>:segfault`,

@@ -100,6 +100,8 @@ def lack_of_machine(error: OSError | MemoryError) -> str | None:
     """What this machine ran out of or cannot do any more; None for an error that is a bug's."""
     if isinstance(error, MemoryError):
         return "this machine has no memory left"
+    if isinstance(error, ChildProcessError):
+        return str(error)
     if error.errno not in _OF_THE_MACHINE:
         return None
     where = error.filename or f"a file of this machine, such as those in {tempfile.gettempdir()}"
