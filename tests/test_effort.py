@@ -53,7 +53,8 @@ def test_no_retry_is_lost_between_driver_and_heartbeat(tmp_path: Path, monkeypat
 
     others = threading.Thread(target=request)
     others.start()
-    with journal.recorded(journal.begin(job), job, shared, topology) as recording:
+    with journal.recorded(journal.begin(job), job, shared.store, encoder.space_id, topology) as recording:
+        recording.shared = shared
         for _ in range(CHUNKS):
             recording.effort.add(STATS)
         for _ in range(CHUNKS):
