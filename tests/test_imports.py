@@ -35,6 +35,7 @@ LAYERS = [  # top to bottom: a module imports from its own layer and those above
     [
         "model.*",
         "plan",
+        "fields",
         "read",
         "resume",
         "decode",

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from lora_embed.decode import decode_image, to_rgb
 from lora_embed.errors import EncoderError, IncompleteRun
 from lora_embed.fetch import fetch_directory
+from lora_embed.isolate import IsolatedDecoder
 from lora_embed.model import golden
 from lora_embed.model.base import MODEL_FILES, find_base, load_headless
 from lora_embed.model.description import DESCRIPTION, Description, read_description
@@ -63,6 +65,7 @@ class Encoder:
         shape = (1, 3, 1, 1)
         self._multiply = torch.tensor(description.preprocessing.multiply, device=self.device).view(shape)
         self._add = torch.tensor(description.preprocessing.add, device=self.device).view(shape)
+        self._decode, self._decoding = IsolatedDecoder(), threading.Lock()  # it takes one image at a time
         self._copying: Any = cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @property
@@ -75,11 +78,21 @@ class Encoder:
         """Length d of a vector."""
         return self.description.dimension
 
-    def embed(self, images: list[Image.Image]) -> NDArray[np.float32]:
-        """Images of any size and mode → float32 (n, d)."""
-        prepared = [self.description.preprocessing.apply(to_rgb(image)) for image in images]
+    def embed(self, images: Sequence[Image.Image | bytes]) -> NDArray[np.float32]:
+        """Images of any size and mode → float32 (n, d).
+
+        A file's bytes are decoded as in a run, in a child process that a hostile one may kill; Pillow decodes an image that
+        was opened in this process. Raises BadImage, with a reason such as `decoder_crashed`, for bytes that make no pixels.
+        """
+        prepared = [self._prepared(image) for image in images]
         height, width = self.description.preprocessing.size
         return self.embed_pixels(np.stack(prepared) if prepared else np.empty((0, height, width, 3), np.uint8))
+
+    def _prepared(self, image: Image.Image | bytes) -> Pixels:
+        if isinstance(image, Image.Image):
+            return self.description.preprocessing.apply(to_rgb(image))
+        with self._decoding:
+            return self._decode(image, self.description.preprocessing).pixels
 
     @torch.inference_mode()
     def embed_pixels(self, pixels: Pixels) -> NDArray[np.float32]:
