@@ -18,6 +18,7 @@ LAYERS = [  # top to bottom: a module imports from its own layer and those above
         "errors",
         "explain",
         "yaml_file",
+        "hub",
         "config",
         "schema",
         "manifest",
@@ -150,7 +151,7 @@ def is_placed(name: str) -> bool:
 
 def test_modules_are_found() -> None:
     assert {"config", "model.adapter", "demo.tour", "jobs.embed"} <= set(MODULES)
-    assert own_imports("config") == {"errors", "explain", "yaml_file"}
+    assert own_imports("config") == {"errors", "explain", "hub", "yaml_file"}
     assert {"pipeline", "plan", "schema", "model.build"} <= own_imports("run")
     assert "model.build" not in own_imports("run", at_import=True)
     assert "table" not in own_imports("cli", at_import=True)
