@@ -28,6 +28,7 @@ LAYERS = [  # top to bottom: a module imports from its own layer and those above
         "remote",
         "storage",
         "fetch",
+        "lend",
         "effort",
         "heartbeat",
     ],
@@ -79,7 +80,7 @@ FENCES = {  # library → who alone imports it
     "ray": ["cluster", "pipeline", "cli", "jobs.*"],
     "peft": ["model.adapter", "model.match", "model.merge"],
     "transformers": ["model.*"],
-    "fsspec": ["remote", "storage"],
+    "fsspec": ["remote", "storage", "lend"],
     "pyarrow.parquet": ["write", "staging", "table", "verify", "read", "export"],
 }
 # Training has no place in the package: the demo's adapters are trained by PEFT's own injection.
