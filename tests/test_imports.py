@@ -16,6 +16,7 @@ PACKAGE = ROOT / "src" / "lora_embed"
 LAYERS = [  # top to bottom: a module imports from its own layer and those above it
     [
         "errors",
+        "libraries",
         "explain",
         "yaml_file",
         "hub",
@@ -62,6 +63,7 @@ LAYERS = [  # top to bottom: a module imports from its own layer and those above
         "compact",
         "lineage",
         "search",
+        "ray_private",
         "cluster",
         "metrics",
         "runs",
@@ -77,8 +79,8 @@ LAYERS = [  # top to bottom: a module imports from its own layer and those above
     ["cli", "cli_evaluate", "cli_tune", "demo.*", "jobs.*"],
 ]
 FENCES = {  # library → who alone imports it
-    "ray": ["cluster", "pipeline", "cli", "jobs.*"],
-    "peft": ["model.adapter", "model.match", "model.merge"],
+    "ray": ["ray_private", "cluster", "pipeline", "cli", "jobs.*"],
+    "peft": ["model.adapter", "model.peft_private", "model.merge"],
     "transformers": ["model.*"],
     "fsspec": ["remote", "storage", "lend"],
     "pyarrow.parquet": ["write", "staging", "table", "verify", "read", "export"],

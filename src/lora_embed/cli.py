@@ -151,6 +151,22 @@ def forget(
 
 
 @app.command()
+def gc(
+    table: TableUri,
+    job: Annotated[Path | None, typer.Option("--job", metavar="JOB", help="Job file whose `retain` counts.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed; write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Retire old versions, and remove what no version has needed for the grace period, as each night does."""
+    from lora_embed.retention import collect_garbage
+
+    loaded = load_job(job) if job is not None else None
+    options, retain = (loaded.table_storage_options, loaded.retain) if loaded is not None else ({}, None)
+    collected = collect_garbage(table, options, retain, is_dry_run=dry_run)
+    _print(asdict(collected), as_json, collected.describe())
+
+
+@app.command()
 def status(
     table: TableUri,
     metrics: Annotated[bool, typer.Option("--metrics", help="Print gauges for Prometheus on stdout.")] = False,

@@ -72,6 +72,10 @@ class ResourcesError(ConfigError):
     """The cluster can never schedule what the job asks for."""
 
 
+class LibraryMismatch(ConfigError):
+    """An installed library lacks a part, none of its public ones, that this package cannot do without."""
+
+
 class StoreUnavailable(LoraEmbedError):
     """A store gave no proper answer for as long as its `retry_s` allows; everything committed stays."""
 

@@ -154,7 +154,7 @@ def _read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted, span
                     _add_field(current, tar, member, extension, layout)
             end = tar.offset
     except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:  # of damaged headers
-        if size >= BLOCK and current is None and not span.begin and "invalid header" in str(error):
+        if size >= BLOCK and current is None and not span.begin and not _begins_with_header(file):
             raise ShardError(f"{where}: is not a tar, whatever its name says") from None
         raise ShardError(_cut_short(where, size, str(error))) from None
     if span.end is None:
@@ -164,6 +164,15 @@ def _read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted, span
     if current is not None:
         current.end = end
         yield current
+
+
+def _begins_with_header(file: BinaryIO) -> bool:
+    file.seek(0)
+    try:
+        tarfile.TarInfo.frombuf(file.read(BLOCK), encoding="utf-8", errors="backslashreplace")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 def _members(tar: tarfile.TarFile, end: int | None) -> Iterator[tarfile.TarInfo]:

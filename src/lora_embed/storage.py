@@ -6,6 +6,7 @@ A `Store` is a root URI; every path given to it is relative to that root, with `
 import contextlib
 import io
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -16,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from lora_embed import disk, remote
 from lora_embed.errors import StorageError, StoreUnavailable
-from lora_embed.retry import LIBRARY_ERRORS, describe, is_no_connection, retried
+from lora_embed.retry import LIBRARY_ERRORS, describe, is_no_connection, is_refused_create, retried
 
 RETRY_S = 120.0  # how long transient errors are tried again; `retry_s` beside fsspec's own options changes it
 FIRST_CONTACT_S = 5.0
@@ -44,7 +45,7 @@ class Store:
 
     uri: str
     options: dict[str, Any] = field(default_factory=dict, hash=False, repr=False)  # they may hold keys
-    exclusive: bool = True  # it honours conditional PUT; `claim` finds out
+    exclusive: bool | None = None  # does it honour conditional PUT? None until `claim` has found out
 
     @property
     def is_local(self) -> bool:
@@ -131,6 +132,15 @@ class Store:
         fs = self.filesystem
         return self._retried(path, lambda: bool(fs.isdir(self.full_path(path))))
 
+    def now(self) -> float:
+        """Seconds since 1970 by the clock that dates what is stored, which need not be this machine's.
+
+        Known of local disks and of S3; of other stores this machine's time is all there is.
+        """
+        if self.is_local:
+            return disk.now(self._root)
+        return remote.date_of(self._list_one(self.retry_s)) if remote.is_s3(self.uri) else time.time()
+
     def check_writable(self) -> None:
         """On a local disk, refuse before any work what could not be written."""
         if not self.is_local:
@@ -148,7 +158,7 @@ class Store:
         conditional PUT: two runs that publish at the same moment could both believe that they were first.
         """
         refuses_second = not self.create(marker, data) or not self.create(marker, data)
-        return self if refuses_second else replace(self, exclusive=False)
+        return replace(self, exclusive=refuses_second)
 
     def create(self, path: str, data: bytes) -> bool:
         """Commit an object in one atomic step unless it exists; True if this call made it.
@@ -159,14 +169,15 @@ class Store:
         if self.is_local:
             with explained(self, path, writes=True):
                 return disk.create(self._root, Path(self.full_path(path)), data)
-        if not self.exclusive and self.info(path) is not None:
+        ignores_condition = self.exclusive is False
+        if ignores_condition and self.info(path) is not None:
             return False
-        mode = "create" if self.exclusive else "overwrite"
+        mode = "overwrite" if ignores_condition else "create"
         with explained(self, path, writes=True):
             try:
                 retried(lambda: self._put(path, data, mode=mode), self.name(path), self.retry_s)
-            except OSError as error:
-                if "pre-conditions" in str(error):  # so s3fs reports a refused If-None-Match; by now it may be gone again
+            except (OSError, *LIBRARY_ERRORS) as error:
+                if is_refused_create(error):  # by now the object may be gone again
                     return False
                 if isinstance(error, FileExistsError) and self.info(path) is not None:  # not for what stands above it
                     return False
@@ -220,15 +231,16 @@ class Store:
         start = len(root.rstrip("/")) + 1
         return [_entry(name[start:], info) for name, info in remote.find(fs, self.full_path(prefix), self.uri)]
 
-    def _list_one(self, limit_s: float) -> None:
-        """The cheapest request that fails where the bucket is not there; s3fs takes such a bucket for an empty one."""
+    def _list_one(self, limit_s: float) -> dict[str, Any]:
+        """The answer to the cheapest request that fails where the bucket is not there; s3fs takes such a one for empty."""
         fs = self.filesystem
         bucket, _, prefix = self.full_path("").partition("/")
         try:
             if remote.is_s3(self.uri):
-                self._retried("", lambda: fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1), limit_s)
-            else:
-                self._retried("", lambda: fs.exists(self.full_path("")), limit_s)
+                asked = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": 1}
+                return cast(dict[str, Any], self._retried("", lambda: fs.call_s3("list_objects_v2", **asked), limit_s))
+            self._retried("", lambda: fs.exists(self.full_path("")), limit_s)
+            return {}
         except FileNotFoundError:
             raise StorageError(f"{self.uri}: there is no bucket {bucket}. Correct its name, or create it.") from None
 
@@ -306,6 +318,6 @@ def explained(store: Store, path: str, *, writes: bool = False) -> Iterator[None
     except LIBRARY_ERRORS as error:
         raise StorageError(f"{where}: cannot be reached: {error}. Check network, endpoint and keys.") from None
     except TypeError as error:  # file systems take their options late, and say only this of one they do not know
-        if not store.options or "unexpected keyword" not in str(error):
+        if not store.options or not remote.is_unknown_option(error):
             raise
         raise StorageError(f"{where}: a storage option is not known: {error}; given are {sorted(store.options)}") from None

@@ -11,14 +11,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from lora_embed import hub
 from lora_embed.errors import ChangedMeanwhile, EncoderError
 from lora_embed.fetch import fetch_directory
+from lora_embed.model.transformers_private import dual_encoder_of
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the second: with a tokenizer beside it (CLIP)
 MODEL_FILES = ("config.json", *PROCESSOR_FILES, "*.safetensors", "*.safetensors.index.json")
@@ -203,9 +209,8 @@ def _trained_classes(config: PretrainedConfig) -> list[tuple[Any, PretrainedConf
     if hasattr(whole, "vision_use_head"):
         whole.vision_use_head = True
     classes = [(_model_class(config), whole)]
-    family = model_type_to_module_name(config.model_type)
-    if family in CONFIG_MAPPING and CONFIG_MAPPING[family].sub_configs.get("vision_config") is type(config):
-        outer: Any = CONFIG_MAPPING[family]
+    outer = dual_encoder_of(config)
+    if outer is not None:
         whole = outer(vision_config=whole.to_dict())
         classes.append((MODEL_MAPPING[outer], whole))
     found: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(whole), ())
