@@ -17,7 +17,7 @@ from lora_embed.config import Recipe
 from lora_embed.errors import EncoderError
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.description import read_description
-from lora_embed.model.encoder import load_encoder, space_id_of
+from lora_embed.model.encoder import load_encoder
 from lora_embed.model.preprocess import Preprocessing, from_processor
 from models import save_base
 from samples import noise

@@ -27,11 +27,15 @@ FILTERS = range(6)  # Pillow's numbers
 AS_DECODED = Preprocessing(resize=None, resample=0, crop=None, multiply=(1.0, 1.0, 1.0), add=(0.0, 0.0, 0.0))
 SQUEEZED = (40, 56)  # (height, width) after the resize that has a name; an encoder's own is hashed when it is built
 FAST = {"jpeg-large.jpg": (18, 72), "jpeg-large-progressive.jpg": (36,)}  # edges that are decoded at 1/8, 1/2 and 1/4
+_GOLDEN = "golden "  # the path of an image that lies with the encoder begins so
 _MODULUS = 10_007  # bytes of noise, a prime: no two rows of an image are alike
 
 
 def name_arithmetic(preprocessing: Preprocessing) -> Preprocessing:
-    """The same with the arithmetic of this process: its name, its libraries and what it makes of each test image."""
+    """The same with the arithmetic of this process: its name, its libraries and what it makes of each test image.
+
+    The name is that of Pillow 13's where all of them come out so, and else a hash of what they are.
+    """
     here = _named_paths(preprocessing)
     name = PILLOW_13
     if here != {path: known_pixels(PILLOW_13).get(path) for path in here}:
@@ -46,19 +50,37 @@ def check_arithmetic(preprocessing: Preprocessing | Joint) -> None:
     An encoder that was built before these were recorded is held against what its arithmetic is known to give.
     """
     for part in preprocessing.parts:
-        expected = dict(part.arithmetic.pixels)
+        expected = {path: pixels for path, pixels in part.arithmetic.pixels if not path.startswith(_GOLDEN)}
         if expected:
-            compare_pixels(expected, _own_paths(part), part.arithmetic)
+            _compare(expected, _own_paths(part), part.arithmetic)
         else:
             here = _named_paths(part)
             known = known_pixels(part.arithmetic.name)
-            compare_pixels({path: known.get(path, "unknown") for path in here}, here, part.arithmetic)
+            _compare({path: known.get(path, "unknown") for path in here}, here, part.arithmetic)
 
 
 check_once = functools.cache(check_arithmetic)  # for decode workers, which get block after block
 
 
-def compare_pixels(expected: Mapping[str, str], here: Mapping[str, str], built: Arithmetic) -> None:
+def with_golden(preprocessing: Preprocessing, pixels: dict[str, Pixels]) -> Preprocessing:
+    """The same, which also says what became of the golden images: file name → uint8 (H, W, 3)."""
+    arithmetic = preprocessing.arithmetic
+    return replace(
+        preprocessing, arithmetic=replace(arithmetic, pixels=arithmetic.pixels + tuple(_golden_paths(pixels).items()))
+    )
+
+
+def check_golden_pixels(preprocessing: Preprocessing, pixels: dict[str, Pixels]) -> None:
+    """Raises EncoderError when golden images come out otherwise than `with_golden` said, where it did."""
+    expected = {path: found for path, found in preprocessing.arithmetic.pixels if path.startswith(_GOLDEN)}
+    _compare(expected, _golden_paths(pixels), preprocessing.arithmetic)
+
+
+def _golden_paths(pixels: dict[str, Pixels]) -> dict[str, str]:
+    return {f"{_GOLDEN}{name}": _hash(image) for name, image in pixels.items()}
+
+
+def _compare(expected: Mapping[str, str], here: Mapping[str, str], built: Arithmetic) -> None:
     """Raises EncoderError for hashes of pixels that differ, naming their paths and the libraries of both places."""
     differing = [path for path, pixels in expected.items() if here.get(path) != pixels]
     if not differing:
@@ -74,7 +96,7 @@ def compare_pixels(expected: Mapping[str, str], here: Mapping[str, str], built: 
     )
 
 
-def hash_pixels(pixels: Pixels) -> str:
+def _hash(pixels: Pixels) -> str:
     """16 hex digits over shape and values."""
     return hashlib.sha256(f"{pixels.shape} ".encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
 
@@ -139,7 +161,7 @@ def _fast_paths() -> dict[str, str]:
 
 def _hash_decoded(file: Path, prepare: Preprocessing) -> str:
     try:
-        return hash_pixels(decode_image(file.read_bytes(), prepare).pixels)
+        return _hash(decode_image(file.read_bytes(), prepare).pixels)
     except BadImage as bad:  # as a Pillow without WebP says
         return bad.reason
 
@@ -153,11 +175,11 @@ def _resized_paths(preprocessing: Preprocessing, name: str) -> dict[str, str]:
     if preprocessing.resize is None:
         return {}
     images = _shapes(preprocessing.resize)
-    return {name.format(kind): hash_pixels(preprocessing.apply(_noise(*size))) for kind, size in images.items()}
+    return {name.format(kind): _hash(preprocessing.apply(_noise(*size))) for kind, size in images.items()}
 
 
 def _shapes(resize: tuple[int, int] | int) -> dict[str, tuple[int, int]]:
-    """(width, height) of images that are reduced, enlarged, or one in each direction; Pillow 13 resizes the rows first or last."""
+    """(width, height) of images to reduce, to enlarge, or one in each direction: Pillow 13 resizes their rows first or last."""
     height, width = resize if isinstance(resize, tuple) else (resize, resize)
     wider, higher = width + width // 8 + 1, height + height // 8 + 1
     return {
