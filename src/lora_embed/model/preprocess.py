@@ -49,7 +49,7 @@ class Preprocessing:
         """
         settings = asdict(self) | {"arithmetic": self.arithmetic.name}
         usual = {"decode": "exact", "arithmetic": PILLOW_13}
-        return {key: value for key, value in settings.items() if usual.get(key) != value}
+        return {key: value for key, value in settings.items() if key not in usual or value != usual[key]}
 
     @property
     def parts(self) -> tuple["Preprocessing", ...]:
