@@ -35,9 +35,7 @@ IDS = {
 }  # fmt: skip
 NEWER = '''
 import dataclasses
-import transformers
 from transformers import AutoConfig, AutoModel, ViTConfig, ViTModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 @dataclasses.dataclass
 class NewerConfig(ViTConfig):
@@ -50,12 +48,9 @@ class NewerConfig(ViTConfig):
         super().__post_init__(**kwargs)
         self.head_size = self.head_size or self.hidden_size // self.num_attention_heads
 
-class NewerModel(ViTModel):
-    config_class = NewerConfig
-
-NewerModel.__name__ = "ViTModel"
+ViTModel.config_class = NewerConfig
 AutoConfig.register("vit", NewerConfig, exist_ok=True)
-AutoModel.register(NewerConfig, NewerModel, exist_ok=True)
+AutoModel.register(NewerConfig, ViTModel, exist_ok=True)
 '''
 LOADS = """
 import sys
@@ -128,7 +123,9 @@ def test_a_field_that_moves_a_vector_is_in_the_id_and_one_of_training_is_not(fam
                 assert id_of(model, changed) != known, f"{name} = {other} moves vectors"
             elif "dropout" in name or "drop_path" in name or name.startswith("initializer"):
                 assert id_of(model, changed) == known, name
-    usual = {"swin": {"layer_norm_eps"}, "convnext": set()}.get(family, {"layer_norm_eps", "num_attention_heads"})
+    usual: set[str] = {"swin": {"layer_norm_eps"}, "beit": {"layer_norm_eps"}, "convnext": set()}.get(
+        family, {"layer_norm_eps", "num_attention_heads"}
+    )
     assert {"hidden_act"} | usual <= moved
 
 
