@@ -1,11 +1,13 @@
 """The table on storage without a cluster: parts, completeness, versions, compaction, and what verify notices."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -21,7 +23,7 @@ from lora_embed.storage import Store
 from lora_embed.table import Table, open_table
 from lora_embed.verify import verify_table
 from lora_embed.versions import commit_version, read_manifest
-from lora_embed.write import make_part, write_part
+from lora_embed.write import make_part, to_parquet, write_part
 from samples import layout
 
 SPACE = "5ace5ace5ace"
@@ -194,6 +196,21 @@ def test_verify_notices_counts_that_do_not_add_up(store: Store) -> None:
     wrong = replace(entry, shards=(replace(first, vectors=first.vectors + 1), *others))
     with pytest.raises(VerificationFailed, match="rows per shard differ"):
         verify_table(Table(store, replace(table.manifest, files=(wrong,))))
+
+
+def test_verify_notices_an_id_in_two_files(store: Store) -> None:
+    """Each file alone is as its manifest says; a copy of it holds the same ids under another shard's record."""
+    table = open_table(store.uri)
+    (entry,) = table.manifest.files
+    rows = pq.read_table(store.full_path(entry.path)).filter(pc.equal(pc.field("key"), "3"))
+    data = to_parquet(rows)
+    record = replace(entry.shards[0], id="zz", samples=1, vectors=1, rejects=0)
+    store.create("data/again.parquet", data)
+    again = replace(
+        entry, path="data/again.parquet", rows=1, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), shards=(record,)
+    )
+    with pytest.raises(VerificationFailed, match=r"1 ids stand in more than one data file: a\.tar/3"):
+        verify_table(Table(store, replace(table.manifest, files=(entry, again))))
 
 
 def test_compaction_refuses_rows_that_are_not_what_was_verified(store: Store) -> None:

@@ -115,21 +115,20 @@ def _carry_out(
     """Embed what is missing, a sample first where all of it is, and publish it."""
     job, shared, topology = recording.job, recording.shared, recording.topology
     assert shared is not None
-    store, space_id, embedded = shared.store, shared.encoder.space_id, 0
+    store, space_id = shared.store, shared.encoder.space_id
     recording.before = current.version if current is not None else None
     if current is not None and job.limit is None and versions.newest_of(store, space_id, shared.layout.pins, current) is None:
         recording.doing = "embedding a sample"
-        sampled = preview.embed_sample(job, shared, current, shards, topology)
-        if sampled is None:
-            held, counts = current.space_id, current.counts
-            return RunResult(table=job.table, space_id=held, embedded=0, version=current.version, counts=counts)
-        embedded = recording.sampled = sampled
+        if not preview.embed_sample(job, shared, current, shards, topology, recording.effort):
+            embedded, counts = recording.effort.samples, current.counts
+            held, version = current.space_id, current.version
+            return RunResult(table=job.table, space_id=held, embedded=embedded, version=version, counts=counts)
     recording.doing = "embedding"
     effort = work.embed_missing(job, shared, shards, topology, recording.effort)
     result = RunResult(
         table=job.table,
         space_id=space_id,
-        embedded=embedded + effort.samples,
+        embedded=effort.samples,
         stages={stage: round(seconds, 3) for stage, seconds in effort.seconds.items()},
         bound=effort.bound.by if effort.bound else None,
     )
@@ -262,13 +261,22 @@ def renew_encoder(encoder: Description | None, store: Store, grace_days: float) 
 
 
 def store_encoder(folder: Path, store: Store) -> Description:
-    """Copy an encoder to the table, its description last, so that it is whole once that can be read."""
+    """Copy an encoder to the table, its description last, so that it is whole once that can be read.
+
+    Returns the table's encoder of this recipe. That is another one where a run on another kind of processor, whose numbers
+    differ in their last digits, has stored its own in the meantime: a recipe has one space in a table.
+    """
     description = read_description(folder)
-    target = encoder_path(description.space_id)
+    target, record = encoder_path(description.space_id), f"recipes/{description.recipe_id}.json"
+    own = json.dumps({"space_id": description.space_id}).encode() + b"\n"
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     for file in sorted(files, key=lambda file: file.name == DESCRIPTION):
         store.create(f"{target}/{file.relative_to(folder).as_posix()}", file.read_bytes())
-    store.create(f"recipes/{description.recipe_id}.json", json.dumps({"space_id": description.space_id}).encode() + b"\n")
+    if not store.create(record, own):
+        settled = stored_encoder(store, json.loads(store.read(record) or own)["space_id"])
+        if settled is not None:
+            return settled
+        store.replace(record, own)  # its encoder was removed, since no version needed it
     return description
 
 

@@ -5,6 +5,7 @@ A `Store` is a root URI; every path given to it is relative to that root, with `
 
 import contextlib
 import io
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from lora_embed import disk, remote
 from lora_embed.errors import StorageError, StoreUnavailable
-from lora_embed.retry import LIBRARY_ERRORS, describe, is_no_connection, retried
+from lora_embed.retry import LIBRARY_ERRORS, describe, is_no_connection, is_refused_create, retried
 
 RETRY_S = 120.0  # how long transient errors are tried again; `retry_s` beside fsspec's own options changes it
 FIRST_CONTACT_S = 5.0
@@ -53,7 +54,7 @@ class Store:
 
     @property
     def filesystem(self) -> Any:
-        """The fsspec file system, for libraries that take one."""
+        """The fsspec file system itself, which tries nothing again; `lend.lend` makes one for other libraries."""
         return self._connection[0]
 
     @property
@@ -75,10 +76,11 @@ class Store:
 
     def check_reachable(self) -> None:
         """First contact, before any work: a wrong endpoint or key, or a bucket that is not there, is said at once."""
+        first_s = min(self.retry_s, FIRST_CONTACT_S)
         if self.is_local:
             return
         try:
-            self._list_one(min(self.retry_s, FIRST_CONTACT_S))
+            self._list_one(first_s)
         except StoreUnavailable as error:
             if error.__cause__ is None or not is_no_connection(error.__cause__):
                 self._list_one(self.retry_s)  # somebody is there, who may answer later
@@ -176,8 +178,8 @@ class Store:
         with explained(self, path, writes=True):
             try:
                 retried(lambda: self._put(path, data, mode=mode), self.name(path), self.retry_s)
-            except OSError as error:
-                if "pre-conditions" in str(error):  # so s3fs reports a refused If-None-Match; by now it may be gone again
+            except (OSError, *LIBRARY_ERRORS) as error:
+                if is_refused_create(error):  # by now the object may be gone again
                     return False
                 if isinstance(error, FileExistsError) and self.info(path) is not None:  # not for what stands above it
                     return False
@@ -220,7 +222,11 @@ class Store:
     @property
     def retry_s(self) -> float:
         """Seconds for which transient errors are tried again."""
-        return float(self.options.get("retry_s", RETRY_S))
+        given = self.options.get("retry_s", RETRY_S)
+        with contextlib.suppress(TypeError, ValueError):
+            if math.isfinite(seconds := float(given)) and seconds >= 0:
+                return seconds
+        raise StorageError(f"{self.uri}: retry_s is {given!r}, expected a number of seconds, 0 or more")
 
     def _put(self, path: str, data: bytes, **options: str) -> None:
         silence_s = self.options.get("config_kwargs", {}).get("read_timeout", remote.SILENCE_S)
@@ -318,6 +324,6 @@ def explained(store: Store, path: str, *, writes: bool = False) -> Iterator[None
     except LIBRARY_ERRORS as error:
         raise StorageError(f"{where}: cannot be reached: {error}. Check network, endpoint and keys.") from None
     except TypeError as error:  # file systems take their options late, and say only this of one they do not know
-        if not store.options or "unexpected keyword" not in str(error):
+        if not store.options or not remote.is_unknown_option(error):
             raise
         raise StorageError(f"{where}: a storage option is not known: {error}; given are {sorted(store.options)}") from None
