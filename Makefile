@@ -10,7 +10,7 @@ DAFT := $(LORA_EMBED_CACHE)/peers/daft/ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-long soak readers matrix faults lint bench quality clean
+.PHONY: setup demo test test-long soak readers matrix processors versions faults lint bench quality clean
 
 setup: $(READY)
 
@@ -42,6 +42,12 @@ readers: setup
 
 matrix: setup
 	LORA_EMBED_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_families.py tests/test_features.py
+
+processors: setup
+	$(BIN)/python tests/processors.py $(PROCESSORS)
+
+versions: setup
+	$(BIN)/python tests/environments.py $(VERSIONS)
 
 faults: setup
 	$(BIN)/python tests/campaign.py $(FAULTS)

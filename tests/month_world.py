@@ -22,6 +22,7 @@ from lora_embed import load_encoder
 from lora_embed.config import JobConfig
 from lora_embed.model.encoder import Encoder
 from lora_embed.schema import encoder_path
+from lora_embed.table import open_table
 from models import edit_tensors
 from samples import png, tar_of
 
@@ -58,6 +59,7 @@ class Month:
     left: dict[int, int] = field(default_factory=dict)  # version that is not retained any more → night since when
     gone: frozenset[str] = frozenset()  # ids whose forgetting came to its end
     night: int = 0
+    opened: int = 0  # the highest version that a reader has opened
     most_shards: int = 1000
     mirrored: dict[str, int] = field(default_factory=dict)  # shard → time of its file when it was copied to the job's input
 
@@ -157,9 +159,17 @@ class Month:
         for number in [number for number, since in self.left.items() if self.night - since < GRACE_DAYS]:
             assert self.read(tombs[number])[0] == self.published[number].rows, f"{number} is in its grace period"
 
+    def open(self) -> None:
+        """A reader who opens the table again and again never comes back to an older version, whatever CURRENT says."""
+        found = open_table(self.job.table).version if self.published else 0
+        assert found == max(self.published, default=0)
+        assert found >= self.opened, f"version {found} after {self.opened}"
+        self.opened = found
+
     def check_listed(self, listed: dict[int, dict[str, Any]]) -> None:
         """Each version that is there is as it must be, and the last that was made is there."""
         assert max(listed, default=0) == max(self.published, default=0)
+        self.open()
         hint = self.files.cat_file("CURRENT") if self.files.exists("CURRENT") else b"0"
         assert int(hint) <= max(listed, default=0)
         for number, manifest in listed.items():
@@ -182,6 +192,10 @@ class Month:
         assert hashlib.sha256(data).hexdigest() == entry["sha256"]
         rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data), columns=columns).to_pylist()
         return rows
+
+    def check_hint(self) -> None:
+        """After a night that came to its end, programs that read no listing find the current version too."""
+        assert int(self.files.cat_file("CURRENT")) == max(self.published)
 
     def check_cleared(self) -> None:
         """After a publication nothing is there that is old and nothing refers to, nor what the version has absorbed."""

@@ -48,7 +48,7 @@ def publish_vectors(
         write_part(store, space_id, how, head, make_part(head, batch, vectors, how))
         counts = ShardCounts(id=shard_id, name=name, samples=len(keys), vectors=len(keys), rejects=0)
         part = Part(shard_id=shard_id, chunk=0, last=True)
-        sources.append(Source(shard=counts, parts=part_paths(space_id, how, [part])))
+        sources.append(Source(shards=(counts,), parts=part_paths(space_id, how, [part])))
     dimension = next(iter(shards.values()))[1].shape[1]
     groups = [sources[start : start + shards_per_file] for start in range(0, len(sources), shards_per_file)]
     tasks = [task for group in groups for task in plan_compactions(group, how, space_id, dimension)]

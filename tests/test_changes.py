@@ -14,7 +14,7 @@ import ray.data
 
 from faults import EXPIRED, STORE_FULL
 from jobs import run_here, tiny_recipe, write_job, write_tars
-from lora_embed import cluster, pipeline
+from lora_embed import pipeline, ray_private
 from lora_embed.cli import run_command
 from lora_embed.config import load_recipe
 from lora_embed.errors import ChangedMeanwhile, IncompleteRun, StorageError, WorkersLost
@@ -129,5 +129,5 @@ def test_keys_that_expire_while_the_encoder_is_stored_are_no_mistake_of_the_job(
 
 def test_what_ray_says_of_a_failed_task_is_a_line_without_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
     trace = "Task A failed, and is tried again. Error: Traceback (most recent call last):\n\n  File x\n\nValueError: no\n\n"
-    cluster._warn({"lines": [trace, "A worker died."], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    ray_private._log({"lines": [trace, "A worker died."], "pid": "raylet", "is_err": False}, ignore_prefix=False)
     assert caplog.messages == ["Ray: Task A failed, and is tried again. ValueError: no", "Ray: A worker died."]

@@ -16,8 +16,10 @@ PACKAGE = ROOT / "src" / "lora_embed"
 LAYERS = [  # top to bottom: a module imports from its own layer and those above it
     [
         "errors",
+        "libraries",
         "explain",
         "yaml_file",
+        "hub",
         "config",
         "schema",
         "manifest",
@@ -27,6 +29,7 @@ LAYERS = [  # top to bottom: a module imports from its own layer and those above
         "remote",
         "storage",
         "fetch",
+        "lend",
         "effort",
         "heartbeat",
     ],
@@ -34,6 +37,7 @@ LAYERS = [  # top to bottom: a module imports from its own layer and those above
     [
         "model.*",
         "plan",
+        "fields",
         "read",
         "resume",
         "decode",
@@ -60,6 +64,7 @@ LAYERS = [  # top to bottom: a module imports from its own layer and those above
         "compact",
         "lineage",
         "search",
+        "ray_private",
         "cluster",
         "metrics",
         "runs",
@@ -75,10 +80,10 @@ LAYERS = [  # top to bottom: a module imports from its own layer and those above
     ["cli", "cli_evaluate", "cli_tune", "demo.*", "jobs.*"],
 ]
 FENCES = {  # library → who alone imports it
-    "ray": ["cluster", "pipeline", "cli", "jobs.*"],
-    "peft": ["model.adapter", "model.match", "model.merge"],
+    "ray": ["ray_private", "cluster", "pipeline", "cli", "jobs.*"],
+    "peft": ["model.adapter", "model.peft_private", "model.merge"],
     "transformers": ["model.*"],
-    "fsspec": ["remote", "storage"],
+    "fsspec": ["remote", "storage", "lend"],
     "pyarrow.parquet": ["write", "staging", "table", "verify", "read", "export"],
 }
 # Training has no place in the package: the demo's adapters are trained by PEFT's own injection.
@@ -150,7 +155,7 @@ def is_placed(name: str) -> bool:
 
 def test_modules_are_found() -> None:
     assert {"config", "model.adapter", "demo.tour", "jobs.embed"} <= set(MODULES)
-    assert own_imports("config") == {"errors", "explain", "yaml_file"}
+    assert own_imports("config") == {"errors", "explain", "hub", "yaml_file"}
     assert {"pipeline", "plan", "schema", "model.build"} <= own_imports("run")
     assert "model.build" not in own_imports("run", at_import=True)
     assert "table" not in own_imports("cli", at_import=True)

@@ -5,14 +5,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from lora_embed import versions
-from lora_embed.compact import Source, compact, make_manifest, plan_compactions, plan_reuse
-from lora_embed.manifest import ShardCounts
+from lora_embed.compact import compact, cut_shard, make_manifest, plan_compactions, plan_reuse
 from lora_embed.staging import part_paths, verify_parts
 from lora_embed.storage import Store
 from lora_embed.table import open_table
 from lora_embed.verify import verify_table
 from s3 import S3Server
-from test_table import LAYOUT, SPACE, stage
+from test_table import LAYOUT, SPACE, shard_of, stage
 
 PUBLISHERS = 32
 SAMPLES = 5
@@ -22,17 +21,18 @@ def add_shard(store: Store, number: int) -> int:
     """Publish one more shard beside all that are there, planning again from each winner; returns how often it took."""
     shard_id, name = f"{number:016x}", f"{number:04d}.tar"
     parts = stage(store, shard_id, name, SAMPLES)
-    stats = verify_parts(store, SPACE, LAYOUT, parts)
-    counts = ShardCounts(id=shard_id, name=name, samples=stats.samples, vectors=stats.vectors, rejects=stats.rejects)
-    source = Source(shard=counts, parts=part_paths(SPACE, LAYOUT, parts))
+    verified = verify_parts(store, SPACE, LAYOUT, parts)
+    sources = cut_shard(shard_of(shard_id, name), verified, part_paths(SPACE, LAYOUT, parts), 8)
     attempts = 0
     while True:
         attempts += 1
         current = versions.read_manifest(store)
         reuse = plan_reuse(current, set(current.shards) if current else set())
-        written = [compact(store, task) for task in plan_compactions([*reuse.sources, source], LAYOUT, SPACE, 2)]
+        written = [compact(store, task) for task in plan_compactions([*reuse.sources, *sources], LAYOUT, SPACE, 2)]
         number = current.version + 1 if current else 1
-        manifest = make_manifest(number, SPACE, 2, written, reuse, gates={}, pins=LAYOUT.pins, lineage={})
+        forgotten = current.forgotten if current else ()
+        about = {"gates": {}, "pins": LAYOUT.pins, "lineage": {}}
+        manifest = make_manifest(number, SPACE, 2, written, reuse, **about, forgotten=forgotten)
         if versions.commit_version(store, manifest):
             return attempts
 

@@ -1,4 +1,4 @@
-"""What a night costs when little is stale: one shard of a thousand, and planning for a hundred thousand."""
+"""What a night costs when little is stale: bytes and requests, one shard of a thousand, planning for a hundred thousand."""
 
 import os
 import time
@@ -8,46 +8,111 @@ from typing import Any
 import pytest
 
 from jobs import job_of, read_rows, run_here, tiny_recipe, write_tars
-from lora_embed import work
-from lora_embed.compact import Reuse, Source, make_manifest, plan_compactions, plan_reuse
+from lora_embed import staging, work
+from lora_embed.compact import SMALL_FILES, Reuse, Source, make_manifest, plan_compactions, plan_reuse
+from lora_embed.config import JobConfig
 from lora_embed.disk import create
+from lora_embed.lineage import forget
 from lora_embed.manifest import FileEntry, Manifest, ShardCounts
 from lora_embed.model.description import Description
 from lora_embed.model.preprocess import Preprocessing
 from lora_embed.run import run_job
-from lora_embed.schema import Shard
+from lora_embed.schema import Part, Shard
 from lora_embed.storage import Entry, Store
+from lora_embed.table import open_table
+from lora_embed.verify import verify_table
 from lora_embed.versions import commit_version
+from lora_embed.write import part_path
 from samples import layout, png, tar_of
+from traffic import Traffic, counted_traffic
 
 SPACE = "5ace5ace5ace"
 LAYOUT = layout()
+FOOTER_BYTES = 2**16  # that pyarrow reads first, from the end of each file
 
 
-class Counter:
-    """Reads and writes of stores, by root and path."""
+def night(folder: Path, monkeypatch: pytest.MonkeyPatch, job: JobConfig) -> tuple[Traffic, int]:
+    """One more version, and the bytes of the data files that it replaced."""
+    before = {entry.path: entry.bytes for entry in open_table(job.table).manifest.files}
+    with counted_traffic() as traffic:
+        assert run_job(job, replaces=True).published
+    now = open_table(job.table)
+    verify_table(now)
+    return traffic, sum(before[path] for path in before.keys() - {entry.path for entry in now.manifest.files})
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.read: list[str] = []
-        self.written: dict[str, int] = {}
-        for name in ("open", "read"):
-            monkeypatch.setattr(Store, name, self._noting_reads(getattr(Store, name)))
-        for name in ("create", "replace"):
-            monkeypatch.setattr(Store, name, self._noting_writes(getattr(Store, name)))
 
-    def _noting_reads(self, right: Any) -> Any:
-        def read(store: Store, path: str) -> Any:
-            self.read.append(f"{store.uri}/{path}")
-            return right(store, path)
+def reads_of_data(traffic: Traffic) -> dict[str, int]:
+    return {path: times for path, times in traffic.paths_read.items() if "/data/" in path}
 
-        return read
 
-    def _noting_writes(self, right: Any) -> Any:
-        def write(store: Store, path: str, data: bytes) -> Any:
-            self.written[path] = self.written.get(path, 0) + len(data)
-            return right(store, path, data)
+def test_a_night_reads_each_data_file_once_however_many_shards_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 80 shards one is removed: the file that holds them is read once, and the new one once to be measured."""
+    run_here(monkeypatch)
+    source = write_tars(tmp_path / "shards", shards=80, images=2)
+    job = job_of(tmp_path, tiny_recipe(tmp_path), source, reembed={"drift": 0}, max_removed=1.0)
+    run_job(job, replaces=True)
+    (source / "0040.tar").unlink()
+    traffic, touched = night(tmp_path, monkeypatch, job)
+    assert set(reads_of_data(traffic).values()) == {1}
+    _, read, written = traffic.below(job.table, "data")
+    assert touched <= read <= 3 * touched + 2 * FOOTER_BYTES
+    assert written <= touched
+    with counted_traffic() as traffic:
+        forget(Store(job.table), ["0003.tar/000006"], "asked")
+    assert max(reads_of_data(traffic).values()) <= 3, "to find the image in two versions, and to leave it out"
+    assert len(read_rows(tmp_path / "table")) == 157
 
-        return write
+
+def test_small_files_are_read_once_each_when_they_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_here(monkeypatch)
+    source = write_tars(tmp_path / "shards", shards=1, images=2)
+    job = job_of(tmp_path, tiny_recipe(tmp_path), source, reembed={"drift": 0})
+    run_job(job, replaces=True)
+    traffics = []
+    for number in range(1, SMALL_FILES + 1):
+        (source / f"{number:04d}.tar").write_bytes(tar_of([(f"{image}.png", png(100 * number + image)) for image in range(3)]))
+        traffics.append(night(tmp_path, monkeypatch, job)[0])
+    assert all(set(reads_of_data(traffic).values()) == {1} for traffic in traffics)
+    assert len(reads_of_data(traffics[-1])) == SMALL_FILES + 1
+    assert len(open_table(job.table).manifest.files) == 1
+
+
+def test_parts_that_a_version_has_absorbed_are_removed_by_the_thousand(tmp_path: Path) -> None:
+    """As many requests for a thousand shards as for one."""
+    store = Store(str(tmp_path / "table"))
+    parts = [Part(shard_id=f"{number:016x}", chunk=0, last=True) for number in range(1000)]
+    for part in parts:
+        store.create(part_path(SPACE, LAYOUT.layout_id, part), b"")
+    records = tuple(ShardCounts(id=part.shard_id, name=part.shard_id, samples=1, vectors=1, rejects=0) for part in parts)
+    entry = FileEntry(path="data/0", rows=1000, bytes=1, sha256="", shards=records)
+    manifest = make_manifest(1, SPACE, 8, [(entry, None)], plan_reuse(None, set()), gates={}, pins=LAYOUT.pins, lineage={})
+    with counted_traffic() as traffic:
+        staging.clear_absorbed(store, manifest, LAYOUT)
+    assert traffic.below(store.uri, "staging")[0] == 2, "a listing and a removal"
+    assert store.list_files("staging") == []
+
+
+def seconds_to_choose(count: int) -> float:
+    """To choose what is embedded again to notice drift, where that is a single image."""
+    names = [f"{number:08d}.tar" for number in range(count)]
+    shards = [
+        Shard(id=f"{n:016x}", name=name, prefix=name, kind="tar", root="/input", files=()) for n, name in enumerate(names)
+    ]
+    records = tuple(ShardCounts(id=s.id, name=s.name, samples=1, vectors=1, rejects=0) for s in shards)
+    entry = FileEntry(path="data/0", rows=count, bytes=1, sha256="", shards=records)
+    manifest = make_manifest(1, SPACE, 8, [(entry, None)], plan_reuse(None, set()), gates={}, pins=LAYOUT.pins, lineage={})
+    started = time.monotonic()
+    assert len(work.choose_unchanged(manifest, shards, 64)) == 64
+    plan_reuse(manifest, {shard.id for shard in shards}, [f"{name}/x" for name in names[::8]])
+    return time.monotonic() - started
+
+
+def test_what_a_night_chooses_takes_time_in_proportion_to_the_shards() -> None:
+    """Also with one image of eight to be forgotten. Sixteen times the shards took 256 times as long."""
+    small, large = (min(seconds_to_choose(count) for _ in range(3)) for count in (1000, 16_000))
+    assert large <= 48 * max(small, 0.005)
 
 
 @pytest.mark.long
@@ -63,19 +128,20 @@ def test_one_changed_shard_of_a_thousand_is_all_that_is_read_and_embedded(
     changed = source / "0500.tar"
     changed.write_bytes(tar_of([(f"{number}.png", png(10**6 + number)) for number in range(3)]))
 
-    counter = Counter(monkeypatch)
+    before = sum(path.stat().st_size for path in (tmp_path / "table" / "data").rglob("*.parquet"))
     started = time.monotonic()
-    result = run_job(job, replaces=True)
+    with counted_traffic() as traffic:
+        result = run_job(job, replaces=True)
     seconds = time.monotonic() - started
-    shards_read = {path for path in counter.read if path.startswith(str(source))}
-    published = {path: size for path, size in counter.written.items() if path.startswith(("data/", "rejects/"))}
-    touched = sum(path.stat().st_size for path in (tmp_path / "table" / "data").rglob("*.parquet"))
-    written = sum(counter.written.values())
+    shards_read = {path for path in traffic.paths_read if path.startswith(str(source))}
+    _, read, published = traffic.below(job.table, "data", "rejects")
+    _, _, written = traffic.below(job.table)
     print(f"\n1 of 1,000 shards changed: {seconds:.1f} s, {written:,} bytes written, {len(shards_read)} shards read")
     assert (result.embedded, result.version) == (3, 2)
     assert str(changed) in shards_read
     assert len(shards_read) == 1 + drift / 2
-    assert sum(published.values()) <= touched
+    assert published <= 1.01 * before
+    assert read <= (3 if drift else 2) * before + 3 * FOOTER_BYTES, "the drift gate looks 64 images up"
     assert len(read_rows(tmp_path / "table")) == 2001
 
 
@@ -97,7 +163,7 @@ def seconds_to_plan(folder: Path, shards: list[Shard], staged: list[ShardCounts]
     started = time.monotonic()
     current = Manifest.from_json((folder / "versions" / "00000001.json").read_bytes(), "")
     kept = plan_reuse(current, {shard.id for shard in shards})
-    sources = [Source(shard=shard, parts=("p",)) for shard in staged]
+    sources = [Source(shards=(shard,), parts=("p",)) for shard in staged]
     assert len(plan_compactions([*kept.sources, *sources], LAYOUT, SPACE, 384)) == -(-len(sources) // 171)
     return time.monotonic() - started
 
@@ -113,13 +179,13 @@ def planned(folder: Path, count: int) -> dict[str, float]:
     counts = [ShardCounts(id=s.id, name=s.name, samples=512, vectors=512, rejects=0) for s in shards]
     store = Store(str(folder))
     create(folder, folder / "table.json", b'{"format": 1}\n')
-    staging = folder / "staging" / SPACE / LAYOUT.layout_id
-    staging.mkdir(parents=True)
+    parts = folder / "staging" / SPACE / LAYOUT.layout_id
+    parts.mkdir(parents=True)
     for shard in shards[count // 2 :]:
-        os.close(os.open(staging / f"{shard.id}-00000000-last.parquet", os.O_CREAT))
+        os.close(os.open(parts / f"{shard.id}-00000000-last.parquet", os.O_CREAT))
     half = counts[: count // 2]
     files = tuple(
-        FileEntry(path=f"data/{n}", rows=1, bytes=2**27, sha256="0" * 64, shards=tuple(half[n : n + 170]))
+        FileEntry(path=f"data/{n}", rows=170 * 512, bytes=2**27, sha256="0" * 64, shards=tuple(half[n : n + 170]))
         for n in range(0, len(half), 170)
     )
     reuse = Reuse(files=files, rejects=(), sources=())

@@ -1,26 +1,29 @@
 """The table on storage without a cluster: parts, completeness, versions, compaction, and what verify notices."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from lora_embed.compact import SMALL_FILES, Reuse, Source, compact, make_manifest, plan_compactions, plan_reuse
+from lora_embed.compact import SMALL_FILES, Reuse, Source, compact, cut_shard, make_manifest, plan_compactions, plan_reuse
 from lora_embed.errors import TableError, VerificationFailed
 from lora_embed.gates import Gate
+from lora_embed.lineage import forget
 from lora_embed.manifest import Manifest, ShardCounts
-from lora_embed.schema import ChunkHead, ChunkStats, Part, sample_schema
-from lora_embed.staging import is_complete, part_paths, staged_parts, verify_parts
+from lora_embed.schema import ChunkHead, Part, Shard, sample_schema
+from lora_embed.staging import VerifiedShard, is_complete, part_paths, staged_parts, verify_parts
 from lora_embed.status import describe_table
 from lora_embed.storage import Store
 from lora_embed.table import Table, open_table
 from lora_embed.verify import verify_table
 from lora_embed.versions import commit_version, read_manifest
-from lora_embed.write import make_part, write_part
+from lora_embed.write import make_part, to_parquet, write_part
 from samples import layout
 
 SPACE = "5ace5ace5ace"
@@ -49,14 +52,15 @@ def stage(store: Store, shard_id: str, name: str, samples: int, rejects: int = 0
     return parts
 
 
-def publish(store: Store, version: int, staged: dict[str, ChunkStats], reuse: Reuse, names: dict[str, str]) -> Manifest:
+def shard_of(shard_id: str, name: str) -> Shard:
+    return Shard(id=shard_id, name=name, prefix=name, kind="tar", root="/input", files=())
+
+
+def publish(store: Store, version: int, staged: dict[str, VerifiedShard], reuse: Reuse, names: dict[str, str]) -> Manifest:
     sources = []
-    for shard_id, stats in staged.items():
-        counts = ShardCounts(
-            id=shard_id, name=names[shard_id], samples=stats.samples, vectors=stats.vectors, rejects=stats.rejects
-        )
+    for shard_id, verified in staged.items():
         parts = staged_parts(store, SPACE, LAYOUT.layout_id)[shard_id]
-        sources.append(Source(shard=counts, parts=part_paths(SPACE, LAYOUT, parts)))
+        sources += cut_shard(shard_of(shard_id, names[shard_id]), verified, part_paths(SPACE, LAYOUT, parts), 8)
     tasks = plan_compactions([*reuse.sources, *sources], LAYOUT, SPACE, 2)
     written = [compact(store, task) for task in tasks]
     about: dict[str, Any] = {"gates": {}, "pins": LAYOUT.pins, "lineage": {}}
@@ -151,7 +155,7 @@ def test_unchanged_files_are_reused_and_rows_of_touched_ones_copied(store: Store
     assert not whole.sources
     parts = stage(store, "cc", "c.tar", 4)
     reuse = plan_reuse(first, {"aa", "cc"})
-    assert [source.shard.id for source in reuse.sources] == ["aa"]
+    assert [[shard.id for shard in source.shards] for source in reuse.sources] == [["aa"]]
     second = publish(store, 2, {"cc": verify_parts(store, SPACE, LAYOUT, parts)}, reuse, {"cc": "c.tar"})
     assert second.counts == {"shards": 2, "samples": 11, "vectors": 10, "rejects": 1}
     verify_table(open_table(store.uri))
@@ -194,10 +198,25 @@ def test_verify_notices_counts_that_do_not_add_up(store: Store) -> None:
         verify_table(Table(store, replace(table.manifest, files=(wrong,))))
 
 
+def test_verify_notices_an_id_in_two_files(store: Store) -> None:
+    """Each file alone is as its manifest says; a copy of it holds the same ids under another shard's record."""
+    table = open_table(store.uri)
+    (entry,) = table.manifest.files
+    rows = pq.read_table(store.full_path(entry.path)).filter(pc.equal(pc.field("key"), "3"))
+    data = to_parquet(rows)
+    record = replace(entry.shards[0], id="zz", samples=1, vectors=1, rejects=0)
+    store.create("data/again.parquet", data)
+    again = replace(
+        entry, path="data/again.parquet", rows=1, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), shards=(record,)
+    )
+    with pytest.raises(VerificationFailed, match=r"1 ids stand in more than one data file: a\.tar/3"):
+        verify_table(Table(store, replace(table.manifest, files=(entry, again))))
+
+
 def test_compaction_refuses_rows_that_are_not_what_was_verified(store: Store) -> None:
     counts = ShardCounts(id="bb", name="b.tar", samples=3, vectors=3, rejects=0)
     parts = part_paths(SPACE, LAYOUT, staged_parts(store, SPACE, LAYOUT.layout_id)["bb"])
-    (task,) = plan_compactions([Source(shard=counts, parts=parts)], LAYOUT, SPACE, 2)
+    (task,) = plan_compactions([Source(shards=(counts,), parts=parts)], LAYOUT, SPACE, 2)
     with pytest.raises(VerificationFailed, match="holds 2 vectors and 0 rejects, expected 3 and 0"):
         compact(store, task)
 
@@ -205,11 +224,79 @@ def test_compaction_refuses_rows_that_are_not_what_was_verified(store: Store) ->
 def test_files_hold_whole_shards_up_to_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_embed.compact.DATA_FILE_BYTES", 100)
     shards = [ShardCounts(id=f"{n}", name=f"{n}.tar", samples=5, vectors=5, rejects=0) for n in range(5)]
-    tasks = plan_compactions([Source(shard=shard, parts=("p",)) for shard in shards], LAYOUT, SPACE, 2)
-    assert [[source.shard.name for source in task.sources] for task in tasks] == [
+    tasks = plan_compactions([Source(shards=(shard,), parts=("p",)) for shard in shards], LAYOUT, SPACE, 2)
+    assert [[source.shards[0].name for source in task.sources] for task in tasks] == [
         ["0.tar", "1.tar", "2.tar"],
         ["3.tar", "4.tar"],
     ]
+
+
+def spanning(store: Store, monkeypatch: pytest.MonkeyPatch) -> Manifest:
+    """Version 2: beside `a` and `b` a shard of 42 samples, 3 of them bad, whose rows take three files."""
+    monkeypatch.setattr("lora_embed.compact.DATA_FILE_BYTES", 80)  # ten vectors
+    parts = stage(store, "cc", "c.tar", 42, rejects=3)
+    reuse = plan_reuse(read_manifest(store), {"aa", "bb", "cc"})
+    return publish(store, 2, {"cc": verify_parts(store, SPACE, LAYOUT, parts)}, reuse, {"cc": "c.tar"})
+
+
+def test_a_shard_may_span_data_files_and_is_one_shard_all_the_same(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = spanning(store, monkeypatch)
+    holding = [shard for entry in manifest.files for shard in entry.shards if shard.id == "cc"]
+    assert [(shard.start, shard.samples) for shard in holding] == [(0, 21), (21, 18), (39, 3)]
+    assert manifest.shards["cc"] == ShardCounts(id="cc", name="c.tar", samples=42, vectors=39, rejects=3)
+    assert manifest.counts == {"shards": 3, "samples": 51, "vectors": 47, "rejects": 4}
+    opened = open_table(store.uri)
+    verify_table(opened)
+    assert opened.manifest == manifest
+    ids = opened.to_dataset().to_table(columns=["id"]).column("id").to_pylist()
+    assert [id_ for id_ in ids if id_.startswith("c.tar")] == [f"c.tar/{number}" for number in range(3, 42)]
+    assert opened.rows(["c.tar/41", "c.tar/3"], ["id"]).column("id").to_pylist() == ["c.tar/41", "c.tar/3"]
+    assert opened.rejects().num_rows == 4
+    whole = plan_reuse(manifest, {"aa", "bb", "cc"})
+    assert (set(whole.files), set(whole.rejects), whole.sources) == (set(manifest.files), set(manifest.rejects), ())
+
+
+def test_an_older_release_does_not_publish_where_a_shard_spans_files(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their records hold `start`, which it does not know; all other manifests are written as it writes them."""
+    assert b'"start"' not in (store.read("versions/00000001.json") or b"")
+    spanning(store, monkeypatch)
+    assert (store.read("versions/00000002.json") or b"").count(b'"start"') == 2, "of three files, the first begins at 0"
+
+
+def test_forgetting_in_a_shard_that_spans_files_leaves_all_others(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    spanning(store, monkeypatch)
+    store.create(f"encoders/{SPACE}/merge_report.json", b"{}")
+    forget(store, ["c.tar/5", "c.tar/28", "c.tar/40", "b.tar/1"], "asked")
+    opened = open_table(store.uri)
+    verify_table(opened)
+    assert opened.manifest.counts == {"shards": 3, "samples": 51, "vectors": 43, "rejects": 8}
+    assert opened.manifest.shards["cc"] == ShardCounts(id="cc", name="c.tar", samples=42, vectors=36, rejects=6)
+    ids = set(opened.to_dataset().to_table(columns=["id"]).column("id").to_pylist())
+    assert len(ids) == 43
+    assert not ids & {"c.tar/5", "c.tar/28", "c.tar/40", "b.tar/1"}
+
+
+def test_a_shard_that_spans_files_goes_whole(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = spanning(store, monkeypatch)
+    third = publish(store, 3, {}, plan_reuse(manifest, {"aa", "bb"}), {})
+    verify_table(open_table(store.uri))
+    assert third.counts == {"shards": 2, "samples": 9, "vectors": 8, "rejects": 1}
+
+
+def test_a_data_file_has_at_most_twice_its_size_and_small_row_groups(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes together: one that was close to twice the size before gets nothing more."""
+    monkeypatch.setattr("lora_embed.compact.DATA_FILE_BYTES", 100)
+    monkeypatch.setattr("lora_embed.compact.ROW_GROUP_BYTES", 16)
+    shards = [ShardCounts(id=f"{n}", name=f"{n}.tar", samples=n, vectors=n, rejects=0) for n in (12, 24, 13, 11, 25, 1)]
+    tasks = plan_compactions([Source(shards=(shard,), data="d") for shard in shards], LAYOUT, SPACE, 2)
+    assert max(task.vector_bytes for task in tasks) <= 200
+    assert sum(task.vector_bytes for task in tasks) == 8 * (12 + 24 + 13 + 11 + 25 + 1)
+    parts = stage(store, "dd", "d.tar", 9)
+    manifest = publish(store, 2, {"dd": verify_parts(store, SPACE, LAYOUT, parts)}, plan_reuse(None, set()), {"dd": "d.tar"})
+    (entry,) = manifest.files
+    metadata = pq.read_metadata(store.full_path(entry.path))
+    assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [2, 2, 2, 2, 1]
+    assert Table(store, manifest).rows(["d.tar/7"]).column("embedding").to_pylist() == [[7.0, 1.0]]
 
 
 def test_an_absent_table_or_version_is_named(tmp_path: Path, store: Store) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from jobs import run_here
@@ -57,6 +58,10 @@ def vectors_of(folder: Path) -> dict[str, bytes]:
     return {row["id"]: np.array(row["embedding"], np.float32).tobytes() for row in rows}
 
 
+def array_of(vectors: dict[str, bytes], ids: list[str]) -> NDArray[np.float32]:
+    return np.array([np.frombuffer(vectors[id_], np.float32) for id_ in ids])
+
+
 def image_of(id_: str) -> Image.Image:
     return Image.open(io.BytesIO(encoded(noise(6, 5, seed=int(id_[-3:])))))
 
@@ -92,7 +97,10 @@ def test_the_next_night_goes_on_from_it(folder: Path, monkeypatch: pytest.Monkey
     assert result.embedded == ANEW[folder.name]
     after = vectors_of(folder)
     assert after.keys() == before.keys() | ids_of("c")
-    assert {id_: after[id_] for id_ in before} == before
+    if ANEW[folder.name]:  # by another processor than the one that wrote the table: its vectors differ in their last digits
+        assert relative_difference(*(array_of(vectors, sorted(before)) for vectors in (after, before))) <= 1e-5
+    else:
+        assert {id_: after[id_] for id_ in before} == before
     assert not list((folder / "table" / "staging").rglob("*.parquet"))
     verify_table(open_table(job.table))
     assert not run_job(job, replaces=True).published

@@ -225,7 +225,7 @@ def test_what_cannot_be_cleared_does_not_undo_a_publication(
     manifest = replace(current_of(store), files=(replace(current_of(store).files[0], shards=(SHARD,)),))
     job = JobConfig(recipe="r", input=("i",), table=store.uri)
     encoder = type("Encoder", (), {"space_id": SPACE})
-    _clear(job, pipeline.Job.of(job, store, encoder, LAYOUT), manifest)  # type: ignore[arg-type]
+    _clear(pipeline.Job.of(job, store, encoder, LAYOUT), manifest)  # type: ignore[arg-type]
     said = capfd.readouterr().err
     assert "version 3 is published, but what it replaces could not be cleared" in said
     assert "no proper answer for 120 s" in said

@@ -102,7 +102,7 @@ def publish(
     """Publish what is staged as the next version, without embedding anything."""
     from lora_embed.run import publish_job
 
-    if accept and not why:
+    if accept and not why.strip():
         raise ConfigError("--accept lets a failed gate through. Say why with --why: the version keeps the reason.")
     result = publish_job(load_job(job, set_), releases=release, accepted=dict.fromkeys(accept or [], why))
     _print(asdict(result), as_json, result.describe())
@@ -119,7 +119,7 @@ def rollback(
     from lora_embed.storage import Store as TableStore
     from lora_embed.versions import roll_back
 
-    manifest = roll_back(TableStore(table, {}), to, why)
+    manifest = roll_back(TableStore(table, {}), to, _reason(why))
     held = f"; held back: {', '.join(manifest.held)}" if manifest.held else ""
     result = {"table": table, "version": manifest.version, "space_id": manifest.space_id, "held": manifest.held}
     _print(result, as_json, f"version {manifest.version} has the content of version {to}, space {manifest.space_id}{held}")
@@ -146,8 +146,24 @@ def forget(
     from lora_embed.lineage import forget as forget_images
     from lora_embed.storage import Store as TableStore
 
-    forgotten = forget_images(TableStore(table, {}), ids, why)
+    forgotten = forget_images(TableStore(table, {}), ids, _reason(why))
     _print(asdict(forgotten), as_json, forgotten.describe())
+
+
+@app.command()
+def gc(
+    table: TableUri,
+    job: Annotated[Path | None, typer.Option("--job", metavar="JOB", help="Job file whose `retain` counts.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed; write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Retire old versions, and remove what no version has needed for the grace period, as each night does."""
+    from lora_embed.retention import collect_garbage
+
+    loaded = load_job(job) if job is not None else None
+    options, retain = (loaded.table_storage_options, loaded.retain) if loaded is not None else ({}, None)
+    collected = collect_garbage(table, options, retain, is_dry_run=dry_run)
+    _print(asdict(collected), as_json, collected.describe())
 
 
 @app.command()
@@ -297,6 +313,12 @@ def _run(path: Path, overrides: list[str] | None, as_json: bool, **how: bool) ->
 
     result = run_job(job, **how)
     _print(asdict(result), as_json, result.describe())
+
+
+def _reason(why: str) -> str:
+    if not why.strip():
+        raise ConfigError("--why is empty. Say why: the version keeps the reason.")
+    return why
 
 
 def _counted(counts: dict[str, int]) -> str:

@@ -6,7 +6,6 @@ import re
 import shutil
 import socket
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,17 @@ from typing import Any
 import ray
 import ray.data
 import ray.exceptions
-from ray._private import ray_constants
 from ray.autoscaler.sdk import request_resources
-from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.data import ActorPoolStrategy
-from ray.util.annotations import RayDeprecationWarning
 from ray.util.metrics import Counter, Gauge
 
+from lora_embed import ray_private
 from lora_embed.config import Resources
-from lora_embed.errors import IncompleteRun, ResourcesError
+from lora_embed.errors import IncompleteRun, LibraryMismatch, ResourcesError
 from lora_embed.progress import say
 from lora_embed.stages import Workers
 
-_IS_REACHABLE = bool(ray_constants.ENABLE_RAY_CLUSTER)  # by other machines, as Ray would have it
 MAX_RETRIES = 3  # of a task whose process died; Ray Data's default is for ever
-OOM_RETRIES = 5  # of a task whose process Ray's memory monitor ended, 1 to 16 s apart; Ray's default is for ever
 METRICS_PORT = "LORA_EMBED_METRICS_PORT"  # the environment's word for the port of a cluster that is started here
 # How long a node is waited for, by default: for a GPU that may be there, for what must be there, for one that is started.
 ASKING_S, JOINING_S, SCALING_S = 20.0, 60.0, 1800.0
@@ -59,25 +54,19 @@ def connect(num_cpus: int | None = None, num_gpus: int | None = None) -> None:
     """
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_task_oom_retries", str(OOM_RETRIES))
-    address = os.environ.get("RAY_ADDRESS", "local")
+    address = _address()
     is_own = address == "local"
-    # Ray's only way to listen on the loopback address alone, which it does by itself on macOS and Windows: else everybody who
-    # reaches this machine could run code in it. Of a cluster that is joined, whoever started it has the say.
-    ray_constants.ENABLE_RAY_CLUSTER = _IS_REACHABLE and not is_own
     _check_reachable(address)
+    declared: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+    quietly: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
-        ray.init(
-            address=address,
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            include_dashboard=False if is_own else None,
-            _metrics_export_port=_metrics_port() if is_own else None,
-            runtime_env=None if is_own else {"py_modules": [str(Path(__file__).parent)]},
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+        if is_own:
+            ray_private.start_here(metrics_port=_metrics_port(), **declared, **quietly)
+        else:
+            package = {"py_modules": [str(Path(__file__).parent)]}
+            ray_private.join(address, runtime_env=package, **declared, **quietly)
+    except LibraryMismatch:
+        raise
     except Exception as error:  # Ray raises no other when its processes do not come up
         if is_own:
             raise IncompleteRun(
@@ -92,9 +81,8 @@ def connect(num_cpus: int | None = None, num_gpus: int | None = None) -> None:
             f"the Ray cluster at {address} cannot be joined: {reason}. Correct RAY_ADDRESS, give the cluster's token "
             "(RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH), or unset RAY_ADDRESS to run on this machine alone."
         ) from None
-    warnings.filterwarnings("ignore", category=RayDeprecationWarning)  # of arguments that the pinned Ray still takes
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it prints the tracebacks of what is raised anyway
-    ray._private.worker.print_to_stdstream = _warn  # there is no public way to keep this off stdout, where results go
+    ray_private.log_messages()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -104,21 +92,15 @@ def _line(error: Exception) -> str:
     return " ".join(str(getattr(error, "message", error)).split()).rstrip(".")
 
 
-def _warn(data: dict[str, Any], *_: Any, **__: Any) -> None:
-    """What Ray prints of tasks and workers that failed, without the traceback: the run goes on, or says why it cannot."""
-    for message in data["lines"]:
-        what, _, trace = message.partition("Error: Traceback")
-        cause = [line.strip() for line in trace.splitlines() if line.strip()][-1:]
-        logging.getLogger(__name__).warning("%s", " ".join(["Ray:", *what.split(), *cause])[:1000])
-
-
 def leave(*, failed: bool) -> None:
     """End what this process has of Ray. A Ray that was started here leaves its folder of logs only where the run failed.
 
     Ray itself never removes it: a night each would fill the disk of temporary files.
     """
-    node: Any = ray._private.worker._global_node if ray.is_initialized() and not _is_joined() else None
-    folder = node.get_session_dir_path() if node is not None else None  # Ray has no public way to ask for it
+    folder = None
+    if ray.is_initialized() and not _is_joined():
+        here = ray.get_runtime_context()
+        folder = Path(here.get_temp_dir(), here.get_session_name())
     ray.shutdown()
     if folder is not None and not failed:
         shutil.rmtree(folder, ignore_errors=True)
@@ -127,11 +109,13 @@ def leave(*, failed: bool) -> None:
 def _metrics_port() -> int | None:
     """Where Prometheus looks, by the environment; None for any port, also where that one is taken."""
     port = os.environ.get(METRICS_PORT, "")
-    if not port.isdigit():
+    if not port:
         return None
     try:
+        if not re.fullmatch("[0-9]{1,5}", port):
+            raise OSError("it is no port")
         socket.create_server(("127.0.0.1", int(port))).close()
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # beyond 65535
         say(f"{METRICS_PORT} is {port}, which cannot be had ({error}): this run's metrics are at another port", level="warning")
         return None
     return int(port)
@@ -215,7 +199,12 @@ def _nodes() -> list[dict[str, float]]:
 
 
 def _is_joined() -> bool:
-    return os.environ.get("RAY_ADDRESS", "local") != "local"
+    return _address() != "local"
+
+
+def _address() -> str:
+    """Of the cluster to join; an empty RAY_ADDRESS is none, as everywhere in an environment."""
+    return os.environ.get("RAY_ADDRESS") or "local"
 
 
 def _wait_for(resource: str, amount: float, resources: Resources) -> bool:
@@ -229,7 +218,7 @@ def _wait_for(resource: str, amount: float, resources: Resources) -> bool:
     try:
         while (largest := max((node.get(resource, 0.0) for node in _nodes()), default=0.0)) < amount:
             waited = time.monotonic() - started
-            grows = grows or (asked and _is_adding_nodes())
+            grows = grows or (asked and ray_private.is_adding_nodes())
             limit_s = SCALING_S if grows else ASKING_S if is_optional else JOINING_S
             if resources.wait_s is not None and (grows or not is_optional):
                 limit_s = resources.wait_s
@@ -248,11 +237,6 @@ def _wait_for(resource: str, amount: float, resources: Resources) -> bool:
     return True
 
 
-def _is_adding_nodes() -> bool:
-    status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    return bool(status.pending_launches or status.pending_nodes)
-
-
 def _lacking(resource: str, amount: float, largest: float, waited: float, device: str) -> str:
     after = f" after {waited:.0f} s" if waited >= 1 else ""
     cpus = sum(node.get("CPU", 0.0) for node in _nodes())
@@ -265,9 +249,3 @@ def _lacking(resource: str, amount: float, largest: float, waited: float, device
         f"resources.cpus_per_decode is {amount:g}, but the largest node of the cluster has {largest:g} CPUs{after}; set it "
         "lower, or start the cluster with larger nodes"
     )
-
-
-def was_tried_before() -> bool:
-    """Inside a task: did a process die that had it before?"""
-    worker: Any = ray._private.worker.global_worker  # Ray has no public way to ask for the attempt
-    return bool(worker.core_worker.get_current_task_attempt_number() > 0)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import stat
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -60,12 +61,25 @@ def replace(root: Path, target: Path, data: bytes) -> None:
     _sync_folder(target.parent)
 
 
+def now(root: Path) -> float:
+    """Seconds since 1970 by the disk's own clock, which is another machine's where the disk is: that of a nameless file.
+
+    This machine's time where nothing can be written below `root`.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=root) as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return time.time()
+
+
 def clear_temporary(root: Path, older_than_s: float) -> None:
     """Remove what writers that were killed left behind."""
     folder = root / TEMPORARY
+    oldest = now(root) - older_than_s
     for file in folder.iterdir() if folder.is_dir() else ():
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - file.stat().st_mtime > older_than_s:
+            if file.stat().st_mtime < oldest:
                 file.unlink()
 
 

@@ -118,8 +118,8 @@ def _measure_block(ids: Sequence[str], images: Sequence[bytes | None], vectors: 
     usable = np.ascontiguousarray(vectors[is_usable], np.float32)
     exact = usable.astype(np.float64)
     mean = exact.mean(axis=0) if len(exact) else np.zeros(vectors.shape[1])
-    order = _hashes(text.encode() for text, good in zip(ids, is_usable, strict=True) if good)
-    digests = _hashes(image or b"" for image, good in zip(images, is_usable, strict=True) if good)
+    order = hash_each(text.encode() for text, good in zip(ids, is_usable, strict=True) if good)
+    digests = hash_each(image or b"" for image, good in zip(images, is_usable, strict=True) if good)
     first = np.argsort(order, kind="stable")[:SAMPLE_ROWS]
     return Health(
         count=len(usable),
@@ -199,7 +199,7 @@ def unit(vectors: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _doubles(vectors: Vectors, images: NDArray[np.uint64]) -> Doubles:
-    hashes = _hashes(row.data for row in vectors + np.float32(0))  # which makes −0 a 0
+    hashes = hash_each(row.data for row in vectors + np.float32(0))  # which makes −0 a 0
     return _reduced([Doubles(vector=hashes, rows=np.ones(len(hashes), np.int64), low=images, high=images)])
 
 
@@ -220,6 +220,7 @@ def _reduced(parts: Sequence[Doubles]) -> Doubles:
     )
 
 
-def _hashes(values: Iterable[Any]) -> NDArray[np.uint64]:
+def hash_each(values: Iterable[Any]) -> NDArray[np.uint64]:
+    """The first 64 bits of BLAKE2b of each value, which is bytes or a buffer."""
     digests = b"".join(blake2b(value, digest_size=8).digest() for value in values)
     return np.frombuffer(digests, dtype=">u8").astype(np.uint64)

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from lora_embed.decode import BadImage, Decode, Decoded, Prepare, decode_image, decode_items
+from lora_embed.decode import MAX_PIXELS, BadImage, Decode, Decoded, Prepare, decode_image, decode_items
 from lora_embed.model.arithmetic import check_once
 from lora_embed.schema import Layout
 
@@ -48,7 +48,7 @@ def decode_blocks(
         yield from decode_items(batch, layout, preprocessing, options, decode=decode)
 
 
-def decode_or_die(data: bytes, preprocessing: Prepare, max_pixels: int = 100_000_000) -> Decoded:
+def decode_or_die(data: bytes, preprocessing: Prepare, max_pixels: int = MAX_PIXELS) -> Decoded:
     """`decode_image`, whose process the kernel ends after `IMAGE_S` seconds: an image that hangs is one that crashes."""
     signal.setitimer(signal.ITIMER_REAL, IMAGE_S)
     try:
@@ -68,7 +68,7 @@ class IsolatedDecoder:
         self._timeout_s = timeout_s
         self._child: _Child | None = None
 
-    def __call__(self, data: bytes, preprocessing: Prepare, max_pixels: int = 100_000_000) -> Decoded:
+    def __call__(self, data: bytes, preprocessing: Prepare, max_pixels: int = MAX_PIXELS) -> Decoded:
         for _ in range(TRIES):
             answer = self._ask((data, preprocessing, max_pixels))
             if isinstance(answer, Decoded):

@@ -1,13 +1,12 @@
 """Leaves what a run was with its table: `runs/<run_id>/record.json`, and the same as a page, `report.html`."""
 
 import json
-import secrets
 import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -25,15 +24,13 @@ from lora_embed.progress import note, say
 from lora_embed.record import OPTIONS, Outcome, RejectExample, RunRecord, RunState, without_secrets
 from lora_embed.report.run import run_page
 from lora_embed.retry import take_retries
-from lora_embed.runs import prune_runs, state_path
+from lora_embed.runs import BEAT_RETRY_S, impatient, name_run, prune_runs, state_path
 from lora_embed.schema import encoder_path
 from lora_embed.storage import Store
 from lora_embed.table import read_rows
 
 PACKAGES = ("lora-embed", "torch", "transformers", "peft", "ray", "pyarrow", "pillow")
 MOST_REJECT_FILES = 64  # read again for a report
-RETRY_S = 10.0  # a run that ends because its table does not answer is not to wait for that again
-BEAT_RETRY_S = 2.0  # another beat follows
 EXAMPLES = 5  # of each reason
 NOT_READ = "in more files than a report reads"
 FORGOTTEN = "forgotten"  # images that somebody wanted out: they are counted, not shown
@@ -41,7 +38,7 @@ FORGOTTEN = "forgotten"  # images that somebody wanted out: they are counted, no
 
 @dataclass(frozen=True)
 class Beginning:
-    """When a run began, and its name: `<UTC>-<6 hex digits>`, so that names sort by time."""
+    """When a run began, and its name."""
 
     run_id: str
     started: datetime
@@ -55,7 +52,7 @@ class Beginning:
 def begin(job: JobConfig) -> Beginning:
     """Name a run; from now on what is said bears its name."""
     started = datetime.now(UTC)
-    run_id = f"{started:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+    run_id = name_run(started)
     note(run_id=run_id, table=job.table)
     return Beginning(run_id, started, time.monotonic())
 
@@ -66,10 +63,11 @@ class Journal:
 
     beginning: Beginning
     job: JobConfig
-    shared: pipeline.Job
+    store: Store
+    space_id: str
     topology: cluster.Topology
+    shared: pipeline.Job | None = None  # once the encoder is on storage
     effort: Effort = field(default_factory=Effort)
-    sampled: int = 0  # samples embedded to judge a new encoder by, before all others
     doing: str = "starting"
     before: int | None = None  # the version that was current when the run began
     version: int | None = None
@@ -79,7 +77,7 @@ class Journal:
 
     def state(self, outcome: Outcome = "running") -> RunState:
         """How far the run is."""
-        effort, began = self.effort, self.beginning
+        effort, began = self.effort.now(), self.beginning
         last = effort.timeline.readings()[-1]
         return RunState(
             run_id=began.run_id,
@@ -88,11 +86,11 @@ class Journal:
             seconds=began.seconds,
             outcome=outcome,
             doing=self.doing,
-            space_id=self.shared.encoder.space_id,
+            space_id=self.space_id,
             shards=effort.shards,
             shards_done=effort.shards_done,
             shards_failed=effort.shards_failed,
-            embedded=self.sampled + effort.samples,
+            embedded=effort.samples,
             rejected=effort.rejects.total(),
             images_per_s=round(last.samples / last.elapsed_s, 1) if last.samples else 0.0,
             bound=effort.bound.by if effort.bound is not None else None,
@@ -103,20 +101,24 @@ class Journal:
 
 
 @contextmanager
-def recorded(beginning: Beginning, job: JobConfig, shared: pipeline.Job, topology: cluster.Topology) -> Iterator[Journal]:
+def recorded(
+    beginning: Beginning, job: JobConfig, store: Store, space_id: str, topology: cluster.Topology
+) -> Iterator[Journal]:
     """Record the run in this block: its state while it goes on and how it ended, and a report once it has embedded something.
 
-    A run never fails for what tells of it, and waits little for it: that it could not be written is said, and all.
+    The state is there before the block begins: what a run of this space needs is not removed from then on. A run never
+    fails for what tells of it, and waits little for it: that it could not be written is said, and all.
     """
-    journal = Journal(beginning, job, shared, topology)
+    journal = Journal(beginning, job, store, space_id, topology)
     cluster.say_where_metrics_are()
     meters = Meters(job.table, beginning.run_id, beginning.started.timestamp())
 
     def beat() -> None:
-        journal.effort.retries += take_retries()  # the driver's own
-        meters.show(journal.effort, journal.version or journal.before)
+        journal.effort.add_retries(take_retries())  # the driver's own
+        meters.show(journal.effort.now(), journal.version or journal.before)
         _leave_state(journal)
 
+    _leave_state(journal)
     try:
         with Heartbeat(beat):
             yield journal
@@ -124,11 +126,11 @@ def recorded(beginning: Beginning, job: JobConfig, shared: pipeline.Job, topolog
         journal.error = _reason_of(error)
         raise
     finally:
-        meters.show(journal.effort, journal.version or journal.before)
+        meters.show(journal.effort.now(), journal.version or journal.before)
         state = journal.state(outcome_of(journal))
         note(**asdict(state))
-        is_told = leave_state(state, shared.store, job.retain.runs)  # first: who stops a run may not wait for long
-        if is_told and (journal.sampled or journal.effort.samples or journal.published):
+        is_told = leave_state(state, store, job.retain.runs)  # first: who stops a run may not wait for long
+        if is_told and (journal.effort.samples or journal.published):
             _leave_report(journal)
 
 
@@ -141,7 +143,7 @@ def _reason_of(error: BaseException) -> str:
 def _leave_state(journal: Journal) -> None:
     """A beat; the first that fails is said, since whoever looks from another machine will take the run for dead."""
     try:
-        impatient(journal.shared.store, BEAT_RETRY_S).replace(state_path(journal.beginning.run_id), journal.state().to_json())
+        impatient(journal.store, BEAT_RETRY_S).replace(state_path(journal.beginning.run_id), journal.state().to_json())
     except (LoraEmbedError, OSError) as error:
         if not journal.has_missed:
             journal.has_missed = True
@@ -163,11 +165,6 @@ def leave_quiet(beginning: Beginning, job: JobConfig, store: Store, current: Man
     leave_state(state, store, job.retain.runs)
 
 
-def impatient(store: Store, retry_s: float = RETRY_S) -> Store:
-    """The store, asked for a short time only: no run waits long for what only tells of it."""
-    return replace(store, options=store.options | {"retry_s": min(retry_s, store.retry_s)})
-
-
 def leave_state(state: RunState, store: Store, keep: int) -> bool:
     """Write how a run ended, and remove what runs left that are too old; False where the store does not take it."""
     try:
@@ -180,7 +177,7 @@ def leave_state(state: RunState, store: Store, keep: int) -> bool:
 
 
 def _leave_report(journal: Journal) -> None:
-    store, run_id, began = impatient(journal.shared.store), journal.beginning.run_id, journal.beginning
+    store, run_id, began = impatient(journal.store), journal.beginning.run_id, journal.beginning
     try:
         record = make_record(journal, store, run_id, began.started.isoformat(timespec="seconds"), began.seconds)
         store.create(f"runs/{run_id}/report.html", run_page(record).encode(errors="backslashreplace"))
@@ -198,6 +195,7 @@ def _utc(moment: float) -> str:
 def make_record(journal: Journal, store: Store, run_id: str, started: str, seconds: float) -> RunRecord:
     """The record of a run that has ended."""
     job, shared, effort, workers = journal.job, journal.shared, journal.effort, journal.topology.workers
+    assert shared is not None, "nothing is embedded before"
     manifest = versions.read_manifest(store, journal.version) if journal.version is not None else None
     rejects, examples = find_rejects(store, manifest) if manifest is not None else ({}, ())
     options = job.model_dump(mode="json")
@@ -218,7 +216,7 @@ def make_record(journal: Journal, store: Store, run_id: str, started: str, secon
         run_id=run_id,
         started=started,
         seconds=round(seconds, 2),
-        embedded=journal.sampled + effort.samples,
+        embedded=effort.samples,
         rejected=effort.rejects.total(),
         readings=effort.timeline.readings(),
         version=journal.version,

@@ -20,7 +20,7 @@ from lora_embed.model import golden
 from lora_embed.model.description import DESCRIPTION
 from lora_embed.schema import encoder_path
 from lora_embed.storage import Store
-from lora_embed.table import Table, read_rows
+from lora_embed.table import Table, file_batches, read_rows
 
 Rows = dict[str, dict[str, Any]]
 SAMPLE_SHARDS, SAMPLE_IMAGES = 200, 2000
@@ -36,14 +36,15 @@ def limits_of(job: JobConfig) -> Limits:
 
 def measure(shared: pipeline.Job, written: list[FileEntry], *, here: bool) -> Figures | None:
     """Figures of the files written for a version; None where they hold no vector."""
-    parts = pipeline.map_tasks(measure_file, (shared.store,), written, here=here)
+    parts = pipeline.map_tasks(measure_file, (shared.store,), [entry for entry in written if entry.rows], here=here)
     health = combine(parts) if parts else None
     return health.figures() if health is not None and health.count else None
 
 
 def measure_file(store: Store, entry: FileEntry) -> Health:
-    """What one data file's vectors are like."""
-    return measure_rows(read_rows(store, entry.path).select(["id", "sha256", "embedding"]))
+    """What one data file's vectors are like; read in batches, of which a sample of each is held."""
+    batches = file_batches(store, entry.path, ["id", "sha256", "embedding"])
+    return combine([measure_rows(pa.Table.from_batches([batch])) for batch in batches])
 
 
 def judge(shared: pipeline.Job, new: Manifest, found: Figures | None, before: Manifest | None, limits: Limits) -> list[Gate]:

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_embed import compact, versions
+from lora_embed import compact, retention, versions
 from lora_embed.errors import TableError
 from lora_embed.manifest import Manifest
 from lora_embed.schema import Layout, encoder_path
@@ -78,13 +78,17 @@ class Forgotten:
     version: int  # the new one, without the images
     held_by: tuple[int, ...]  # versions that held one of them, retired now
     images: int
+    grace_days: float
+    files_stay_until: str  # UTC, ISO 8601, by the store's clock
 
     def describe(self) -> str:
         """For a person."""
         held = ", ".join(map(str, self.held_by)) or "none"
         return (
             f"{self.table}: version {self.version} is without {self.images} images, and they stay out. Versions that held them "
-            f"are retired: {held}. Their files go once the grace period is over, at the next publication."
+            f"are retired: {held}. Their files stay for the grace period of {self.grace_days:g} days, until "
+            f"{self.files_stay_until}; the first night after that removes them, or `lora-embed gc {self.table}`. What "
+            f"`lora-embed gc {self.table} --dry-run` does not list as retired any more is gone."
         )
 
 
@@ -94,22 +98,39 @@ def forget(store: Store, ids: list[str], why: str) -> Forgotten:
     A forgotten image stays a sample of its shard: it is a reject with the reason `forgotten`. Raises TableError when an
     id is in no retained version.
     """
-    while True:
-        current = versions.manifest_to_follow(store)
-        if current is None:
-            raise TableError(f"{store.uri}: has no published version")
-        holders = {m.version: set(_ids_in(store, m, ids)) for m in versions.newest_first(store)}
-        unknown = sorted(set(ids) - set(current.forgotten) - set().union(*holders.values()))
-        if unknown:
-            raise TableError(
-                f"{store.uri}: no retained version holds {unknown[0]!r}, of {len(unknown)} ids like that. Correct them."
-            )
-        held_by = tuple(sorted(version for version, held in holders.items() if held))
-        manifest = _without(store, current, ids, why)
-        if versions.commit_version(store, manifest):
-            for version in held_by:
-                versions.move_aside(store, version)
-            return Forgotten(table=store.uri, version=manifest.version, held_by=held_by, images=len(set(ids)))
+    current, held_by = _holders(store, ids)  # refused before anything is written
+    with versions.writing(store, "forgetting") as store:
+        while True:
+            manifest = _without(store, current, ids, why, held_by)
+            versions.refuse_gone(store, manifest)
+            if versions.commit_version(store, manifest):
+                break
+            current, held_by = _holders(store, ids)
+        for version in held_by:
+            versions.move_aside(store, version)
+        grace_days = retention.retain_of(current).grace_days
+        return Forgotten(
+            table=store.uri,
+            version=manifest.version,
+            held_by=held_by,
+            images=len(set(ids)),
+            grace_days=grace_days,
+            files_stay_until=retention.utc(store.now() + grace_days * retention.DAY_S),
+        )
+
+
+def _holders(store: Store, ids: list[str]) -> tuple[Manifest, tuple[int, ...]]:
+    """The current version, and the numbers of all that hold one of these images."""
+    current = versions.manifest_to_follow(store)
+    if current is None:
+        raise TableError(f"{store.uri}: has no published version")
+    holders = {m.version: set(_ids_in(store, m, ids)) for m in versions.newest_first(store)}
+    unknown = sorted(set(ids) - set(current.forgotten) - set().union(*holders.values()))
+    if unknown:
+        raise TableError(
+            f"{store.uri}: no retained version holds {unknown[0]!r}, of {len(unknown)} ids like that. Correct them."
+        )
+    return current, tuple(sorted(version for version, held in holders.items() if held))
 
 
 def _ids_in(store: Store, manifest: Manifest, ids: list[str]) -> list[str]:
@@ -117,8 +138,11 @@ def _ids_in(store: Store, manifest: Manifest, ids: list[str]) -> list[str]:
     return found
 
 
-def _without(store: Store, current: Manifest, ids: list[str], why: str) -> Manifest:
-    """The next version: files that hold none of the images as they are, the others written anew."""
+def _without(store: Store, current: Manifest, ids: list[str], why: str, held_by: tuple[int, ...]) -> Manifest:
+    """The next version: files that hold none of the images as they are, the others written anew.
+
+    It names the versions that held one: where the forgetting is interrupted, retention goes on with retiring them.
+    """
     pins = current.pins
     layout = Layout(
         precision=pins["precision"],
@@ -142,4 +166,5 @@ def _without(store: Store, current: Manifest, ids: list[str], why: str) -> Manif
         forgotten=forgotten,
         lineage=current.lineage,
     )
-    return replace(manifest, lineage=current.lineage | {"forgot": {"images": len(set(ids)), "why": why}})
+    forgot = {"images": len(set(ids)), "why": why, "held_by": list(held_by)}
+    return replace(manifest, lineage=current.lineage | {"forgot": forgot})

@@ -1,24 +1,23 @@
-"""The chain on a Ray cluster. Besides `cluster` and the entry points, the only user of ray."""
+"""The chain on a Ray cluster. Besides `ray_private`, `cluster` and the entry points, the only user of ray."""
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import ray
 import ray.data
 import ray.data.exceptions
 import ray.exceptions
 
-from lora_embed import errors
-from lora_embed.cluster import MAX_RETRIES, Topology, was_tried_before
+from lora_embed.cluster import MAX_RETRIES, Topology
 from lora_embed.config import JobConfig
 from lora_embed.embed import Device, EmbedImages, EmbedShards, inspect_device
 from lora_embed.embed_each import Each, EachChunk, EmbedShardsWithEach, EmbedWithEach
-from lora_embed.errors import IncompleteRun, LoraEmbedError, WorkersLost
+from lora_embed.errors import IncompleteRun, LoraEmbedError, WorkersLost, carried_error
 from lora_embed.isolate import decode_blocks
 from lora_embed.model.description import Description
+from lora_embed.ray_private import map_rows, was_tried_before
 from lora_embed.schema import Block, ChunkStats, Layout, WorkItem, encoder_path
 from lora_embed.storage import Store
 from lora_embed.write import WriteParts
@@ -91,11 +90,11 @@ def embed_blocks(blocks: list[Block], job: Job, topology: Topology) -> Iterator[
     rows = _rows(blocks)
     if topology.decode is None:
         whole = (embedding, job.input_options, writing, was_tried_before)
-        rows = rows.map_batches(EmbedShards, batch_size=1, fn_constructor_args=whole, **topology.embed)
+        rows = map_rows(rows, EmbedShards, fn_constructor_args=whole, **topology.embed)
     else:
-        rows = rows.map_batches(decode_blocks, batch_size=1, fn_args=(*decoding, was_tried_before), **topology.decode)
-        rows = rows.map_batches(EmbedImages, batch_size=1, fn_constructor_args=embedding, **topology.embed)
-        rows = rows.map_batches(WriteParts, batch_size=1, fn_constructor_args=writing, **topology.write)
+        rows = map_rows(rows, decode_blocks, fn_args=(*decoding, was_tried_before), **topology.decode)
+        rows = map_rows(rows, EmbedImages, fn_constructor_args=embedding, **topology.embed)
+        rows = map_rows(rows, WriteParts, fn_constructor_args=writing, **topology.write)
 
     with _own_errors():
         for row in rows.iter_rows():
@@ -111,11 +110,11 @@ def embed_with_each(items: list[WorkItem], each: Each, topology: Topology) -> It
         rows = _rows(blocks)
         if topology.decode is None:
             whole = (each, topology.kind, was_tried_before)
-            rows = rows.map_batches(EmbedShardsWithEach, batch_size=1, fn_constructor_args=whole, **topology.embed)
+            rows = map_rows(rows, EmbedShardsWithEach, fn_constructor_args=whole, **topology.embed)
         else:
             decoding = (each.layout, each.prepare, each.input_options, was_tried_before)
-            rows = rows.map_batches(decode_blocks, batch_size=1, fn_args=decoding, **topology.decode)
-            rows = rows.map_batches(EmbedWithEach, batch_size=1, fn_constructor_args=(each, topology.kind), **topology.embed)
+            rows = map_rows(rows, decode_blocks, fn_args=decoding, **topology.decode)
+            rows = map_rows(rows, EmbedWithEach, fn_constructor_args=(each, topology.kind), **topology.embed)
         with _own_errors():
             for row in rows.iter_rows():
                 yield EachChunk.from_row(row)
@@ -171,7 +170,7 @@ def _own_errors() -> Iterator[None]:
         if own is not None:
             raise own from None
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        if "low on memory" in str(error):  # Ray's last line is an address
+        if isinstance(error, ray.exceptions.OutOfMemoryError):  # its last line is an address
             lines = ["a node ran low on memory, so it ended workers there: take fewer actors, smaller chunks or larger nodes"]
         # An exception stays one, and after half an hour without progress another would be no better.
         is_final = isinstance(error, ray.exceptions.RayTaskError | ray.data.exceptions.ExecutionTimeoutError)
@@ -190,10 +189,4 @@ def _find_own(error: BaseException | None) -> LoraEmbedError | None:
         return cause
     if error is None or isinstance(error, LoraEmbedError):
         return error
-    if named := _OWN_ERROR.search(str(error)):
-        kind = getattr(errors, named[1], IncompleteRun)
-        return cast(LoraEmbedError, kind(named[2]))
-    return _find_own(error.__cause__)
-
-
-_OWN_ERROR = re.compile(r"^lora_embed\.errors\.(\w+): (.+)$", re.MULTILINE)
+    return carried_error(str(error)) or _find_own(error.__cause__)

@@ -5,16 +5,17 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 
-from lora_embed import compact, judge, pipeline, retention, staging, versions
+from lora_embed import compact, judge, pipeline, staging, versions, work
 from lora_embed.config import JobConfig
 from lora_embed.errors import IncompleteRun, StorageError, StoreUnavailable, VerificationFailed
 from lora_embed.gates import Gate
-from lora_embed.manifest import Manifest, ShardCounts
+from lora_embed.manifest import Manifest, ShardCounts, join_records
 from lora_embed.progress import say
 from lora_embed.schema import Part, Shard
 from lora_embed.storage import Store
 
 SHARDS_PER_TASK = 64  # to verify one takes milliseconds
+BYTES_HERE = 2 * compact.DATA_FILE_BYTES  # of vectors that are compacted in this process: a worker takes seconds to start
 _GROUP = re.compile(r"/#\d+of\d+$")  # as `plan._image_groups` names them
 
 
@@ -44,22 +45,22 @@ def publish(
             return current, False
         try:
             manifest = _next_version(job, shared, current, wanted, accepted or {})
+            versions.refuse_gone(store, manifest)
             committed = versions.commit_version(store, manifest)
         except (IncompleteRun, VerificationFailed):
             if _version(versions.read_manifest(store)) == _version(current):
                 raise
             continue  # another run published meanwhile and removed the parts that it absorbed
         if committed:
-            _clear(job, shared, manifest)
+            _clear(shared, manifest)
             return manifest, True
         say(f"version {manifest.version} was published by another run meanwhile; planning again from it")
 
 
-def _clear(job: JobConfig, shared: pipeline.Job, manifest: Manifest) -> None:
-    """Remove what the new version has made needless; it is published whether or not that succeeds."""
+def _clear(shared: pipeline.Job, manifest: Manifest) -> None:
+    """Remove the parts that the new version has absorbed; it is published whether or not that succeeds."""
     try:
         staging.clear_absorbed(shared.store, manifest, shared.layout)
-        retention.retire(shared.store, job.retain.versions, job.retain.grace_days * 86400, frozenset(manifest.shards))
     except (StorageError, StoreUnavailable) as error:
         say(f"version {manifest.version} is published, but what it replaces could not be cleared; the next one will: {error}")
 
@@ -90,22 +91,26 @@ def _next_version(
     new = {shard_id: staged.get(shard_id, []) for shard_id in wanted if shard_id not in kept}
     _refuse_incomplete(new, wanted)
     where = (store, encoder.space_id, layout)
-    few = len(new) + len(reuse.sources) <= SHARDS_PER_TASK
+    few = len(new) <= SHARDS_PER_TASK
     checked = pipeline.map_tasks(staging.verify_parts, where, list(new.values()), each_has=SHARDS_PER_TASK, here=few)
-    counts = {stats.shard_id: compact.shard_counts(wanted[stats.shard_id], stats) for stats in checked}
+    vector_bytes = compact.row_bytes(encoder.dimension, layout.vector_type)
+    sources = [
+        source
+        for verified in checked
+        for parts in [staging.part_paths(encoder.space_id, layout, new[verified.shard_id])]
+        for source in compact.cut_shard(wanted[verified.shard_id], verified, parts, vector_bytes)
+    ]
+    counts = join_records(record for source in sources for record in source.shards)
     shares = _shares(job, current, list(counts.values()), kept)
-    again = [path for id_ in sorted(kept) for path in staging.part_paths(encoder.space_id, layout, staged.get(id_, []))]
-    drift = judge.drift(shared, before, again, job.reembed.drift) if before is not None else None
+    drift = (
+        judge.drift(shared, before, _embedded_again(job, shared, before, wanted, staged), job.reembed.drift) if before else None
+    )
     shares += [drift] if drift is not None else []
     judge.decide(job.table, shares, accepted)
-    sources = [
-        compact.Source(shard=counts[shard_id], parts=staging.part_paths(encoder.space_id, layout, parts))
-        for shard_id, parts in new.items()
-    ]
-    sources = [*reuse.sources, *sources]
-    compactions = compact.plan_compactions(sources, layout, encoder.space_id, encoder.dimension, forgotten)
-    written = pipeline.map_tasks(compact.compact, (store,), compactions, here=few)
-    found = judge.measure(shared, [data for data, _ in written], here=few)
+    compactions = compact.plan_compactions([*reuse.sources, *sources], layout, encoder.space_id, encoder.dimension, forgotten)
+    light = few and sum(task.vector_bytes for task in compactions) <= BYTES_HERE
+    written = pipeline.map_tasks(compact.compact, (store,), compactions, here=light)
+    found = judge.measure(shared, [data for data, _ in written], here=light)
     known = before.lineage.get("figures") if before is not None else None
     manifest = compact.make_manifest(
         _version(current) + 1,
@@ -121,11 +126,26 @@ def _next_version(
             "recipe_id": encoder.recipe_id,
             "input": list(job.input),
             "layout": asdict(layout),
+            "retain": job.retain.model_dump(),
             "figures": known or (found.to_dict() if found is not None else None),
         },
     )
     judged = [*shares, *judge.judge(shared, manifest, found, current, judge.limits_of(job))]
     return replace(manifest, gates=judge.decide(job.table, judged, accepted))
+
+
+def _embedded_again(
+    job: JobConfig, shared: pipeline.Job, before: Manifest, wanted: dict[str, Shard], staged: dict[str, list[Part]]
+) -> list[str]:
+    """Paths of the parts that were embedded again to notice drift; of all others that a version holds, none is read."""
+    chosen = work.choose_again(job, shared.layout, before, list(wanted.values()))
+    return [
+        path
+        for shard, chunk in chosen
+        for part in staged.get(shard.id, [])
+        if part.chunk == chunk
+        for path in staging.part_paths(shared.encoder.space_id, shared.layout, [part])
+    ]
 
 
 def _refuse_incomplete(new: dict[str, list[Part]], wanted: dict[str, Shard]) -> None:

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lora_embed.errors import ShardError, StorageError
+from lora_embed.fields import value_of
 from lora_embed.plan import IMAGES
 from lora_embed.schema import Layout, Shard
 from lora_embed.storage import Entry, Store, explained
@@ -154,7 +155,7 @@ def _read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted, span
                     _add_field(current, tar, member, extension, layout)
             end = tar.offset
     except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:  # of damaged headers
-        if size >= BLOCK and current is None and not span.begin and "invalid header" in str(error):
+        if size >= BLOCK and current is None and not span.begin and not _begins_with_header(file):
             raise ShardError(f"{where}: is not a tar, whatever its name says") from None
         raise ShardError(_cut_short(where, size, str(error))) from None
     if span.end is None:
@@ -164,6 +165,15 @@ def _read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted, span
     if current is not None:
         current.end = end
         yield current
+
+
+def _begins_with_header(file: BinaryIO) -> bool:
+    file.seek(0)
+    try:
+        tarfile.TarInfo.frombuf(file.read(BLOCK), encoding="utf-8", errors="backslashreplace")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 def _members(tar: tarfile.TarFile, end: int | None) -> Iterator[tarfile.TarInfo]:
@@ -309,13 +319,13 @@ def _rows(batch: pa.RecordBatch, image: str | None, key: str | None, carried: li
     if images is not None and pa.types.is_struct(images.type):
         images = pc.struct_field(images, "bytes")  # null where the struct is
     for row in range(batch.num_rows):
-        name = batch.column(key)[row].as_py() if key else None
+        name = value_of(batch.column(key)[row]) if key else None
         if name is None:  # also where a key column holds null
             name = f"{start + row:010d}"
         elif isinstance(name, bytes):
             name = name.decode("utf-8", "backslashreplace")
         data = images[row].as_py() if images is not None else None
-        yield Sample(str(name), data, {field: batch.column(field)[row].as_py() for field in carried} if image else {})
+        yield Sample(str(name), data, {field: value_of(batch.column(field)[row]) for field in carried} if image else {})
 
 
 def _line(error: BaseException) -> str:

@@ -1,7 +1,7 @@
 """What a run leaves behind of itself, as plain data: `runs/<run_id>/record.json`, and all that its report shows."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -87,10 +87,11 @@ class RunState:
 
     @classmethod
     def from_json(cls, data: bytes) -> "RunState | None":
-        """None for what another release wrote."""
+        """None for what is no state of this format; what only a newer release knows of a run is left out."""
         try:
-            fields = json.loads(data)
-            return cls(**fields) if fields.get("format") == FORMAT else None
+            found = json.loads(data)
+            known = {one.name: found[one.name] for one in fields(cls) if one.name in found}
+            return cls(**known) if found.get("format") == FORMAT else None
         except (ValueError, TypeError, AttributeError):
             return None
 

@@ -1,6 +1,11 @@
-"""What fsspec's remote file systems do differently from each other, or not at all: connecting, listing and writing."""
+"""What fsspec's remote file systems do differently from each other, or not at all: connecting, listing and writing.
 
-from collections.abc import Iterator
+Also all of fsspec and s3fs that is used and is not public; `tests/test_private.py` takes each part away.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Any
 
@@ -9,9 +14,13 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from lora_embed.errors import StorageError
+from lora_embed.libraries import part
 
 SILENCE_S = 15.0  # without a byte, of a store that is told no `read_timeout`; s3fs's own for reading
 SLOWEST = 2**18  # bytes per second of an upload that is still under way
+_WALKS = "tell whether a file system's listing leaves out the folders that it may not list"
+_find_of_fsspec = part("fsspec", "fsspec.asyn:AsyncFileSystem._find", _WALKS)
+part("fsspec", "fsspec.asyn:sync", "end an upload that the store no longer receives", takes=("timeout",))
 
 
 def is_s3(uri: str) -> bool:
@@ -39,8 +48,15 @@ def _connect_anew(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, 
         given.setdefault("max_concurrency", 1)  # else each read asks for the size first
     fs, root = fsspec.core.url_to_fs(uri, **given)
     if is_s3(uri):
+        _check_s3fs()
         fs.retries = 1
     return fs, root
+
+
+def _check_s3fs() -> None:
+    """Without `mode`, s3fs would take it for an option of the request, drop it, and write over what is there."""
+    part("s3fs", "s3fs:S3FileSystem._pipe_file", "create an object only where there is none", takes=("mode",))
+    part("s3fs", "s3fs:S3FileSystem.retries", "keep s3fs from trying again what is tried again here")
 
 
 _connect_cached = lru_cache(maxsize=64)(_connect_anew)
@@ -53,6 +69,17 @@ def _is_hashable(options: tuple[tuple[str, Any], ...]) -> bool:
     except TypeError:
         return False
     return True
+
+
+def date_of(answer: Mapping[str, Any]) -> float:
+    """Seconds since 1970 by the clock of the S3 store that gave this answer; this machine's where the answer has no date."""
+    date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+    return parsedate_to_datetime(date).timestamp() if date else time.time()
+
+
+def is_unknown_option(error: TypeError) -> bool:
+    """An option that a library's function does not take: Python tells that from other mistakes in its words alone."""
+    return "unexpected keyword argument" in str(error)
 
 
 def put(fs: Any, path: str, data: bytes, silence_s: float, **options: Any) -> None:
@@ -70,7 +97,7 @@ def find(fs: Any, folder: str, uri: str) -> Iterator[tuple[str, dict[str, Any]]]
     """Full paths of the files below a folder and what is known of them; none where there is no such folder."""
     fs.invalidate_cache()
     is_async, kind = isinstance(fs, AsyncFileSystem), type(fs)
-    walks = kind._find is AsyncFileSystem._find if is_async else kind.find is AbstractFileSystem.find
+    walks = kind._find is _find_of_fsspec if is_async else kind.find is AbstractFileSystem.find
     try:
         # fsspec's own walk leaves out every folder that it cannot list; file systems with a `find` of theirs raise.
         found = dict(_walk(fs, folder)) if walks else fs.find(folder, detail=True)

@@ -16,6 +16,7 @@ from lora_embed.errors import StoreUnavailable, redacted
 
 LONGEST_PAUSE_S = 15.0
 SAY_AFTER_S = 3.0  # what is over sooner needs no word
+PRECONDITION_FAILED = 412  # HTTP
 R = TypeVar("R")
 _counting = threading.Lock()
 _retries = 0  # of this process, since they were taken
@@ -82,21 +83,36 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _is_transient(error: BaseException) -> bool:
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):  # a botocore ClientError
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return _is_transient_status(status) or response.get("Error", {}).get("Code") in _TRANSIENT_CODES
-    status = getattr(error, "status", getattr(error, "code", None))  # aiohttp's and gcsfs's
-    return isinstance(error, _TRANSIENT) or (isinstance(status, int) and _is_transient_status(status))
+    return isinstance(error, _TRANSIENT) or _is_transient_status(_status(error)) or _code(error) in _TRANSIENT_CODES
 
 
 def _is_transient_status(status: int) -> bool:
     return status == 429 or (status >= 500 and status not in (501, 507))  # not implemented; no room left
 
 
+def is_refused_create(error: BaseException) -> bool:
+    """A conditional PUT that the store refused, since the object is there: by its status, whatever the store says."""
+    return any(_status(cause) == PRECONDITION_FAILED for cause in _causes(error))
+
+
 def is_no_connection(error: BaseException) -> bool:
     """Nobody listens at the endpoint, or it has no address: a wrong setting as likely as an outage."""
     return any(isinstance(cause, CONNECTION_ERRORS) for cause in _causes(error))
+
+
+def _status(error: BaseException) -> int:
+    """The HTTP status that an error stands for; 0 for none."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # a botocore ClientError
+        return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
+    status = getattr(error, "status", getattr(error, "code", None))  # aiohttp's and gcsfs's
+    return status if isinstance(status, int) else 0
+
+
+def _code(error: BaseException) -> str:
+    """What S3 calls the error."""
+    response = getattr(error, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

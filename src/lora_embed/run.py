@@ -4,18 +4,22 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from lora_embed import cluster, journal, judge, pipeline, plan, preview, publish, staging, versions, work
+from lora_embed import cluster, journal, judge, pipeline, plan, preview, publish, retention, staging, versions, work
 from lora_embed.config import JobConfig, load_recipe
-from lora_embed.errors import ConfigError, TableError, once_started
+from lora_embed.errors import ConfigError, GateFailed, IncompleteRun, TableError, VerificationFailed, once_started
 from lora_embed.manifest import Manifest
 from lora_embed.model.description import DESCRIPTION, BaseReference, Description, read_description
 from lora_embed.progress import say
+from lora_embed.runs import impatient
 from lora_embed.schema import Layout, Shard, encoder_path
 from lora_embed.storage import Store
+from lora_embed.write import part_path
 
 if TYPE_CHECKING:
     from lora_embed.model.build import Ingredients
@@ -65,6 +69,7 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
         _refuse_space(store, current, known, replaces=replaces, releases=releases)
     if known is not None and current is not None and _is_current(job, store, known, current, shards):
         journal.leave_quiet(beginning, job, store, current)
+        retention.enforce(impatient(store), job.retain, retention.Needs(shards=frozenset(current.shards)))
         counts, seconds = current.counts, beginning.seconds
         return RunResult(
             table=job.table, space_id=known.space_id, embedded=0, version=current.version, counts=counts, seconds=seconds
@@ -77,18 +82,31 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
         cluster.connect()
         topology = cluster.choose_topology(job.resources)
         refuse_local_paths(job, shards, store, prepared.base)
-        store = store.claim(versions.MARKER, versions.MARKED)  # the last that can refuse, and the first that writes
-        if not store.exclusive:
-            say(f"{job.table}: this store ignores conditional PUT: never run two jobs on this table at the same time")
-        with once_started():
+        store = versions.claim(store)  # the last that can refuse, and the first that writes
+        with once_started(), journal.recorded(beginning, job, store, prepared.space_id, topology) as recording:
             encoder = renew_encoder(known, store, job.retain.grace_days) if folder is None else store_encoder(folder, store)
-    with once_started():
-        layout = resolve_layout(job, store, encoder, current, topology)
-        shared = pipeline.Job.of(job, store, encoder, layout)
-        with journal.recorded(beginning, job, shared, topology) as recording:
-            result = _carry_out(recording, current, shards, publishes=publishes, releases=releases)
+            layout = resolve_layout(job, store, encoder, current, topology)
+            recording.shared = shared = pipeline.Job.of(job, store, encoder, layout)
+            with _retaining(shared, job, shards, beginning.run_id):
+                result = _carry_out(recording, current, shards, publishes=publishes, releases=releases)
             recording.version, recording.published = result.version, result.published
     return replace(result, seconds=beginning.seconds)
+
+
+@contextmanager
+def _retaining(shared: pipeline.Job, job: JobConfig, shards: list[Shard], run_id: str = "") -> Iterator[None]:
+    """Retention is enforced whatever becomes of the block: also by nights that publish nothing, however many.
+
+    What was staged for it stays, since the same command goes on with it.
+    """
+    folder = part_path(shared.encoder.space_id, shared.layout.layout_id)
+    needs = retention.Needs(run_id=run_id, shards=frozenset(shard.id for shard in shards), folder=folder)
+    try:
+        yield
+    except (GateFailed, IncompleteRun, VerificationFailed):
+        retention.enforce(impatient(shared.store), job.retain, needs)
+        raise
+    retention.enforce(impatient(shared.store), job.retain, needs)
 
 
 def _carry_out(
@@ -96,21 +114,21 @@ def _carry_out(
 ) -> RunResult:
     """Embed what is missing, a sample first where all of it is, and publish it."""
     job, shared, topology = recording.job, recording.shared, recording.topology
-    store, space_id, embedded = shared.store, shared.encoder.space_id, 0
+    assert shared is not None
+    store, space_id = shared.store, shared.encoder.space_id
     recording.before = current.version if current is not None else None
     if current is not None and job.limit is None and versions.newest_of(store, space_id, shared.layout.pins, current) is None:
         recording.doing = "embedding a sample"
-        sampled = preview.embed_sample(job, shared, current, shards, topology)
-        if sampled is None:
-            held, counts = current.space_id, current.counts
-            return RunResult(table=job.table, space_id=held, embedded=0, version=current.version, counts=counts)
-        embedded = recording.sampled = sampled
+        if not preview.embed_sample(job, shared, current, shards, topology, recording.effort):
+            embedded, counts = recording.effort.samples, current.counts
+            held, version = current.space_id, current.version
+            return RunResult(table=job.table, space_id=held, embedded=embedded, version=version, counts=counts)
     recording.doing = "embedding"
     effort = work.embed_missing(job, shared, shards, topology, recording.effort)
     result = RunResult(
         table=job.table,
         space_id=space_id,
-        embedded=embedded + effort.samples,
+        embedded=effort.samples,
         stages={stage: round(seconds, 3) for stage, seconds in effort.seconds.items()},
         bound=effort.bound.by if effort.bound else None,
     )
@@ -135,10 +153,11 @@ def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, s
     if encoder is None or layout is None:
         raise TableError(f"{job.table}: nothing was embedded there with this recipe yet. Use `lora-embed run`.")
     cluster.connect()
-    shared = pipeline.Job.of(job, store, encoder, layout)
     before = current.space_id if current is not None else None
-    with once_started():
-        manifest, is_new = publish.publish(job, shared, shards, replaces=before, releases=releases, accepted=accepted)
+    with once_started(), versions.writing(store, "publishing", encoder.space_id) as store:
+        shared = pipeline.Job.of(job, store, encoder, layout)
+        with _retaining(shared, job, shards):
+            manifest, is_new = publish.publish(job, shared, shards, replaces=before, releases=releases, accepted=accepted)
     return RunResult(
         table=job.table,
         space_id=encoder.space_id,
@@ -227,23 +246,37 @@ def stored_encoder(store: Store, space_id: str) -> Description | None:
 
 
 def renew_encoder(encoder: Description | None, store: Store, grace_days: float) -> Description:
-    """Write an old encoder's description again: one that no version refers to is removed after the grace period."""
+    """Write an old encoder's description again: one that no version refers to is removed after the grace period.
+
+    Raises IncompleteRun where that has just happened.
+    """
     assert encoder is not None
     path = f"{encoder_path(encoder.space_id)}/{DESCRIPTION}"
     entry, data = store.info(path), store.read(path)
-    if entry is not None and data is not None and time.time() - entry.modified > grace_days * 86400 / 2:
+    if entry is None or data is None:
+        raise IncompleteRun(f"{store.name(path)}: was removed while this run began. Run the same command again.")
+    if store.now() - entry.modified > grace_days * retention.DAY_S / 2:
         store.replace(path, data)
     return encoder
 
 
 def store_encoder(folder: Path, store: Store) -> Description:
-    """Copy an encoder to the table, its description last, so that it is whole once that can be read."""
+    """Copy an encoder to the table, its description last, so that it is whole once that can be read.
+
+    Returns the table's encoder of this recipe. That is another one where a run on another kind of processor, whose numbers
+    differ in their last digits, has stored its own in the meantime: a recipe has one space in a table.
+    """
     description = read_description(folder)
-    target = encoder_path(description.space_id)
+    target, record = encoder_path(description.space_id), f"recipes/{description.recipe_id}.json"
+    own = json.dumps({"space_id": description.space_id}).encode() + b"\n"
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     for file in sorted(files, key=lambda file: file.name == DESCRIPTION):
         store.create(f"{target}/{file.relative_to(folder).as_posix()}", file.read_bytes())
-    store.create(f"recipes/{description.recipe_id}.json", json.dumps({"space_id": description.space_id}).encode() + b"\n")
+    if not store.create(record, own):
+        settled = stored_encoder(store, json.loads(store.read(record) or own)["space_id"])
+        if settled is not None:
+            return settled
+        store.replace(record, own)  # its encoder was removed, since no version needed it
     return description
 
 

@@ -1,14 +1,15 @@
 """Parts that are committed and wait for a version: listed, complete, verified, and gone once a version holds them."""
 
 from collections import defaultdict
+from dataclasses import dataclass
 
 import pyarrow.parquet as pq
 
 from lora_embed.errors import VerificationFailed
 from lora_embed.manifest import Manifest
-from lora_embed.schema import ChunkStats, Layout, Part
+from lora_embed.schema import Layout, Part
 from lora_embed.storage import Store
-from lora_embed.write import part_path, read_footer
+from lora_embed.write import FOOTER_BYTES, part_path, read_footer
 
 
 def staged_parts(store: Store, space_id: str, layout_id: str) -> dict[str, list[Part]]:
@@ -31,16 +32,39 @@ def is_complete(parts: list[Part]) -> bool:
     return bool(parts) and parts[-1].last and chunks == list(range(len(parts)))
 
 
-def verify_parts(store: Store, space_id: str, layout: Layout, parts: list[Part]) -> ChunkStats:
+@dataclass(frozen=True, kw_only=True)
+class VerifiedShard:
+    """A complete shard, by the footers of its parts."""
+
+    shard_id: str
+    samples_of_parts: tuple[int, ...]
+    vectors_of_parts: tuple[int, ...]
+
+    @property
+    def samples(self) -> int:
+        return sum(self.samples_of_parts)
+
+    @property
+    def vectors(self) -> int:
+        return sum(self.vectors_of_parts)
+
+    @property
+    def rejects(self) -> int:
+        return self.samples - self.vectors
+
+
+def verify_parts(store: Store, space_id: str, layout: Layout, parts: list[Part]) -> VerifiedShard:
     """Check one complete shard's parts by their footers against names and layout; its counts.
 
     Raises VerificationFailed for a part of another space or layout, a gap, or counts that do not add up.
     """
-    samples = vectors = 0
+    start = 0
+    samples: list[int] = []
+    vectors: list[int] = []
     for part in parts:
         path = part_path(space_id, layout.layout_id, part)
         try:
-            with store.open(path) as file:
+            with store.open(path, FOOTER_BYTES) as file:
                 metadata = pq.ParquetFile(file).metadata
         except FileNotFoundError:
             raise VerificationFailed(f"{store.uri}/{path}: is gone, though it was listed; run the same command again") from None
@@ -49,19 +73,20 @@ def verify_parts(store: Store, space_id: str, layout: Layout, parts: list[Part])
         expected = {
             "space_id": space_id,
             "layout_id": layout.layout_id,
-            "start": samples,
+            "start": start,
             "samples": full,
         }
         if facts is None or {key: facts[key] for key in expected} != expected or metadata.num_rows != full:
             raise VerificationFailed(f"{store.uri}/{path}: its footer says {facts}, expected {expected}; remove it, run again")
-        samples += metadata.num_rows
-        vectors += int(str(facts["vectors"]))
-    return ChunkStats(shard_id=parts[0].shard_id, chunk=len(parts), samples=samples, vectors=vectors, rejects=samples - vectors)
+        start += metadata.num_rows
+        samples.append(metadata.num_rows)
+        vectors.append(int(str(facts["vectors"])))
+    return VerifiedShard(shard_id=parts[0].shard_id, samples_of_parts=tuple(samples), vectors_of_parts=tuple(vectors))
 
 
 def clear_absorbed(store: Store, manifest: Manifest, layout: Layout) -> None:
     """Remove the staged parts of shards that a version holds, also where a run died just after it was committed."""
     staged = staged_parts(store, manifest.space_id, layout.layout_id)
-    for shard_id in set(staged) & set(manifest.shards):
-        store.delete(list(part_paths(manifest.space_id, layout, staged[shard_id])))
+    absorbed = [staged[shard_id] for shard_id in staged.keys() & manifest.shards.keys()]
+    store.delete([path for parts in absorbed for path in part_paths(manifest.space_id, layout, parts)])
     store.clear_temporary()

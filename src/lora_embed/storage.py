@@ -5,7 +5,9 @@ A `Store` is a root URI; every path given to it is relative to that root, with `
 
 import contextlib
 import io
+import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -16,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from lora_embed import disk, remote
 from lora_embed.errors import StorageError, StoreUnavailable
-from lora_embed.retry import LIBRARY_ERRORS, describe, is_no_connection, retried
+from lora_embed.retry import LIBRARY_ERRORS, describe, is_no_connection, is_refused_create, retried
 
 RETRY_S = 120.0  # how long transient errors are tried again; `retry_s` beside fsspec's own options changes it
 FIRST_CONTACT_S = 5.0
@@ -44,7 +46,7 @@ class Store:
 
     uri: str
     options: dict[str, Any] = field(default_factory=dict, hash=False, repr=False)  # they may hold keys
-    exclusive: bool = True  # it honours conditional PUT; `claim` finds out
+    exclusive: bool | None = None  # does it honour conditional PUT? None until `claim` has found out
 
     @property
     def is_local(self) -> bool:
@@ -52,7 +54,7 @@ class Store:
 
     @property
     def filesystem(self) -> Any:
-        """The fsspec file system, for libraries that take one."""
+        """The fsspec file system itself, which tries nothing again; `lend.lend` makes one for other libraries."""
         return self._connection[0]
 
     @property
@@ -74,10 +76,11 @@ class Store:
 
     def check_reachable(self) -> None:
         """First contact, before any work: a wrong endpoint or key, or a bucket that is not there, is said at once."""
+        first_s = min(self.retry_s, FIRST_CONTACT_S)
         if self.is_local:
             return
         try:
-            self._list_one(min(self.retry_s, FIRST_CONTACT_S))
+            self._list_one(first_s)
         except StoreUnavailable as error:
             if error.__cause__ is None or not is_no_connection(error.__cause__):
                 self._list_one(self.retry_s)  # somebody is there, who may answer later
@@ -131,6 +134,15 @@ class Store:
         fs = self.filesystem
         return self._retried(path, lambda: bool(fs.isdir(self.full_path(path))))
 
+    def now(self) -> float:
+        """Seconds since 1970 by the clock that dates what is stored, which need not be this machine's.
+
+        Known of local disks and of S3; of other stores this machine's time is all there is.
+        """
+        if self.is_local:
+            return disk.now(self._root)
+        return remote.date_of(self._list_one(self.retry_s)) if remote.is_s3(self.uri) else time.time()
+
     def check_writable(self) -> None:
         """On a local disk, refuse before any work what could not be written."""
         if not self.is_local:
@@ -148,7 +160,7 @@ class Store:
         conditional PUT: two runs that publish at the same moment could both believe that they were first.
         """
         refuses_second = not self.create(marker, data) or not self.create(marker, data)
-        return self if refuses_second else replace(self, exclusive=False)
+        return replace(self, exclusive=refuses_second)
 
     def create(self, path: str, data: bytes) -> bool:
         """Commit an object in one atomic step unless it exists; True if this call made it.
@@ -159,14 +171,15 @@ class Store:
         if self.is_local:
             with explained(self, path, writes=True):
                 return disk.create(self._root, Path(self.full_path(path)), data)
-        if not self.exclusive and self.info(path) is not None:
+        ignores_condition = self.exclusive is False
+        if ignores_condition and self.info(path) is not None:
             return False
-        mode = "create" if self.exclusive else "overwrite"
+        mode = "overwrite" if ignores_condition else "create"
         with explained(self, path, writes=True):
             try:
                 retried(lambda: self._put(path, data, mode=mode), self.name(path), self.retry_s)
-            except OSError as error:
-                if "pre-conditions" in str(error):  # so s3fs reports a refused If-None-Match; by now it may be gone again
+            except (OSError, *LIBRARY_ERRORS) as error:
+                if is_refused_create(error):  # by now the object may be gone again
                     return False
                 if isinstance(error, FileExistsError) and self.info(path) is not None:  # not for what stands above it
                     return False
@@ -209,7 +222,11 @@ class Store:
     @property
     def retry_s(self) -> float:
         """Seconds for which transient errors are tried again."""
-        return float(self.options.get("retry_s", RETRY_S))
+        given = self.options.get("retry_s", RETRY_S)
+        with contextlib.suppress(TypeError, ValueError):
+            if math.isfinite(seconds := float(given)) and seconds >= 0:
+                return seconds
+        raise StorageError(f"{self.uri}: retry_s is {given!r}, expected a number of seconds, 0 or more")
 
     def _put(self, path: str, data: bytes, **options: str) -> None:
         silence_s = self.options.get("config_kwargs", {}).get("read_timeout", remote.SILENCE_S)
@@ -220,15 +237,16 @@ class Store:
         start = len(root.rstrip("/")) + 1
         return [_entry(name[start:], info) for name, info in remote.find(fs, self.full_path(prefix), self.uri)]
 
-    def _list_one(self, limit_s: float) -> None:
-        """The cheapest request that fails where the bucket is not there; s3fs takes such a bucket for an empty one."""
+    def _list_one(self, limit_s: float) -> dict[str, Any]:
+        """The answer to the cheapest request that fails where the bucket is not there; s3fs takes such a one for empty."""
         fs = self.filesystem
         bucket, _, prefix = self.full_path("").partition("/")
         try:
             if remote.is_s3(self.uri):
-                self._retried("", lambda: fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1), limit_s)
-            else:
-                self._retried("", lambda: fs.exists(self.full_path("")), limit_s)
+                asked = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": 1}
+                return cast(dict[str, Any], self._retried("", lambda: fs.call_s3("list_objects_v2", **asked), limit_s))
+            self._retried("", lambda: fs.exists(self.full_path("")), limit_s)
+            return {}
         except FileNotFoundError:
             raise StorageError(f"{self.uri}: there is no bucket {bucket}. Correct its name, or create it.") from None
 
@@ -306,6 +324,6 @@ def explained(store: Store, path: str, *, writes: bool = False) -> Iterator[None
     except LIBRARY_ERRORS as error:
         raise StorageError(f"{where}: cannot be reached: {error}. Check network, endpoint and keys.") from None
     except TypeError as error:  # file systems take their options late, and say only this of one they do not know
-        if not store.options or "unexpected keyword" not in str(error):
+        if not store.options or not remote.is_unknown_option(error):
             raise
         raise StorageError(f"{where}: a storage option is not known: {error}; given are {sorted(store.options)}") from None

@@ -1,6 +1,5 @@
 """A version of a table, open for reading."""
 
-import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +14,8 @@ import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 
 from lora_embed.errors import TableError, VerificationFailed
-from lora_embed.manifest import FileEntry, Manifest, prefix_of
+from lora_embed.lend import lend
+from lora_embed.manifest import Manifest, prefix_of, prefixes_of_ids
 from lora_embed.schema import REJECT_SCHEMA, data_schema, encoder_path
 from lora_embed.storage import Store
 from lora_embed.versions import read_manifest
@@ -33,6 +33,22 @@ def read_rows(store: Store, path: str) -> pa.Table:
         raise VerificationFailed(f"{store.uri}/{path}: is gone, though it is referred to")
     file = pq.ParquetFile(pa.BufferReader(data))  # of a small part, read_table takes three times as long
     return file.read(use_threads=len(data) > 2**20).replace_schema_metadata(None)
+
+
+@contextmanager
+def opened_file(store: Store, path: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file of the table, to be read in pieces. Raises VerificationFailed when it is gone."""
+    try:
+        with store.open(path) as data:
+            yield pq.ParquetFile(data)
+    except FileNotFoundError:
+        raise VerificationFailed(f"{store.name(path)}: is gone, though the version refers to it") from None
+
+
+def file_batches(store: Store, path: str, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """The rows of a Parquet file of the table in batches, read once and in their order; raises as `opened_file` does."""
+    with opened_file(store, path) as file:
+        yield from file.iter_batches(BATCH_ROWS, columns=columns)
 
 
 def _rows_with(file: pq.ParquetFile, ids: set[str], columns: list[str]) -> list[pa.Table]:
@@ -76,9 +92,9 @@ class Table:
         return self.manifest.counts["vectors"]
 
     def to_dataset(self) -> pds.Dataset:
-        """All data files as one dataset; columns as in `schema.data_schema`."""
+        """All data files as one dataset; columns as in `schema.data_schema`. What it reads is tried again as `batches` does."""
         paths = [self.store.full_path(entry.path) for entry in self.manifest.files]
-        return pds.dataset(paths, schema=self.schema, format="parquet", filesystem=self.store.filesystem)
+        return pds.dataset(paths, schema=self.schema, format="parquet", filesystem=lend(self.store))
 
     @property
     def schema(self) -> pa.Schema:
@@ -99,7 +115,7 @@ class Table:
         self._check_columns(columns)
         for entry in self.manifest.files:
             if entry.rows:
-                with self._opened(entry) as file:
+                with opened_file(self.store, entry.path) as file:
                     yield from (batch.select(columns) for batch in file.iter_batches(rows, columns=columns))
 
     def rows(self, ids: Iterable[str], columns: Sequence[str] | None = None) -> pa.Table:
@@ -117,7 +133,7 @@ class Table:
                 of_file[number].add(sample_id)
         found = [self.schema.empty_table().select(names if "id" in names else ["id", *names])]
         for number, some in sorted(of_file.items()):
-            with self._opened(self.manifest.files[number]) as file:
+            with opened_file(self.store, self.manifest.files[number].path) as file:
                 found += _rows_with(file, some, found[0].column_names)
         rows = pa.concat_tables(found).unify_dictionaries()
         place = {sample_id: row for row, sample_id in enumerate(rows.column("id").to_pylist())}
@@ -126,9 +142,7 @@ class Table:
 
     def _may_hold(self, sample_id: str) -> set[int]:
         """Numbers of the files that hold a shard whose samples' ids begin as this one does."""
-        cuts = (cut.start() for cut in re.finditer("/", sample_id))
-        begins = [sample_id[:cut] for cut in cuts]
-        return set().union(*(self._files_by_prefix.get(prefix, ()) for prefix in ["", *begins]))
+        return set().union(*(self._files_by_prefix.get(prefix, ()) for prefix in prefixes_of_ids([sample_id])))
 
     @cached_property
     def _files_by_prefix(self) -> dict[str, list[int]]:
@@ -138,14 +152,6 @@ class Table:
             for prefix in {prefix_of(shard.name) for shard in entry.shards if shard.vectors}:
                 found[prefix].append(number)
         return found
-
-    @contextmanager
-    def _opened(self, entry: FileEntry) -> Iterator[pq.ParquetFile]:
-        try:
-            with self.store.open(entry.path) as file:
-                yield pq.ParquetFile(file)
-        except FileNotFoundError:
-            raise VerificationFailed(f"{self.store.name(entry.path)}: is gone, though the version refers to it") from None
 
     def _check_columns(self, columns: Sequence[str]) -> None:
         if unknown := [name for name in columns if name not in self.schema.names]:

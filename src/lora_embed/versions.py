@@ -8,9 +8,11 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from lora_embed.errors import GateFailed, TableError
+from lora_embed.errors import GateFailed, StorageError, TableError, VerificationFailed
 from lora_embed.manifest import Manifest, refuse_other_format
-from lora_embed.schema import FORMAT
+from lora_embed.progress import say
+from lora_embed.runs import announced
+from lora_embed.schema import FORMAT, encoder_path
 from lora_embed.storage import Store
 
 MARKER = "table.json"  # the first object of a table
@@ -23,22 +25,50 @@ def manifest_path(version: int) -> str:
     return f"versions/{version:08d}.json"
 
 
-def read_manifest(store: Store, version: int | None = None) -> Manifest | None:
-    """One version's manifest, by default the highest; None where there is none.
+def tomb_path(version: int) -> str:
+    return f"{RETIRED}/{version:08d}.json"
 
-    `CURRENT` is a hint: the search starts there and goes on as long as there is a next version.
+
+def highest_version(store: Store) -> int:
+    """The number of the current version, 0 where there is none."""
+    return _hint_and_highest(store)[1]
+
+
+def _hint_and_highest(store: Store) -> tuple[int, int]:
+    """What CURRENT says, which may be anything, and the highest version that is there.
+
+    The listing decides: retention bounds it, and numbers may be missing in it. Only a version that CURRENT names and a
+    listing does not have yet is looked for by its name. CURRENT comes first, as a listing then has at least what it names.
     """
+    said = (store.read(CURRENT) or b"").strip()
+    hint, listed = int(said) if said.isdigit() else 0, max(listed_versions(store), default=0)
+    return hint, hint if hint > listed and store.info(manifest_path(hint)) is not None else listed
+
+
+def renew_hint(store: Store) -> int:
+    """Bring CURRENT to the highest version, which is returned.
+
+    What was written is looked at again, so that a writer that stalled before its write mends what it has put back.
+    """
+    hint, highest = _hint_and_highest(store)
+    while highest and hint != highest:
+        store.replace(CURRENT, f"{highest}\n".encode())
+        hint, highest = _hint_and_highest(store)
+    return highest
+
+
+def read_manifest(store: Store, version: int | None = None) -> Manifest | None:
+    """One version's manifest, by default the highest; None where there is none."""
     if version is not None:
         return read_manifest_at(store, manifest_path(version))
-    hint = (store.read(CURRENT) or b"").strip()
-    number = int(hint) if hint.isdigit() else 0
-    latest = store.read(manifest_path(number)) if number else None
-    if latest is None:
-        number = max(listed_versions(store), default=0)
-        latest = store.read(manifest_path(number)) if number else None
-    while (following := store.read(manifest_path(number + 1))) is not None:
-        number, latest = number + 1, following
-    return Manifest.from_json(latest, f"{store.uri}/{manifest_path(number)}") if latest is not None else None
+    retired = 0
+    while (number := highest_version(store)) != retired:
+        if (manifest := read_manifest_at(store, manifest_path(number))) is not None:
+            return manifest
+        retired = number  # since it was listed, so there is a higher one
+    if retired:
+        raise StorageError(f"{store.name(manifest_path(retired))}: is listed, but not there. Run the same command again.")
+    return None
 
 
 def manifest_to_follow(store: Store) -> Manifest | None:
@@ -75,7 +105,7 @@ def read_manifest_at(store: Store, path: str) -> Manifest | None:
 def listed_versions(store: Store) -> list[int]:
     """Numbers of all versions whose manifests are there, in order."""
     names = [entry.path.removeprefix("versions/") for entry in store.list_files("versions")]
-    return sorted(int(name[:8]) for name in names if re.fullmatch(r"\d{8}\.json", name))
+    return sorted(int(name[:8]) for name in names if re.fullmatch(r"[0-9]{8}\.json", name))
 
 
 def newest_first(store: Store) -> Iterator[Manifest]:
@@ -107,39 +137,95 @@ def roll_back(store: Store, to: int, why: str) -> Manifest:
 
     Raises TableError for a version that is not there, or is the current one.
     """
-    while True:
-        current, wanted = manifest_to_follow(store), read_manifest(store, to)
-        if current is None or wanted is None:
-            there = ", ".join(map(str, listed_versions(store))) or "none"
-            raise TableError(f"{store.uri}: has no version {to} to return to; versions there: {there}")
-        _refuse_newer(store, wanted)
-        if wanted.version == current.version:
-            raise TableError(f"{store.uri}: version {to} is the current one already")
-        if set(current.forgotten) - set(wanted.forgotten):
-            raise TableError(f"{store.uri}: version {to} is older than a forgetting of images, so it is not brought back")
-        held = dict(current.held)
-        if current.space_id != wanted.space_id:
-            held[current.space_id] = why
-        held.pop(wanted.space_id, None)
-        created = datetime.now(UTC).isoformat(timespec="seconds")
-        lineage = wanted.lineage | {"rollback": {"from": current.version, "to": to, "why": why}}
-        manifest = replace(wanted, version=current.version + 1, created=created, held=held, lineage=lineage)
-        if commit_version(store, manifest):
-            return manifest
+    _rolled_back(store, to, why)  # refused before anything is written
+    with writing(store, "rolling back") as store:
+        while True:
+            manifest = _rolled_back(store, to, why)
+            refuse_gone(store, manifest)
+            if commit_version(store, manifest):
+                return manifest
 
 
-def move_aside(store: Store, version: int) -> None:
-    """Retire a version: its manifest goes to `retired/`, where its age tells for how long its files stay."""
-    data = store.read(manifest_path(version))
+def _rolled_back(store: Store, to: int, why: str) -> Manifest:
+    """The next version, with an earlier one's content."""
+    current, wanted = manifest_to_follow(store), read_manifest(store, to)
+    if current is None or wanted is None:
+        there = ", ".join(map(str, listed_versions(store))) or "none"
+        raise TableError(f"{store.uri}: has no version {to} to return to; versions there: {there}")
+    _refuse_newer(store, wanted)
+    if wanted.version == current.version:
+        raise TableError(f"{store.uri}: version {to} is the current one already")
+    if set(current.forgotten) - set(wanted.forgotten):
+        raise TableError(f"{store.uri}: version {to} is older than a forgetting of images, so it is not brought back")
+    held = dict(current.held)
+    if current.space_id != wanted.space_id:
+        held[current.space_id] = why
+    held.pop(wanted.space_id, None)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    lineage = wanted.lineage | {"rollback": {"from": current.version, "to": to, "why": why}}
+    lineage |= {key: value for key, value in current.lineage.items() if key == "retain"}  # as the table is kept today
+    return replace(wanted, version=current.version + 1, created=created, held=held, lineage=lineage)
+
+
+def move_aside(store: Store, version: int, data: bytes | None = None) -> None:
+    """Retire a version: its manifest goes to `retired/`, where its age tells for how long its files stay.
+
+    `data` are the manifest's bytes where they are known.
+    """
+    data = data if data is not None else store.read(manifest_path(version))
     if data is not None:
-        store.create(f"{RETIRED}/{version:08d}.json", data)
+        store.create(tomb_path(version), data)
         store.delete([manifest_path(version)])
 
 
+def claim(store: Store) -> Store:
+    """The store as it is to be written to: marked as a table's, and known to honour conditional PUT, or not, and said so."""
+    if store.exclusive is None:
+        store = store.claim(MARKER, MARKED)
+        if not store.exclusive:
+            say(f"{store.uri}: this store ignores conditional PUT: never run two jobs on this table at the same time")
+    return store
+
+
+@contextlib.contextmanager
+def writing(store: Store, doing: str, space_id: str = "") -> Iterator[Store]:
+    """For a command that writes to the table: the store is claimed, and what the command needs is not removed meanwhile."""
+    store = claim(store)
+    with announced(store, doing, space_id):
+        yield store
+
+
+def refuse_gone(store: Store, manifest: Manifest) -> None:
+    """For a version that is about to be created. Raises VerificationFailed when what it refers to is not there.
+
+    Nothing removes what a writer needs that was heard of within the hour; one that slept for longer finds out here.
+    """
+    needed = [entry.path for entry in (*manifest.files, *manifest.rejects)]
+    folders = {path.rpartition("/")[0] for path in needed}
+    there = {entry.path for folder in folders for entry in store.list_files(folder)}
+    gone = [path for path in needed if path not in there]
+    if store.info(f"{encoder_path(manifest.space_id)}/encoder.json") is None:
+        gone.append(encoder_path(manifest.space_id))
+    if gone:
+        raise VerificationFailed(
+            f"{store.name(gone[0])}: is gone, the first of {len(gone)} that version {manifest.version} would refer to, so it "
+            "was not created. Run the same command again."
+        )
+
+
 def commit_version(store: Store, manifest: Manifest) -> bool:
-    """Create the version; False when another run created one of this number first."""
+    """Create the version; False when another run created one of this number, or a higher one, first.
+
+    A retired version's number is free again, and is not taken a second time: neither by a writer that comes late, nor by
+    one whose request was under way while others published and retired it. The latter finds another version's tomb.
+    """
+    store = claim(store)
     path, data = manifest_path(manifest.version), manifest.to_json()
+    if highest_version(store) >= manifest.version:
+        return False
     if not store.create(path, data) and store.read(path) != data:  # equal: it is ours, and the store's answer got lost
         return False
-    store.replace(CURRENT, f"{manifest.version}\n".encode())
+    if renew_hint(store) > manifest.version and store.read(tomb_path(manifest.version)) not in (None, data):
+        store.delete([path])
+        return False
     return True

@@ -8,7 +8,7 @@ from lora_embed.config import JobConfig
 from lora_embed.effort import Effort
 from lora_embed.errors import IncompleteRun, WorkersLost
 from lora_embed.health import seeded_sample
-from lora_embed.manifest import Manifest
+from lora_embed.manifest import Manifest, prefixes_of_ids
 from lora_embed.model.description import Description
 from lora_embed.progress import Progress, say
 from lora_embed.read import count_samples
@@ -53,10 +53,15 @@ def _first_samples(items: list[WorkItem], limit: int, layout: Layout, options: d
 
 
 def choose_unchanged(current: Manifest, shards: list[Shard], samples: int, seed: int = 0) -> list[Shard]:
-    """Whole shards that a version holds as they are, in a seeded order, until they hold that many samples."""
+    """Whole shards that a version holds as they are, in a seeded order, until they hold that many samples.
+
+    Shards that may hold a forgotten image come last: what is embedded to be compared alone may stay staged for long.
+    """
     unchanged = {shard.name: shard for shard in shards if shard.id in current.shards}
+    apart = prefixes_of_ids(current.forgotten) if current.forgotten else set()
+    last = {name for name, shard in unchanged.items() if shard.prefix in apart}
     chosen, held = [], 0
-    for name in seeded_sample(unchanged, samples, seed):
+    for name in [*seeded_sample(unchanged.keys() - last, samples, seed), *seeded_sample(last, samples, seed)]:
         if held >= samples:
             break
         chosen.append(unchanged[name])
@@ -64,21 +69,34 @@ def choose_unchanged(current: Manifest, shards: list[Shard], samples: int, seed:
     return chosen
 
 
-def find_drift_work(job: JobConfig, shared: pipeline.Job, shards: list[Shard]) -> list[WorkItem]:
-    """A few unchanged shards, another few for each version, of which one chunk is embedded again: see `judge.drift`."""
-    store, layout = shared.store, shared.layout
-    current = versions.read_manifest(store)
-    before = versions.newest_of(store, shared.encoder.space_id, layout.pins, current)
-    if before is None or not job.reembed.drift or job.limit is not None:
+def choose_again(job: JobConfig, layout: Layout, before: Manifest, shards: list[Shard]) -> list[tuple[Shard, int]]:
+    """A few unchanged shards, another few for each version, and the chunk of each that is embedded again: see `judge.drift`."""
+    if not job.reembed.drift or job.limit is not None:
         return []
-    staged = staging.staged_parts(store, shared.encoder.space_id, layout.layout_id)
+    chosen = choose_unchanged(before, shards, job.reembed.drift, seed=before.version)
+    full_chunks = [before.shards[shard.id].samples // layout.chunk_size for shard in chosen]
+    return [(shard, before.version % max(1, full)) for shard, full in zip(chosen, full_chunks, strict=True)]
+
+
+def find_drift_work(job: JobConfig, shared: pipeline.Job, shards: list[Shard]) -> list[WorkItem]:
+    """What is embedded again to notice drift, but for chunks of which that was done since the version was committed."""
+    store, layout, space_id = shared.store, shared.layout, shared.encoder.space_id
+    before = versions.newest_of(store, space_id, layout.pins, versions.read_manifest(store))
+    if before is None:
+        return []
+    committed = store.info(versions.manifest_path(before.version))
+    staged = staging.staged_parts(store, space_id, layout.layout_id)
     items = []
-    for shard in choose_unchanged(before, shards, job.reembed.drift, seed=before.version):
-        samples = before.shards[shard.id].samples
-        again = before.version % max(1, samples // layout.chunk_size)  # a full chunk, where there is one
-        chunks = -(-samples // layout.chunk_size)
-        if again not in {part.chunk for part in staged.get(shard.id, [])}:
-            items.append(WorkItem(shard=shard, done=frozenset(range(chunks)) - {again}))
+    for shard, again in choose_again(job, layout, before, shards):
+        parts = [part for part in staged.get(shard.id, []) if part.chunk == again]
+        (path,) = staging.part_paths(space_id, layout, parts) or (None,)
+        written = store.info(path) if path is not None else None
+        if path is not None and written is not None:
+            if committed is not None and written.modified > committed.modified:
+                continue
+            store.delete([path])  # the version was made of it, so that it would be equal
+        chunks = -(-before.shards[shard.id].samples // layout.chunk_size)
+        items.append(WorkItem(shard=shard, done=frozenset(range(chunks)) - {again}))
     return items
 
 

@@ -3,7 +3,7 @@
 import io
 import json
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -128,18 +128,23 @@ def read_place(store: Store, path: str) -> ChunkPlace | None:
         return None
 
 
-def to_parquet(table: pa.Table, row_group_rows: int = 65536) -> bytes:
-    """Encode a table of vectors, of parts and of data files alike: zstd, dictionaries only where values repeat."""
+def to_parquet(table: pa.Table) -> bytes:
+    """A part or a file of rejects as Parquet, in one row group."""
     buffer = io.BytesIO()
-    has_float32 = "embedding" in table.schema.names and table.schema.field("embedding").type.value_type == pa.float32()
-    pq.write_table(
-        table,
-        buffer,
+    with parquet_writer(buffer, table.schema) as writer:
+        writer.write_table(table, max(1, table.num_rows))
+    return buffer.getvalue()
+
+
+def parquet_writer(file: IO[bytes], schema: pa.Schema) -> pq.ParquetWriter:
+    """Encodes vectors, of parts and of data files alike: zstd, dictionaries only where values repeat."""
+    has_float32 = "embedding" in schema.names and schema.field("embedding").type.value_type == pa.float32()
+    return pq.ParquetWriter(
+        file,
+        schema,
         compression="zstd",
-        row_group_size=row_group_rows,
-        use_dictionary=[name for name in ("shard", "reason") if name in table.schema.names],
+        use_dictionary=[name for name in ("shard", "reason") if name in schema.names],
         # Split, real float32 vectors of 1,536 bytes take 1,295 and not 1,420. Float16 would take 658 and not 709, but
         # DuckDB (2.0, duckdb#17114) reads byte-stream split of 32 and 64 bits alone.
         column_encoding={"embedding.list.element": "BYTE_STREAM_SPLIT"} if has_float32 else None,
     )
-    return buffer.getvalue()

@@ -4,19 +4,27 @@ import copy
 import hashlib
 import inspect
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
+from lora_embed import hub
 from lora_embed.errors import ChangedMeanwhile, EncoderError
 from lora_embed.fetch import fetch_directory
+from lora_embed.model.transformers_private import dual_encoder_of
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the second: with a tokenizer beside it (CLIP)
 MODEL_FILES = ("config.json", *PROCESSOR_FILES, "*.safetensors", "*.safetensors.index.json")
@@ -37,11 +45,11 @@ class Base:
 
 
 def find_base(uri: str, revision: str | None) -> Base:
-    """Bring a base model's files to this machine and hash them.
+    """Bring a base model's files to this machine and hash them; `owner/name` that is no directory here is of the hub.
 
     Raises StorageError when they cannot be read, EncoderError when they are not a model's.
     """
-    folder = fetch_directory(uri, revision, MODEL_FILES)
+    folder = _fetch(uri, revision)
     if not (folder / "config.json").is_file():
         raise EncoderError(f"{uri}: is not a Hugging Face model directory: it has no config.json")
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
@@ -49,6 +57,14 @@ def find_base(uri: str, revision: str | None) -> Base:
     if not any(folder.glob("*.safetensors")):
         raise EncoderError(f"{uri}: has no .safetensors weights (pickled weights are never opened). Save it again.")
     return Base(uri=uri, folder=folder, content_hash=_content_hash(folder))
+
+
+def _fetch(uri: str, revision: str | None) -> Path:
+    if os.path.exists(uri) or not hub.may_be_repository(uri):
+        return fetch_directory(uri, revision, MODEL_FILES)
+    repository = hub.Repository(name=uri, revision=revision, folder="")
+    refusal = f"{uri}: neither a directory here nor a repository of the hub that can be read"
+    return hub.download(repository, MODEL_FILES, refusal)
 
 
 def check_base(base: Base) -> None:
@@ -193,9 +209,8 @@ def _trained_classes(config: PretrainedConfig) -> list[tuple[Any, PretrainedConf
     if config.model_type.startswith("siglip"):
         whole.vision_use_head = True
     classes = [(_model_class(config), whole)]
-    family = model_type_to_module_name(config.model_type)
-    if family in CONFIG_MAPPING and CONFIG_MAPPING[family].sub_configs.get("vision_config") is type(config):
-        outer: Any = CONFIG_MAPPING[family]
+    outer = dual_encoder_of(config)
+    if outer is not None:
         whole = outer(vision_config=whole.to_dict())
         classes.append((MODEL_MAPPING[outer], whole))
     found: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(whole), ())

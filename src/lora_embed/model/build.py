@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 from transformers import PreTrainedModel
 
+from lora_embed import hub
 from lora_embed.config import Recipe
 from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.model import golden, merge
@@ -221,7 +222,7 @@ def _notes(ingredients: Ingredients, preprocessing: Preprocessing) -> list[str]:
     """What is no error for certain, and looks like one."""
     notes = []
     names = {str(saved.config.get("base_model_name_or_path") or "") for saved in ingredients.adapters}
-    strangers = sorted(name for name in names if name and Path(name).name != Path(ingredients.base.uri).name)
+    strangers = sorted(name for name in names if name and Path(name).name != Path(hub.plain_name(ingredients.base.uri)).name)
     if strangers:
         notes.append(
             f"trained on {some(strangers)} by their own word, merged into {ingredients.base.uri}: right if that is the same "

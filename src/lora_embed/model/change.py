@@ -1,9 +1,30 @@
-"""What one adapter does to one weight of the base, in float64: the ways in which PEFT's LoRA changes a weight."""
+"""What one adapter does to one weight of the base, in float64: the ways in which PEFT's LoRA changes a weight.
+
+The sums of LoRA factors are added up in one order on every processor. A linear algebra library chooses its order by the
+processor, so its products differ in their last bits; a weight that is rounded to float32 afterwards may then differ too, and
+an encoder with one such weight has another space id.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+
+_BLOCK = 2**16  # entries of a product that are added up at a time, so that they stay in a core's cache
+
+
+def multiply(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """`up @ down` of factors (rows, rank) and (rank, columns) → float64 (rows, columns), the same bits on every processor.
+
+    Each step multiplies or adds entry by entry, which IEEE 754 rounds in one way only.
+    """
+    up, down = up.double(), down.double()
+    product = torch.zeros(len(up), down.shape[1], dtype=torch.float64)
+    rows = max(1, _BLOCK // max(1, down.shape[1]))
+    for block, factor in zip(torch.split(product, rows), torch.split(up, rows), strict=True):
+        for column, row in zip(factor.T, down, strict=True):
+            block += column[:, None] * row
+    return product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +38,7 @@ class LowRank:
 
     def delta(self, before: torch.Tensor | None = None) -> torch.Tensor:
         """The change of the weight, in its shape; the weight before plays no part."""
-        return (self.scale * (self.up.double() @ self.down.double())).reshape(self.shape)
+        return (self.scale * multiply(self.up, self.down)).reshape(self.shape)
 
     def norm(self) -> float:
         """Frobenius norm of the change, from rank-sized products: ‖B·A‖² is the sum of (BᵀB) ∘ (A·Aᵀ)."""

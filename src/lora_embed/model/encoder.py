@@ -1,6 +1,7 @@
 """The encoder: a headless model with its preprocessing and pooling, and the identity of the space it makes."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from transformers import PreTrainedModel
 from lora_embed.decode import decode_image, to_rgb
 from lora_embed.errors import EncoderError, IncompleteRun
 from lora_embed.fetch import fetch_directory
+from lora_embed.isolate import IsolatedDecoder
 from lora_embed.model import golden
 from lora_embed.model.arithmetic import check_arithmetic, check_golden_pixels
 from lora_embed.model.base import MODEL_FILES, find_base, load_headless
 from lora_embed.model.description import DESCRIPTION, REPORT, Description, check_files, read_description
 from lora_embed.model.pooling import FROM_LAST_HIDDEN_STATE, HiddenState, pooler
 from lora_embed.model.preprocess import Pixels, Preprocessing
+from lora_embed.model.torch_private import is_out_of_memory
 
 FILES = (
     *MODEL_FILES, "*/config.json", "*/adapter_config.json", "adapter_config.json", DESCRIPTION, "recipe.yaml",
@@ -48,7 +51,7 @@ class Encoder:
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         for model in models:
             torch.nn.Module.to(model, self.device, self._dtype)
-            if device == "cpu" and precision == "bfloat16" and model.config._attn_implementation == "sdpa":
+            if device == "cpu" and precision == "bfloat16":
                 model.set_attn_implementation("eager")  # torch's fused one takes 1.5 times as long there
         tap = "" if description.pooling in FROM_LAST_HIDDEN_STATE else description.tap
         self._hidden_states = [HiddenState(model, tap) for model in models]
@@ -56,6 +59,7 @@ class Encoder:
         shape = (1, 3, 1, 1)
         self._multiply = torch.tensor(description.preprocessing.multiply, device=self.device).view(shape)
         self._add = torch.tensor(description.preprocessing.add, device=self.device).view(shape)
+        self._decode, self._decoding = IsolatedDecoder(), threading.Lock()  # it takes one image at a time
         self._copying: Any = cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @property
@@ -68,11 +72,21 @@ class Encoder:
         """Length d of a vector."""
         return self.description.dimension
 
-    def embed(self, images: list[Image.Image]) -> NDArray[np.float32]:
-        """Images of any size and mode → float32 (n, d)."""
-        prepared = [self.description.preprocessing.apply(to_rgb(image)) for image in images]
+    def embed(self, images: Sequence[Image.Image | bytes]) -> NDArray[np.float32]:
+        """Images of any size and mode → float32 (n, d).
+
+        A file's bytes are decoded as in a run, in a child process that a hostile one may kill; Pillow decodes an image that
+        was opened in this process. Raises BadImage, with a reason such as `decoder_crashed`, for bytes that make no pixels.
+        """
+        prepared = [self._prepared(image) for image in images]
         height, width = self.description.preprocessing.size
         return self.embed_pixels(np.stack(prepared) if prepared else np.empty((0, height, width, 3), np.uint8))
+
+    def _prepared(self, image: Image.Image | bytes) -> Pixels:
+        if isinstance(image, Image.Image):
+            return self.description.preprocessing.apply(to_rgb(image))
+        with self._decoding:
+            return self._decode(image, self.description.preprocessing).pixels
 
     @torch.inference_mode()
     def embed_pixels(self, pixels: Pixels) -> NDArray[np.float32]:
@@ -81,7 +95,7 @@ class Encoder:
             found = [self._forward(batch) for batch in self._batches(pixels)]
             return torch.cat(found)[: len(pixels)].cpu().numpy() if found else np.empty((0, self.dimension), np.float32)
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # of a CPU's
+            if not is_out_of_memory(error):
                 raise
             raise IncompleteRun(
                 f"{self.device}: memory does not suffice for batches of {self.batch_size} images in {self.precision} "

@@ -8,17 +8,15 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 
 from lora_embed.errors import AdapterMismatch
 from lora_embed.model.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, SavedAdapter, residual_kind, some
 from lora_embed.model.base import Base, head_names, locate, read_model_config, weight_shapes
 from lora_embed.model.change import Change, LowRank, Normed, Replaced, Residual, Shift
+from lora_embed.model.peft_private import named_by, targeting
 
 # Names of tensors → for each, the base weight that takes it, or None; as `base.locate` finds it.
 Locate = Callable[[dict[str, torch.Size]], dict[str, str | None]]
@@ -253,14 +251,13 @@ def _check_places(saved: SavedAdapter, target: Target, shapes: dict[str, torch.S
 
 def _check_whole(saved: SavedAdapter, target: Target, adapted: dict[str, str]) -> None:
     """All modules that the configuration targets, by PEFT's own rule, are there; a gap is a lost tensor."""
-    fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-    rule = SimpleNamespace(**{field: saved.config.get(field) for field in fields})
-    named = rule.target_modules
+    named = saved.config.get("target_modules")
     if not named:
         return
+    is_targeted = targeting(saved.config)
     absent = {place: own for place, own in _own_names(target, adapted).items() if place not in adapted.values()}
     try:
-        missing = sorted(place for place, own in absent.items() if check_target_module_exists(rule, own))
+        missing = sorted(place for place, own in absent.items() if is_targeted(own))
     except re.error as error:
         raise AdapterMismatch(
             f"{saved.uri}: a pattern of {CONFIG_NAME} cannot be read: {error}. Save the adapter again."
@@ -318,8 +315,8 @@ def _scale(saved: SavedAdapter, module: str, rank: int) -> float:
     config = saved.config
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     try:
-        expected = ranks.get(get_pattern_key(list(ranks), module), config["r"])
-        alpha = float(alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"]))
+        expected = ranks.get(named_by(ranks, module), config["r"])
+        alpha = float(alphas.get(named_by(alphas, module), config["lora_alpha"]))
     except re.error as error:
         raise AdapterMismatch(
             f"{saved.uri}: a pattern of {CONFIG_NAME} cannot be read: {error}. Save the adapter again."

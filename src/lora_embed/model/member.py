@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from lora_embed import hub
 from lora_embed.config import Recipe
 from lora_embed.errors import AdapterMismatch, EncoderError
 from lora_embed.model import merge
@@ -83,7 +84,9 @@ def _fold(base: Base, merged: Merge, limit: Limit | None) -> Member:
 
 def write_member(member: Member, folder: Path, base: Base) -> None:
     if member.kept:
-        write_adapter(folder, {name.removesuffix(".weight"): change for name, change in member.kept.items()}, base.uri)
+        write_adapter(
+            folder, {name.removesuffix(".weight"): change for name, change in member.kept.items()}, hub.plain_name(base.uri)
+        )
     else:
         member.model.save_pretrained(folder)
 

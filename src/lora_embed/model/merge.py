@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Annotated, Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from pydantic import Field
 
 from lora_embed.config import check_options
 from lora_embed.errors import AdapterMismatch, ConfigError
-from lora_embed.model.change import LowRank
+from lora_embed.model.change import LowRank, multiply
 from lora_embed.model.match import Adapter
 
 VERSION = 2  # part of the recipe id: raise it when a method's numbers change
@@ -54,7 +55,7 @@ def weighted_sum(parts: list[Weighted], before: torch.Tensor) -> torch.Tensor:
     if products:
         up = torch.cat([part.weight * part.change.scale * part.change.up.double() for part in products], dim=1)
         down = torch.cat([part.change.down.double() for part in products])
-        total = (up @ down).reshape(before.shape)
+        total = multiply(up, down).reshape(before.shape)
     for part in parts:
         if not isinstance(part.change, LowRank):
             total = total + part.weight * part.change.delta(before)
@@ -82,9 +83,9 @@ def linear(parts: list[Weighted], before: torch.Tensor) -> torch.Tensor:
     scales = [part.weight * part.change.scale for part in parts]
     roots = [math.sqrt(abs(scale)) for scale in scales]
     signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
-    down = torch.stack([root * part.change.down.double() for root, part in zip(signed, parts, strict=True)]).sum(dim=0)
-    up = torch.stack([root * part.change.up.double() for root, part in zip(roots, parts, strict=True)]).sum(dim=0)
-    return (up @ down).reshape(before.shape)
+    downs = [root * part.change.down.double() for root, part in zip(signed, parts, strict=True)]
+    ups = [root * part.change.up.double() for root, part in zip(roots, parts, strict=True)]
+    return multiply(reduce(torch.add, ups), reduce(torch.add, downs)).reshape(before.shape)
 
 
 def svd(parts: list[Weighted], before: torch.Tensor, *, rank: Rank = None, energy: Energy = 1.0) -> torch.Tensor:

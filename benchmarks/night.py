@@ -1,0 +1,213 @@
+"""A night over a table of many shards, of which one changed, one is gone and one is new, through the job's entry point.
+
+Tars are real, three tiny images each: sixteen different ones under as many names as asked for. One run embeds sixteen of
+them; the parts of all others are staged with the vectors that it made, and the same command publishes them. Then come the
+night, a quiet night, forgetting one image, and clearing what that leaves. Each step is a process of its own. For each: seconds
+in all and those spent embedding, peak memory of the process, requests and bytes by folder of the stores, and, with
+`--profile`, seconds by function. Prints JSON; functions that grow faster than the shards are named at the end.
+"""
+
+import argparse
+import cProfile
+import json
+import os
+import pstats
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import yaml
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+
+import itertools
+
+from jobs import write_recipe
+from lora_embed import cli, plan, staging, table
+from lora_embed.schema import ChunkHead, Layout, Shard, sample_schema
+from lora_embed.storage import Store
+from lora_embed.write import make_part, part_path, write_part
+from models import save_adapter, save_base
+from samples import png, tar_of
+from traffic import counted_traffic
+
+CONTENTS, IMAGES = 16, 3
+GROWTH = 1.5  # times the growth of the shards, of the seconds that a function takes: more is named
+NOTICED_S = 0.5
+
+
+def write_input(folder: Path, count: int) -> Path:
+    """The tars, linked to few contents, so that a hundred thousand take no more room than sixteen."""
+    contents, shards = folder / "contents", folder / "shards"
+    contents.mkdir()
+    shards.mkdir()
+    for number in range(CONTENTS):
+        members = [(f"{image}.png", png(number * IMAGES + image)) for image in range(IMAGES)]
+        (contents / f"{number}.tar").write_bytes(tar_of(members))
+    for number in range(count):
+        os.link(contents / f"{number % CONTENTS}.tar", shards / f"{number:08d}.tar")
+    return shards
+
+
+def write_job(folder: Path, shards: Path) -> Path:
+    """A model of 384 dimensions, one layer deep, with two adapters."""
+    base = save_base(folder / "base", "vit", hidden_size=384, num_hidden_layers=1, num_attention_heads=6)
+    adapters = {save_adapter(folder / "ten", base, 10, seed=1): 0.5, save_adapter(folder / "more", base, 27, seed=2): 0.5}
+    recipe = write_recipe(folder, base, adapters)
+    job = folder / "job.yaml"
+    settings = {"recipe": str(recipe), "input": [str(shards)], "table": str(folder / "table"), "precision": "float32"}
+    settings |= {"batch_size": 16, "resources": {"actors": {"max": 1}}, "retain": {"versions": 2, "grace_days": 1}}
+    job.write_text(yaml.safe_dump(settings))
+    return job
+
+
+def stage_others(folder: Path) -> None:
+    """Parts of all shards that the first version lacks, with the vectors that it has of the same contents."""
+    opened = table.open_table(str(folder / "table"))
+    layout = Layout(**opened.manifest.lineage["layout"] | {"carry": ()})
+    rows = opened.to_dataset().to_table().sort_by("id").to_pylist()
+    by_shard: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_shard.setdefault(row["shard"], []).append(row)
+    contents = [by_shard[f"{number:08d}.tar"] for number in range(CONTENTS)]
+    store = Store(str(folder / "table"))
+    (folder / "table" / part_path(opened.space_id, layout.layout_id)).mkdir(parents=True, exist_ok=True)
+    os.fsync = lambda file: None  # what is staged here need not survive a power cut
+    known = {shard.id for shard in opened.manifest.shards.values()}
+    for shard in plan.list_shards((str(folder / "shards"),), {}):
+        if shard.id not in known:
+            _stage(store, opened.space_id, layout, shard, contents[int(shard.name[:8]) % CONTENTS])
+
+
+def _stage(store: Store, space_id: str, layout: Layout, shard: Shard, rows: list[dict[str, Any]]) -> None:
+    head = ChunkHead(shard_id=shard.id, shard_name=shard.name, prefix=shard.prefix, last=True, good=len(rows))
+    samples = [{name: row[name] for name in ("key", "width", "height", "sha256")} for row in rows]
+    batch = pa.RecordBatch.from_pylist([sample | {"reason": None, "detail": None} for sample in samples], sample_schema(()))
+    vectors = np.array([row["embedding"] for row in rows], np.float32)
+    write_part(store, space_id, layout, head, make_part(head, batch, vectors, layout))
+
+
+def change_three(folder: Path) -> None:
+    """One tar changes, one goes, one comes."""
+    shards = sorted((folder / "shards").iterdir())
+    changed, removed = shards[len(shards) // 3], shards[2 * len(shards) // 3]
+    changed.unlink()
+    changed.write_bytes(tar_of([(f"{image}.png", png(10**6 + image)) for image in range(IMAGES)]))
+    removed.unlink()
+    added = folder / "shards" / f"{len(shards):08d}.tar"
+    added.write_bytes(tar_of([(f"{image}.png", png(2 * 10**6 + image)) for image in range(IMAGES)]))
+
+
+def drive(arguments: list[str], profiles: bool) -> dict[str, Any]:
+    """One command in this process, counted."""
+    entry: Callable[[list[str]], int] = cli.nightly_job if arguments[0] == "nightly" else cli.run_command
+    given = arguments[1:] if arguments[0] == "nightly" else arguments
+    profile = cProfile.Profile()
+    started = time.monotonic()
+    with counted_traffic() as traffic:
+        code = profile.runcall(entry, given) if profiles else entry(given)
+    found = {
+        "command": " ".join(arguments[:1]),
+        "exit_code": code,
+        "seconds": round(time.monotonic() - started, 2),
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "traffic": traffic.table(),
+        "most_reads_of_a_file": max(traffic.paths_read.values(), default=0),
+    }
+    return found | ({"functions": _functions(profile)} if profiles else {})
+
+
+def _functions(profile: cProfile.Profile) -> dict[str, float]:
+    """Seconds in and below each function of the package."""
+    stats: dict[Any, Any] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    ours = {(file, name): row[3] for (file, _, name), row in stats.items() if "/lora_embed/" in file}
+    return {f"{Path(file).stem}.{name}": round(seconds, 3) for (file, name), seconds in ours.items() if seconds >= 0.01}
+
+
+def step(folder: Path, arguments: list[str], *, profiles: bool = False) -> dict[str, Any]:
+    """One command in a process of its own."""
+    command = [sys.executable, __file__, *(["--profile"] if profiles else []), "--drive", *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=folder)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert found["exit_code"] == 0, found
+    return found
+
+
+def measure(folder: Path, count: int, *, profiles: bool) -> dict[str, Any]:
+    """All steps at one size."""
+    shards = write_input(folder, count)
+    job = write_job(folder, shards)
+    few = [f"input={shards}/{{{0:08d}..{CONTENTS - 1:08d}}}.tar"]
+    found: dict[str, Any] = {"shards": count, "images": count * IMAGES}
+    step(folder, ["nightly", "--config", str(job), "--set", *few])
+    stage_others(folder)
+    found["publish all"] = step(folder, ["nightly", "--config", str(job)], profiles=profiles)
+    opened = table.open_table(str(folder / "table"))
+    assert opened.count == count * IMAGES
+    found["data files"] = {entry.path: entry.bytes for entry in opened.manifest.files}
+    before = {entry.path for entry in opened.manifest.files}
+    change_three(folder)
+    found["night"] = step(folder, ["nightly", "--config", str(job)], profiles=profiles)
+    now = table.open_table(str(folder / "table"))
+    assert now.count == count * IMAGES
+    touched = {path: found["data files"][path] for path in before - {entry.path for entry in now.manifest.files}}
+    found["touched bytes"] = sum(touched.values())
+    found["state"] = _last_state(folder)
+    found["quiet night"] = step(folder, ["nightly", "--config", str(job)], profiles=profiles)
+    found["forget"] = step(folder, ["forget", str(folder / "table"), "00000003.tar/1", "--why", "asked"], profiles=profiles)
+    assert staging.staged_parts(Store(str(folder / "table")), now.space_id, "") == {}
+    return found
+
+
+def _last_state(folder: Path) -> dict[str, Any]:
+    """The record of the last run that embedded something."""
+    record = max((folder / "table" / "runs").glob("*/record.json"))
+    found = json.loads(record.read_text())
+    return {key: found[key] for key in ("seconds", "embedded", "stages", "outcome")}
+
+
+def name_growth(results: list[dict[str, Any]]) -> list[str]:
+    """Functions whose seconds grow faster than the shards, of those that take long enough to tell."""
+    named = []
+    for small, large in itertools.pairwise(results):
+        for name in ("publish all", "night", "quiet night", "forget"):
+            grows = large["shards"] / small["shards"]
+            before = small[name].get("functions", {})
+            for function, seconds in large[name].get("functions", {}).items():
+                if seconds >= NOTICED_S and seconds > GROWTH * grows * max(before.get(function, 0.0), 0.02):
+                    was = before.get(function, 0.0)
+                    named.append(f"{name}: {function} {was} s at {small['shards']:,}, {seconds} s at {large['shards']:,}")
+    return named
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=int, nargs="+", default=[1000, 10_000, 100_000])
+    parser.add_argument("--profile", action="store_true", help="seconds by function, which slows the whole by a tenth or more")
+    parser.add_argument("--keep", type=Path, help="leave input and table of the last size in this folder")
+    parser.add_argument("--drive", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # this process is one step
+    arguments = parser.parse_args()
+    if arguments.drive:
+        print("\n" + json.dumps(drive(arguments.drive, arguments.profile)))
+        return
+    results = []
+    for count in arguments.shards:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            results.append(measure(folder, count, profiles=arguments.profile))
+            print(json.dumps(results[-1], indent=1), file=sys.stderr)
+            if arguments.keep is not None and count == arguments.shards[-1]:
+                shutil.copytree(folder, arguments.keep)
+    print(json.dumps({"results": results, "faster than the shards": name_growth(results)}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""All of PEFT that is used and is not public: its two rules for matching names; checked when this is imported."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from peft import LoraConfig
+
+from lora_embed.libraries import check, part
+
+_PURPOSE = "find the modules that an adapter changes, and their ranks, as PEFT itself does"
+_matches = part("peft", "peft.tuners.tuners_utils:check_target_module_exists", _PURPOSE, takes=("config", "key"))
+_pattern_key = part("peft", "peft.utils.other:get_pattern_key", _PURPOSE, takes=("pattern_keys", "key_to_match"))
+
+
+def targeting(config: dict[str, Any]) -> Callable[[str], bool]:
+    """Which modules, by name, an adapter's configuration targets; it has `target_modules`.
+
+    What PEFT does not look at there, such as layers beside a pattern, is left out: PEFT would refuse to hold it.
+    Of the function that comes back, raises re.error for a pattern that cannot be read.
+    """
+    fields = ["target_modules", "exclude_modules", "modules_to_save"]
+    if config.get("layers_to_transform") is not None and not isinstance(config["target_modules"], str):
+        fields += ["layers_to_transform", "layers_pattern"]
+    relevant: dict[str, Any] = {field: config.get(field) for field in fields}
+    rule = LoraConfig(**relevant)
+    return lambda module: bool(_matches(rule, module))
+
+
+def named_by(patterns: dict[str, Any], module: str) -> str:
+    """The first of the patterns, of ranks or alphas, that holds for a module; its own name where none does.
+
+    Raises re.error for a pattern that cannot be read.
+    """
+    return str(_pattern_key(list(patterns), module))
+
+
+def _is_as_expected() -> bool:
+    """Each rule on an example with one answer for every kind of field."""
+    parts = targeting({"target_modules": ["query"], "exclude_modules": ["1.query"], "layers_to_transform": [0, 1]})
+    whole = targeting({"target_modules": r".*\.(query|key)", "modules_to_save": ["head"]})
+    names = [f"vit.layer.{number}.{name}" for number in range(3) for name in ("query", "key")]
+    try:
+        return (
+            [name for name in names if parts(name)] == ["vit.layer.0.query"]
+            and all(whole(name) for name in names)
+            and not whole("head.query")
+            and named_by({"query": 1}, "layer.0.query") == "query"
+            and named_by({"query": 1}, "layer.0.key") == "layer.0.key"
+        )
+    except (re.error, TypeError, AttributeError, ValueError):
+        return False
+
+
+check("peft", _is_as_expected(), "its rules find other modules than PEFT 0.21's", _PURPOSE)
