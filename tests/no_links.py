@@ -16,13 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-(LOOKUP, FORGET, GETATTR, SETATTR, MKDIR, UNLINK, RMDIR, LINK, OPEN, READ, WRITE, RELEASE, FSYNC, FLUSH, INIT, OPENDIR) = (
-    1, 2, 3, 4, 9, 10, 11, 13, 14, 15, 16, 18, 20, 25, 26, 27,
+(LOOKUP, FORGET, GETATTR, SETATTR, MKDIR, UNLINK, RMDIR, RENAME, LINK, OPEN, READ, WRITE, RELEASE, FSYNC, FLUSH, INIT, OPENDIR) = (
+    1, 2, 3, 4, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20, 25, 26, 27,
 )  # fmt: skip
 READDIR, RELEASEDIR, FSYNCDIR, CREATE, BATCH_FORGET, RENAME2 = 28, 29, 30, 35, 42, 45
 LONGEST = 1 << 20
-NO_ENTRY, EXISTS, NOT_EMPTY, UNKNOWN = (struct.pack("<i", -code) for code in (2, 17, 39, 38))
-MOUNTED = ctypes.CDLL(None, use_errno=True)
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Node:
@@ -65,8 +64,10 @@ class FileSystem:
                 return self.remove(here, body.rstrip(b"\0"))
             case _ if kind == LINK:
                 return -self.link_error
+            case _ if kind == RENAME:
+                return self.rename(here, *struct.unpack_from("<Q", body), 0, body[8:])
             case _ if kind == RENAME2:
-                return self.rename(here, body)
+                return self.rename(here, *struct.unpack_from("<QI", body), body[16:])
             case _ if kind in (OPEN, OPENDIR):
                 return struct.pack("<QII", 0, 0, 0)
             case _ if kind == READ:
@@ -99,9 +100,8 @@ class FileSystem:
         del folder.entries[name]
         return b""
 
-    def rename(self, folder: Node, body: bytes) -> bytes | int:
-        target, flags = struct.unpack_from("<QI", body)
-        old, new = body[16:].split(b"\0")[:2]
+    def rename(self, folder: Node, target: int, flags: int, names: bytes) -> bytes | int:
+        old, new = names.split(b"\0")[:2]
         if flags and not self.renames:
             return -errno.EINVAL
         if flags and new in self.nodes[target].entries:
@@ -134,7 +134,7 @@ def serve(folder: str, link_error: int, renames: bool) -> None:
     """Mount at a folder, and answer until it is unmounted."""
     device = os.open("/dev/fuse", os.O_RDWR)
     options = f"fd={device},rootmode=40000,user_id=0,group_id=0,default_permissions".encode()
-    if MOUNTED.mount(b"no-links", folder.encode(), b"fuse", 0, options) != 0:
+    if LIBC.mount(b"no-links", folder.encode(), b"fuse", 0, options) != 0:
         raise OSError(ctypes.get_errno(), "cannot be mounted")
     print("mounted", flush=True)
     files = FileSystem(link_error, renames)
@@ -165,7 +165,7 @@ def without_links(folder: Path, link_error: int = errno.EPERM, *, renames: bool 
         try:
             yield folder
         finally:
-            MOUNTED.umount2(str(folder).encode(), 2)
+            LIBC.umount2(str(folder).encode(), 2)
             try:
                 server.wait(10)
             except subprocess.TimeoutExpired:
