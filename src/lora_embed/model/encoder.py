@@ -151,13 +151,20 @@ def golden_pixels(images: dict[str, bytes], preprocessing: Preprocessing) -> Pix
 
 
 def load_encoder(
-    uri: str | Path, *, device: str = "cpu", precision: str = "float32", batch_size: int = 16, check: bool = True
+    uri: str | Path,
+    *,
+    device: str = "cpu",
+    precision: str = "float32",
+    batch_size: int = 16,
+    check: bool = True,
+    storage_options: dict[str, Any] | None = None,
 ) -> Encoder:
     """Load an encoder's directory and, unless told not to, check it against its golden vectors.
 
+    `uri`: a directory, an fsspec URI with its storage options, or `hf://owner/name`.
     Raises StorageError or EncoderError when it is not there, not whole or not itself on this device.
     """
-    folder = fetch_directory(str(uri), None, FILES)
+    folder = fetch_directory(str(uri), None, FILES, storage_options)
     description = read_description(folder)
     if description.base is not None:
         check_files(folder, str(uri))
