@@ -1,5 +1,6 @@
 """Tiny real data for tests: images, tars, Parquet files, and the shards and layouts to read them with."""
 
+import hashlib
 import io
 import os
 import tarfile
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
 from lora_embed.model.preprocess import Preprocessing
@@ -82,3 +84,9 @@ def touch_files(folder: Path, *names: str) -> None:
 
 def samples_of(shard: Shard, **changes: Any) -> list[Sample]:
     return list(read_samples(shard, layout(**changes), {}, lambda number: True))
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, **kinds: bytes) -> None:
+    """Make these images do harm, in every process that is started from now on."""
+    entries = [f"{hashlib.sha256(data).hexdigest()}:{kind}" for kind, data in kinds.items()]
+    monkeypatch.setenv("LORA_EMBED_TEST_POISON", ",".join(entries))

@@ -1,5 +1,6 @@
 """The built encoder: parity with the guide, identity, golden vectors, and loading by others."""
 
+import io
 import json
 import re
 import shutil
@@ -16,12 +17,14 @@ from transformers import AutoImageProcessor, AutoModel
 from guide import embed_by_hand, merge_by_hand
 from lora_embed import load_encoder
 from lora_embed.config import AdapterSpec, Recipe
+from lora_embed.decode import BadImage
 from lora_embed.demo.parts import LabelledImage
 from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.description import read_description
 from lora_embed.model.golden import relative_difference
 from models import save_adapter, save_base
+from samples import png, poisoned
 
 
 def quiet(message: str) -> None:
@@ -214,3 +217,20 @@ def test_merge_report_names_shares_and_dropped_heads(tmp_path: Path) -> None:
     assert [adapter["head_keys_dropped"] for adapter in member["adapters"]] == [["classifier.bias", "classifier.weight"]] * 2
     assert len(member["weights"]) == 6
     assert all(len(weight["shares"]) == 2 and weight["change"] > 0 for weight in member["weights"].values())
+
+
+def test_bytes_are_embedded_as_a_run_decodes_them_and_may_kill_their_decoder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_base(tmp_path / "base")
+    encoder = load_encoder(build(recipe_of(base, {save_adapter(tmp_path / "one", base): 1.0}), tmp_path / "encoder"))
+    opened = Image.open(io.BytesIO(png(2)))
+    expected = encoder.embed([opened, opened])
+    np.testing.assert_array_equal(encoder.embed([png(2), opened]), expected)
+    np.testing.assert_array_equal(encoder.embed([png(2), png(2)]), expected)
+    poisoned(monkeypatch, segfault=png(1))
+    fresh = load_encoder(tmp_path / "encoder")
+    with pytest.raises(BadImage, match="killed by signal 11") as caught:
+        fresh.embed([png(2), png(1)])
+    assert caught.value.reason == "decoder_crashed"
+    np.testing.assert_array_equal(fresh.embed([png(2), png(2)]), expected)

@@ -37,6 +37,7 @@ LAYERS = [  # top to bottom: a module imports from its own layer and those above
     [
         "model.*",
         "plan",
+        "fields",
         "read",
         "resume",
         "decode",

@@ -1,7 +1,6 @@
 """Decoding in a child process, with real children: the same pixels and rejects, and what kills a child is one reject."""
 
 import gc
-import hashlib
 import os
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from jobs import ROOT
 from lora_embed.decode import BadImage, Decode, DecodedChunk, decode_image, decode_shard
 from lora_embed.isolate import IsolatedDecoder
 from lora_embed.schema import REASONS, Shard, WorkItem, to_ipc
-from samples import PREPROCESSING, encoded, layout, noise, png, tar_shard
+from samples import PREPROCESSING, encoded, layout, noise, png, poisoned, tar_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # Pillow's
 
@@ -90,12 +89,6 @@ def assert_same(some: list[DecodedChunk], others: list[DecodedChunk]) -> None:
     assert [chunk.head for chunk in some] == [chunk.head for chunk in others]
     assert [to_ipc(chunk.samples) for chunk in some] == [to_ipc(chunk.samples) for chunk in others]
     assert [chunk.pixels.tobytes() for chunk in some] == [chunk.pixels.tobytes() for chunk in others]
-
-
-def poisoned(monkeypatch: pytest.MonkeyPatch, **kinds: bytes) -> None:
-    """Make these images do harm, in every process that is started from now on."""
-    entries = [f"{hashlib.sha256(data).hexdigest()}:{kind}" for kind, data in kinds.items()]
-    monkeypatch.setenv("LORA_EMBED_TEST_POISON", ",".join(entries))
 
 
 def test_what_kills_a_child_is_one_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from lora_embed.decode import decode_image
 from lora_embed.errors import ConfigError
 from lora_embed.model.preprocess import Preprocessing
 from lora_embed.tune.labelled import LabelledImages, Wanted, read_labelled
-from samples import PREPROCESSING, encoded, parquet_of, png
+from samples import PREPROCESSING, encoded, parquet_of, png, poisoned, tar_of
 from tuning import picture, write_labelled
 
 
@@ -78,3 +78,17 @@ def test_columns_of_parquet_are_labels(tmp_path: Path) -> None:
 def test_a_field_that_labels_nothing_is_named(tmp_path: Path, shards: Path) -> None:
     with pytest.raises(ConfigError, match=r"--label color: no sample with it among 28 in .*Correct the field's name"):
         read(tmp_path, shards, fields=("colour", "color"))
+
+
+def test_an_image_that_kills_its_decoder_is_a_reject_and_the_search_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, segfault=png(1), memory=png(3))
+    members = [(f"{n}.{kind}", data) for n in range(6) for kind, data in (("json", b'{"kind": %d}' % (n % 3)), ("png", png(n)))]
+    (tmp_path / "a.tar").write_bytes(tar_of(members))
+    found = read(tmp_path / "work", tmp_path / "a.tar", fields=("kind",), group=None)
+    assert (found.samples, found.decoded, found.rejects) == (6, 4, {"decoder_crashed": 2})
+    assert sorted(found.ids) == [f"a.tar/{n}" for n in (0, 2, 4, 5)]
+    for row, id_ in enumerate(found.ids):
+        expected = decode_image(png(int(id_[-1])), PREPROCESSING).pixels
+        np.testing.assert_array_equal(found.pixels[row], expected)

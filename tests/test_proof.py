@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 
 from lora_embed.config import AdapterSpec, Recipe
@@ -73,6 +74,54 @@ def broken_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         folding.merge, "merge", lambda *arguments: ((name, delta.bfloat16().double()) for name, delta in right(*arguments))
     )
+
+
+def broken_method(name: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """What a method calls does a thousandth or more of it wrong: PEFT's functions, or torch's decomposition as it is used."""
+
+    def breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+        if hasattr(merge_utils, name):
+            right = getattr(merge_utils, name)
+            wrong = lambda tensor, *rest, **named: right(tensor * 1.02, *rest, **named)  # noqa: E731
+            monkeypatch.setattr(merge_utils, name, wrong if name != "calculate_majority_sign_mask" else inverted)
+        else:
+            right = getattr(merge, name)
+            monkeypatch.setattr(merge, name, lambda *arguments: max(1, right(*arguments) - 1))
+
+    inverted = lambda tensor, method: tensor.sign() == torch.where(tensor.sum(dim=0) >= 0, -1, 1)  # noqa: E731
+    return breaks
+
+
+@pytest.mark.parametrize(
+    ("method", "broken"),
+    [
+        ("ties", "prune"), ("ties", "calculate_majority_sign_mask"), ("ties", "disjoint_merge"), ("dare_linear", "prune"),
+        ("dare_ties", "disjoint_merge"), ("magnitude_prune", "prune"), ("svd", "_rank_of"), ("iso_c", "_rank_of"),
+    ],
+)  # fmt: skip
+def test_a_method_that_goes_wrong_is_seen_whichever_it_is(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, method: str, broken: str
+) -> None:
+    broken_method(broken)(monkeypatch)
+    with pytest.raises(EncoderError, match="differs from the one computed anew from the adapter files"):
+        build(recipe.model_copy(update={"merge_method": method}), tmp_path / "encoder")
+
+
+def test_equal_entries_and_options_are_proven(tmp_path: Path) -> None:
+    """Of an adapter whose entries are all alike a method may keep any; the proof knows which."""
+    base = save_base(tmp_path / "base")
+    alike = save_adapter(tmp_path / "alike", base, seed=1)
+    edit_tensors(alike, lambda tensors: {n: torch.full_like(t, 0.01) for n, t in tensors.items()})
+    two = save_adapter(tmp_path / "two", base, 27, seed=2)
+    specs = (AdapterSpec(path=str(alike), weight=0.6), AdapterSpec(path=str(two), weight=-0.4))
+    options: dict[str, dict[str, object]] = {
+        "ties": {"density": 0.3, "majority_sign": "frequency"}, "dare_ties": {"density": 1.0}, "dare_linear": {"seed": 9},
+        "magnitude_prune": {"density": 0.01}, "svd": {"rank": 3, "energy": 0.99},
+    }  # fmt: skip
+    for method, given in options.items():
+        made = Recipe(base_model=str(base), adapters=specs, merge_method=method, merge_options=given)
+        (member,) = build(made, tmp_path / method)["members"]
+        assert all(weight["error"] < 1e-6 for weight in member["weights"].values()), method
 
 
 def edit_one(path: Path, part: str, factor: float) -> None:

@@ -23,7 +23,7 @@ from lora_embed.plan import list_shards
 from lora_embed.schema import encoder_path
 from lora_embed.search import find_pictures, search_image, search_table
 from lora_embed.table import Table
-from samples import encoded, noise, png, samples_of, tar_of
+from samples import encoded, noise, png, poisoned, samples_of, tar_of
 from tables import SPACE, noise_vectors, publish_vectors, spread
 
 HOSTILE = [
@@ -287,6 +287,17 @@ def test_a_search_that_cannot_be_is_one_message(
 ) -> None:
     assert cli.run_command(["search", searched.store.uri, query_file(tmp_path, png(1)), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_image_that_kills_its_decoder_is_one_message_as_a_query_and_no_picture_as_a_hit(
+    searched: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poisoned(monkeypatch, segfault=png(3))
+    assert cli.run_command(["search", searched.store.uri, query_file(tmp_path, png(3))]) == 2
+    assert "query.png: cannot be searched for: decoder_crashed (the decoder was killed by signal 11" in capsys.readouterr().err
+    out = tmp_path / "page.html"
+    assert cli.run_command(["search", searched.store.uri, query_file(tmp_path, png(4)), "-k", "12", "--page", str(out)]) == 0
+    assert out.read_text().count("no picture") == 1
 
 
 def test_an_empty_table_says_so(searched: Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

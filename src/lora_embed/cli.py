@@ -99,7 +99,7 @@ def publish(
     """Publish what is staged as the next version, without embedding anything."""
     from lora_embed.run import publish_job
 
-    if accept and not why:
+    if accept and not why.strip():
         raise ConfigError("--accept lets a failed gate through. Say why with --why: the version keeps the reason.")
     result = publish_job(load_job(job, set_), releases=release, accepted=dict.fromkeys(accept or [], why))
     print_result(asdict(result), as_json, result.describe())

@@ -23,7 +23,7 @@ def evaluate(
     group: Annotated[str | None, typer.Option(metavar="FIELD", help="Images with one value stay on one side.")] = None,
     split: Annotated[str | None, typer.Option(metavar="FIELD", help="Your own split: bank or train, query or test …")] = None,
     splits: Annotated[int, typer.Option(help="Seeded splits, two thirds of the images in the bank.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of the splits.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the splits.")] = 0,
     reference: Annotated[str | None, typer.Option(metavar="NAME", help="Candidate that others are held against.")] = None,
     alone: Annotated[bool, typer.Option("--alone", help="Judge the base and each adapter by itself as well.")] = False,
     heads: Annotated[bool, typer.Option(help="Put the adapters' own heads on every candidate.")] = True,
@@ -103,7 +103,7 @@ def _read_classes(text: str) -> tuple[str, tuple[str, ...]]:
 
 def _absolute(path: str) -> str:
     """Workers have other current folders."""
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+    return path if "://" in path or not path else os.path.abspath(os.path.expanduser(path))
 
 
 def _check_writable(option: str, path: Path | None) -> None:

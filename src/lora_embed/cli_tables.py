@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lora_embed.cli_options import Json, Set, TableOrJob, find_table, print_result
+from lora_embed.errors import ConfigError
 
 
 def rollback(
@@ -20,7 +21,7 @@ def rollback(
     from lora_embed.versions import roll_back
 
     store = find_table(table, set_).store
-    manifest = roll_back(store, to, why)
+    manifest = roll_back(store, to, _reason(why))
     held = f"; held back: {', '.join(manifest.held)}" if manifest.held else ""
     result = {"table": store.uri, "version": manifest.version, "space_id": manifest.space_id, "held": manifest.held}
     print_result(
@@ -46,7 +47,7 @@ def forget(
     """Publish a version without these images, keep them out, and retire the versions that hold them."""
     from lora_embed.lineage import forget as forget_images
 
-    forgotten = forget_images(find_table(table, set_).store, ids, why)
+    forgotten = forget_images(find_table(table, set_).store, ids, _reason(why))
     print_result(asdict(forgotten), as_json, forgotten.describe())
 
 
@@ -135,6 +136,12 @@ def search(
     names = ("image", "table", "version", "space_id", "method", "count")
     result = {name: getattr(found, name) for name in names} | {"hits": [asdict(hit) for hit in found.hits]}
     print_result(result, as_json, text)
+
+
+def _reason(why: str) -> str:
+    if not why.strip():
+        raise ConfigError("--why is empty. Say why: the version keeps the reason.")
+    return why
 
 
 TABLE_COMMANDS = (rollback, explain, forget, gc, status, verify, export, search)

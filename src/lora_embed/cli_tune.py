@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lora_embed.cli_options import input_of
+from lora_embed.errors import ConfigError
 from lora_embed.progress import LogFormat, log_as
 
 
@@ -30,7 +31,7 @@ def tune(
     objective: Annotated[
         Objective, typer.Option(help="The worst task's gain over its adapter, or the mean.")
     ] = Objective.WORST,
-    methods: Annotated[str, typer.Option(metavar="METHOD,…", help="Methods to try; all by default.")] = "",
+    methods: Annotated[str | None, typer.Option(metavar="METHOD,…", help="Methods to try; all by default.")] = None,
     best: Annotated[bool, typer.Option("--best", help="Write the best trial also where its lead is within noise.")] = False,
     group: Annotated[str | None, typer.Option(metavar="FIELD", help="Images that share it are never split.")] = None,
     images: Annotated[int, typer.Option(min=1, help="Labelled images to use at most, drawn by seed.")] = 10_000,
@@ -45,6 +46,9 @@ def tune(
     from lora_embed.tune.tune import tune as tune_recipe
 
     job = input_of(data)
+    names = tuple(name.strip() for name in (methods or "").split(",") if name.strip())
+    if methods is not None and not names:
+        raise ConfigError(f"--methods is {methods!r}, which names none. Name one or more, or leave the option out for all.")
     search = Search(
         recipe=load_recipe(recipe),
         inputs=tuple(data) if job is None else job.input,
@@ -52,7 +56,7 @@ def tune(
         out=out,
         budget=Budget(evaluations=evaluations, minutes=10.0 if minutes is None and evaluations is None else minutes),
         objective=objective.value,
-        methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
+        methods=names,
         takes_best=best,
         group=group,
         seed=seed,

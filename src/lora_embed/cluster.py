@@ -54,7 +54,7 @@ def connect(num_cpus: int | None = None, num_gpus: int | None = None) -> None:
     """
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS", "local")
+    address = _address()
     is_own = address == "local"
     _check_reachable(address)
     declared: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
@@ -109,11 +109,13 @@ def leave(*, failed: bool) -> None:
 def _metrics_port() -> int | None:
     """Where Prometheus looks, by the environment; None for any port, also where that one is taken."""
     port = os.environ.get(METRICS_PORT, "")
-    if not port.isdigit():
+    if not port:
         return None
     try:
+        if not re.fullmatch("[0-9]{1,5}", port):
+            raise OSError("it is no port")
         socket.create_server(("127.0.0.1", int(port))).close()
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # beyond 65535
         say(f"{METRICS_PORT} is {port}, which cannot be had ({error}): this run's metrics are at another port", level="warning")
         return None
     return int(port)
@@ -197,7 +199,12 @@ def _nodes() -> list[dict[str, float]]:
 
 
 def _is_joined() -> bool:
-    return os.environ.get("RAY_ADDRESS", "local") != "local"
+    return _address() != "local"
+
+
+def _address() -> str:
+    """Of the cluster to join; an empty RAY_ADDRESS is none, as everywhere in an environment."""
+    return os.environ.get("RAY_ADDRESS") or "local"
 
 
 def _wait_for(resource: str, amount: float, resources: Resources) -> bool:

@@ -62,14 +62,14 @@ class AdapterSpec(Section):
 
     path: Uri
     weight: Number = 1.0
-    revision: str | None = None
+    revision: Text | None = None
 
 
 class Recipe(Section):
     """What an encoder is built from."""
 
     base_model: Uri
-    revision: str | None = None
+    revision: Text | None = None
     adapters: tuple[AdapterSpec, ...] = Field(default=(), strict=False)
     merge_method: Text = "weighted_sum"  # `model.merge` knows the methods, and the options of each
     merge_options: dict[str, Any] = Field(default_factory=dict)
@@ -149,10 +149,10 @@ class Reembed(Section):
 
 
 class Prices(Section):
-    """What an hour costs, in any currency, for the forecast of `plan`."""
+    """What an hour costs, in any currency, for the forecast of `plan`; what is not given is not counted."""
 
-    gpu_hour: Annotated[Number, Field(ge=0)] = 0.0
-    cpu_hour: Annotated[Number, Field(ge=0)] = 0.0
+    gpu_hour: Annotated[Number, Field(ge=0)] | None = None
+    cpu_hour: Annotated[Number, Field(ge=0)] | None = None
 
 
 class CarryField(Section):
@@ -165,8 +165,8 @@ class CarryField(Section):
 def _carry_field(value: Any) -> Any:
     if not isinstance(value, str):
         return value
-    name, _, kind = value.partition(":")
-    return {"name": name, "type": kind or "string"}
+    name, colon, kind = value.partition(":")
+    return {"name": name, "type": kind if colon else "string"}
 
 
 class JobConfig(Section):
@@ -183,8 +183,8 @@ class JobConfig(Section):
     max_pixels: int = Field(default=100_000_000, ge=1)
     max_bytes: int = Field(default=2**30, ge=1)
     carry: tuple[CarryField, ...] = Field(default=(), strict=False)
-    image_column: str | None = None
-    key_column: str | None = None
+    image_column: Text | None = None
+    key_column: Text | None = None
     limit: int | None = Field(default=None, ge=1)
     vector_type: Literal["float32", "float16"] = "float32"
     resources: Resources = Resources()

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import hashlib
 import io
-import json
 import os
 import struct
 import time
@@ -21,6 +20,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from lora_embed.errors import ShardError, StorageError, StoreUnavailable
+from lora_embed.fields import typed
 from lora_embed.model.preprocess import Box, Joint, Pixels, Preprocessing
 from lora_embed.read import Sample, read_samples
 from lora_embed.resume import find_stretches
@@ -35,6 +35,7 @@ _DAMAGE = (
     ZeroDivisionError, NotImplementedError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
 
+MAX_PIXELS = 100_000_000  # of an image, where nobody says otherwise
 MOST_SCANS = 24  # of an image of `max_pixels`, which take 4 s; of a smaller one more
 _SCAN = b"\xff\xda"  # begins one; within its data, 0 follows each 255
 
@@ -85,7 +86,7 @@ class DecodedChunk:
     pixels: Pixels
 
 
-def decode_image(data: bytes, preprocessing: Prepare, max_pixels: int = 100_000_000) -> Decoded:
+def decode_image(data: bytes, preprocessing: Prepare, max_pixels: int = MAX_PIXELS) -> Decoded:
     """Decode and prepare one image, the first frame of an animated one. Raises BadImage.
 
     For tests, the environment variable LORA_EMBED_TEST_POISON makes it do harm instead: entries `<sha256>:segfault`,
@@ -265,7 +266,7 @@ class _Chunk:
 
     def add(self, sample: Sample, *, is_duplicate: bool) -> None:
         self._begin, self._end = self._begin if self._rows else sample.begin, sample.end
-        carried = {name: _typed(sample.fields.get(name), kind) for name, kind in self._layout.carry}
+        carried = {name: typed(sample.fields.get(name), kind) for name, kind in self._layout.carry}
         row = {"key": sample.key, "width": None, "height": None, "sha256": None, "reason": None, "detail": None} | carried
         try:
             if sample.excess:
@@ -330,21 +331,3 @@ def _check_passes(data: bytes, image: Image.Image, max_pixels: int) -> None:
         if not isinstance(width, int) or not isinstance(height, int):
             raise BadImage("corrupt_image", "its tiles have no size")
         _check_area(width, height, max_pixels, "has tiles of")
-
-
-def _typed(value: Any, kind: str) -> Any:
-    """A carried value as its column's type, or null where it is none."""
-    if value is None:
-        return None
-    if kind == "string":
-        text = value if isinstance(value, str) else json.dumps(value, default=str)
-        return text.encode("utf-8", "backslashreplace").decode()  # JSON may hold halves of surrogate pairs
-    if kind == "bool":
-        return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
-    try:
-        number = int(value) if kind == "int64" else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    if kind == "int64" and (not -(2**63) <= number < 2**63 or (isinstance(value, float) and number != value)):
-        return None
-    return number

@@ -1,8 +1,10 @@
 """What a run has done so far, over all its tries: what its record, its state on storage and its metrics tell."""
 
+import copy
+import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lora_embed.schema import ChunkStats
 from lora_embed.stages import Bound, Timeline, add_seconds
@@ -10,7 +12,10 @@ from lora_embed.stages import Bound, Timeline, add_seconds
 
 @dataclass
 class Effort:
-    """Counted by the driver as chunks come in, and read by others meanwhile; samples include rejects."""
+    """Counted by the driver as chunks come in; samples include rejects.
+
+    Other threads add what they count by `add_retries`, and read by `now`: its counts are all of one moment.
+    """
 
     shards: int = 0  # to embed, those of this run that are done included
     shards_done: int = 0
@@ -25,23 +30,36 @@ class Effort:
     bound: Bound | None = None
     timeline: Timeline = field(default_factory=Timeline)
     last_chunk: float | None = None  # when it came in, seconds since 1970
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     def begin(self, missing: int) -> None:
         """Another try, at that many shards."""
-        self.shards, self.shards_failed = self.shards_done + missing, 0
+        with self._lock:
+            self.shards, self.shards_failed = self.shards_done + missing, 0
 
     def add(self, stats: ChunkStats) -> None:
         """A chunk, or a shard that cannot go on."""
-        self.last_chunk = time.time()
-        self.timeline.add(stats.samples, stats.seconds)
-        self.seconds = add_seconds(dict(self.seconds), stats.seconds)  # anew: another thread may be reading it
-        self.retries += stats.retries
-        if stats.error:
-            self.shards_failed += 1
-            return
-        self.chunks += 1
-        self.samples += stats.samples
-        self.vectors += stats.vectors
-        self.rejects = self.rejects + Counter(stats.reasons)
-        self.image_bytes += stats.image_bytes
-        self.shards_done += stats.last
+        with self._lock:
+            self.last_chunk = time.time()
+            self.timeline.add(stats.samples, stats.seconds)
+            self.seconds = add_seconds(dict(self.seconds), stats.seconds)  # anew, as `rejects`: `now` shares them
+            self.retries += stats.retries
+            if stats.error:
+                self.shards_failed += 1
+                return
+            self.chunks += 1
+            self.samples += stats.samples
+            self.vectors += stats.vectors
+            self.rejects = self.rejects + Counter(stats.reasons)
+            self.image_bytes += stats.image_bytes
+            self.shards_done += stats.last
+
+    def add_retries(self, times: int) -> None:
+        """Requests that this process tried again itself."""
+        with self._lock:
+            self.retries += times
+
+    def now(self) -> "Effort":
+        """A copy that does not change any more."""
+        with self._lock:
+            return replace(self, timeline=copy.copy(self.timeline))

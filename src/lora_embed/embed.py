@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_embed.errors import carries_errors
 from lora_embed.fetch import fetch_directory
 from lora_embed.isolate import decode_blocks, keep_freed_memory
 from lora_embed.model.preprocess import Preprocessing
@@ -68,6 +69,7 @@ def take_device(kind: str) -> str:
 class EmbedImages:
     """The actor: loads an encoder, proves it on the golden images, then turns a chunk's pixels into vectors."""
 
+    @carries_errors
     def __init__(self, encoder_uri: str, storage_options: dict[str, Any], layout: Layout, kind: str) -> None:
         from lora_embed.model.encoder import FILES, load_encoder
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lora_embed.decode import Prepare
 from lora_embed.embed import take_device
+from lora_embed.errors import carries_errors
 from lora_embed.fetch import fetch_directory
 from lora_embed.isolate import decode_blocks
 from lora_embed.model.preprocess import Joint, Pixels, Preprocessing
@@ -77,6 +78,7 @@ class EachChunk:
 class EmbedWithEach:
     """The actor: loads all encoders, each proven on its golden images, then a chunk's pixels → the vectors of each."""
 
+    @carries_errors
     def __init__(self, each: Each, kind: str) -> None:
         from lora_embed.model.encoder import FILES, load_encoder
 

@@ -1,10 +1,14 @@
 """What can go wrong, by what the user has to do about it; the command line turns each into an exit code."""
 
+import base64
 import errno
+import functools
+import json
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar, cast
 
 _PASSWORD = re.compile(r"://[^/\s@]*:[^/\s@]*@")
 _USER = re.compile(r"(?<!abfs)(?<!abfss)://[^/\s@]*@")  # which may be a token; in Azure's URIs it is a container
@@ -104,6 +108,8 @@ def lack_of_machine(error: OSError | MemoryError) -> str | None:
     """What this machine ran out of or cannot do any more; None for an error that is a bug's."""
     if isinstance(error, MemoryError):
         return "this machine has no memory left"
+    if isinstance(error, ChildProcessError):
+        return str(error)
     if error.errno not in _OF_THE_MACHINE:
         return None
     where = error.filename or f"a file of this machine, such as those in {tempfile.gettempdir()}"
@@ -120,3 +126,42 @@ def once_started() -> Iterator[None]:
         yield
     except (StorageError, StoreUnavailable) as error:
         raise IncompleteRun(f"{error}\nWhat was embedded is kept, and the same command goes on.") from None
+
+
+# An error where only the text of its traceback travels: packed in a note of it, or else as Python ends a traceback.
+_PACKED = re.compile(r"lora-embed-error:([A-Za-z0-9+/=]+);")
+_RAISED = re.compile(r"^lora_embed\.errors\.(\w+): (.+?)(?=\n\n(?:During handling of|The above exception)|\s*\Z)", re.M | re.S)
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
+
+
+def carries_errors(constructor: Constructor) -> Constructor:
+    """For the constructor of an actor: of what it raises, Ray hands on the text of the traceback alone."""
+
+    @functools.wraps(constructor)
+    def construct(*arguments: Any, **named: Any) -> None:
+        try:
+            constructor(*arguments, **named)
+        except LoraEmbedError as error:
+            packed = json.dumps([type(error).__name__, str(error)]).encode()
+            error.add_note(f"lora-embed-error:{base64.b64encode(packed).decode()};")
+            error.add_note(_PACKED.sub("", str(error)).partition("\n")[0])  # the last line, which is what logs show
+            raise
+
+    return cast(Constructor, construct)
+
+
+def carried_error(text: str) -> LoraEmbedError | None:
+    """The error of this package that a traceback ends with, whole; None where it tells of none."""
+    name, message = _unpacked(text) or next(iter(_RAISED.findall(text)[-1:]), ("", ""))
+    kind = globals().get(name)
+    if isinstance(kind, type) and issubclass(kind, LoraEmbedError):
+        return kind(message)
+    return IncompleteRun(message) if name else None  # of another release, on another node
+
+
+def _unpacked(text: str) -> tuple[str, str] | None:
+    for packed in reversed(_PACKED.findall(text)):
+        with suppress(ValueError, TypeError):  # a message may hold anything
+            name, message = json.loads(base64.b64decode(packed))
+            return str(name), str(message)
+    return None

@@ -209,7 +209,9 @@ def accuracy_change(
     The error is Nadeau & Bengio's, "Inference for the Generalization Error" (2003), since splits overlap.
     """
     named = np.array([label is not None for label in labels])
-    _, classes, sizes = np.unique(np.array([str(label) for label in labels]), return_inverse=True, return_counts=True)
+    texts = [str(label) for label in labels]
+    place = {text: number for number, text in enumerate(sorted(set(texts)))}
+    _, classes, sizes = np.unique([place[text] for text in texts], return_inverse=True, return_counts=True)
     takes_part = named & (sizes[classes] > 1)
     if takes_part.sum() < MIN_ROWS or len(set(classes[takes_part])) < 2:
         return None

@@ -14,7 +14,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from lora_embed.decode import BadImage, Decode, Decoded, Prepare, decode_image, decode_items
+from lora_embed.decode import MAX_PIXELS, BadImage, Decode, Decoded, Prepare, decode_image, decode_items
+from lora_embed.model.arithmetic import check_once
 from lora_embed.schema import Layout
 
 TRIES = 2  # a child may die of something else than its image, such as the machine's memory killer
@@ -37,7 +38,9 @@ def decode_blocks(
     """`decode_items`, but in a child process where a process died of the same task before, or hung with it.
 
     If an image killed it, that image is the end of a child this time, and a reject; else the child does no harm.
+    Raises EncoderError where this process makes other pixels than the encoder was built with.
     """
+    check_once(preprocessing)
     keep_freed_memory()
     isolated = IsolatedDecoder() if was_tried() else None
     with isolated or contextlib.nullcontext():
@@ -45,7 +48,7 @@ def decode_blocks(
         yield from decode_items(batch, layout, preprocessing, options, decode=decode)
 
 
-def decode_or_die(data: bytes, preprocessing: Prepare, max_pixels: int = 100_000_000) -> Decoded:
+def decode_or_die(data: bytes, preprocessing: Prepare, max_pixels: int = MAX_PIXELS) -> Decoded:
     """`decode_image`, whose process the kernel ends after `IMAGE_S` seconds: an image that hangs is one that crashes."""
     signal.setitimer(signal.ITIMER_REAL, IMAGE_S)
     try:
@@ -65,7 +68,7 @@ class IsolatedDecoder:
         self._timeout_s = timeout_s
         self._child: _Child | None = None
 
-    def __call__(self, data: bytes, preprocessing: Prepare, max_pixels: int = 100_000_000) -> Decoded:
+    def __call__(self, data: bytes, preprocessing: Prepare, max_pixels: int = MAX_PIXELS) -> Decoded:
         for _ in range(TRIES):
             answer = self._ask((data, preprocessing, max_pixels))
             if isinstance(answer, Decoded):

@@ -68,7 +68,6 @@ class Journal:
     topology: cluster.Topology
     shared: pipeline.Job | None = None  # once the encoder is on storage
     effort: Effort = field(default_factory=Effort)
-    sampled: int = 0  # samples embedded to judge a new encoder by, before all others
     doing: str = "starting"
     before: int | None = None  # the version that was current when the run began
     version: int | None = None
@@ -78,7 +77,7 @@ class Journal:
 
     def state(self, outcome: Outcome = "running") -> RunState:
         """How far the run is."""
-        effort, began = self.effort, self.beginning
+        effort, began = self.effort.now(), self.beginning
         last = effort.timeline.readings()[-1]
         return RunState(
             run_id=began.run_id,
@@ -91,7 +90,7 @@ class Journal:
             shards=effort.shards,
             shards_done=effort.shards_done,
             shards_failed=effort.shards_failed,
-            embedded=self.sampled + effort.samples,
+            embedded=effort.samples,
             rejected=effort.rejects.total(),
             images_per_s=round(last.samples / last.elapsed_s, 1) if last.samples else 0.0,
             bound=effort.bound.by if effort.bound is not None else None,
@@ -115,8 +114,8 @@ def recorded(
     meters = Meters(job.table, beginning.run_id, beginning.started.timestamp())
 
     def beat() -> None:
-        journal.effort.retries += take_retries()  # the driver's own
-        meters.show(journal.effort, journal.version or journal.before)
+        journal.effort.add_retries(take_retries())  # the driver's own
+        meters.show(journal.effort.now(), journal.version or journal.before)
         _leave_state(journal)
 
     _leave_state(journal)
@@ -127,11 +126,11 @@ def recorded(
         journal.error = _reason_of(error)
         raise
     finally:
-        meters.show(journal.effort, journal.version or journal.before)
+        meters.show(journal.effort.now(), journal.version or journal.before)
         state = journal.state(outcome_of(journal))
         note(**asdict(state))
         is_told = leave_state(state, store, job.retain.runs)  # first: who stops a run may not wait for long
-        if is_told and (journal.sampled or journal.effort.samples or journal.published):
+        if is_told and (journal.effort.samples or journal.published):
             _leave_report(journal)
 
 
@@ -217,7 +216,7 @@ def make_record(journal: Journal, store: Store, run_id: str, started: str, secon
         run_id=run_id,
         started=started,
         seconds=round(seconds, 2),
-        embedded=journal.sampled + effort.samples,
+        embedded=effort.samples,
         rejected=effort.rejects.total(),
         readings=effort.timeline.readings(),
         version=journal.version,

@@ -41,7 +41,7 @@ class Meters:
         self._shown: dict[tuple[str, str], float] = {}
 
     def show(self, effort: Effort, version: int | None) -> None:
-        """Counters grow by what was not shown yet; gauges are as they are now."""
+        """Counters grow by what was not shown yet; gauges are as they are now. For one thread at a time."""
         for name in ("samples", "vectors", "chunks", "image_bytes"):
             self._count(name, getattr(effort, name))
         self._count("storage_retries", effort.retries)

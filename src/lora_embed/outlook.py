@@ -154,14 +154,15 @@ def reckon(job: JobConfig, found: list[ChunkStats], images: int, start_seconds: 
     add_seconds(spent, typical)
     an_image = seconds_an_image(spent, samples, workers)
     seconds = start_seconds + images * an_image
-    cpus = workers.readers * workers.cpus_per_decoder
-    an_hour = cpus * job.prices.cpu_hour + (workers.actors * job.prices.gpu_hour if workers.decoders else 0.0)
+    has_prices = job.prices.cpu_hour is not None or job.prices.gpu_hour is not None
+    cpus, gpus = workers.readers * workers.cpus_per_decoder, workers.actors if workers.decoders else 0
+    an_hour = cpus * (job.prices.cpu_hour or 0.0) + gpus * (job.prices.gpu_hour or 0.0)
     return Forecast(
         images=images,
         seconds=round(seconds, 1),
         start_seconds=round(start_seconds, 1),
         images_per_second=round(1 / an_image, 2) if an_image else 0.0,
-        cost=round(seconds / 3600 * an_hour, 4) if an_hour else None,
+        cost=round(seconds / 3600 * an_hour, 4) if has_prices else None,
         bound=find_bound(spent, an_image * samples, workers).says,
     )
 

@@ -1,22 +1,20 @@
 """The chain on a Ray cluster. Besides `ray_private`, `cluster` and the entry points, the only user of ray."""
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import ray
 import ray.data
 import ray.data.exceptions
 import ray.exceptions
 
-from lora_embed import errors
 from lora_embed.cluster import MAX_RETRIES, Topology
 from lora_embed.config import JobConfig
 from lora_embed.embed import Device, EmbedImages, EmbedShards, inspect_device
 from lora_embed.embed_each import Each, EachChunk, EmbedShardsWithEach, EmbedWithEach
-from lora_embed.errors import IncompleteRun, LoraEmbedError, WorkersLost
+from lora_embed.errors import IncompleteRun, LoraEmbedError, WorkersLost, carried_error
 from lora_embed.isolate import decode_blocks
 from lora_embed.model.description import Description
 from lora_embed.ray_private import map_rows, was_tried_before
@@ -191,10 +189,4 @@ def _find_own(error: BaseException | None) -> LoraEmbedError | None:
         return cause
     if error is None or isinstance(error, LoraEmbedError):
         return error
-    if named := _OWN_ERROR.search(str(error)):
-        kind = getattr(errors, named[1], IncompleteRun)
-        return cast(LoraEmbedError, kind(named[2]))
-    return _find_own(error.__cause__)
-
-
-_OWN_ERROR = re.compile(r"^lora_embed\.errors\.(\w+): (.+)$", re.MULTILINE)
+    return carried_error(str(error)) or _find_own(error.__cause__)

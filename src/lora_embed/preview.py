@@ -18,17 +18,17 @@ from lora_embed.stages import Workers, seconds_an_image
 
 
 def embed_sample(
-    job: JobConfig, shared: pipeline.Job, current: Manifest, shards: list[Shard], topology: cluster.Topology
-) -> int | None:
+    job: JobConfig, shared: pipeline.Job, current: Manifest, shards: list[Shard], topology: cluster.Topology, effort: Effort
+) -> bool:
     """Embed whole shards until the sample is full, compare, and say what the job's policy makes of it.
 
-    Returns the samples embedded, or None where the policy is to skip. They are staged like all else, so a pass that goes on
-    does not embed them again. Raises GateFailed where a person is to decide.
+    Returns whether to go on with a full pass. What it embeds is counted in `effort` and staged like all else, so such a pass
+    does not embed it again. Raises GateFailed where a person is to decide.
     """
     sample = work.choose_unchanged(current, shards, job.reembed.sample)
     if not sample:
-        return 0
-    effort = work.embed_missing(job, shared, sample, topology)
+        return True
+    work.embed_missing(job, shared, sample, topology, effort)
     samples = sum(current.shards[shard.id].samples for shard in sample)
     rate = _seconds_an_image(shared, effort, topology.workers)
     hours = rate * (current.counts["samples"] - samples) / 3600
@@ -39,7 +39,7 @@ def embed_sample(
             f"{job.table}: not embedded anew, version {current.version} stays: {decision.says} Mend the recipe, or set "
             "reembed.sample to 0 to go on without a sample."
         )
-    return effort.samples if decision.action == "go on" else None
+    return decision.action == "go on"
 
 
 def _decide(job: JobConfig, shared: pipeline.Job, current: Manifest, sample: list[Shard], hours: float) -> Decision:

@@ -161,7 +161,7 @@ class Progress:
     def add(self, stats: ChunkStats) -> None:
         """Count one row of the chain's end."""
         self._first = self._first or time.monotonic() - sum(stats.seconds.values())  # when the first worker began
-        add_seconds(self.seconds, stats.seconds)
+        self.seconds = add_seconds(dict(self.seconds), stats.seconds)  # anew: the thread of the live line may be reading it
         self._effort.add(stats)
         self._effort.bound = self.bound()
         if stats.error:

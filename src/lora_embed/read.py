@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lora_embed.errors import ShardError, StorageError
+from lora_embed.fields import value_of
 from lora_embed.plan import IMAGES
 from lora_embed.schema import Layout, Shard
 from lora_embed.storage import Entry, Store, explained
@@ -318,13 +319,13 @@ def _rows(batch: pa.RecordBatch, image: str | None, key: str | None, carried: li
     if images is not None and pa.types.is_struct(images.type):
         images = pc.struct_field(images, "bytes")  # null where the struct is
     for row in range(batch.num_rows):
-        name = batch.column(key)[row].as_py() if key else None
+        name = value_of(batch.column(key)[row]) if key else None
         if name is None:  # also where a key column holds null
             name = f"{start + row:010d}"
         elif isinstance(name, bytes):
             name = name.decode("utf-8", "backslashreplace")
         data = images[row].as_py() if images is not None else None
-        yield Sample(str(name), data, {field: batch.column(field)[row].as_py() for field in carried} if image else {})
+        yield Sample(str(name), data, {field: value_of(batch.column(field)[row]) for field in carried} if image else {})
 
 
 def _line(error: BaseException) -> str:

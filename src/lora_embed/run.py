@@ -115,21 +115,20 @@ def _carry_out(
     """Embed what is missing, a sample first where all of it is, and publish it."""
     job, shared, topology = recording.job, recording.shared, recording.topology
     assert shared is not None
-    store, space_id, embedded = shared.store, shared.encoder.space_id, 0
+    store, space_id = shared.store, shared.encoder.space_id
     recording.before = current.version if current is not None else None
     if current is not None and job.limit is None and versions.newest_of(store, space_id, shared.layout.pins, current) is None:
         recording.doing = "embedding a sample"
-        sampled = preview.embed_sample(job, shared, current, shards, topology)
-        if sampled is None:
-            held, counts = current.space_id, current.counts
-            return RunResult(table=job.table, space_id=held, embedded=0, version=current.version, counts=counts)
-        embedded = recording.sampled = sampled
+        if not preview.embed_sample(job, shared, current, shards, topology, recording.effort):
+            embedded, counts = recording.effort.samples, current.counts
+            held, version = current.space_id, current.version
+            return RunResult(table=job.table, space_id=held, embedded=embedded, version=version, counts=counts)
     recording.doing = "embedding"
     effort = work.embed_missing(job, shared, shards, topology, recording.effort)
     result = RunResult(
         table=job.table,
         space_id=space_id,
-        embedded=embedded + effort.samples,
+        embedded=effort.samples,
         stages={stage: round(seconds, 3) for stage, seconds in effort.seconds.items()},
         bound=effort.bound.by if effort.bound else None,
     )

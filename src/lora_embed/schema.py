@@ -16,7 +16,7 @@ REASONS = (
     "duplicate_id", "non_finite_vector", "forgotten",
 )  # fmt: skip
 MAX_BYTES = 2**30  # of an encoded image; one of 100 megapixels with 16 bits of red, green, blue and alpha has 0.8 GB
-_PART = re.compile(r"([0-9a-f]+)-(\d{8})(-last)?\.parquet")
+_PART = re.compile(r"([0-9a-f]+)-([0-9]{8})(-last)?\.parquet")
 _CARRY_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 
 

@@ -5,15 +5,16 @@ import io
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lora_embed.decode import BadImage, decode_image
+from lora_embed.decode import BadImage
 from lora_embed.errors import ConfigError, LoraEmbedError
 from lora_embed.export import HIT_COLUMNS, Hit, open_index, refuse_other_space, unit, unit_queries, vectors_of
+from lora_embed.isolate import IsolatedDecoder
 from lora_embed.model.preprocess import Preprocessing
 from lora_embed.page import Section, escaped, page, picture, printable, write
 from lora_embed.plan import list_shards
@@ -21,9 +22,6 @@ from lora_embed.read import read_samples
 from lora_embed.schema import Layout
 from lora_embed.storage import Store
 from lora_embed.table import Table
-
-if TYPE_CHECKING:
-    from lora_embed.model.encoder import Encoder
 
 QUERIES_AT_ONCE = 1024  # each pass over the files: its scores are 4 bytes a query and row of a batch
 THUMBNAIL = Preprocessing(resize=160, resample=3, crop=(160, 160), multiply=(1.0, 1.0, 1.0), add=(0.0, 0.0, 0.0))
@@ -89,7 +87,10 @@ def search_image(
     data = _read_image(image, image_options)
     opened = open_index(index) if index is not None else None
     encoder = table.encoder()
-    vectors = embed_bytes(encoder, data, image)
+    try:
+        vectors = encoder.embed([data])
+    except BadImage as error:
+        raise ConfigError(f"{image}: cannot be searched for: {error.reason} ({error}). Give another image.") from None
     version, count, method = table.version, table.count, "exact"
     if opened is None:
         hits = search_table(table, vectors, k, encoder.space_id)[0]
@@ -106,14 +107,6 @@ def search_image(
         hits=tuple(hits),
         data=data,
     )
-
-
-def embed_bytes(encoder: "Encoder", data: bytes, name: str) -> NDArray[np.float32]:
-    """One encoded image → float32 (1, d), decoded as a run decodes it. Raises ConfigError where it cannot be decoded."""
-    try:
-        return encoder.embed_pixels(decode_image(data, encoder.description.preprocessing).pixels[None])
-    except BadImage as error:
-        raise ConfigError(f"{name}: cannot be searched for: {error.reason} ({error}). Give another image.") from None
 
 
 def _read_image(image: str, options: dict[str, Any] | None) -> bytes:
@@ -165,23 +158,24 @@ def write_page(found: Found, pictures: dict[str, bytes], out: Path) -> None:
 
     Raises StorageError when it cannot be written.
     """
-    figures = [_figure(found.data, "query", found.image)]
-    figures += [_figure(pictures.get(hit.id), f"{hit.score:.4f}", hit.id) for hit in found.hits]
+    with IsolatedDecoder() as decode:
+        figures = [_figure(found.data, "query", found.image, decode)]
+        figures += [_figure(pictures.get(hit.id), f"{hit.score:.4f}", hit.id, decode) for hit in found.hits]
     lead = f"version {found.version} of {found.table}, space {found.space_id}, {found.method}, cosine"
     shown = Section(anchor="found", title="Nearest first", content=f'<div class="found">{"".join(figures)}</div>')
     write(page(f"Nearest of {found.count:,} images", f'<p class="lead">{escaped(lead)}</p>', [shown]), out)
 
 
-def _figure(data: bytes | None, score: str, name: str) -> str:
-    thumbnail = _thumbnail(data) if data is not None else None
+def _figure(data: bytes | None, score: str, name: str, decode: IsolatedDecoder) -> str:
+    thumbnail = _thumbnail(data, decode) if data is not None else None
     shown = picture(base64.b64encode(thumbnail).decode() if thumbnail else None, "")
     return f"<figure>{shown}<figcaption><b>{escaped(score)}</b><br><bdi>{escaped(name)}</bdi></figcaption></figure>"
 
 
-def _thumbnail(data: bytes) -> bytes | None:
+def _thumbnail(data: bytes, decode: IsolatedDecoder) -> bytes | None:
     """A square JPEG, or None where the image cannot be decoded."""
     try:
-        pixels = decode_image(data, THUMBNAIL).pixels
+        pixels = decode(data, THUMBNAIL).pixels
     except BadImage:
         return None
     buffer = io.BytesIO()

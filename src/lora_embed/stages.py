@@ -69,7 +69,7 @@ class Timeline:
         add_seconds(spent, seconds)
         self._now = Reading(elapsed_s=self._clock() - self._began, samples=self._now.samples + samples, seconds=spent)
         if self._now.elapsed_s - self._kept[-1].elapsed_s >= self._every_s:
-            self._kept.append(self._now)
+            self._kept = [*self._kept, self._now]  # anew: a copy of this timeline keeps its own
         if len(self._kept) > MOST_READINGS:
             self._kept, self._every_s = self._kept[::2], self._every_s * 2
 

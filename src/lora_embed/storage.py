@@ -5,6 +5,7 @@ A `Store` is a root URI; every path given to it is relative to that root, with `
 
 import contextlib
 import io
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -75,10 +76,11 @@ class Store:
 
     def check_reachable(self) -> None:
         """First contact, before any work: a wrong endpoint or key, or a bucket that is not there, is said at once."""
+        first_s = min(self.retry_s, FIRST_CONTACT_S)
         if self.is_local:
             return
         try:
-            self._list_one(min(self.retry_s, FIRST_CONTACT_S))
+            self._list_one(first_s)
         except StoreUnavailable as error:
             if error.__cause__ is None or not is_no_connection(error.__cause__):
                 self._list_one(self.retry_s)  # somebody is there, who may answer later
@@ -220,7 +222,11 @@ class Store:
     @property
     def retry_s(self) -> float:
         """Seconds for which transient errors are tried again."""
-        return float(self.options.get("retry_s", RETRY_S))
+        given = self.options.get("retry_s", RETRY_S)
+        with contextlib.suppress(TypeError, ValueError):
+            if math.isfinite(seconds := float(given)) and seconds >= 0:
+                return seconds
+        raise StorageError(f"{self.uri}: retry_s is {given!r}, expected a number of seconds, 0 or more")
 
     def _put(self, path: str, data: bytes, **options: str) -> None:
         silence_s = self.options.get("config_kwargs", {}).get("read_timeout", remote.SILENCE_S)

@@ -105,7 +105,7 @@ def read_manifest_at(store: Store, path: str) -> Manifest | None:
 def listed_versions(store: Store) -> list[int]:
     """Numbers of all versions whose manifests are there, in order."""
     names = [entry.path.removeprefix("versions/") for entry in store.list_files("versions")]
-    return sorted(int(name[:8]) for name in names if re.fullmatch(r"\d{8}\.json", name))
+    return sorted(int(name[:8]) for name in names if re.fullmatch(r"[0-9]{8}\.json", name))
 
 
 def newest_first(store: Store) -> Iterator[Manifest]:

@@ -27,6 +27,7 @@ from lora_embed.progress import say
 from lora_embed.schema import Layout
 from lora_embed.storage import Store
 
+_OPTIONS = {"recipes": "recipe", "inputs": "data", "labels": "label"}  # as the command calls them
 MOST_ALIGNED = 2000  # images whose vectors two spaces are compared by
 
 
@@ -128,6 +129,12 @@ def check_request(request: Request) -> None:
     for option, given in (("--recipe", request.recipes), ("--data", request.inputs), ("--label", request.labels)):
         if not given:
             raise ConfigError(f"{option} is missing. Name at least one.")
+    for option in ("recipes", "inputs", "labels", "group", "split", "reference", "work"):
+        value = getattr(request, option)
+        if "" in (value if isinstance(value, tuple) else (value,)):
+            raise ConfigError(f"--{_OPTIONS.get(option, option)} is empty. Give a value, or leave the option out.")
+    if request.seed < 0:
+        raise ConfigError(f"--seed is {request.seed}, expected 0 or more")
     if importlib.util.find_spec("sklearn") is None:
         raise ConfigError("scikit-learn is not installed. Run: pip install 'lora-embed[evaluation]', on every node.")
     for label in request.labels:
@@ -142,7 +149,8 @@ def check_request(request: Request) -> None:
 
 def open_source(request: Request) -> tuple[Source, cluster.Topology]:
     """List the input, look for the fields, join the cluster."""
-    store = Store(request.work or str(cache_root() / "evaluate"), request.work_options)
+    work = request.work if request.work is not None else str(cache_root() / "evaluate")
+    store = Store(work, request.work_options)
     shards = list_shards(request.inputs, request.input_options)
     options = [("--label", name) for name in request.labels]
     options += [(option, name) for option, name in (("--group", request.group), ("--split", request.split)) if name]
@@ -215,11 +223,12 @@ def label(request: Request, collected: Collected) -> Labelled:
         banks = figures.own_split(columns[request.split], request.split)
     else:
         banks = figures.seeded_splits(names, request.splits, request.seed)
+    place = {name: number for number, name in enumerate(sorted(set(names)))}
     labelled = Labelled(
         ids=tuple(ids),
         classes={task: found for task, (found, _) in classes.items()},
         labels={task: found for task, (_, found) in classes.items()},
-        groups=np.unique(names, return_inverse=True)[1],
+        groups=np.array([place[name] for name in names], np.int64),
         banks=banks,
         bank_share=None if request.split else figures.BANK_SHARE,
     )

@@ -1,5 +1,6 @@
 """Vectors and labels → figures with intervals, differences, what became of each class and of single queries."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,8 @@ from lora_embed.evaluate.records import METRICS, ClassChange, Difference, Figure
 BANK_SHARE = 2 / 3
 MOST_CHANGED = 12  # queries that are shown for a task and a candidate
 SIDES = {"bank": True, "train": True} | dict.fromkeys(("query", "test", "val", "valid", "validation", "dev", "eval"), False)
+
+_WHOLE_NUMBER = re.compile(r"-?\d{1,600}")  # Python may refuse to read one of more than 640 digits
 
 Mask = NDArray[np.bool_]
 Classes = NDArray[np.int64]
@@ -64,10 +67,13 @@ def seeded_splits(names: Sequence[str], splits: int, seed: int) -> tuple[Mask, .
 
 
 def classes_of(values: Sequence[str | None]) -> tuple[tuple[str, ...], Classes]:
-    """Names of classes, numbers in their order and else by name, and the class of each value, −1 for none."""
+    """Names of classes, and the class of each value, −1 for none.
+
+    Where all names are whole numbers they are in the order of these, equal ones such as 1 and 01 by name; else by name.
+    """
     found = {value for value in values if value is not None}
-    numbers = all(value.lstrip("-").isdecimal() for value in found)
-    names = tuple(sorted(found, key=int) if numbers else sorted(found))
+    are_numbers = all(map(_WHOLE_NUMBER.fullmatch, found))
+    names = tuple(sorted(found, key=lambda name: (int(name) if are_numbers else 0, name)))
     place = {name: number for number, name in enumerate(names)}
     return names, np.array([-1 if value is None else place[value] for value in values], np.int64)
 
@@ -217,8 +223,9 @@ def head_order(names: tuple[str, ...], outputs: int, given: Sequence[str] | None
     """
     if given is not None:
         return list(given) if len(given) == outputs and set(names) <= set(given) else None
-    if all(name.isdecimal() for name in names) and max(map(int, names)) == outputs - 1:
-        return [str(number) for number in range(outputs)]
+    numbers = [str(number) for number in range(outputs)]
+    if names and set(names) <= set(numbers) and numbers[-1] in names:
+        return numbers
     return list(names) if len(names) == outputs else None
 
 

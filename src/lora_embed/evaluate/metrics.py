@@ -76,9 +76,10 @@ def cluster_nmi(vectors: NDArray[np.float32], labels: NDArray[np.int64]) -> floa
 
 def split_by_name(names: Sequence[str], bank_share: float, seed: int) -> NDArray[np.bool_]:
     """Which rows are in the bank, (n,): a share of the distinct names, drawn at random, with all rows of each."""
-    distinct = np.array(sorted(set(names)))
-    drawn = np.random.default_rng(seed).permutation(distinct)[: round(bank_share * len(distinct))]
-    return np.isin(np.array(names), drawn)
+    distinct = sorted(set(names))  # not as an array, in which each takes as much room as the longest
+    order = np.random.default_rng(seed).permutation(len(distinct))
+    drawn = {distinct[place] for place in order[: round(bank_share * len(distinct))]}
+    return np.array([name in drawn for name in names], bool)
 
 
 @dataclass(frozen=True, kw_only=True)

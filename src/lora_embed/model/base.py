@@ -128,7 +128,7 @@ def read_model_config(folder: Path, where: str) -> PretrainedConfig:
     if type(config) not in MODEL_MAPPING:
         raise EncoderError(f"{where}: model type {config.model_type!r} has no AutoModel in this version of transformers")
     _check_takes_images(_model_class(config), where)
-    if hasattr(config, "vision_use_head"):  # SigLIP's attention pooling
+    if config.model_type.startswith("siglip"):  # its attention pooling; a field since transformers 5.22, obeyed before as well
         config.vision_use_head = False
     # As saved, these would make every forward pass keep all layers' states, or give tuples.
     config.output_hidden_states, config.output_attentions, config.return_dict = False, False, True
@@ -206,7 +206,7 @@ def head_names(config: PretrainedConfig) -> frozenset[str]:
 def _trained_classes(config: PretrainedConfig) -> list[tuple[Any, PretrainedConfig]]:
     """The plain model with its pooler, a dual encoder that it is part of, and the image classification models."""
     whole = copy.deepcopy(config)
-    if hasattr(whole, "vision_use_head"):
+    if config.model_type.startswith("siglip"):
         whole.vision_use_head = True
     classes = [(_model_class(config), whole)]
     outer = dual_encoder_of(config)

@@ -74,9 +74,9 @@ def class_names(folder: Path) -> dict[int, str]:
     """The names of a head's outputs, where a `config.json` beside the adapter says more than transformers' LABEL_0."""
     try:
         names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
-    except (OSError, ValueError, AttributeError):
+        found = {int(number): str(name) for number, name in names.items()}
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
-    found = {int(number): str(name) for number, name in names.items()}
     return {} if all(name == f"LABEL_{number}" for number, name in found.items()) else found
 
 

@@ -1,41 +1,27 @@
 """Was the merge done right? Adapter files read again, in other code, and held against what was saved.
 
-Nothing here shares code with `adapter`, `change` or the methods that are sums: tensors are read one by one, and numpy
-does the arithmetic. Only which weight of the base a tensor belongs to is taken over from the match.
+Nothing here shares code with `adapter`, `change`, `fold` or `merge`: tensors are read one by one, NumPy does the arithmetic,
+and `anew` has the methods. Only which weight of the base a tensor belongs to is taken over from the match.
 """
 
 import re
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from lora_embed.errors import EncoderError
-from lora_embed.model import merge
 from lora_embed.model.adapter import PREFIX, WEIGHTS_NAME
+from lora_embed.model.anew import Array, merge_anew
 from lora_embed.model.fold import Merge
 from lora_embed.model.match import Adapter
 
 Proof = dict[str, dict[str, float]]  # by weight: `error` and `rounding`
-Array = NDArray[np.float64]
 # Largest error of a weight's change, relative to the change itself, beyond what rounding the weight to float32 explains.
 # Where a method chooses entries by size or sign, a last digit can turn a choice.
 BOUND = 1e-6
 CHOOSING = {"ties": 1e-2, "dare_ties": 1e-2, "magnitude_prune": 1e-2}
-
-
-@dataclass(frozen=True)
-class _Anew:
-    """A change computed here, for methods that take any."""
-
-    adapter: Adapter
-    name: str
-
-    def delta(self, before: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(_change(self.adapter, self.name, before.numpy().astype(np.float64)))
 
 
 def prove(merged: Merge, base: PreTrainedModel, saved: PreTrainedModel) -> Proof:
@@ -76,14 +62,7 @@ def _expected(merged: Merge, name: str, before: torch.Tensor) -> Array:
     old = before.numpy().astype(np.float64)
     if merged.method == "linear":
         return _linear(parts, name, old.shape)
-    if merged.method == "weighted_sum":
-        total = np.zeros(old.shape)
-        for adapter, weight in parts:
-            if weight:
-                total += weight * _change(adapter, name, old)
-        return total
-    anew = [merge.Weighted(weight, _Anew(adapter, name)) for adapter, weight in parts]
-    return merge.merge_one(name, anew, before, merged.method, merged.options).numpy()
+    return merge_anew(merged.method, merged.options, [(weight, _change(adapter, name, old)) for adapter, weight in parts], name)
 
 
 def _linear(parts: list[tuple[Adapter, float]], name: str, shape: tuple[int, ...]) -> Array:

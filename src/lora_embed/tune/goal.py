@@ -25,12 +25,12 @@ class TaskLabel:
 def read_label(text: str) -> TaskLabel:
     """`[ADAPTER=]FIELD[:IMPORTANCE]` as a user writes it. Raises ConfigError."""
     rest, colon, weight = text.rpartition(":")
-    named, _, name = (rest if colon else text).rpartition("=")
+    named, equals, name = (rest if colon else text).rpartition("=")
     try:
         importance = float(weight) if colon else 1.0
     except ValueError:
         importance = math.nan
-    if not name or not 0 < importance < math.inf:
+    if not name or not 0 < importance < math.inf or (equals and not named):
         raise ConfigError(
             f"--label {text}: expected FIELD, ADAPTER=FIELD or ADAPTER=FIELD:IMPORTANCE with a number above 0, for example "
             "--label shoes10=shoe_kind:2"
@@ -46,7 +46,8 @@ class Budget:
     minutes: float | None = None
 
     def is_spent(self, trials: int, seconds: float) -> bool:
-        return trials >= (self.evaluations or math.inf) or seconds >= 60 * (self.minutes or math.inf)
+        has_tried = self.evaluations is not None and trials >= self.evaluations
+        return has_tried or (self.minutes is not None and seconds >= 60 * self.minutes)
 
 
 @dataclass(frozen=True, kw_only=True)

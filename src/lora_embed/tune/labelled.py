@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_embed import disk
-from lora_embed.decode import BadImage, decode_image
+from lora_embed.decode import MAX_PIXELS, BadImage, Decode
 from lora_embed.errors import ConfigError
+from lora_embed.fields import typed
+from lora_embed.isolate import IsolatedDecoder
 from lora_embed.model.preprocess import Pixels, Preprocessing
 from lora_embed.plan import list_shards
 from lora_embed.progress import LOG_EVERY_S, say
@@ -91,7 +93,8 @@ def read_labelled(
     decoded = 0
     if not record.is_file():
         pixels.unlink(missing_ok=True)  # of a run that was stopped while it decoded
-        drawn, decoded = _Drawing(wanted, preprocessing, pixels).draw(shards, reading)
+        with IsolatedDecoder() as decode:  # an image that kills its process is a reject, and the search goes on
+            drawn, decoded = _Drawing(wanted, preprocessing, pixels, decode).draw(shards, reading)
         _check(drawn, wanted, inputs)
         disk.replace(folder, record, json.dumps(asdict(drawn)).encode())
     drawn = _Drawn(**json.loads(record.read_bytes()))
@@ -117,8 +120,8 @@ def read_labelled(
 class _Drawing:
     """The drawing of `wanted.most` samples in one pass: those of the smallest hashes, whose rows others may take over later."""
 
-    def __init__(self, wanted: Wanted, preprocessing: Preprocessing, path: Path) -> None:
-        self._wanted, self._preprocessing = wanted, preprocessing
+    def __init__(self, wanted: Wanted, preprocessing: Preprocessing, path: Path, decode: Decode) -> None:
+        self._wanted, self._preprocessing, self._decode = wanted, preprocessing, decode
         path.parent.mkdir(parents=True, exist_ok=True)
         shape = (wanted.most, *preprocessing.size, 3)  # a sparse file: rows that are not written take no room
         self._pixels: Pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
@@ -162,7 +165,7 @@ class _Drawing:
         place = -(rank[0] << 64 | rank[1])
         if len(self._heap) == self._wanted.most and place < self._heap[0][0]:
             return
-        pixels = decode_image(sample.data, self._preprocessing).pixels
+        pixels = self._decode(sample.data, self._preprocessing, MAX_PIXELS).pixels
         self._decoded += 1
         self._put(place, pixels, [id_, name, hashlib.sha256(sample.data).hexdigest(), labels])
 
@@ -189,9 +192,8 @@ def _samples(shards: list[Shard], layout: Layout, options: dict[str, Any]) -> It
 
 
 def _text(value: Any) -> str | None:
-    """A field as the name of a class: numbers and truth values as JSON writes them; none where there is nothing."""
-    text = value.strip() if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
-    return text or None
+    """A field as the name of a class: as `carry` keeps it as text, without space around it; none where there is nothing."""
+    return (typed(value, "string") or "").strip() or None
 
 
 def _hash(seed: int, name: str) -> int:

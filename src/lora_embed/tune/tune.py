@@ -3,6 +3,7 @@
 import datetime
 import importlib.util
 import json
+import math
 import os
 import tempfile
 import time
@@ -242,6 +243,10 @@ def _checked(search: Search) -> tuple[str, ...]:
             raise ConfigError(
                 f"--label {task.adapter}={task.field}: the recipe's adapters are {', '.join(names)}. Name one of them."
             )
+    if search.group == "":
+        raise ConfigError("--group is empty, expected a field of the samples. Name it, or leave the option out.")
+    if search.budget.minutes is not None and not 0 <= search.budget.minutes < math.inf:
+        raise ConfigError(f"--minutes is {search.budget.minutes:g}, expected a number of minutes, 0 or more")
     fields = [task.field for task in search.tasks]
     if len(set(fields)) != len(fields):
         raise ConfigError(f"--label names {max(fields, key=fields.count)!r} twice. Name each field once.")
@@ -263,7 +268,7 @@ def _checked(search: Search) -> tuple[str, ...]:
 def _chosen(search: Search, refolder: Refolder, images: LabelledImages, rows: Rows) -> Rows:
     """The tuning images, or as many groups of them as let a budget in minutes try enough; chosen once for a work folder."""
     minutes = search.budget.minutes
-    if minutes is None or len(rows) <= LEAST_IMAGES:
+    if minutes is None or minutes == 0 or len(rows) <= LEAST_IMAGES:  # 0 tries the references alone
         return rows
     pinned = search.work_folder / f"subset-{images.fingerprint}-{minutes:g}-{search.seed}.json"
     if not pinned.is_file():  # the speed of another day would choose others, and nothing that was tried would count
@@ -272,7 +277,9 @@ def _chosen(search: Search, refolder: Refolder, images: LabelledImages, rows: Ro
         started = time.perf_counter()
         refolder.embed(images.pixels, some)
         affordable = len(some) / (time.perf_counter() - started) * 60 * minutes / LEAST_TRIALS
-        disk.replace(search.work_folder, pinned, json.dumps(max(LEAST_IMAGES, round(affordable))).encode())
+        disk.replace(
+            search.work_folder, pinned, json.dumps(max(LEAST_IMAGES, round(min(affordable, search.most_images)))).encode()
+        )
     most = int(json.loads(pinned.read_bytes()))
     if most >= len(rows):
         return rows

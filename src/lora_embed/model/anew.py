@@ -1,0 +1,84 @@
+"""The merge methods once more, in NumPy and from their formulas, for the proof to hold a fold against.
+
+No code of `merge` or of PEFT is used. Where a method leaves something to chance, torch says again what it said to the fold: its
+random numbers of a seed, and which of equally large entries it takes first.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Entries = NDArray[np.float32]
+Parts = Sequence[tuple[float, Array]]  # weight in the recipe and full change of each adapter
+
+
+def merge_anew(method: str, options: Mapping[str, Any], parts: Parts, name: str) -> Array:
+    """The merged change of the weight of that name, by any method that takes full changes; `linear` takes factors."""
+    parts = [(weight, change) for weight, change in parts if weight != 0] or parts
+    if method in ("ties", "magnitude_prune"):
+        thinned = [_largest(change.astype(np.float32), options["density"]) for _, change in parts]
+    elif method in ("dare_linear", "dare_ties"):
+        thinned = _random([change.astype(np.float32) for _, change in parts], options["density"], options["seed"], name)
+    else:
+        total = sum((weight * change for weight, change in parts), np.zeros(parts[0][1].shape))
+        if method == "weighted_sum" or total.ndim < 2 or not total.any():
+            return total
+        return _low_rank(total, **options) if method == "svd" else _evened(total)
+    weights = np.array([weight for weight, _ in parts], np.float32)
+    if method in ("ties", "dare_ties"):
+        return _elected(np.stack(thinned), weights, options["majority_sign"]).astype(np.float64)
+    return np.tensordot(weights, np.stack(thinned), axes=1).astype(np.float64)
+
+
+def _low_rank(total: Array, rank: int | None, energy: float) -> Array:
+    """Eckart–Young: the leading singular vectors, as many as reach the share of the squared norm, `rank` at most."""
+    u, s, vh = np.linalg.svd(total.reshape(len(total), -1), full_matrices=False)
+    reached = np.cumsum(s**2) >= energy * np.sum(s**2)
+    kept = int(reached.argmax()) + 1 if energy < 1 else len(s)
+    kept = min(kept, rank) if rank is not None else kept
+    product: Array = (u[:, :kept] * s[:kept] @ vh[:kept]).reshape(total.shape)
+    return product
+
+
+def _evened(total: Array) -> Array:
+    """Iso-C (arXiv 2502.04959, equation 6), over the sum's own rank: all its singular values become their mean."""
+    u, s, vh = np.linalg.svd(total.reshape(len(total), -1), full_matrices=False)
+    rank = np.linalg.matrix_rank(total.reshape(len(total), -1))
+    product: Array = (s[:rank].mean() * (u[:, :rank] @ vh[:rank])).reshape(total.shape)
+    return product
+
+
+def _largest(change: Entries, density: float) -> Entries:
+    """TIES's trimming (arXiv 2306.01708, section 3): all but the largest entries become 0."""
+    if density == 1:
+        return change
+    flat = change.reshape(-1)
+    kept = torch.topk(torch.from_numpy(np.abs(flat)), int(density * flat.size)).indices.numpy()
+    thinned = np.zeros_like(flat)
+    thinned[kept] = flat[kept]
+    return thinned.reshape(change.shape)
+
+
+def _random(changes: list[Entries], density: float, seed: int, name: str) -> list[Entries]:
+    """DARE (arXiv 2311.03099, section 3.2): entries drop out at random, what is left is scaled up by 1/density."""
+    if density == 1:
+        return changes
+    own_seed = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
+    random = torch.Generator().manual_seed(own_seed)
+    masks = [torch.bernoulli(torch.full(change.shape, density), generator=random).numpy() for change in changes]
+    return [change * mask / np.float32(density) for change, mask in zip(changes, masks, strict=True)]
+
+
+def _elected(changes: Entries, weights: Entries, majority_sign: str) -> Entries:
+    """TIES's election and merge: the sign with more mass, or votes, and the mean of the entries that have it."""
+    votes = changes if majority_sign == "total" else np.sign(changes)
+    elected = np.where(votes.sum(axis=0) >= 0, np.float32(1), np.float32(-1))
+    agrees = np.sign(changes) == elected
+    weighted = changes * weights.reshape(-1, *[1] * (changes.ndim - 1))
+    mean: Entries = np.where(agrees, weighted, np.float32(0)).sum(axis=0) / np.maximum(agrees.sum(axis=0), 1).astype(np.float32)
+    return mean
