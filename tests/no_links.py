@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-(LOOKUP, FORGET, GETATTR, SETATTR, MKDIR, UNLINK, RMDIR, RENAME, LINK, OPEN, READ, WRITE, RELEASE, FSYNC, FLUSH, INIT, OPENDIR) = (
-    1, 2, 3, 4, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20, 25, 26, 27,
-)  # fmt: skip
+LOOKUP, FORGET, GETATTR, SETATTR, MKDIR, UNLINK, RMDIR, RENAME, LINK = 1, 2, 3, 4, 9, 10, 11, 12, 13
+OPEN, READ, WRITE, RELEASE, FSYNC, FLUSH, INIT, OPENDIR = 14, 15, 16, 18, 20, 25, 26, 27
 READDIR, RELEASEDIR, FSYNCDIR, CREATE, BATCH_FORGET, RENAME2 = 28, 29, 30, 35, 42, 45
 LONGEST = 1 << 20
 LIBC = ctypes.CDLL(None, use_errno=True)
