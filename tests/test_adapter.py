@@ -156,20 +156,3 @@ def low_rank(adapter: Adapter, name: str) -> LowRank:
     change = adapter.changes[name]
     assert isinstance(change, LowRank)
     return change
-
-
-def test_an_adapter_of_the_hub_is_that_of_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the hub's own cache, laid out as its library lays it out, since tests reach no hub."""
-    base = save_base(tmp_path / "base")
-    repository = tmp_path / "hub" / "models--someone--flowers"
-    commits = {"main": "a" * 40, "v1": "b" * 40}
-    for seed, (name, commit) in enumerate(commits.items()):
-        (repository / "refs").mkdir(parents=True, exist_ok=True)
-        (repository / "refs" / name).write_text(commit)
-        save_adapter(repository / "snapshots" / commit, base, seed=seed)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    newest, tagged = read_adapter("someone/flowers"), read_adapter("someone/flowers", "v1")
-    assert newest.content_hash == read_adapter(str(repository / "snapshots" / commits["main"])).content_hash
-    assert tagged.content_hash == read_adapter("someone/flowers", commits["v1"]).content_hash != newest.content_hash
-    with pytest.raises(StorageError, match="someone/flowers: neither a directory here nor a repository"):
-        read_adapter("someone/flowers", "v9")

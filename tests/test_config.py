@@ -10,6 +10,7 @@ from lora_embed.errors import ConfigError
 
 JOB = "recipe: recipe.yaml\ninput: shards\ntable: table\n"
 RECIPE = "base_model: ./base\nadapters: [{path: ./one}]\n"
+ADAPTER = "base_model: ./base\nadapters: [{{path: '{}'}}]\n"
 
 
 def job_of(folder: Path, text: str, *overrides: str) -> JobConfig:
@@ -62,25 +63,42 @@ def test_the_home_folder_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("written", "read"),
+    ("written", "base", "adapter"),
     [
-        ("org/model", "org/model"),  # of the hub
-        ("model", "model"),
-        ("here", "{folder}/here"),
-        ("models/here", "{folder}/models/here"),
-        ("./org/model", "{folder}/org/model"),
-        ("../model", "{parent}/model"),
-        ("/models/one", "/models/one"),
-        ("a/b/c", "{folder}/a/b/c"),  # no name of the hub has two slashes
-        ("s3://bucket/model", "s3://bucket/model"),
-        ("memory://model", "memory://model"),
+        ("org/model", "org/model", None),  # a base of the hub; as an adapter refused
+        ("model", "model", "{folder}/model"),
+        ("here", "{folder}/here", "{folder}/here"),
+        ("models/here", "{folder}/models/here", "{folder}/models/here"),
+        ("models/gone", None, None),  # the folder `models` is there, so no repository was meant
+        ("./org/model", "{folder}/org/model", "{folder}/org/model"),
+        ("../model", "{parent}/model", "{parent}/model"),
+        ("/models/one", "/models/one", "/models/one"),
+        ("a/b/c", "{folder}/a/b/c", "{folder}/a/b/c"),  # no name of the hub has two slashes
+        ("hf://org/model", "hf://org/model", "hf://org/model"),
+        ("hf://org/model@v1", "hf://org/model@v1", "hf://org/model@v1"),
+        ("s3://bucket/model", "s3://bucket/model", "s3://bucket/model"),
+        ("memory://model", "memory://model", "memory://model"),
     ],
 )
-def test_a_base_or_adapter_is_a_path_or_a_name_of_the_hub(tmp_path: Path, elsewhere: Path, written: str, read: str) -> None:
+def test_an_adapter_is_a_path_and_a_base_may_be_a_name_of_the_hub(
+    tmp_path: Path, elsewhere: Path, written: str, base: str | None, adapter: str | None
+) -> None:
     for folder in ("here", "models/here"):
         (tmp_path / folder).mkdir(parents=True)
-    recipe = recipe_of(tmp_path, f"base_model: {written}\nadapters: [{{path: '{written}'}}]\n")
-    assert recipe.base_model == recipe.adapters[0].path == read.format(folder=tmp_path, parent=tmp_path.parent)
+    texts = {"base_model": f"base_model: {written}\nmerge_method: none\n", "adapters[0].path": ADAPTER.format(written)}
+    for (key, text), expected in zip(texts.items(), (base, adapter), strict=True):
+        if expected is None:
+            with pytest.raises(ConfigError) as refused:
+                recipe_of(tmp_path, text)
+            said = (
+                f"recipe.yaml: {key} is {written}, but there is no directory {tmp_path / written}. Correct the path, or write"
+            )
+            assert said in str(refused.value)
+            assert f" hf://{written} if that repository of the Hugging Face hub is meant." in str(refused.value)
+        else:
+            recipe = recipe_of(tmp_path, text)
+            places = {"base_model": recipe.base_model} | {f"adapters[{n}].path": a.path for n, a in enumerate(recipe.adapters)}
+            assert places[key] == expected.format(folder=tmp_path, parent=tmp_path.parent)
 
 
 def test_defaults_and_shorthands(tmp_path: Path) -> None:
@@ -105,7 +123,7 @@ def test_numbers_as_yaml_reads_them(tmp_path: Path) -> None:
     )
     assert [adapter.weight for adapter in recipe.adapters] == [1.0, 0.001, -0.5]
     shared = recipe_of(tmp_path, "base_model: b\nadapters: [&one {path: a, weight: 0.5}, {<<: *one, path: b}]\n")
-    assert [(adapter.path, adapter.weight) for adapter in shared.adapters] == [("a", 0.5), ("b", 0.5)]
+    assert [(adapter.path, adapter.weight) for adapter in shared.adapters] == [(f"{tmp_path}/a", 0.5), (f"{tmp_path}/b", 0.5)]
     assert job_of(tmp_path, JOB + "max_rejects: 1\n").max_rejects == 1.0
 
 

@@ -233,6 +233,16 @@ RECIPE_CASES = [
 
 ADAPTER_CASES = [
     Case("no such adapter", lambda s: s.remove("ten"), ["/ten", "no such directory"]),
+    Case(
+        "an adapter that is neither here nor said to be on the hub",
+        lambda s: s.recipe(adapters=[{"path": "adapters/ten"}]),
+        ["adapters[0].path is adapters/ten", "no directory", "/adapters/ten. Correct the path", "write hf://adapters/ten if"],
+    ),
+    Case(
+        "a base that is neither here nor said to be on the hub",
+        lambda s: s.recipe(base_model="shards/base"),
+        ["base_model is shards/base", "no directory", "/shards/base. Correct the path", "write hf://shards/base if"],
+    ),
     Case("no adapter at all", lambda s: s.remove("ten/adapter_config.json"), ["/ten", "no adapter_config.json"]),
     Case(
         "an adapter saved as a pickle",

@@ -19,6 +19,7 @@ LAYERS = [  # top to bottom: a module imports from its own layer and those above
         "libraries",
         "explain",
         "yaml_file",
+        "hub",
         "config",
         "schema",
         "manifest",
@@ -28,6 +29,7 @@ LAYERS = [  # top to bottom: a module imports from its own layer and those above
         "remote",
         "storage",
         "fetch",
+        "lend",
         "effort",
         "heartbeat",
     ],
@@ -81,7 +83,7 @@ FENCES = {  # library → who alone imports it
     "ray": ["ray_private", "cluster", "pipeline", "cli", "jobs.*"],
     "peft": ["model.adapter", "model.peft_private", "model.merge"],
     "transformers": ["model.*"],
-    "fsspec": ["remote", "storage"],
+    "fsspec": ["remote", "storage", "lend"],
     "pyarrow.parquet": ["write", "staging", "table", "verify", "read", "export"],
 }
 # Training has no place in the package: the demo's adapters are trained by PEFT's own injection.
@@ -153,7 +155,7 @@ def is_placed(name: str) -> bool:
 
 def test_modules_are_found() -> None:
     assert {"config", "model.adapter", "demo.tour", "jobs.embed"} <= set(MODULES)
-    assert own_imports("config") == {"errors", "explain", "yaml_file"}
+    assert own_imports("config") == {"errors", "explain", "hub", "yaml_file"}
     assert {"pipeline", "plan", "schema", "model.build"} <= own_imports("run")
     assert "model.build" not in own_imports("run", at_import=True)
     assert "table" not in own_imports("cli", at_import=True)

@@ -21,16 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from jobs import job_of, run_here, tiny_recipe
-from lora_embed.errors import GateFailed, IncompleteRun, TableError
+from jobs import embed_here, job_of, run_here, tiny_recipe
+from lora_embed import pipeline
+from lora_embed.errors import EncoderError, GateFailed, IncompleteRun, TableError
 from lora_embed.lineage import forget
 from lora_embed.run import run_job
 from lora_embed.storage import Store
 from lora_embed.versions import roll_back
 from month_world import GRACE_DAYS, KEEP, Content, Month, shards_of
+from old_pillow import resize_columns_first
 
-NIGHTS, THROUGH_RAY = 30, (4, 13, 22)
+NIGHTS, THROUGH_RAY, OTHER_PILLOW = 30, (4, 13, 22), (2, 7, 11, 17, 25)
 CHILD_S = 120.0  # for a step in a child process, before it counts as hanging
 
 
@@ -117,6 +120,28 @@ def clock_of_its_own(rng: random.Random) -> Iterator[None]:
         for module in ("journal", "runs", "versions", "compact"):
             patch.setattr(f"lora_embed.{module}.datetime", Shifted)
         yield
+
+
+def run_on_two_pillows(month: Month) -> str:
+    """The night's run on two nodes, one of which resizes as Pillow 12 did: if it has something to do, the run stops."""
+
+    def embed(items: Any, *how: Any) -> Iterator[Any]:
+        yield from embed_here(items[::2], *how)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Image.Image, "resize", resize_columns_first)
+            yield from embed_here(items[1::2], *how)
+
+    step, before = embedding(month), len(month.manifests())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "embed_items", embed)
+        try:
+            return do(month, step)
+        except EncoderError as error:
+            if "resize tall" not in str(error):
+                raise
+    assert len(month.manifests()) == before
+    month.check()
+    return "stopped by another Pillow"
 
 
 Moment = tuple[str, int, bool]  # the n-th write from the first one on whose path has this in it; before it or after it
@@ -253,12 +278,14 @@ def test_a_month(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> 
         with monkeypatch.context() as patch:
             if night not in THROUGH_RAY:
                 run_here(patch)
+            if month.shards and night in OTHER_PILLOW:
+                happened.append(run_on_two_pillows(month))
             if month.shards:
                 happened += spend(month) if night not in THROUGH_RAY else [do(month, embedding(month))]
         month.sleep()
     counts = dict(sorted(Counter(happened).items()))
     print(f"\n{NIGHTS} nights, {len(month.published)} versions, {len(month.gone)} images forgotten: {counts}")
-    for what in ("published", "forgotten", "rolled back", "while another stalled: forgotten"):
+    for what in ("published", "forgotten", "rolled back", "while another stalled: forgotten", "stopped by another Pillow"):
         assert any(what in name for name in counts), what
     assert all(any(f"killed {where} its manifest" in what for what in counts) for where in ("before", "at", "after"))
     assert len(month.published) > NIGHTS / 3

@@ -3,12 +3,10 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil, ViTImageProcessorPil
@@ -17,8 +15,8 @@ from lora_embed.config import Recipe
 from lora_embed.errors import EncoderError
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.description import read_description
-from lora_embed.model.encoder import load_encoder, space_id_of
-from lora_embed.model.preprocess import Preprocessing, from_processor
+from lora_embed.model.encoder import load_encoder
+from lora_embed.model.preprocess import Arithmetic, Preprocessing, from_processor
 from models import save_base
 from samples import noise
 
@@ -120,14 +118,12 @@ def test_processors_that_no_fixed_size_follows_from(changes: dict[str, Any], mes
         from_processor(DINOV2 | {"rescale_factor": 1 / 255, "image_processor_type": "X"} | changes, None)
 
 
-def test_exact_decoding_keeps_the_space_ids_of_before_there_was_a_choice() -> None:
-    weights: Any = SimpleNamespace(
-        config=SimpleNamespace(to_diff_dict=lambda: {"hidden_size": 2}), state_dict=lambda: {"weight": torch.ones(2, 3)}
-    )
+def test_what_was_usual_before_there_was_a_choice_is_not_said() -> None:
+    """The gate `processor` compares what encoders say."""
     exact = Preprocessing(resize=256, resample=3, crop=(224, 224), multiply=(1.0, 2.0, 3.0), add=(0.0, 0.5, 1.0))
-    assert space_id_of([weights], exact, "mean", False) == "c3268c33e1cf"  # as the version before `decode` computed it
-    assert space_id_of([weights], replace(exact, decode="fast"), "mean", False) != "c3268c33e1cf"
-    assert "decode" not in exact.settings()
+    assert not {"decode", "arithmetic"} & exact.settings().keys()
+    assert replace(exact, decode="fast").settings()["decode"] == "fast"
+    assert replace(exact, arithmetic=Arithmetic(name="pixels-0")).settings()["arithmetic"] == "pixels-0"
 
 
 def test_fast_is_an_encoder_and_a_space_of_its_own_with_a_large_golden_image(tmp_path: Path) -> None:
@@ -147,7 +143,7 @@ def test_fast_is_an_encoder_and_a_space_of_its_own_with_a_large_golden_image(tmp
     about = json.loads((tmp_path / "fast" / "encoder.json").read_text())
     del about["preprocessing"]["decode"]  # decoded exactly, the large image has another vector
     (tmp_path / "fast" / "encoder.json").write_text(json.dumps(about))
-    with pytest.raises(EncoderError, match="golden vectors"):
+    with pytest.raises(EncoderError, match=r"pixels: .* 3 of 37 test images .*jpeg-large.jpg fast to 18"):
         load_encoder(tmp_path / "fast")
 
 

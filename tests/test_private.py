@@ -84,7 +84,7 @@ def test_what_has_changed_is_one_message(case: str, monkeypatch: pytest.MonkeyPa
     change(monkeypatch, module, name, becomes)
     said = (
         rf"^{package} {re.escape(version(package))} does not fit this version of lora-embed: .*{re.escape(finding)}.*, and it "
-        rf"is needed to .*\. Versions known to work: {package}.*\. Install one of those, or a newer lora-embed\.$"
+        rf"is needed to .*\. Known to work: {package}.*>=.*\. Install that, or a newer lora-embed\.$"
     )
     with pytest.raises(LibraryMismatch, match=said):
         runpy.run_path(str(PACKAGE / noticed_by))
@@ -98,9 +98,8 @@ def test_what_is_installed_fits(noticed_by: str) -> None:
 def test_a_package_without_its_requirements_names_the_file_of_exact_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a cluster's nodes, which have the source alone."""
     monkeypatch.setattr("lora_embed.libraries.requires", lambda package: None)
-    with pytest.raises(
-        LibraryMismatch, match=r"Install the version of ray that constraints.txt of lora-embed names, or a newer"
-    ):
+    said = r"Known to work: the version of ray in constraints.txt of lora-embed\. Install that, or a newer lora-embed\.$"
+    with pytest.raises(LibraryMismatch, match=said):
         part("ray", "ray:no_such_thing", "show this")
 
 

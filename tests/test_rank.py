@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from lora_embed.evaluate import rank as ranking
-from lora_embed.evaluate.rank import Ranked, nearest, rank, unit, vote
+from lora_embed.evaluate.rank import Ranked, cosine_blocks, nearest, rank, unit, vote
 
 CLASSES = 6
 
@@ -35,12 +35,16 @@ def test_neighbours_and_cosines_are_faisss(ranked: Ranked) -> None:
     index = faiss.IndexFlatIP(16)
     index.add(unit(BANK[0]))
     cosines, rows = index.search(unit(QUERIES[0]), 10)
-    np.testing.assert_array_equal(ranked.nearest, rows)
     np.testing.assert_allclose(ranked.cosines, cosines, atol=1e-6)
+    exact = (
+        unit(QUERIES[0]).astype(np.float64) @ unit(BANK[0]).astype(np.float64).T
+    )  # two that are all but equal may be swapped
+    np.testing.assert_allclose(np.take_along_axis(exact, ranked.nearest, 1), np.take_along_axis(exact, rows, 1), atol=1e-6)
 
 
 def test_average_precision_is_scikit_learns(ranked: Ranked) -> None:
-    similarity = unit(QUERIES[0]) @ unit(BANK[0]).T
+    """Of the same cosines: those of another size of block may differ in their last bits, and change the order of two images."""
+    similarity = np.concatenate([block for _, block in cosine_blocks(BANK[0], QUERIES[0])])
     expected = [average_precision_score(BANK[1] == label, row) for label, row in zip(QUERIES[1], similarity, strict=True)]
     assert 0.2 < np.mean(expected) < 0.9
     np.testing.assert_allclose(ranked.precision, expected, atol=1e-9)

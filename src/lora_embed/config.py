@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
+from lora_embed import hub
 from lora_embed.errors import ConfigError, holds_secret, redacted
 from lora_embed.explain import Keys, checked, shown
 from lora_embed.yaml_file import Loader, read_yaml, yaml_problem
@@ -233,12 +234,18 @@ def load_recipe(path: str | Path) -> Recipe:
     data = read_yaml(Path(path), "a recipe (YAML)")
     folder = Path(path).resolve().parent
     if isinstance(data.get("base_model"), str):
-        data["base_model"] = _local_or_hub(folder, data["base_model"])
+        data["base_model"] = _base_place(folder, data["base_model"], f"{path}: base_model")
     adapters = data.get("adapters")
-    for adapter in adapters if isinstance(adapters, list) else []:
+    for number, adapter in enumerate(adapters if isinstance(adapters, list) else []):
         if isinstance(adapter, dict) and isinstance(adapter.get("path"), str):
-            adapter["path"] = _local_or_hub(folder, adapter["path"])
+            adapter["path"] = _local_place(folder, adapter["path"], f"{path}: adapters[{number}].path")
     return checked(Recipe, data, str(path), {})
+
+
+def recorded_recipe(encoder: Path) -> Recipe:
+    """The recipe in an encoder's directory, whose places are whole already, and may be gone. Raises ConfigError."""
+    path = encoder / "recipe.yaml"
+    return checked(Recipe, read_yaml(path, "a recipe (YAML)"), str(path), {})
 
 
 def check_options(where: str, known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -310,7 +317,16 @@ def _absolute(folder: Path, value: str) -> str:
     return value if "://" in value or not value else os.path.normpath(folder / os.path.expanduser(value))
 
 
-def _local_or_hub(folder: Path, value: str) -> str:
-    """A name that exists below the folder, or looks like a path, is a path; anything else names a hub repository."""
-    looks_local = value.startswith((".", "/", "~")) or (folder / value).exists() or value.count("/") > 1
-    return _absolute(folder, value) if looks_local else value
+def _base_place(folder: Path, value: str, where: str) -> str:
+    """A base's `owner/name` is a repository of the hub, unless there is an `owner` beside the recipe: then it is a path."""
+    if hub.may_be_repository(value) and not (folder / value.partition("/")[0]).exists():
+        return value
+    return _local_place(folder, value, where)
+
+
+def _local_place(folder: Path, value: str, where: str) -> str:
+    """A path or URI; a path that is not there, and is written as a repository is, may mean either, so it is refused."""
+    path = _absolute(folder, value)
+    if "/" in value and hub.may_be_repository(value) and not os.path.exists(path):
+        raise ConfigError(f"{where} is {value}, but {hub.no_directory(value, folder)}")
+    return path

@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from lora_embed import hub
 from lora_embed.errors import ChangedMeanwhile, StorageError
 from lora_embed.storage import Entry, Store
 
@@ -17,11 +18,13 @@ KEPT_S = 7 * 86400.0  # a copy that was not asked for any longer is removed: eac
 
 
 def fetch_directory(uri: str, revision: str | None, patterns: tuple[str, ...], options: dict[str, Any] | None = None) -> Path:
-    """A local directory with the files of a local directory, an fsspec URI or a hub repository.
+    """A local directory with the files of a local directory, an fsspec URI or a repository of the hub (`hf://owner/name`).
 
-    A local directory is returned as it is; others are copied once into the user's cache.
-    Raises StorageError when there is nothing to read.
+    A local directory is returned as it is; others are copied once into the user's cache. A name without `://` is a path,
+    never a repository. Raises StorageError when there is nothing to read.
     """
+    if hub.is_repository(uri):
+        return hub.download(hub.parse(uri, revision), patterns, f"{uri}: no repository of the hub that can be read")
     if "://" in uri:
         return _copy_to_cache(Store(uri, options or {}), patterns)
     try:
@@ -29,18 +32,9 @@ def fetch_directory(uri: str, revision: str | None, patterns: tuple[str, ...], o
             return Path(uri)
     except PermissionError:  # of a folder above it
         raise StorageError(f"{uri}: this user may not look there. Give it read access, or name another directory.") from None
-    if Path(uri).is_absolute():
-        raise StorageError(f"{uri}: no such directory")
-    import huggingface_hub  # slow to import, and only a name of the hub needs it
-
-    try:
-        return Path(huggingface_hub.snapshot_download(uri, revision=revision, allow_patterns=list(patterns)))
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise StorageError(
-            f"{uri}: neither a directory here nor a repository of the hub that can be read ({reason}). "
-            "Check the name, log in, or give a directory or URI."
-        ) from None
+    if hub.may_be_repository(uri):
+        raise StorageError(f"{uri}: {hub.no_directory(uri, Path.cwd())}")
+    raise StorageError(f"{uri}: no such directory")
 
 
 def cache_root() -> Path:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_embed.decode import MAX_PIXELS, BadImage, Decode, Decoded, Prepare, decode_image, decode_items
+from lora_embed.model.arithmetic import check_once
 from lora_embed.schema import Layout
 
 TRIES = 2  # a child may die of something else than its image, such as the machine's memory killer
@@ -37,7 +38,9 @@ def decode_blocks(
     """`decode_items`, but in a child process where a process died of the same task before, or hung with it.
 
     If an image killed it, that image is the end of a child this time, and a reject; else the child does no harm.
+    Raises EncoderError where this process makes other pixels than the encoder was built with.
     """
+    check_once(preprocessing)
     keep_freed_memory()
     isolated = IsolatedDecoder() if was_tried() else None
     with isolated or contextlib.nullcontext():

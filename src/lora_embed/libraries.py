@@ -39,17 +39,17 @@ def mismatch(package: str, finding: str, purpose: str) -> LibraryMismatch:
         installed = "of unknown version"
     return LibraryMismatch(
         f"{package} {installed} does not fit this version of lora-embed: {finding}, and it is needed to {purpose}. "
-        f"{_known_to_work(package)}, or a newer lora-embed."
+        f"Known to work: {_known_to_work(package)}. Install that, or a newer lora-embed."
     )
 
 
 def _known_to_work(package: str) -> str:
-    """What to install, by the requirements that came with this package; a cluster's nodes have its source alone."""
+    """The versions, by the requirements that came with this package; a cluster's nodes have its source alone."""
     try:
         needed = requires("lora-embed") or []
     except PackageNotFoundError:
         needed = []
     for requirement in needed:
         if re.split(r"[\s\[<>=!~;(]", requirement, maxsplit=1)[0].lower() == package:
-            return f"Versions known to work: {requirement.partition(';')[0].strip()}. Install one of those"
-    return f"Install the version of {package} that constraints.txt of lora-embed names"
+            return requirement.partition(";")[0].strip()
+    return f"the version of {package} in constraints.txt of lora-embed"

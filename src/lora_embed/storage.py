@@ -54,7 +54,7 @@ class Store:
 
     @property
     def filesystem(self) -> Any:
-        """The fsspec file system, for libraries that take one."""
+        """The fsspec file system itself, which tries nothing again; `lend.lend` makes one for other libraries."""
         return self._connection[0]
 
     @property

@@ -14,6 +14,7 @@ import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 
 from lora_embed.errors import TableError, VerificationFailed
+from lora_embed.lend import lend
 from lora_embed.manifest import Manifest, prefix_of, prefixes_of_ids
 from lora_embed.schema import REJECT_SCHEMA, data_schema, encoder_path
 from lora_embed.storage import Store
@@ -91,9 +92,9 @@ class Table:
         return self.manifest.counts["vectors"]
 
     def to_dataset(self) -> pds.Dataset:
-        """All data files as one dataset; columns as in `schema.data_schema`."""
+        """All data files as one dataset; columns as in `schema.data_schema`. What it reads is tried again as `batches` does."""
         paths = [self.store.full_path(entry.path) for entry in self.manifest.files]
-        return pds.dataset(paths, schema=self.schema, format="parquet", filesystem=self.store.filesystem)
+        return pds.dataset(paths, schema=self.schema, format="parquet", filesystem=lend(self.store))
 
     @property
     def schema(self) -> pa.Schema:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_embed.config import Recipe, distinct_names, load_recipe
+from lora_embed.config import Recipe, distinct_names, load_recipe, recorded_recipe
 from lora_embed.embed_each import Asked
 from lora_embed.errors import AdapterMismatch, ConfigError, EncoderError, StorageError
 from lora_embed.evaluate.collect import Wanted
@@ -81,7 +81,7 @@ def _read(name: str, path: str) -> Entrant:
         recipe = load_recipe(path)
         return _entrant(name, recipe)
     read_description(Path(path))
-    recipe = load_recipe(Path(path) / "recipe.yaml")
+    recipe = recorded_recipe(Path(path))
     try:
         return replace(_entrant(name, recipe), folder=Path(path))
     except (StorageError, EncoderError, AdapterMismatch) as error:

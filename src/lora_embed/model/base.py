@@ -4,6 +4,7 @@ import copy
 import hashlib
 import inspect
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from lora_embed import hub
 from lora_embed.errors import ChangedMeanwhile, EncoderError
 from lora_embed.fetch import fetch_directory
 from lora_embed.model.transformers_private import dual_encoder_of
@@ -43,11 +45,11 @@ class Base:
 
 
 def find_base(uri: str, revision: str | None) -> Base:
-    """Bring a base model's files to this machine and hash them.
+    """Bring a base model's files to this machine and hash them; `owner/name` that is no directory here is of the hub.
 
     Raises StorageError when they cannot be read, EncoderError when they are not a model's.
     """
-    folder = fetch_directory(uri, revision, MODEL_FILES)
+    folder = _fetch(uri, revision)
     if not (folder / "config.json").is_file():
         raise EncoderError(f"{uri}: is not a Hugging Face model directory: it has no config.json")
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
@@ -55,6 +57,14 @@ def find_base(uri: str, revision: str | None) -> Base:
     if not any(folder.glob("*.safetensors")):
         raise EncoderError(f"{uri}: has no .safetensors weights (pickled weights are never opened). Save it again.")
     return Base(uri=uri, folder=folder, content_hash=_content_hash(folder))
+
+
+def _fetch(uri: str, revision: str | None) -> Path:
+    if os.path.exists(uri) or not hub.may_be_repository(uri):
+        return fetch_directory(uri, revision, MODEL_FILES)
+    repository = hub.Repository(name=uri, revision=revision, folder="")
+    refusal = f"{uri}: neither a directory here nor a repository of the hub that can be read"
+    return hub.download(repository, MODEL_FILES, refusal)
 
 
 def check_base(base: Base) -> None:
@@ -118,7 +128,7 @@ def read_model_config(folder: Path, where: str) -> PretrainedConfig:
     if type(config) not in MODEL_MAPPING:
         raise EncoderError(f"{where}: model type {config.model_type!r} has no AutoModel in this version of transformers")
     _check_takes_images(_model_class(config), where)
-    if hasattr(config, "vision_use_head"):  # SigLIP's attention pooling
+    if config.model_type.startswith("siglip"):  # its attention pooling; a field since transformers 5.22, obeyed before as well
         config.vision_use_head = False
     # As saved, these would make every forward pass keep all layers' states, or give tuples.
     config.output_hidden_states, config.output_attentions, config.return_dict = False, False, True
@@ -196,7 +206,7 @@ def head_names(config: PretrainedConfig) -> frozenset[str]:
 def _trained_classes(config: PretrainedConfig) -> list[tuple[Any, PretrainedConfig]]:
     """The plain model with its pooler, a dual encoder that it is part of, and the image classification models."""
     whole = copy.deepcopy(config)
-    if hasattr(whole, "vision_use_head"):
+    if config.model_type.startswith("siglip"):
         whole.vision_use_head = True
     classes = [(_model_class(config), whole)]
     outer = dual_encoder_of(config)

@@ -17,19 +17,22 @@ import yaml
 from PIL import Image
 from transformers import PreTrainedModel
 
+from lora_embed import hub
 from lora_embed.config import Recipe
 from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.model import golden, merge
 from lora_embed.model.adapter import PROCESSOR_NAME, SavedAdapter, check_adapter, read_adapter, some
+from lora_embed.model.arithmetic import name_arithmetic, with_golden
 from lora_embed.model.base import Base, check_base, find_base, load_headless, read_processor
 from lora_embed.model.description import BaseReference, Description, read_description, write_description
-from lora_embed.model.encoder import Encoder, golden_pixels, space_id_of
+from lora_embed.model.encoder import Encoder, golden_pixels
 from lora_embed.model.fold import Limit
 from lora_embed.model.match import Adapter, match_adapter, target_of
 from lora_embed.model.member import Member, fold_members, prove_members, write_member
 from lora_embed.model.pooling import find_tap
 from lora_embed.model.preprocess import Preprocessing, from_processor
 from lora_embed.model.report import write_report
+from lora_embed.model.space import VERSION, space_id_of
 
 Say = Callable[[str], None]
 MOST_LARGE = 8192  # pixels, an edge of the large golden image
@@ -125,6 +128,7 @@ def _build(ingredients: Ingredients, folder: Path, say: Say, limit: Limit | None
         say(f"note: {note}")
     images = _golden_images(preprocessing, base)
     pixels = golden_pixels(images, preprocessing)
+    preprocessing = with_golden(preprocessing, dict(zip(images, pixels, strict=True)))
     whole = None
     if limit is not None:  # to say what the limit costs
         models = [member.model for member in fold_members(base, recipe, adapters, None)]
@@ -218,7 +222,7 @@ def _notes(ingredients: Ingredients, preprocessing: Preprocessing) -> list[str]:
     """What is no error for certain, and looks like one."""
     notes = []
     names = {str(saved.config.get("base_model_name_or_path") or "") for saved in ingredients.adapters}
-    strangers = sorted(name for name in names if name and Path(name).name != Path(ingredients.base.uri).name)
+    strangers = sorted(name for name in names if name and Path(name).name != Path(hub.plain_name(ingredients.base.uri)).name)
     if strangers:
         notes.append(
             f"trained on {some(strangers)} by their own word, merged into {ingredients.base.uri}: right if that is the same "
@@ -228,7 +232,7 @@ def _notes(ingredients: Ingredients, preprocessing: Preprocessing) -> list[str]:
         if (saved.folder / PROCESSOR_NAME).is_file():
             settings = read_processor(saved.folder).to_dict()
             own, _ = from_processor(settings, ingredients.recipe.image_size, ingredients.recipe.decode)
-            if own != preprocessing:
+            if replace(own, arithmetic=preprocessing.arithmetic) != preprocessing:
                 notes.append(
                     f"{saved.uri} holds a {PROCESSOR_NAME} that prepares images otherwise than the base's, which is used: "
                     f"{own} against {preprocessing}"
@@ -237,7 +241,7 @@ def _notes(ingredients: Ingredients, preprocessing: Preprocessing) -> list[str]:
 
 
 def _checked_preprocessing(base: Base, recipe: Recipe) -> tuple[Preprocessing, dict[str, Any]]:
-    """The geometry read from the base's processor, proven equal to it on images of awkward sizes."""
+    """The geometry read from the base's processor, proven equal to it on images of awkward sizes, with its arithmetic named."""
     original = read_processor(base.folder)
     preprocessing, settings = from_processor(original.to_dict(), recipe.image_size, recipe.decode)
     processor = type(original)(**settings)
@@ -252,7 +256,7 @@ def _checked_preprocessing(base: Base, recipe: Recipe) -> tuple[Preprocessing, d
                 f"{base.uri}: its {type(original).__name__} prepares a {width}×{height} image in another way than resize, "
                 "crop, rescale and normalise; that processor is not supported"
             )
-    return preprocessing, settings
+    return name_arithmetic(preprocessing), settings
 
 
 def _golden_images(preprocessing: Preprocessing, base: Base) -> dict[str, bytes]:
@@ -304,6 +308,7 @@ def _describe(
         preprocessing=preprocessing,
         members=_folders(len(models), "adapter" if limit else "."),
         base=reference if limit else None,
+        space_version=VERSION,
     )
 
 

@@ -1,7 +1,5 @@
 """The encoder: a headless model with its preprocessing and pooling, and the identity of the space it makes."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,23 +16,19 @@ from lora_embed.errors import EncoderError, IncompleteRun
 from lora_embed.fetch import fetch_directory
 from lora_embed.isolate import IsolatedDecoder
 from lora_embed.model import golden
+from lora_embed.model.arithmetic import check_arithmetic, check_golden_pixels
 from lora_embed.model.base import MODEL_FILES, find_base, load_headless
-from lora_embed.model.description import DESCRIPTION, Description, read_description
+from lora_embed.model.description import DESCRIPTION, REPORT, Description, check_files, read_description
 from lora_embed.model.pooling import FROM_LAST_HIDDEN_STATE, HiddenState, pooler
 from lora_embed.model.preprocess import Pixels, Preprocessing
 from lora_embed.model.torch_private import is_out_of_memory
 
 FILES = (
     *MODEL_FILES, "*/config.json", "*/adapter_config.json", "adapter_config.json", DESCRIPTION, "recipe.yaml",
-    "merge_report.json", "README.md", f"{golden.FOLDER}/*",
+    REPORT, "README.md", f"{golden.FOLDER}/*",
 )  # fmt: skip
 cuda: Any = torch.cuda  # partly untyped
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Parts of a model's configuration that name things or follow the library's version, and do not change its output.
-_NAMES_ONLY = {
-    "transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "id2label", "label2id",
-    "num_labels", "problem_type", "output_hidden_states", "output_attentions", "return_dict",
-}  # fmt: skip
 
 
 class Encoder:
@@ -109,10 +103,15 @@ class Encoder:
     def check_golden(self, folder: Path) -> float:
         """Decode and embed the encoder's golden images here; the largest relative difference from their vectors.
 
-        Raises EncoderError when it is beyond the bound of this precision.
+        Raises EncoderError when it is beyond the bound of this precision, and before that when a test image's pixels are
+        others here than where the encoder was built.
         """
+        preprocessing = self.description.preprocessing
+        check_arithmetic(preprocessing)
         images, expected = golden.load(folder)
-        found = self.embed_pixels(golden_pixels(images, self.description.preprocessing))
+        pixels = golden_pixels(images, preprocessing)
+        check_golden_pixels(preprocessing, dict(zip(images, pixels, strict=True)))
+        found = self.embed_pixels(pixels)
         return golden.check(found, expected, self.precision, str(self.device))
 
     def _batches(self, pixels: Pixels) -> Iterator[torch.Tensor]:
@@ -158,6 +157,8 @@ def load_encoder(
     """
     folder = fetch_directory(str(uri), None, FILES)
     description = read_description(folder)
+    if description.base is not None:
+        check_files(folder, str(uri))
     models = load_members(folder, description, str(uri))
     encoder = Encoder(models, description, device=device, precision=precision, batch_size=batch_size)
     if check:
@@ -166,7 +167,7 @@ def load_encoder(
 
 
 def load_members(folder: Path, description: Description, where: str) -> list[PreTrainedModel]:
-    """An encoder's models: saved whole, or rebuilt from the base and an adapter each, and then proven to be the same.
+    """An encoder's models: saved whole, or rebuilt from the base and an adapter each.
 
     Raises EncoderError, naming `where`, for a base that is another one by now.
     """
@@ -190,27 +191,4 @@ def load_members(folder: Path, description: Description, where: str) -> list[Pre
         for _ in fold(model, Merge(adapters=(adapter,), weights=(1.0,), options={})):
             pass
         models.append(model)
-    found = space_id_of(models, description.preprocessing, description.pooling, description.normalize)
-    if found != description.space_id:
-        raise EncoderError(
-            f"{where}: its base and adapter give an encoder of space {found}, not {description.space_id} as it was built. "
-            "Its files were changed since: bring them back, or build the encoder again."
-        )
     return models
-
-
-def space_id_of(models: list[PreTrainedModel], preprocessing: Preprocessing, pooling: str, normalize: bool) -> str:
-    """12 hex digits of the SHA-256 over all that makes a vector: float32 weights, configuration, pixels, pooling."""
-    config = {key: value for key, value in models[0].config.to_diff_dict().items() if key not in _NAMES_ONLY}
-    digest = hashlib.sha256()
-    for part in (config, preprocessing.settings(), pooling, normalize):
-        digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
-    for name, weight in [item for model in models for item in sorted(model.state_dict().items())]:
-        assert weight.dtype in (torch.float32, torch.int64), (name, weight.dtype)
-        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
-        digest.update(_bytes_of(weight))
-    return digest.hexdigest()[:12]
-
-
-def _bytes_of(weight: torch.Tensor) -> Any:
-    return weight.detach().contiguous().cpu().numpy().data.cast("B") if weight.numel() else b""

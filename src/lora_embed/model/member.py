@@ -9,8 +9,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from lora_embed import hub
 from lora_embed.config import Recipe
-from lora_embed.errors import AdapterMismatch
+from lora_embed.errors import AdapterMismatch, EncoderError
 from lora_embed.model import merge
 from lora_embed.model.adapter import read_adapter, write_adapter
 from lora_embed.model.base import Base, load_headless
@@ -21,6 +22,7 @@ from lora_embed.model.fold import Folded, Limit, Merge, fold
 from lora_embed.model.match import Adapter, match_adapter, target_of
 from lora_embed.model.proof import Proof, prove
 from lora_embed.model.relate import Relations
+from lora_embed.model.space import space_id_of
 
 NOTHING = 1e-6  # a change of less than this share of the weights themselves is what rounding leaves of none
 
@@ -82,7 +84,9 @@ def _fold(base: Base, merged: Merge, limit: Limit | None) -> Member:
 
 def write_member(member: Member, folder: Path, base: Base) -> None:
     if member.kept:
-        write_adapter(folder, {name.removesuffix(".weight"): change for name, change in member.kept.items()}, base.uri)
+        write_adapter(
+            folder, {name.removesuffix(".weight"): change for name, change in member.kept.items()}, hub.plain_name(base.uri)
+        )
     else:
         member.model.save_pretrained(folder)
 
@@ -92,6 +96,12 @@ def prove_members(base: Base, members: list[Member], description: Description, f
     saved, original = load_members(folder, description, str(folder)), load_headless(base.folder, base.uri)
     if description.base is None:
         return [prove(member.merged, original, model) for member, model in zip(members, saved, strict=True)]
+    rebuilt = space_id_of(saved, description.preprocessing, description.pooling, description.normalize)
+    if rebuilt != description.space_id:
+        raise EncoderError(
+            f"{folder}: its base and adapter give an encoder of space {rebuilt}, not {description.space_id} as it was folded, "
+            "so it cannot be kept as an adapter. Store the whole model: leave out --store adapter."
+        )
     target, proofs = target_of(base), []
     for place, model in zip(description.members, saved, strict=True):
         adapter = match_adapter(read_adapter(str(folder / place)), target)

@@ -6,7 +6,7 @@ Hugging Face PIL processor's pixels bit for bit: `encoder.build_encoder` checks 
 
 import itertools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +18,16 @@ from lora_embed.errors import EncoderError
 Pixels = NDArray[np.uint8]
 Decoding = Literal["exact", "fast"]
 Box = tuple[float, float, float, float]
+PILLOW_13 = "pillow-13"  # decodes and resizes as Pillow 13.0.0 does; what encoders have that do not say what theirs is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arithmetic:
+    """What computes pixels, by name; and how that showed where the encoder was built, see `arithmetic`."""
+
+    name: str = PILLOW_13
+    pixels: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)  # (path, hash of a test image's)
+    libraries: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)  # (name, version)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +40,16 @@ class Preprocessing:
     multiply: tuple[float, float, float]
     add: tuple[float, float, float]
     decode: Decoding = "exact"  # fast: a JPEG at a half, a quarter or an eighth of its size where that is large enough
+    arithmetic: Arithmetic = Arithmetic()
 
     def settings(self) -> dict[str, Any]:
-        """As it is hashed and written. What is decoded exactly does not say so: encoders built before had no choice."""
-        settings = asdict(self)
-        if self.decode == "exact":
-            del settings["decode"]
-        return settings
+        """As it is hashed and written. What is decoded exactly, and by Pillow 13's arithmetic, does not say so.
+
+        Encoders built before had no choice, and what they say is compared with what later ones say.
+        """
+        settings = asdict(self) | {"arithmetic": self.arithmetic.name}
+        usual = {"decode": "exact", "arithmetic": PILLOW_13}
+        return {key: value for key, value in settings.items() if key not in usual or value != usual[key]}
 
     @property
     def parts(self) -> tuple["Preprocessing", ...]:

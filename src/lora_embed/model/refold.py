@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from lora_embed.config import Recipe
 from lora_embed.model import merge
 from lora_embed.model.build import Ingredients, match_adapters, one_thread, open_base, with_recipe
-from lora_embed.model.encoder import Encoder, space_id_of
+from lora_embed.model.encoder import Encoder
 from lora_embed.model.fold import Merge, fold
 from lora_embed.model.preprocess import Pixels
+from lora_embed.model.space import space_id_of
 
 BLOCK = 1024  # images copied out of a mapped file at a time
 # Images a second of a ViT-S/14 at 56 pixels, 2 cores: 153 on two threads, 157 to 167 in batches of 64 to 128, 179 by two

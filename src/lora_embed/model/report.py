@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_embed.model.base import Base
-from lora_embed.model.description import Description
+from lora_embed.model.description import REPORT, Description
 from lora_embed.model.member import Member
 from lora_embed.model.proof import Proof
 
@@ -28,7 +28,8 @@ def write_report(
 
     `vectors_moved` is what storing it as an adapter cost, as a relative L2 difference of vectors.
     """
-    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*.safetensors"))}
+    weights = sorted(folder.rglob("*.safetensors"))
+    files = {file.relative_to(folder).as_posix(): file for file in (*weights, *sorted(folder.rglob("adapter_config.json")))}
     report = {
         "format": FORMAT,
         "space_id": description.space_id,
@@ -36,14 +37,14 @@ def write_report(
         "notes": notes,
         "store": {
             "is_adapter": description.base is not None,
-            "bytes": sum(file.stat().st_size for file in files.values()),
+            "bytes": sum(file.stat().st_size for file in weights),
             "base_bytes": sum(file.stat().st_size for file in base.folder.glob("*.safetensors")),
             "vectors_moved": vectors_moved,
         },
         "members": [_describe_member(member, proof) for member, proof in zip(members, proofs, strict=True)],
         "files": {name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for name, file in files.items()},
     }
-    (folder / "merge_report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     (folder / "README.md").write_text(_page(report, description))
 
 
