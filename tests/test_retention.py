@@ -234,7 +234,7 @@ def test_gc_keeps_what_the_table_was_published_with_or_the_job_says(
     text = (tmp_path / "job.yaml").read_text()
     (tmp_path / "job.yaml").write_text(f"{text}retain: {json.dumps(settings)}\n")
     capsys.readouterr()
-    assert run_command(["gc", job.table, "--job", str(tmp_path / "job.yaml"), "--json"]) == 0
+    assert run_command(["gc", str(tmp_path / "job.yaml"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["retain"] == settings
     with pytest.raises(TableError, match="has no published version"):
         collect_garbage(str(tmp_path / "nowhere"), {})

@@ -2,10 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from lora_embed.cli_options import input_of, options_like
+from lora_embed.config import JobConfig
 from lora_embed.errors import ConfigError, StorageError
 from lora_embed.progress import LogFormat, log_as
 
@@ -14,7 +16,9 @@ Many = list[str] | None
 
 def evaluate(
     recipe: Annotated[Many, typer.Option(help="Recipe file or encoder directory; repeat it for several.")] = None,
-    data: Annotated[Many, typer.Option(metavar="INPUT", help="Labelled shards, as `input` of a job; repeat it.")] = None,
+    data: Annotated[
+        Many, typer.Option(metavar="INPUT", help="Labelled shards, as `input` of a job, or a job file; repeat it.")
+    ] = None,
     label: Annotated[Many, typer.Option(metavar="FIELD", help="Field with the class, a task each; repeat it.")] = None,
     group: Annotated[str | None, typer.Option(metavar="FIELD", help="Images with one value stay on one side.")] = None,
     split: Annotated[str | None, typer.Option(metavar="FIELD", help="Your own split: bank or train, query or test …")] = None,
@@ -42,9 +46,10 @@ def evaluate(
     from lora_embed.evaluate.show import to_markdown
     from lora_embed.report import write_report
 
+    job = input_of(data or [])
     request = Request(
         recipes=tuple(_absolute(path) for path in recipe or ()),
-        inputs=tuple(_absolute(path) for path in data or ()),
+        inputs=tuple(_absolute(path) for path in data or ()) if job is None else job.input,
         labels=tuple(label or ()),
         group=group,
         split=split,
@@ -58,6 +63,7 @@ def evaluate(
         precision=precision,
         work=None if work is None else _absolute(work),
         shared_filesystem=shared_filesystem,
+        **({} if job is None else _reached_as(job, work or "")),
     )
     evaluation = assess(request)
     if out is not None:
@@ -65,6 +71,16 @@ def evaluate(
     if report is not None:
         write_report(evaluation, report)
     print(evaluation.to_json() if as_json else to_markdown(evaluation))
+
+
+def _reached_as(job: JobConfig, work: str) -> dict[str, Any]:
+    """What a job says of how its images are read, and how a work folder beside its table is reached."""
+    return {
+        "input_options": job.input_storage_options,
+        "image_column": job.image_column,
+        "key_column": job.key_column,
+        "work_options": options_like(work, (job.table,), job.table_storage_options),
+    }
 
 
 def _pair(option: str, expected: str, text: str) -> tuple[str, str]:

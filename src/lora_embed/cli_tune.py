@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lora_embed.cli_options import input_of
 from lora_embed.errors import ConfigError
 from lora_embed.progress import LogFormat, log_as
 
@@ -20,7 +21,9 @@ class Objective(enum.StrEnum):
 
 def tune(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML): the base and 2 to 5 adapters.")],
-    data: Annotated[list[str], typer.Option(metavar="INPUT", help="Labelled shards: tar, Parquet, pattern. Repeatable.")],
+    data: Annotated[
+        list[str], typer.Option(metavar="INPUT", help="Labelled shards: tar, Parquet, pattern; or a job file. Repeatable.")
+    ],
     label: Annotated[list[str], typer.Option(metavar="[ADAPTER=]FIELD[:IMPORTANCE]", help="A task. Repeatable.")],
     out: Annotated[Path, typer.Option(help="Recipe file to write.")],
     minutes: Annotated[float | None, typer.Option(min=0.0, help="Time for trials; 10 unless --evaluations is given.")] = None,
@@ -42,12 +45,13 @@ def tune(
     from lora_embed.tune.goal import Budget, Search, read_label
     from lora_embed.tune.tune import tune as tune_recipe
 
+    job = input_of(data)
     names = tuple(name.strip() for name in (methods or "").split(",") if name.strip())
     if methods is not None and not names:
         raise ConfigError(f"--methods is {methods!r}, which names none. Name one or more, or leave the option out for all.")
     search = Search(
         recipe=load_recipe(recipe),
-        inputs=tuple(data),
+        inputs=tuple(data) if job is None else job.input,
         tasks=tuple(map(read_label, label)),
         out=out,
         budget=Budget(evaluations=evaluations, minutes=10.0 if minutes is None and evaluations is None else minutes),
@@ -58,6 +62,9 @@ def tune(
         seed=seed,
         most_images=images,
         work=work,
+        input_options={} if job is None else job.input_storage_options,
+        image_column=None if job is None else job.image_column,
+        key_column=None if job is None else job.key_column,
     )
     tuned = tune_recipe(search)
     print(json.dumps(tuned.as_json()) if as_json else tuned.describe())

@@ -1,6 +1,7 @@
 """Local disks: listing that misses nothing, and writing in one atomic step."""
 
 import contextlib
+import ctypes
 import errno
 import os
 import stat
@@ -9,8 +10,12 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 TEMPORARY = "_tmp"  # below a root: files being written, hidden from listings
+# What a file system without hard links answers: exFAT and vfat the first, which otherwise means that access is denied.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_CURRENT_FOLDER, _RENAME_NOREPLACE = -100, 1  # of renameat2
 
 
 def walk(root: str, prefix: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, os.stat_result]]:
@@ -47,11 +52,41 @@ def create(root: Path, target: Path, data: bytes) -> bool:
         return False
     with _written_aside(root, target, data) as temporary:
         try:
-            os.link(temporary, target)  # fails if the name exists: the commit, and whoever comes first wins
+            _name(temporary, target)  # fails if the name exists: the commit, and whoever comes first wins
         except FileExistsError:
             return False
     _sync_folder(target.parent)
     return True
+
+
+def _name(temporary: Path, target: Path) -> None:
+    """Give a written file its name unless that is taken, in one step: by a link, else by a rename that replaces nothing.
+
+    Not by `open("xb")`, which would show readers a part of the file. Raises FileExistsError, and OSError with what the file
+    system lacks.
+    """
+    try:
+        os.link(temporary, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        _rename_to_free(temporary, target)
+
+
+def _rename_to_free(temporary: Path, target: Path) -> None:
+    rename: Any = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # of Linux, which Python does not show
+    code = errno.ENOSYS
+    if rename is not None:
+        if rename(_CURRENT_FOLDER, os.fsencode(temporary), _CURRENT_FOLDER, os.fsencode(target), _RENAME_NOREPLACE) == 0:
+            return
+        code = ctypes.get_errno()
+    if code not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+        raise OSError(code, os.strerror(code), str(target))
+    raise OSError(
+        errno.ENOTSUP,
+        "its file system has no hard links, and no rename that replaces nothing, so of two runs at once it could not tell "
+        "which was first. Name a place on another disk, or in an object store.",
+    )
 
 
 def replace(root: Path, target: Path, data: bytes) -> None:
@@ -103,5 +138,8 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # of a file system that syncs files alone
+            raise
     finally:
         os.close(descriptor)

@@ -77,12 +77,14 @@ def _search_block(table: Table, queries: NDArray[np.float32], k: int) -> list[li
     return found
 
 
-def search_image(table: Table, image: str, k: int = 10, index: Path | None = None) -> Found:
-    """Embed an image, a path or URI, with the table's own encoder, and find the nearest ones.
+def search_image(
+    table: Table, image: str, k: int = 10, index: Path | None = None, image_options: dict[str, Any] | None = None
+) -> Found:
+    """Embed an image, a path or URI with its storage options, with the table's own encoder, and find the nearest ones.
 
     Raises ConfigError for an image that cannot be read, and for an index of another space.
     """
-    data = _read_image(image)
+    data = _read_image(image, image_options)
     opened = open_index(index) if index is not None else None
     encoder = table.encoder()
     try:
@@ -107,10 +109,10 @@ def search_image(table: Table, image: str, k: int = 10, index: Path | None = Non
     )
 
 
-def _read_image(image: str) -> bytes:
+def _read_image(image: str, options: dict[str, Any] | None) -> bytes:
     if "://" in image:
         root, _, name = image.rpartition("/")
-        data = Store(root).read(name)
+        data = Store(root, options or {}).read(name)
     else:
         path = Path(image)
         data = Store(str(path.absolute().parent)).read(path.name) if path.name else None
@@ -119,7 +121,7 @@ def _read_image(image: str) -> bytes:
     return data
 
 
-def find_pictures(table: Table, hits: tuple[Hit, ...]) -> dict[str, bytes]:
+def find_pictures(table: Table, hits: tuple[Hit, ...], input_options: dict[str, Any] | None = None) -> dict[str, bytes]:
     """Encoded images of hits by id, read again from the shards that the version was made from.
 
     Left out are those of shards that cannot be read now, or are others by now; tars are read up to the last one wanted.
@@ -128,7 +130,7 @@ def find_pictures(table: Table, hits: tuple[Hit, ...]) -> dict[str, bytes]:
     if not {"input", "layout"} <= set(lineage):
         return {}
     try:
-        shards = {shard.id: shard for shard in list_shards(tuple(lineage["input"]), {})}
+        shards = {shard.id: shard for shard in list_shards(tuple(lineage["input"]), input_options or {})}
     except LoraEmbedError:
         return {}
     published = {shard.name: shard.id for shard in table.manifest.shards.values()}
@@ -141,7 +143,7 @@ def find_pictures(table: Table, hits: tuple[Hit, ...]) -> dict[str, bytes]:
     for shard_id, ids in wanted.items():
         left = dict(ids)
         try:
-            for sample in read_samples(shards[shard_id], layout, {}, lambda number: True):
+            for sample in read_samples(shards[shard_id], layout, input_options or {}, lambda number: True):
                 if sample.data and sample.key in left:
                     found[left.pop(sample.key)] = sample.data
                 if not left:

@@ -4,8 +4,9 @@ import importlib.util
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,10 @@ class Request:
     work: str | None = None  # where encoders and vectors are kept
     shared_filesystem: bool = False
     resources: Resources = field(default_factory=Resources)
+    input_options: dict[str, Any] = field(default_factory=dict, repr=False)  # storage options; they may hold keys
+    work_options: dict[str, Any] = field(default_factory=dict, repr=False)
+    image_column: str | None = None  # of Parquet input
+    key_column: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,21 +149,29 @@ def check_request(request: Request) -> None:
 
 def open_source(request: Request) -> tuple[Source, cluster.Topology]:
     """List the input, look for the fields, join the cluster."""
-    store = Store(request.work if request.work is not None else str(cache_root() / "evaluate"))
-    shards = list_shards(request.inputs, {})
+    work = request.work if request.work is not None else str(cache_root() / "evaluate")
+    store = Store(work, request.work_options)
+    shards = list_shards(request.inputs, request.input_options)
     options = [("--label", name) for name in request.labels]
     options += [(option, name) for option, name in (("--group", request.group), ("--split", request.split)) if name]
     carry = tuple((name, "string") for name in dict.fromkeys(name for _, name in options))
-    source = Source(
-        shards=tuple(shards), options={}, store=store, layout=Layout(precision="float32", batch_size=16, carry=carry)
+    layout = Layout(
+        precision="float32",
+        batch_size=16,
+        carry=carry,
+        image_column=request.image_column,
+        key_column=request.key_column,
     )
+    source = Source(shards=tuple(shards), options=request.input_options, store=store, layout=layout)
     check_fields(source, options)
     store.check_reachable()
     store.check_writable()
     cluster.connect()
     topology = cluster.choose_topology(request.resources)
     nodes = cluster.count_nodes()
-    local = [store.uri] * store.is_local + sorted({shard.root for shard in shards if Store(shard.root).is_local})
+    local = [store.uri] * store.is_local + sorted(
+        {shard.root for shard in shards if Store(shard.root, request.input_options).is_local}
+    )
     if local and nodes > 1 and not request.shared_filesystem:
         raise ConfigError(
             f"{local[0]} is a local path, but this cluster has {nodes} nodes, each with disks of its own. Use URIs that "
@@ -166,8 +179,7 @@ def open_source(request: Request) -> tuple[Source, cluster.Topology]:
         )
     device = pipeline.ask_device(topology)
     precision = device.precision if request.precision == "auto" else request.precision
-    layout = Layout(precision=precision, batch_size=device.batch_size, carry=carry)
-    return Source(shards=source.shards, options={}, store=store, layout=layout), topology
+    return replace(source, layout=replace(layout, precision=precision, batch_size=device.batch_size)), topology
 
 
 def prepare(request: Request, entrants: Sequence[Entrant], source: Source, topology: cluster.Topology) -> Prepared:

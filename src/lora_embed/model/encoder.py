@@ -1,6 +1,5 @@
 """The encoder: a headless model with its preprocessing and pooling, and the identity of the space it makes."""
 
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,6 @@ class Encoder:
         shape = (1, 3, 1, 1)
         self._multiply = torch.tensor(description.preprocessing.multiply, device=self.device).view(shape)
         self._add = torch.tensor(description.preprocessing.add, device=self.device).view(shape)
-        self._decode, self._decoding = IsolatedDecoder(), threading.Lock()  # it takes one image at a time
         self._copying: Any = cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @property
@@ -75,18 +73,18 @@ class Encoder:
     def embed(self, images: Sequence[Image.Image | bytes]) -> NDArray[np.float32]:
         """Images of any size and mode → float32 (n, d).
 
-        A file's bytes are decoded as in a run, in a child process that a hostile one may kill; Pillow decodes an image that
-        was opened in this process. Raises BadImage, with a reason such as `decoder_crashed`, for bytes that make no pixels.
+        A file's bytes are decoded as in a run, in a child process that a hostile one may kill and that each call starts anew;
+        Pillow decodes an image that was opened in this process. Raises BadImage, with a reason such as `decoder_crashed`, for
+        bytes that make no pixels.
         """
-        prepared = [self._prepared(image) for image in images]
+        with IsolatedDecoder() as decode:
+            prepared = [self._prepared(image, decode) for image in images]
         height, width = self.description.preprocessing.size
         return self.embed_pixels(np.stack(prepared) if prepared else np.empty((0, height, width, 3), np.uint8))
 
-    def _prepared(self, image: Image.Image | bytes) -> Pixels:
-        if isinstance(image, Image.Image):
-            return self.description.preprocessing.apply(to_rgb(image))
-        with self._decoding:
-            return self._decode(image, self.description.preprocessing).pixels
+    def _prepared(self, image: Image.Image | bytes, decode: IsolatedDecoder) -> Pixels:
+        preprocessing = self.description.preprocessing
+        return decode(image, preprocessing).pixels if isinstance(image, bytes) else preprocessing.apply(to_rgb(image))
 
     @torch.inference_mode()
     def embed_pixels(self, pixels: Pixels) -> NDArray[np.float32]:
@@ -151,13 +149,20 @@ def golden_pixels(images: dict[str, bytes], preprocessing: Preprocessing) -> Pix
 
 
 def load_encoder(
-    uri: str | Path, *, device: str = "cpu", precision: str = "float32", batch_size: int = 16, check: bool = True
+    uri: str | Path,
+    *,
+    device: str = "cpu",
+    precision: str = "float32",
+    batch_size: int = 16,
+    check: bool = True,
+    storage_options: dict[str, Any] | None = None,
 ) -> Encoder:
     """Load an encoder's directory and, unless told not to, check it against its golden vectors.
 
+    `uri`: a directory, an fsspec URI with its storage options, or `hf://owner/name`.
     Raises StorageError or EncoderError when it is not there, not whole or not itself on this device.
     """
-    folder = fetch_directory(str(uri), None, FILES)
+    folder = fetch_directory(str(uri), None, FILES, storage_options)
     description = read_description(folder)
     if description.base is not None:
         check_files(folder, str(uri))

@@ -1,10 +1,10 @@
 """What a user asks of a search, and what makes one merge better than another."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,17 +25,17 @@ class TaskLabel:
 def read_label(text: str) -> TaskLabel:
     """`[ADAPTER=]FIELD[:IMPORTANCE]` as a user writes it. Raises ConfigError."""
     rest, colon, weight = text.rpartition(":")
-    named, equals, field = (rest if colon else text).rpartition("=")
+    named, equals, name = (rest if colon else text).rpartition("=")
     try:
         importance = float(weight) if colon else 1.0
     except ValueError:
         importance = math.nan
-    if not field or not 0 < importance < math.inf or (equals and not named):
+    if not name or not 0 < importance < math.inf or (equals and not named):
         raise ConfigError(
             f"--label {text}: expected FIELD, ADAPTER=FIELD or ADAPTER=FIELD:IMPORTANCE with a number above 0, for example "
             "--label shoes10=shoe_kind:2"
         )
-    return TaskLabel(field=field, adapter=named or None, importance=importance)
+    return TaskLabel(field=name, adapter=named or None, importance=importance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,9 @@ class Search:
     seed: int = 0
     most_images: int = 10_000
     work: Path | None = None
+    input_options: dict[str, Any] = field(default_factory=dict, repr=False)  # storage options; they may hold keys
+    image_column: str | None = None  # of Parquet input
+    key_column: str | None = None
 
     @property
     def work_folder(self) -> Path:

@@ -38,6 +38,18 @@ class Wanted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How inputs are reached, and which columns of Parquet are image and key; None are found by name."""
+
+    options: dict[str, Any] = field(default_factory=dict, repr=False)  # storage options; they may hold keys
+    image_column: str | None = None
+    key_column: str | None = None
+
+
+AS_IT_IS = Reading()
+
+
+@dataclass(frozen=True, kw_only=True)
 class LabelledImages:
     """Images ready for a model (n, H, W, 3), mapped from a file, and what is known of them, row by row."""
 
@@ -66,20 +78,23 @@ class _Drawn:
     rejects: dict[str, int] = field(default_factory=dict)
 
 
-def read_labelled(inputs: tuple[str, ...], wanted: Wanted, preprocessing: Preprocessing, folder: Path) -> LabelledImages:
+def read_labelled(
+    inputs: tuple[str, ...], wanted: Wanted, preprocessing: Preprocessing, folder: Path, reading: Reading = AS_IT_IS
+) -> LabelledImages:
     """The labelled images of the inputs, decoded into a file below `folder`, or found there.
 
     Raises ConfigError where no image has a label of some task, and ShardError for a shard that cannot be read to its end.
     """
-    shards = list_shards(inputs, {})
+    shards = list_shards(inputs, reading.options)
     about = [FORMAT, [shard.id for shard in shards], asdict(wanted), preprocessing.settings()]
+    about += [reading.image_column, reading.key_column] if reading.image_column or reading.key_column else []
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
     pixels, record = folder / f"pixels-{name}.npy", folder / f"images-{name}.json"
     decoded = 0
     if not record.is_file():
         pixels.unlink(missing_ok=True)  # of a run that was stopped while it decoded
         with IsolatedDecoder() as decode:  # an image that kills its process is a reject, and the search goes on
-            drawn, decoded = _Drawing(wanted, preprocessing, pixels, decode).draw(shards)
+            drawn, decoded = _Drawing(wanted, preprocessing, pixels, decode).draw(shards, reading)
         _check(drawn, wanted, inputs)
         disk.replace(folder, record, json.dumps(asdict(drawn)).encode())
     drawn = _Drawn(**json.loads(record.read_bytes()))
@@ -114,12 +129,18 @@ class _Drawing:
         self._drawn = _Drawn()
         self._decoded = 0
 
-    def draw(self, shards: list[Shard]) -> tuple[_Drawn, int]:
+    def draw(self, shards: list[Shard], reading: Reading) -> tuple[_Drawn, int]:
         """Read all shards; returns what was drawn, and how many images were decoded for it."""
         names = (*self._wanted.fields, *([self._wanted.group] if self._wanted.group else []))
-        layout = Layout(precision="float32", batch_size=1, carry=tuple((name, "string") for name in dict.fromkeys(names)))
+        layout = Layout(
+            precision="float32",
+            batch_size=1,
+            carry=tuple((name, "string") for name in dict.fromkeys(names)),
+            image_column=reading.image_column,
+            key_column=reading.key_column,
+        )
         rejects, said = Counter[str](), time.monotonic()
-        for id_, sample in _samples(shards, layout):
+        for id_, sample in _samples(shards, layout, reading.options):
             self._drawn.samples += 1
             try:
                 self._take(id_, sample)
@@ -163,10 +184,10 @@ class _Drawing:
         self._pixels[row] = pixels
 
 
-def _samples(shards: list[Shard], layout: Layout) -> Iterator[tuple[str, Sample]]:
+def _samples(shards: list[Shard], layout: Layout, options: dict[str, Any]) -> Iterator[tuple[str, Sample]]:
     """All samples with their ids."""
     for shard in shards:
-        for sample in read_samples(shard, layout, {}, wanted=lambda number: True):
+        for sample in read_samples(shard, layout, options, wanted=lambda number: True):
             yield (f"{shard.prefix}/{sample.key}" if shard.prefix else sample.key), sample
 
 

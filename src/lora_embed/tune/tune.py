@@ -32,7 +32,7 @@ from lora_embed.progress import say
 from lora_embed.report import write_report
 from lora_embed.tune.goal import Search
 from lora_embed.tune.holdout import Splits, differences_of, figures_of, refuse_thin
-from lora_embed.tune.labelled import LabelledImages, Wanted, read_labelled
+from lora_embed.tune.labelled import LabelledImages, Reading, Wanted, read_labelled
 from lora_embed.tune.scoring import Scorer, shown_options
 from lora_embed.tune.trials import alone_in
 
@@ -101,7 +101,9 @@ def tune(search: Search) -> Tuned:
         wanted = Wanted(
             fields=tuple(task.field for task in search.tasks), group=search.group, most=search.most_images, seed=search.seed
         )
-        images = read_labelled(search.inputs, wanted, refolder.encoder.description.preprocessing, search.work_folder)
+        reading = Reading(options=search.input_options, image_column=search.image_column, key_column=search.key_column)
+        preprocessing = refolder.encoder.description.preprocessing
+        images = read_labelled(search.inputs, wanted, preprocessing, search.work_folder, reading)
         decoded = time.perf_counter()
         in_tuning = split_by_name(images.names, TUNING_SHARE, search.seed)
         held = _Held(search, refolder, images, np.flatnonzero(~in_tuning))
