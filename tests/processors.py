@@ -33,9 +33,9 @@ KINDS: dict[str, Switches] = {
 NUMERIC = (
     "adapter", "assess", "changes", "cka", "cost", "crooked", "decode", "demo_parts", "digits", "drift", "embed", "embed_each",
     "encoder", "errors", "evaluate", "export", "families", "features", "figures", "gates", "gpu_benchmark", "guard", "head",
-    "health", "labelled", "merge", "nightly", "no_code", "outlook", "preprocess", "preview", "processors", "proof", "propose",
-    "rank", "real_gates", "real_merge", "real_vectors", "resume", "rows", "search", "space", "stale", "store", "table",
-    "trials", "tune", "upgrades", "versions", "write",
+    "health", "labelled", "merge", "nightly", "no_code", "outlook", "preprocess", "preview", "private", "processors", "proof",
+    "propose", "rank", "real_gates", "real_merge", "real_vectors", "resume", "rows", "search", "space", "stale", "store",
+    "table", "trials", "tune", "upgrades", "versions", "write",
 )  # fmt: skip
 
 
