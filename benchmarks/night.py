@@ -2,9 +2,10 @@
 
 Tars are real, three tiny images each: sixteen different ones under as many names as asked for. One run embeds sixteen of
 them; the parts of all others are staged with the vectors that it made, and the same command publishes them. Then come the
-night, a quiet night, forgetting one image, and clearing what that leaves. Each step is a process of its own. For each: seconds
-in all and those spent embedding, peak memory of the process, requests and bytes by folder of the stores, and, with
-`--profile`, seconds by function. Prints JSON; functions that grow faster than the shards are named at the end.
+night, a quiet night, forgetting one image, and, two days later by the disk's clock, `gc`, after which no object holds the
+vector of that image. Each step is a process of its own. For each: seconds, peak memory of the process, requests and bytes by
+folder of the stores, and, with `--profile`, seconds by function. Prints JSON; functions that grow faster than the shards are
+named at the end.
 """
 
 import argparse
@@ -24,16 +25,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
+from numpy.typing import NDArray
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 import itertools
 
 from jobs import write_recipe
-from lora_embed import cli, plan, staging, table
+from lora_embed import cli, plan, table
 from lora_embed.schema import ChunkHead, Layout, Shard, sample_schema
 from lora_embed.storage import Store
+from lora_embed.verify import verify_table
 from lora_embed.write import make_part, part_path, write_part
 from models import save_adapter, save_base
 from samples import png, tar_of
@@ -162,9 +166,39 @@ def measure(folder: Path, count: int, *, profiles: bool) -> dict[str, Any]:
     found["touched bytes"] = sum(touched.values())
     found["state"] = _last_state(folder)
     found["quiet night"] = step(folder, ["nightly", "--config", str(job)], profiles=profiles)
-    found["forget"] = step(folder, ["forget", str(folder / "table"), "00000003.tar/1", "--why", "asked"], profiles=profiles)
-    assert staging.staged_parts(Store(str(folder / "table")), now.space_id, "") == {}
+    forgotten = f"{count:08d}.tar/1"  # of the new tar: no other image has its vector
+    vector = now.rows([forgotten], ["embedding"]).to_pylist()[0]["embedding"]
+    found["forget"] = step(folder, ["forget", str(folder / "table"), forgotten, "--why", "asked"], profiles=profiles)
+    found["files with the vector"] = {"before": holders_of(folder / "table", vector)}
+    age(folder / "table", days=2)
+    found["gc"] = step(folder, ["gc", str(folder / "table")], profiles=profiles)
+    found["files with the vector"]["after gc"] = holders_of(folder / "table", vector)
+    verify_table(table.open_table(str(folder / "table")))
     return found
+
+
+def age(folder: Path, days: float) -> None:
+    """Make all that lies there older than the grace period, by the disk's clock."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            when = path.stat().st_mtime - days * 86400
+            os.utime(path, (when, when))
+
+
+def holders_of(folder: Path, vector: list[float]) -> int:
+    """Objects of any kind that hold the vector: Parquet by its rows, others by their bytes."""
+    wanted = np.array(vector, np.float32)
+    return sum(_holds(path, wanted) for path in folder.rglob("*") if path.is_file())
+
+
+def _holds(path: Path, wanted: NDArray[np.float32]) -> bool:
+    if path.suffix != ".parquet":
+        return wanted.tobytes() in path.read_bytes()
+    with pq.ParquetFile(path) as file:
+        if "embedding" not in file.schema_arrow.names:
+            return False
+        batches = (batch.column("embedding").flatten().to_numpy() for batch in file.iter_batches(8192, columns=["embedding"]))
+        return any(bool((values.reshape(-1, len(wanted)) == wanted).all(axis=1).any()) for values in batches)
 
 
 def _last_state(folder: Path) -> dict[str, Any]:
@@ -178,7 +212,7 @@ def name_growth(results: list[dict[str, Any]]) -> list[str]:
     """Functions whose seconds grow faster than the shards, of those that take long enough to tell."""
     named = []
     for small, large in itertools.pairwise(results):
-        for name in ("publish all", "night", "quiet night", "forget"):
+        for name in ("publish all", "night", "quiet night", "forget", "gc"):
             grows = large["shards"] / small["shards"]
             before = small[name].get("functions", {})
             for function, seconds in large[name].get("functions", {}).items():
