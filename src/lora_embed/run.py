@@ -15,6 +15,7 @@ from lora_embed.config import JobConfig, load_recipe
 from lora_embed.errors import ConfigError, GateFailed, IncompleteRun, TableError, VerificationFailed, once_started
 from lora_embed.manifest import Manifest
 from lora_embed.model.description import DESCRIPTION, BaseReference, Description, read_description
+from lora_embed.model.keep import keep_id
 from lora_embed.progress import say
 from lora_embed.runs import impatient
 from lora_embed.schema import Layout, Shard, encoder_path
@@ -77,6 +78,8 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = None if known is not None else prepare_encoder(source, Path(scratch) / "encoder")
+        if folder is not None and current is not None:
+            folder = keep_id(folder, Path(scratch) / "kept", f"{store.uri}/{encoder_path(current.space_id)}", store.options)
         prepared = known or read_description(cast(Path, folder))
         _refuse_space(store, current, prepared, replaces=replaces, releases=releases)
         cluster.connect()
