@@ -46,6 +46,7 @@ from traffic import counted_traffic
 CONTENTS, IMAGES = 16, 3
 GROWTH = 1.5  # times the growth of the shards, of the seconds that a function takes: more is named
 NOTICED_S = 0.5
+NOISE = 2e-6
 
 
 def write_input(folder: Path, count: int) -> Path:
@@ -96,6 +97,8 @@ def _stage(store: Store, space_id: str, layout: Layout, shard: Shard, rows: list
     samples = [{name: row[name] for name in ("key", "width", "height", "sha256")} for row in rows]
     batch = pa.RecordBatch.from_pylist([sample | {"reason": None, "detail": None} for sample in samples], sample_schema(()))
     vectors = np.array([row["embedding"] for row in rows], np.float32)
+    # Their last bits are noise, below the limit of `drift`: else equal vectors would be compressed as no real ones are.
+    vectors *= 1 + np.random.default_rng(int(shard.name[:8])).uniform(-NOISE, NOISE, vectors.shape).astype(np.float32)
     write_part(store, space_id, layout, head, make_part(head, batch, vectors, layout))
 
 

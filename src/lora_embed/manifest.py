@@ -12,7 +12,7 @@ from lora_embed.errors import TableError
 from lora_embed.schema import FORMAT
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ShardCounts:
     """A shard in a manifest, or as much of it as one data file holds; samples = vectors + rejects."""
 
@@ -40,7 +40,7 @@ class ShardCounts:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "start" or value}
+        return {name: getattr(self, name) for name in self.__slots__ if name != "start" or self.start}
 
 
 def join_records(records: Iterable[ShardCounts]) -> dict[str, ShardCounts]:

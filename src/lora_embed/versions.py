@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from lora_embed.errors import GateFailed, StorageError, TableError, VerificationFailed
@@ -97,9 +98,24 @@ def _refuse_newer(store: Store, manifest: Manifest) -> None:
 
 
 def read_manifest_at(store: Store, path: str) -> Manifest | None:
-    """The manifest at a path of the table; None where there is none."""
+    """The manifest at a path of the table; None where there is none.
+
+    The last ones are kept, and read again where the object is another: of 100,000 shards one has 13 MB, and a night asks for
+    the same one several times.
+    """
+    entry = store.info(path)
+    with contextlib.suppress(FileNotFoundError):  # it was retired in between
+        return _manifest_of(store, path, entry.etag) if entry is not None else None
+    return None
+
+
+@lru_cache(maxsize=2)
+def _manifest_of(store: Store, path: str, _etag: str) -> Manifest:
+    """Raises FileNotFoundError where it is gone."""
     data = store.read(path)
-    return Manifest.from_json(data, f"{store.uri}/{path}") if data is not None else None
+    if data is None:
+        raise FileNotFoundError(path)
+    return Manifest.from_json(data, f"{store.uri}/{path}")
 
 
 def listed_versions(store: Store) -> list[int]:
