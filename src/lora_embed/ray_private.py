@@ -77,7 +77,7 @@ def log_messages() -> None:
     _worker.print_to_stdstream = _log
 
 
-def _log(data: dict[str, Any], *_: Any, **__: Any) -> None:
+def _log(data: dict[str, Any], ignore_prefix: Any = None, *_: Any, **__: Any) -> None:
     """Without the traceback: the run goes on, or says why it cannot."""
     for message in data["lines"]:
         said, _, trace = message.partition("Error: Traceback")
