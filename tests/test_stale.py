@@ -79,6 +79,25 @@ def test_small_files_are_read_once_each_when_they_are_put_together(tmp_path: Pat
     assert len(open_table(job.table).manifest.files) == 1
 
 
+def test_the_drift_gate_reads_no_part_that_a_kill_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run died between its commit and clearing: its 20 parts are still there, and one image is asked for."""
+    run_here(monkeypatch)
+    source = write_tars(tmp_path / "shards", shards=20, images=2)
+    job = job_of(tmp_path, tiny_recipe(tmp_path), source, reembed={"drift": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "clear_absorbed", lambda *_: None)
+        run_job(job, replaces=True)
+    left = [entry.path for entry in Store(job.table).list_files("staging") if entry.path.endswith(".parquet")]
+    assert len(left) == 20
+    (source / "0020.tar").write_bytes(tar_of([("new.png", png(10**6))]))
+    with counted_traffic() as traffic:
+        assert run_job(job, replaces=True).published
+    read = {path for path in traffic.paths_read if "/staging/" in path and path.endswith(".parquet")}
+    assert len(read) == 2, "the new shard's, and the one that was embedded again"
+    gates = open_table(job.table).manifest.gates
+    assert "drift" in gates
+
+
 def test_parts_that_a_version_has_absorbed_are_removed_by_the_thousand(tmp_path: Path) -> None:
     """As many requests for a thousand shards as for one."""
     store = Store(str(tmp_path / "table"))

@@ -90,22 +90,14 @@ def _next_version(
     staged = staging.staged_parts(store, encoder.space_id, layout.layout_id)
     new = {shard_id: staged.get(shard_id, []) for shard_id in wanted if shard_id not in kept}
     _refuse_incomplete(new, wanted)
-    where = (store, encoder.space_id, layout)
     few = len(new) <= SHARDS_PER_TASK
-    checked = pipeline.map_tasks(staging.verify_parts, where, list(new.values()), each_has=SHARDS_PER_TASK, here=few)
-    vector_bytes = compact.row_bytes(encoder.dimension, layout.vector_type)
-    sources = [
-        source
-        for verified in checked
-        for parts in [staging.part_paths(encoder.space_id, layout, new[verified.shard_id])]
-        for source in compact.cut_shard(wanted[verified.shard_id], verified, parts, vector_bytes)
-    ]
+    sources = _verified_sources(shared, new, wanted, here=few)
     counts = join_records(record for source in sources for record in source.shards)
     shares = _shares(job, current, list(counts.values()), kept)
-    drift = (
-        judge.drift(shared, before, _embedded_again(job, shared, before, wanted, staged), job.reembed.drift) if before else None
-    )
-    shares += [drift] if drift is not None else []
+    if before is not None:
+        again = _embedded_again(job, shared, before, wanted, staged)
+        drift = judge.drift(shared, before, again, job.reembed.drift)
+        shares += [drift] if drift is not None else []
     judge.decide(job.table, shares, accepted)
     compactions = compact.plan_compactions([*reuse.sources, *sources], layout, encoder.space_id, encoder.dimension, forgotten)
     light = few and sum(task.vector_bytes for task in compactions) <= BYTES_HERE
@@ -132,6 +124,21 @@ def _next_version(
     )
     judged = [*shares, *judge.judge(shared, manifest, found, current, judge.limits_of(job))]
     return replace(manifest, gates=judge.decide(job.table, judged, accepted))
+
+
+def _verified_sources(
+    shared: pipeline.Job, new: dict[str, list[Part]], wanted: dict[str, Shard], *, here: bool
+) -> list[compact.Source]:
+    """What the parts of new shards give to data files, once their footers are checked."""
+    store, space_id, layout = shared.store, shared.encoder.space_id, shared.layout
+    where = (store, space_id, layout)
+    checked = pipeline.map_tasks(staging.verify_parts, where, list(new.values()), each_has=SHARDS_PER_TASK, here=here)
+    vector_bytes = compact.row_bytes(shared.encoder.dimension, layout.vector_type)
+    sources = []
+    for verified in checked:
+        parts = staging.part_paths(space_id, layout, new[verified.shard_id])
+        sources += compact.cut_shard(wanted[verified.shard_id], verified, parts, vector_bytes)
+    return sources
 
 
 def _embedded_again(
