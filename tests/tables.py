@@ -9,7 +9,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lora_embed.compact import Source, compact, make_manifest, plan_compactions, plan_reuse
+from lora_embed.config import Retain
 from lora_embed.manifest import ShardCounts
+from lora_embed.retention import DAY_S, Needs, collect
 from lora_embed.schema import ChunkHead, Part, Shard, sample_schema
 from lora_embed.staging import part_paths
 from lora_embed.storage import Store
@@ -69,3 +71,8 @@ def noise_vectors(count: int, dimension: int = 16, seed: int = 0) -> NDArray[np.
     """Gaussian vectors (count, dimension) of lengths that differ."""
     rng = np.random.default_rng(seed)
     return (rng.standard_normal((count, dimension)) * rng.uniform(0.5, 20, (count, 1))).astype(np.float32)
+
+
+def retire(store: Store, keep: int, grace_s: float, wanted: frozenset[str] = frozenset()) -> int:
+    """Retention as a run enforces it whose input holds these shards; how many objects were removed."""
+    return collect(store, Retain.model_construct(versions=keep, grace_days=grace_s / DAY_S), Needs(shards=wanted)).objects

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from lora_embed.lineage import forget
-from lora_embed.retention import retire
 from lora_embed.storage import Entry, Store
 from lora_embed.table import open_table
 from lora_embed.verify import verify_table
@@ -23,6 +22,7 @@ from lora_embed.versions import (
     roll_back,
 )
 from s3 import Proxy, Request, S3Server
+from tables import retire
 from test_publishers import add_shard
 from test_table import SPACE
 

@@ -13,7 +13,6 @@ from lora_embed.config import JobConfig
 from lora_embed.errors import GateFailed, StorageError, StoreUnavailable, TableError
 from lora_embed.manifest import Manifest, ShardCounts
 from lora_embed.publish import _clear
-from lora_embed.retention import retire
 from lora_embed.run import renew_encoder
 from lora_embed.staging import verify_parts
 from lora_embed.status import describe_table
@@ -30,6 +29,7 @@ from lora_embed.versions import (
     refuse_held,
     roll_back,
 )
+from tables import retire
 from test_table import LAYOUT, SPACE, publish, stage
 
 OTHER = "07e207e207e2"

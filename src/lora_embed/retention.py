@@ -96,11 +96,6 @@ def retain_of(manifest: Manifest | None) -> Retain:
     return Retain(**{name: said[name] for name in Retain.model_fields if name in said})
 
 
-def retire(store: Store, keep: int, grace_s: float, wanted: frozenset[str] = frozenset()) -> int:
-    """`collect` for a run that wants these shards; how many objects were removed."""
-    return collect(store, Retain.model_construct(versions=keep, grace_days=grace_s / DAY_S), Needs(shards=wanted)).objects
-
-
 def enforce(store: Store, retain: Retain, needs: Needs) -> None:
     """`collect` at the end of a run, which ends as it does whether or not that succeeds."""
     try:
