@@ -100,7 +100,7 @@ def test_a_full_store_is_named_at_once(server: S3Server, what: str) -> None:
         started = time.monotonic()
         with pytest.raises(StorageError, match=r"minimum free drive threshold|QuotaExceeded"):
             store.create("a", b"1")
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 20  # of 30
 
 
 def test_keys_that_expire_while_the_encoder_is_stored_are_no_mistake_of_the_job(

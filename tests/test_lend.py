@@ -80,7 +80,7 @@ def test_patience_ends_with_its_reason(server: S3Server, proxy: Proxy) -> None:
     started = time.monotonic()
     with pytest.raises(StoreUnavailable, match=r"s3://images/lent/data/\S+: no proper answer for \d s, \d tries"):
         table.to_dataset().to_table()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60  # of 120
     filesystem = table.to_dataset().filesystem.handler.fs
     for ask in (filesystem.exists, filesystem.isfile, filesystem.isdir):
         with pytest.raises(StoreUnavailable):

@@ -166,7 +166,7 @@ def test_what_a_store_refuses_is_said_at_once(
     started = time.monotonic()
     assert run_command(["run", str(job)]) == 2
     said = capfd.readouterr()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30  # a stall takes 60
     errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert errors[0].startswith(f"error: {message}")
@@ -185,7 +185,7 @@ def test_a_cut_or_stalled_read_is_tried_again(server: S3Server, proxy: Proxy) ->
         assert file.read(10) == data[:10]
         file.seek(17_000_000)
         assert file.read() == data[17_000_000:]
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30  # a stall takes 60
     assert store.read("large") == data
     assert [request.fault for request in proxy.requests if request.fault] == ["cut", "stall", "error", "reset"]
 
@@ -199,7 +199,7 @@ def test_a_write_that_the_store_never_lets_begin_is_tried_again(server: S3Server
     started = time.monotonic()
     store.replace("one", b"1")
     assert store.create("two", b"2")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30  # a stall takes 60
     assert [store.read("one"), store.read("two")] == [b"1", b"2"]
     assert [request.fault for request in proxy.requests if request.method == "PUT"] == ["stall", "stall", "", ""]
 
@@ -221,14 +221,14 @@ def test_patience_ends_and_what_never_passes_has_none(server: S3Server, proxy: P
     started = time.monotonic()
     with pytest.raises(StoreUnavailable, match=r"s3://images/patience/x: no proper answer for \d s, \d tries; the last: "):
         store.read("x")
-    assert 1.5 <= time.monotonic() - started < 4
+    assert 1.5 <= time.monotonic() - started < 30  # a machine at work adds seconds; 60 is the patience without `retry_s`
     assert len(proxy.requests) >= 3
     proxy.faults = Faults()
     denied = Store("s3://images/patience", server.read_only_options(proxy.endpoint) | {"retry_s": 60})
-    started = time.monotonic()
+    proxy.requests.clear()
     with pytest.raises(StorageError, match="access denied"):
         denied.create("x", b"1")
-    assert time.monotonic() - started < 1
+    assert [(request.method, request.status) for request in proxy.requests] == [("PUT", 403)]
 
 
 def test_what_cannot_be_removed_is_said(server: S3Server) -> None:
