@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from lora_embed.decode import decode_image, to_rgb
+from lora_embed.decode import BadImage, decode_image, to_rgb
 from lora_embed.errors import EncoderError, IncompleteRun
 from lora_embed.fetch import fetch_directory
 from lora_embed.isolate import IsolatedDecoder
@@ -107,7 +107,10 @@ class Encoder:
         preprocessing = self.description.preprocessing
         check_arithmetic(preprocessing)
         images, expected = golden.load(folder)
-        pixels = golden_pixels(images, preprocessing)
+        try:
+            pixels = golden_pixels(images, preprocessing)
+        except BadImage as bad:
+            raise EncoderError(f"{folder}: a golden image is damaged ({bad.reason}: {bad}); build the encoder again") from None
         check_golden_pixels(preprocessing, dict(zip(images, pixels, strict=True)))
         found = self.embed_pixels(pixels)
         return golden.check(found, expected, self.precision, str(self.device))

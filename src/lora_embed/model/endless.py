@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-CPU_S = 2  # for all expressions of an adapter; real ones take a millisecond
+CPU_S = 1  # for all expressions of an adapter; real ones take a millisecond
 MEMORY_BYTES = 2**30
 _PLAIN = re.compile(r"(?:[\w-]|\\?[.-])*")  # a name, escaped or not: it has one way to match
 _MOST_PLAIN, _MOST_PAIRS = 256, 100_000  # of which matching takes well under a second; `re` keeps 512 compiled
