@@ -98,7 +98,8 @@ def hostile_values(rng: random.Random, outside: Outside) -> Any:
             ".", "..", "/", "~", "-", secret, str(outside.folder), f"{deep}outside", f"{deep}outside/secret.txt", "a" * 100_000,
             f"file://{outside.folder}", outside.url, f"{outside.url}/model", f"simplecache::{outside.url}/x", "hf://nobody/none",
             "s3://127.0.0.1/x", "memory://x", "abcdef012345\n", "ABCDEF012345", "0123456789ab", "\ud800", "‮evil",
-            "<script>alert(1)</script>", "(a+)+$", "(.*)*x", "((a*)*)*b", "(?:", "[", "(" * 2000, "x{999999999999}", r"(\w|\w\.)+!",
+            "<script>alert(1)</script>", "(a+)+$", "(.*)*x", "((a*)*)*b", "(?:", "[", "(" * 2000, "x{999999999999}",
+            r"(\w|\w\.)+!", r"(([a-z_0-9.]+)+)+!",
             "weights.bin", "nobody/kernel", "os.system", [], [None], {}, {"a": {}}, ["x"] * 10_000, [[[]]], [10**9] * 3,
         ]
     )  # fmt: skip
