@@ -72,7 +72,7 @@ def read_adapter(uri: str, revision: str | None = None) -> SavedAdapter:
         path.open("rb").close()  # safetensors calls a file that may not be read one that is not there
         tensors = load_file(path)
     except (safetensors.SafetensorError, ValueError) as error:
-        raise AdapterMismatch(f"{path}: is not a whole safetensors file ({error}). Copy or save it again.") from None
+        raise AdapterMismatch(f"{path}: is not a whole safetensors file ({str(error)[:200]}). Copy or save it again.") from None
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror or error}). Mend its permissions or the disk.") from None
     _check_fields(uri, config)
