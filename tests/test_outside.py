@@ -21,7 +21,7 @@ from lora_embed.storage import Store
 from lora_embed.table import open_table
 from lora_embed.verify import verify_table
 from lora_embed.versions import roll_back
-from tables import noise_vectors, publish_vectors
+from tables import SPACE, noise_vectors, publish_vectors
 
 ONE = "0000.tar/000001"
 OUTWARD = [
@@ -87,6 +87,7 @@ def shared(tmp_path: Path) -> Path:
     vectors = noise_vectors(8)
     for _ in range(2):
         publish_vectors(tmp_path / "table", {"0000.tar": ([f"{n:06d}" for n in range(8)], vectors)})
+    assert Store(str(tmp_path / "table")).create(f"encoders/{SPACE}/encoder.json", b"{}")  # what forgetting asks for
     private = tmp_path / "private"
     (private / "deep").mkdir(parents=True)
     for name in ("keys.txt", "deep/00000001.json", "deep/a.parquet"):

@@ -27,7 +27,7 @@ def verify_file(store: Store, entry: FileEntry, *, is_data: bool) -> NDArray[np.
     where = f"{store.uri}/{entry.path}"
     data = store.read(entry.path)
     if data is None:
-        raise VerificationFailed(f"{where}: is gone, though the version refers to it")
+        raise VerificationFailed(f"{where}: is gone, though it is referred to")
     if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
         raise VerificationFailed(f"{where}: {len(data)} bytes that are not the {entry.bytes} it was published with")
     with damage_named(where):
