@@ -107,7 +107,7 @@ COMMANDS: dict[str, Callable[[Path, Path], Any]] = {
     "rows": lambda table, out: open_table(str(table)).rows([ONE]),
     "dataset": lambda table, out: open_table(str(table)).to_dataset().to_table(),
     "status": lambda table, out: run_command(["status", str(table)]),
-    "runs": lambda table, out: run_command(["runs", str(table)]),
+    "metrics": lambda table, out: run_command(["status", str(table), "--metrics"]),
     "temporary": lambda table, out: Store(str(table)).clear_temporary(0),
     "delete": lambda table, out: Store(str(table)).delete(
         ["runs/x/keys.txt", "_tmp/keys.txt", "data/keys.txt", "new/keys.txt"]
