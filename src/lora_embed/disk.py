@@ -53,13 +53,16 @@ def walk_no_links(root: str, prefix: str) -> Iterator[tuple[str, os.stat_result]
         return
     for entry in entries:
         path = f"{prefix}/{entry.name}" if prefix else entry.name
-        if entry.is_symlink():
+        if entry.is_file(follow_symlinks=False):
+            try:
+                state = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:  # deleted meanwhile
+                continue
+            yield path, state
+        elif entry.is_symlink():
             raise _link_at(path)
-        if entry.is_dir(follow_symlinks=False):
+        elif entry.is_dir(follow_symlinks=False):
             yield from walk_no_links(root, path)
-        elif entry.is_file(follow_symlinks=False):
-            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                yield path, entry.stat(follow_symlinks=False)
 
 
 def refuse_links(root: str, parts: list[str]) -> None:

@@ -8,6 +8,7 @@ import io
 import math
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -75,18 +76,22 @@ class Store:
 
         Raises StorageError for a path that leads, or on a disk through a link may lead, out of the root.
         """
-        root = self._connection[1].rstrip("/")
+        fs, whole = self._connection
+        root = whole.rstrip("/")
         if not path:
-            return root or self._connection[1]
-        parts = path.split("/")
-        if ".." in parts or "\0" in path or _SCHEME.match(path) or (self.is_local and ("" in parts or "." in parts)):
+            return root or whole
+        parts, is_local = path.split("/"), isinstance(fs, LocalFileSystem)
+        if ".." in parts or "\0" in path or _SCHEME.match(path) or (is_local and ("" in parts or "." in parts)):
             raise StorageError(
                 f"{self.uri}: the path {path!r} leads out of it or names nothing in it, so it is not followed. Something that "
                 "was not written by lora-embed names it: find out what, and remove that."
             )
-        if self.is_local and not self.follows_links:
-            with explained(self, path):
+        if is_local and not self.follows_links:
+            try:
                 disk.refuse_links(root, parts)
+            except OSError:
+                with explained(self, path):
+                    raise
         return f"{root}/{path}"
 
     def name(self, path: str) -> str:
@@ -124,36 +129,38 @@ class Store:
 
         On S3 every read carries If-Match, so that all bytes are of the object as it was when it was opened.
         """
-        fs = self.filesystem
-        given = {} if self.is_local else {"block_size": max(1, min(ahead, READ_AHEAD))}
-        file = self._retried(path, lambda: fs.open(self.full_path(path), "rb", **given))
-        return cast(BinaryIO, file if self.is_local else io.BufferedReader(_RetriedFile(self, path, file), 65536))
+        fs, full = self.filesystem, self.full_path(path)
+        is_local = isinstance(fs, LocalFileSystem)
+        given = {} if is_local else {"block_size": max(1, min(ahead, READ_AHEAD))}
+        file = self._retried(path, lambda: fs.open(full, "rb", **given))
+        return cast(BinaryIO, file if is_local else io.BufferedReader(_RetriedFile(self, path, file), 65536))
 
     def read(self, path: str) -> bytes | None:
         """The whole object, or None where there is none."""
-        fs = self.filesystem
+        fs, full = self.filesystem, self.full_path(path)
         try:
-            return self._retried(path, lambda: cast(bytes, fs.cat_file(self.full_path(path))))
+            return self._retried(path, lambda: cast(bytes, fs.cat_file(full)))
         except FileNotFoundError:
             return None
 
     def info(self, path: str) -> Entry | None:
         """The object's size and etag as they are now, or None where there is none."""
-        fs = self.filesystem
+        fs, full = self.filesystem, self.full_path(path)
         try:
-            if self.is_local:
+            if isinstance(fs, LocalFileSystem):
                 with explained(self, path):
-                    state = os.stat(self.full_path(path))
-                return _local_entry(path, state) if os.path.isfile(self.full_path(path)) else None
+                    state = os.stat(full)
+                return _local_entry(path, state) if stat.S_ISREG(state.st_mode) else None
             fs.invalidate_cache()
-            found = self._retried(path, lambda: fs.info(self.full_path(path)))
+            found = self._retried(path, lambda: fs.info(full))
         except FileNotFoundError:
             return None
         return _entry(path, found) if found["type"] == "file" else None
 
     def is_directory(self, path: str = "") -> bool:
         fs = self.filesystem
-        return self._retried(path, lambda: bool(fs.isdir(self.full_path(path))))
+        full = self.full_path(path)
+        return self._retried(path, lambda: bool(fs.isdir(full)))
 
     def now(self) -> float:
         """Seconds since 1970 by the clock that dates what is stored, which need not be this machine's.
