@@ -6,13 +6,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lora_embed import cluster, journal, judge, pipeline, plan, preview, publish, retention, staging, versions, work
 from lora_embed.config import JobConfig, load_recipe
 from lora_embed.errors import ConfigError, EncoderError, GateFailed, IncompleteRun, TableError, VerificationFailed, once_started
+from lora_embed.foreign import DeviceRecord, RecipeRecord, read_record
 from lora_embed.manifest import Manifest
 from lora_embed.model.description import (
     DESCRIPTION,
@@ -20,7 +21,6 @@ from lora_embed.model.description import (
     Description,
     files_of,
     read_description,
-    read_record,
 )
 from lora_embed.model.follow import refuse_elsewhere
 from lora_embed.model.keep import keep_id
@@ -257,9 +257,8 @@ def find_encoder(source: "Ingredients | Path", store: Store) -> Description | No
     """The encoder that this content was built into before, if it is whole on the table's storage."""
     if isinstance(source, Path):
         return stored_encoder(store, read_description(source).space_id)
-    record = record_path(source.recipe_id)
-    recorded = store.read(record)
-    return stored_encoder(store, read_record(recorded, store.name(record))) if recorded is not None else None
+    recorded = read_record(store, record_path(source.recipe_id), RecipeRecord)
+    return stored_encoder(store, recorded.space_id) if recorded is not None else None
 
 
 def stored_encoder(store: Store, space_id: str) -> Description | None:
@@ -309,7 +308,8 @@ def store_encoder(folder: Path, store: Store) -> Description:
     for file in sorted(files_of(folder, description, str(folder)), key=lambda file: (file.name == DESCRIPTION, file)):
         store.create(f"{target}/{file.relative_to(folder).as_posix()}", file.read_bytes())
     if not store.create(record, own):
-        settled = stored_encoder(store, read_record(store.read(record) or own, store.name(record)))
+        recorded = read_record(store, record, RecipeRecord)
+        settled = stored_encoder(store, recorded.space_id if recorded is not None else description.space_id)
         if settled is not None:
             return settled
         store.replace(record, own)  # its encoder was removed, since no version needed it
@@ -351,10 +351,10 @@ def known_layout(job: JobConfig, store: Store, encoder: Description, current: Ma
     """The layout by job and table alone; None where `auto` was never resolved for this table."""
     resolved: dict[str, Any] = {}
     if leaves_open(job):
-        raw = store.read(resolved_path(encoder.space_id))
-        if raw is None:
+        device = read_record(store, resolved_path(encoder.space_id), DeviceRecord)
+        if device is None:
             return None
-        resolved = json.loads(raw)
+        resolved = asdict(device)
     layout = layout_of(job, resolved)
     if current is not None and current.pins != layout.pins:
         differing = [name for name, value in layout.pins.items() if current.pins[name] != value]

@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -75,7 +75,6 @@ class Description:
 
 
 _CHECKED: TypeAdapter[Description] = TypeAdapter(Description)
-_RECORD: TypeAdapter[Any] = TypeAdapter(Id)
 
 
 def read_description(folder: Path) -> Description:
@@ -129,16 +128,6 @@ def _check(description: Description) -> None:
         raise ValueError("preprocessing.multiply and add are not all finite numbers")
     if len(set(description.members)) != len(description.members):
         raise ValueError("members names a folder twice")
-
-
-def read_record(data: bytes, where: str) -> str:
-    """The space id in the record of a recipe (`recipes/<recipe_id>.json` of a table). Raises EncoderError for another thing."""
-    try:
-        return str(_RECORD.validate_python(json.loads(data)["space_id"]))
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise EncoderError(
-            f"{where}: says no space id of 12 hex digits, but {data[:100]!r}. Remove it: the next run writes it anew."
-        ) from None
 
 
 def files_of(folder: Path, description: Description, where: str) -> list[Path]:
