@@ -18,11 +18,11 @@ from lora_embed.errors import ConfigError
 from lora_embed.export import export_index, open_index
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.encoder import Encoder, load_encoder
-from lora_embed.page import printable
 from lora_embed.plan import list_shards
 from lora_embed.schema import encoder_path
 from lora_embed.search import find_pictures, search_image, search_table
 from lora_embed.table import Table
+from lora_embed.text import printable
 from samples import encoded, noise, png, poisoned, samples_of, tar_of
 from tables import SPACE, noise_vectors, publish_vectors, spread
 

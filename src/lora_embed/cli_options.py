@@ -10,7 +10,7 @@ import typer
 from lora_embed.config import JobConfig, load_job
 from lora_embed.errors import ConfigError
 from lora_embed.progress import shown
-from lora_embed.record import without_secrets
+from lora_embed.text import without_secrets
 
 if TYPE_CHECKING:
     from lora_embed.storage import Store

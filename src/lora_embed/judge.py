@@ -1,8 +1,7 @@
 """A version about to be created, measured on storage and held against the one before: the gates after compaction."""
 
-import json
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from lora_embed import gates, pipeline
 from lora_embed.config import JobConfig, check_options
 from lora_embed.errors import GateFailed
+from lora_embed.foreign import read_record
 from lora_embed.gates import Gate, Limits
 from lora_embed.health import Figures, Health, combine, measure_rows, seeded_sample
 from lora_embed.manifest import FileEntry, Manifest
@@ -145,11 +145,16 @@ def by_id(rows: pa.Table) -> Rows:
     return {row["id"]: row for row in rows.to_pylist()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What an encoder's description says of how it prepares images."""
+
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+
+
 def _preprocessing(store: Store, space_id: str) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads(store.read(f"{encoder_path(space_id)}/{DESCRIPTION}") or b"{}").get(
-        "preprocessing", {}
-    )
-    return settings
+    described = read_record(store, f"{encoder_path(space_id)}/{DESCRIPTION}", _Settings) or _Settings()
+    return described.preprocessing
 
 
 def decide(where: str, judged: Iterable[Gate], accepted: dict[str, str]) -> dict[str, dict[str, Any]]:

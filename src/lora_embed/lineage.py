@@ -1,17 +1,50 @@
 """Where a row came from, and how an image is taken out of a table for good."""
 
-import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lora_embed import compact, retention, versions
 from lora_embed.errors import TableError
+from lora_embed.foreign import read_record
 from lora_embed.manifest import Manifest
 from lora_embed.schema import Layout, encoder_path
 from lora_embed.storage import Store
 from lora_embed.table import Table
+from lora_embed.text import in_lines
 
 COLUMNS = ["id", "shard", "key", "width", "height", "sha256"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Adapter:
+    """Of a merge report."""
+
+    uri: str
+    content_hash: str
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Base:
+    """Of a merge report."""
+
+    uri: str = "unknown"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    """Of a merge report."""
+
+    adapters: tuple[_Adapter, ...]
+    merge_method: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Report:
+    """What an encoder's merge report says of where it comes from; none of these places is opened."""
+
+    base: _Base = field(default_factory=_Base)
+    members: tuple[_Member, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +66,14 @@ class Explanation:
 
     def describe(self) -> str:
         """For a person."""
-        adapters = "".join(f"\n          {a['uri']} × {a['weight']} ({a['content_hash'][:12]})" for a in self.adapters)
-        return (
-            f"image     {self.id}, {self.width}×{self.height} pixels, sha256 {self.image_sha256}\n"
-            f"shard     {self.shard} ({self.shard_id})\n"
-            f"encoder   space {self.space_id}, {self.merge_method} on {self.base}{adapters}\n"
-            f"version   in {self.version}; the first retained one that holds this row is {self.first_version}"
-        )
+        lines = [
+            f"image     {self.id}, {self.width}×{self.height} pixels, sha256 {self.image_sha256}",
+            f"shard     {self.shard} ({self.shard_id})",
+            f"encoder   space {self.space_id}, {self.merge_method} on {self.base}",
+        ]
+        lines += [f"          {a['uri']} × {a['weight']} ({a['content_hash'][:12]})" for a in self.adapters]
+        lines += [f"version   in {self.version}; the first retained one that holds this row is {self.first_version}"]
+        return in_lines(lines)
 
 
 def explain_row(opened: Table, id_: str) -> Explanation:
@@ -50,10 +84,9 @@ def explain_row(opened: Table, id_: str) -> Explanation:
         raise TableError(f"{store.uri}: version {manifest.version} has no vector of {id_!r}; is it among the rejects?")
     row = rows.to_pylist()[0]
     shard = next(shard for shard in manifest.shards.values() if shard.name == row["shard"])
-    report = json.loads(store.read(f"{encoder_path(manifest.space_id)}/merge_report.json") or b"{}")
+    report = read_record(store, f"{encoder_path(manifest.space_id)}/merge_report.json", _Report) or _Report()
     holders = [m.version for m in versions.newest_first(store) if m.space_id == manifest.space_id and shard.id in m.shards]
-    members = report.get("members", [])
-    kept = ("uri", "content_hash", "weight")
+    members = report.members
     return Explanation(
         id=id_,
         version=manifest.version,
@@ -63,9 +96,9 @@ def explain_row(opened: Table, id_: str) -> Explanation:
         width=row["width"],
         height=row["height"],
         space_id=manifest.space_id,
-        base=report.get("base", {}).get("uri", "unknown"),
-        adapters=tuple({key: adapter[key] for key in kept} for member in members for adapter in member["adapters"]),
-        merge_method=members[0]["merge_method"] if members else "unknown",
+        base=report.base.uri,
+        adapters=tuple(asdict(adapter) for member in members for adapter in member.adapters),
+        merge_method=members[0].merge_method if members else "unknown",
         first_version=min(holders, default=manifest.version),
     )
 

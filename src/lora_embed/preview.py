@@ -1,11 +1,12 @@
 """Is a new encoder worth a full pass? A seeded sample of the table goes first, and is held against the current version."""
 
 import json
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lora_embed import cluster, gates, judge, pipeline, staging, table, work
+from lora_embed import cluster, foreign, gates, judge, pipeline, staging, table, work
 from lora_embed.config import JobConfig
 from lora_embed.effort import Effort
 from lora_embed.errors import GateFailed
@@ -15,6 +16,13 @@ from lora_embed.manifest import Manifest
 from lora_embed.progress import say
 from lora_embed.schema import Shard
 from lora_embed.stages import Workers, seconds_an_image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast a space's sample was embedded: `staging/<space_id>/sample.json`."""
+
+    seconds_an_image: float
 
 
 def embed_sample(
@@ -63,5 +71,5 @@ def _seconds_an_image(shared: pipeline.Job, effort: Effort, workers: Workers) ->
     if effort.samples:
         took = seconds_an_image(effort.seconds, effort.samples, workers)
         shared.store.create(path, json.dumps({"seconds_an_image": took}).encode())
-    kept = shared.store.read(path)
-    return float(json.loads(kept)["seconds_an_image"]) if kept is not None else 0.0
+    kept = foreign.read_record(shared.store, path, Speed)
+    return kept.seconds_an_image if kept is not None else 0.0

@@ -1,6 +1,5 @@
 """What a table no longer needs: old versions, and what nothing refers to, once a grace period is over."""
 
-import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -8,11 +7,13 @@ from typing import Any
 
 from lora_embed.config import Retain
 from lora_embed.errors import LoraEmbedError, StorageError, TableError
+from lora_embed.foreign import parse_json
 from lora_embed.manifest import Manifest, parse_manifest
 from lora_embed.progress import say
 from lora_embed.runs import find_live
 from lora_embed.schema import Part
 from lora_embed.storage import Entry, Store
+from lora_embed.text import in_lines
 from lora_embed.versions import (
     CURRENT,
     RETIRED,
@@ -66,7 +67,7 @@ class Collected:
         lines += [
             f"{would}: {self.objects:,} objects, {self.bytes:,} bytes ({counted})" if self.objects else f"nothing {would}"
         ]
-        return "\n".join(lines)
+        return in_lines(lines)
 
 
 @dataclass(kw_only=True)
@@ -217,10 +218,18 @@ def _unused(store: Store, kept: _Kept) -> list[Entry]:
     doomed = [entry for entry in encoders if _space(entry) not in used]
     for entry in store.list_files("recipes"):
         if entry.modified < kept.oldest and (data := store.read(entry.path)) is not None:
-            space = json.loads(data)["space_id"]
-            if space not in used:
+            space = _recorded_space(data)
+            if space is not None and space not in used:
                 doomed.append(entry)
     return doomed + _left_behind(staged, used, kept)
+
+
+def _recorded_space(data: bytes) -> str | None:
+    """The space that a recipe's record names; None for a damaged record, which stays for a person to look at."""
+    try:
+        return str(parse_json(data)["space_id"])
+    except (ValueError, TypeError, LookupError):
+        return None
 
 
 def _space(entry: Entry) -> str:

@@ -16,12 +16,13 @@ from lora_embed.errors import ConfigError, LoraEmbedError
 from lora_embed.export import HIT_COLUMNS, Hit, open_index, refuse_other_space, unit, unit_queries, vectors_of
 from lora_embed.isolate import IsolatedDecoder
 from lora_embed.model.preprocess import Preprocessing
-from lora_embed.page import Section, escaped, page, picture, printable, write
+from lora_embed.page import Section, escaped, page, picture, write
 from lora_embed.plan import list_shards
 from lora_embed.read import read_samples
 from lora_embed.schema import Layout
 from lora_embed.storage import Store
 from lora_embed.table import Table
+from lora_embed.text import in_lines
 
 QUERIES_AT_ONCE = 1024  # each pass over the files: its scores are 4 bytes a query and row of a batch
 THUMBNAIL = Preprocessing(resize=160, resample=3, crop=(160, 160), multiply=(1.0, 1.0, 1.0), add=(0.0, 0.0, 0.0))
@@ -47,7 +48,7 @@ class Found:
         head = (
             f"{len(self.hits)} nearest of {self.count:,} images, version {self.version}, space {self.space_id}, {self.method}"
         )
-        return "\n".join([head, *(f"{hit.score: .6f}  {printable(hit.id)}" for hit in self.hits)])
+        return in_lines([head, *(f"{hit.score: .6f}  {hit.id}" for hit in self.hits)])
 
 
 def search_table(table: Table, vectors: NDArray[Any], k: int, space_id: str | None = None) -> list[list[Hit]]:

@@ -76,11 +76,18 @@ def verify_parts(store: Store, space_id: str, layout: Layout, parts: list[Part])
             "start": start,
             "samples": full,
         }
-        if facts is None or {key: facts[key] for key in expected} != expected or metadata.num_rows != full:
+        vectors_here = (facts or {}).get("vectors")
+        if (
+            facts is None
+            or {key: facts.get(key) for key in expected} != expected
+            or metadata.num_rows != full
+            or not isinstance(vectors_here, int)
+            or not 0 <= vectors_here <= full
+        ):
             raise VerificationFailed(f"{store.uri}/{path}: its footer says {facts}, expected {expected}; remove it, run again")
         start += metadata.num_rows
         samples.append(metadata.num_rows)
-        vectors.append(int(str(facts["vectors"])))
+        vectors.append(vectors_here)
     return VerifiedShard(shard_id=parts[0].shard_id, samples_of_parts=tuple(samples), vectors_of_parts=tuple(vectors))
 
 

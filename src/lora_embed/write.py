@@ -1,9 +1,10 @@
 """A chunk's vectors → its part: one object, committed once, a function of shard, encoder and layout alone."""
 
+import contextlib
 import io
 import json
 from dataclasses import dataclass, replace
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from lora_embed.foreign import parse_json
 from lora_embed.retry import take_retries
 from lora_embed.schema import ChunkHead, ChunkStats, Layout, Part, from_ipc, part_schema
 from lora_embed.stages import Stopwatch
@@ -102,7 +104,9 @@ def read_footer(data: pq.FileMetaData) -> dict[str, object] | None:
     And `bytes`: [begin, end) of the chunk in its tar, or None where reading cannot begin there.
     """
     raw = (data.metadata or {}).get(FOOTER)
-    return json.loads(raw) if raw else None
+    with contextlib.suppress(ValueError):
+        return found if isinstance(found := parse_json(raw or b""), dict) else None
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +124,9 @@ def read_place(store: Store, path: str) -> ChunkPlace | None:
         with store.open(path, FOOTER_BYTES) as data:
             file = pq.ParquetFile(data)
             place = (read_footer(file.metadata) or {}).get("bytes")
-            if place is None:
+            if not isinstance(place, list) or len(place) != 2 or not all(isinstance(edge, int) and edge >= 0 for edge in place):
                 return None
-            begin, end = cast(list[int], place)
+            begin, end = place
             return ChunkPlace(begin=begin, end=end, keys=frozenset(file.read(columns=["key"])["key"].to_pylist()))
     except FileNotFoundError:
         return None
