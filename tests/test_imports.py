@@ -47,6 +47,7 @@ LAYERS = [  # top to bottom: a module imports from its own layer and those above
         "write",
         "health",
         "gates",
+        "places",
         "index_files",
         "export",
         "progress",

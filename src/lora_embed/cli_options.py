@@ -69,6 +69,11 @@ class Named:
         """Storage options of the images that the table is made from."""
         return {} if self.job is None else self.job.input_storage_options
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Places of the images that the table is made from, as the user's own job file names them."""
+        return () if self.job is None else self.job.input
+
     def options_of(self, image: str) -> dict[str, Any]:
         """Those of an image that is named beside the table."""
         return {} if self.job is None else options_like(image, self.job.input, self.input_options)

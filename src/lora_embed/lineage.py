@@ -83,7 +83,9 @@ def explain_row(opened: Table, id_: str) -> Explanation:
     if not rows.num_rows:
         raise TableError(f"{store.uri}: version {manifest.version} has no vector of {id_!r}; is it among the rejects?")
     row = rows.to_pylist()[0]
-    shard = next(shard for shard in manifest.shards.values() if shard.name == row["shard"])
+    shard = next((shard for shard in manifest.shards.values() if shard.name == row["shard"]), None)
+    if shard is None:
+        raise TableError(f"{store.uri}: version {manifest.version} has a row of {row['shard']!r}, which is none of its shards")
     report = read_record(store, f"{encoder_path(manifest.space_id)}/merge_report.json", _Report) or _Report()
     holders = [m.version for m in versions.newest_first(store) if m.space_id == manifest.space_id and shard.id in m.shards]
     members = report.members
@@ -92,7 +94,7 @@ def explain_row(opened: Table, id_: str) -> Explanation:
         version=manifest.version,
         shard=shard.name,
         shard_id=shard.id,
-        image_sha256=row["sha256"].hex(),
+        image_sha256=(row["sha256"] or b"").hex(),
         width=row["width"],
         height=row["height"],
         space_id=manifest.space_id,
