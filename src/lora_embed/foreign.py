@@ -1,20 +1,52 @@
-"""JSON that somebody else wrote: read within limits, and as records whose fields have their types."""
+"""What a table says, which others may have written: JSON → one of this package's records, or one message."""
 
-import functools
 import json
 import math
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from lora_embed.errors import TableError
+from lora_embed.explain import first_wrong
+from lora_embed.storage import Store
 
-if TYPE_CHECKING:
-    from lora_embed.storage import Store
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+SpaceId = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
+MOST_LEVELS = 64  # of lists and objects within each other, in small records
+LARGEST = 2**63  # of whole numbers there, as Arrow and other languages hold them
+T = TypeVar("T")
 
-MOST_LEVELS = 64  # of lists and objects within each other
-LARGEST = 2**63  # of whole numbers, as Arrow and other languages hold them
-R = TypeVar("R")
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeRecord:
+    """`recipes/*.json`: the space that a recipe was built into."""
+
+    space_id: SpaceId
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceRecord:
+    """What `auto` was on the device that a table was begun on."""
+
+    precision: Literal["float32", "bfloat16", "float16"]
+    batch_size: Annotated[int, Field(ge=1, lt=2**20)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRecord:
+    """How long the images of a sample took."""
+
+    seconds_an_image: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def read_json(data: bytes, where: str, remedy: str = "Remove it.") -> Any:
+    """What a JSON file holds. Raises TableError, naming `where`, for one that is none, or nested without end."""
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise TableError(f"{where}: is damaged ({error}). {remedy}") from None
 
 
 def parse_json(data: bytes | str) -> Any:
@@ -35,31 +67,37 @@ def parse_json(data: bytes | str) -> Any:
     return found
 
 
-def parse_record(kind: type[R], data: bytes | str) -> R:
-    """A dataclass from JSON; fields that it does not know are left out.
+def parse_record(kind: type[T], data: bytes | str) -> T:
+    """A small record from JSON; fields that only a newer release knows are passed over.
 
     Raises ValueError, in words for a message, for what `parse_json` refuses, and a field that is missing or of another type.
     """
     found = json.dumps(parse_json(data))
     try:
-        return cast(R, _adapter(kind).validate_json(found, strict=True))  # type: ignore[arg-type]  # a dataclass is hashable
+        return cast(T, _adapter_of(cast(Any, kind)).validate_json(found, strict=True))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
+        raise ValueError(first_wrong(error)) from None
 
 
-def read_record(store: "Store", path: str, kind: type[R]) -> R | None:
-    """A record of a table; None where there is none. Raises TableError for one that is damaged."""
-    data = store.read(path)
+def taken_as(kind: type[T], value: Any, where: str) -> T:
+    """A value as a dataclass or model of this package. Raises TableError, naming `where`, for one that does not fit.
+
+    Fields that only a newer release knows are passed over.
+    """
     try:
-        return parse_record(kind, data) if data is not None else None
-    except ValueError as error:
-        raise TableError(f"{store.name(path)}: is damaged ({error}). Remove it, or name another table.") from None
+        return cast(T, _adapter_of(cast(Any, kind)).validate_python(value, extra="ignore"))
+    except ValidationError as error:
+        raise TableError(f"{where}: {first_wrong(error)}. It is damaged, or lora-embed has not written it.") from None
 
 
-@functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def read_record(store: Store, path: str, kind: type[T]) -> T | None:
+    """The record at a path of a table; None where there is none. Raises TableError for one that does not fit."""
+    data = store.read(path)
+    return taken_as(kind, read_json(data, store.name(path)), store.name(path)) if data is not None else None
+
+
+@cache
+def _adapter_of(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 

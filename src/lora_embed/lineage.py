@@ -16,32 +16,26 @@ COLUMNS = ["id", "shard", "key", "width", "height", "sha256"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Adapter:
-    """Of a merge report."""
+class _Base:
+    uri: str = "unknown"
 
+
+@dataclass(frozen=True, kw_only=True)
+class _Adapter:
     uri: str
     content_hash: str
     weight: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Base:
-    """Of a merge report."""
-
-    uri: str = "unknown"
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Member:
-    """Of a merge report."""
-
-    adapters: tuple[_Adapter, ...]
     merge_method: str
+    adapters: tuple[_Adapter, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Report:
-    """What an encoder's merge report says of where it comes from; none of these places is opened."""
+    """As much of an encoder's merge report as an explanation says."""
 
     base: _Base = field(default_factory=_Base)
     members: tuple[_Member, ...] = ()

@@ -58,7 +58,7 @@ def read_samples(shard: Shard, layout: Layout, options: dict[str, Any], wanted: 
     Raises ShardError when the shard is cut short, damaged, or another one than was listed.
     """
     assert shard.kind == "tar" or span == WHOLE, (shard.kind, span)
-    store = Store(shard.root, options)
+    store = Store(shard.root, options, follows_links=True)
     if shard.kind == "images":
         yield from _read_images(store, shard, wanted, layout.max_bytes)
         return

@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any, cast
 
 from lora_embed import cluster, journal, judge, pipeline, plan, preview, publish, retention, staging, versions, work
 from lora_embed.config import JobConfig, load_recipe
 from lora_embed.errors import ConfigError, GateFailed, IncompleteRun, TableError, VerificationFailed, once_started
-from lora_embed.foreign import read_record
+from lora_embed.foreign import DeviceRecord, RecipeRecord, read_record
 from lora_embed.manifest import Manifest
 from lora_embed.model.description import DESCRIPTION, BaseReference, Description, read_description
 from lora_embed.model.keep import keep_id
@@ -29,21 +27,6 @@ if TYPE_CHECKING:
     from lora_embed.model.build import Ingredients
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recorded:
-    """What a recipe was built into: `recipes/<recipe_id>.json`."""
-
-    space_id: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resolved:
-    """What a job's `auto` came to on its device: `staging/<space_id>/resolved.json`."""
-
-    precision: Literal["float32", "bfloat16", "float16"]
-    batch_size: Annotated[int, Field(gt=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +235,7 @@ def find_encoder(source: "Ingredients | Path", store: Store) -> Description | No
     """The encoder that this content was built into before, if it is whole on the table's storage."""
     if isinstance(source, Path):
         return stored_encoder(store, read_description(source).space_id)
-    recorded = read_record(store, f"recipes/{source.recipe_id}.json", Recorded)
+    recorded = read_record(store, f"recipes/{source.recipe_id}.json", RecipeRecord)
     return stored_encoder(store, recorded.space_id) if recorded is not None else None
 
 
@@ -294,7 +277,7 @@ def store_encoder(folder: Path, store: Store) -> Description:
     for file in sorted(files, key=lambda file: file.name == DESCRIPTION):
         store.create(f"{target}/{file.relative_to(folder).as_posix()}", file.read_bytes())
     if not store.create(record, own):
-        recorded = read_record(store, record, Recorded)
+        recorded = read_record(store, record, RecipeRecord)
         settled = stored_encoder(store, recorded.space_id if recorded is not None else description.space_id)
         if settled is not None:
             return settled
@@ -337,10 +320,10 @@ def known_layout(job: JobConfig, store: Store, encoder: Description, current: Ma
     """The layout by job and table alone; None where `auto` was never resolved for this table."""
     resolved: dict[str, Any] = {}
     if leaves_open(job):
-        recorded = read_record(store, resolved_path(encoder.space_id), Resolved)
-        if recorded is None:
+        device = read_record(store, resolved_path(encoder.space_id), DeviceRecord)
+        if device is None:
             return None
-        resolved = asdict(recorded)
+        resolved = asdict(device)
     layout = layout_of(job, resolved)
     if current is not None and current.pins != layout.pins:
         differing = [name for name, value in layout.pins.items() if current.pins[name] != value]

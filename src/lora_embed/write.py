@@ -4,15 +4,18 @@ import contextlib
 import io
 import json
 from dataclasses import dataclass, replace
-from typing import IO, Any
+from typing import IO, Annotated, Any, NotRequired, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
-from lora_embed.foreign import parse_json
+from lora_embed.foreign import Count
+from lora_embed.parquet import damage_named
 from lora_embed.retry import take_retries
 from lora_embed.schema import ChunkHead, ChunkStats, Layout, Part, from_ipc, part_schema
 from lora_embed.stages import Stopwatch
@@ -20,6 +23,18 @@ from lora_embed.storage import Store
 
 FOOTER = b"lora_embed.part"
 FOOTER_BYTES = 2**16  # read at once of a part of which its footer and keys are wanted
+
+
+class _Footer(TypedDict):
+    space_id: str
+    layout_id: str
+    start: Count
+    samples: Count
+    vectors: Count
+    bytes: NotRequired[Annotated[list[Count], Field(min_length=2, max_length=2)] | None]
+
+
+_FOOTER = TypeAdapter(_Footer)
 
 
 def part_path(space_id: str, layout_id: str, part: Part | None = None) -> str:
@@ -98,14 +113,14 @@ def write_part(store: Store, space_id: str, layout: Layout, head: ChunkHead, tab
     return store.create(part_path(space_id, layout.layout_id, head.part), to_parquet(table.replace_schema_metadata(footer)))
 
 
-def read_footer(data: pq.FileMetaData) -> dict[str, object] | None:
-    """A part's own facts: space_id, layout_id, start, samples, vectors; None for a file that is no part.
+def read_footer(data: pq.FileMetaData) -> dict[str, Any] | None:
+    """A part's own facts: space_id, layout_id, start, samples, vectors; None for a file that is no part of ours.
 
     And `bytes`: [begin, end) of the chunk in its tar, or None where reading cannot begin there.
     """
-    raw = (data.metadata or {}).get(FOOTER)
-    with contextlib.suppress(ValueError):
-        return found if isinstance(found := parse_json(raw or b""), dict) else None
+    with contextlib.suppress(ValueError, RecursionError):
+        facts = json.loads((data.metadata or {}).get(FOOTER, b"null"))
+        return cast(dict[str, Any], _FOOTER.validate_python(facts, strict=True))
     return None
 
 
@@ -121,10 +136,10 @@ class ChunkPlace:
 def read_place(store: Store, path: str) -> ChunkPlace | None:
     """Of a part; None where it is gone, or was written without knowing its bytes."""
     try:
-        with store.open(path, FOOTER_BYTES) as data:
+        with store.open(path, FOOTER_BYTES) as data, damage_named(store.name(path)):
             file = pq.ParquetFile(data)
             place = (read_footer(file.metadata) or {}).get("bytes")
-            if not isinstance(place, list) or len(place) != 2 or not all(isinstance(edge, int) and edge >= 0 for edge in place):
+            if place is None:
                 return None
             begin, end = place
             return ChunkPlace(begin=begin, end=end, keys=frozenset(file.read(columns=["key"])["key"].to_pylist()))
