@@ -17,6 +17,7 @@ TAR, PARQUET = (".tar",), (".parquet", ".pq")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 IMAGES_PER_GROUP = 1024
+MOST_NAMES = 10_000_000  # that one pattern may name
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _WILD, _WILD_OR_BRACE = re.compile(r"[*?\[]"), re.compile(r"[*?\[{]")
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python holds bytes of a local name that are not UTF-8
@@ -40,7 +41,9 @@ def expand_braces(pattern: str) -> list[str]:
     match = _BRACES.search(pattern)
     if match is None:
         return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if (count := math.prod(_values(inside) for inside in _BRACES.findall(pattern))) > MOST_NAMES:
+        raise ConfigError(f"input {pattern[:200]}: its braces name {count:,} files, expected at most {MOST_NAMES:,}. Use *.")
+    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
     if span:
         first, last, width = int(span[1]), int(span[2]), len(span[1])
         values = [f"{number:0{width}d}" for number in range(first, last + 1)]
@@ -48,6 +51,12 @@ def expand_braces(pattern: str) -> list[str]:
         values = match[1].split(",")
     filled = [pattern[: match.start()] + value + pattern[match.end() :] for value in values]
     return list(dict.fromkeys(expanded for one in filled for expanded in expand_braces(one)))
+
+
+def _values(inside: str) -> int:
+    """How many values a pair of braces stands for."""
+    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", inside)
+    return max(0, int(span[2]) - int(span[1]) + 1) if span else inside.count(",") + 1
 
 
 def _shards_of(pattern: str, options: dict[str, Any]) -> list[Shard]:
