@@ -22,10 +22,10 @@ from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 from lora_embed.errors import ShardError, StorageError, StoreUnavailable
 from lora_embed.fields import typed
 from lora_embed.model.preprocess import Box, Joint, Pixels, Preprocessing
-from lora_embed.read import Sample, read_samples
+from lora_embed.read import ReadSamples, read_samples
 from lora_embed.resume import find_stretches
 from lora_embed.retry import take_retries
-from lora_embed.schema import ChunkHead, Layout, Shard, WorkItem, sample_schema, to_ipc
+from lora_embed.schema import ChunkHead, Layout, Sample, Shard, WorkItem, sample_schema, to_ipc
 from lora_embed.stages import Stopwatch
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none runs a program or reads another file

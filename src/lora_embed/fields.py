@@ -4,19 +4,57 @@ import json
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+
+
+MOST_FIELD = 16 * 2**20  # bytes of a value that may be carried; JSON unpacks to 30 times its size
 
 
 def value_of(scalar: pa.Scalar) -> Any:
     """A value of a Parquet column as Python has it; none for what Python cannot hold, such as a day beyond the year 9999.
 
-    Raises UnicodeDecodeError for text that is not UTF-8: its file is damaged.
+    None, too, for what is larger than `MOST_FIELD`, which is known before it is made. Raises UnicodeDecodeError for text
+    that is not UTF-8: its file is damaged.
     """
     try:
-        return scalar.as_py()
+        return scalar.as_py() if _weight(scalar) <= MOST_FIELD else None
     except UnicodeDecodeError:
         raise
-    except (OverflowError, ValueError):
+    except Exception:  # noqa: BLE001  # of dates, time zones and foreign types alone there are a dozen kinds
         return None
+
+
+def _weight(scalar: pa.Scalar) -> int:
+    """About the bytes of a value, and one more for each value within it; 0 for a number."""
+    kind = scalar.type
+    if not scalar.is_valid or pa.types.is_primitive(kind):
+        return 0
+    if isinstance(scalar, pa.BinaryScalar):
+        return int(scalar.as_buffer().size)
+    if isinstance(scalar, pa.ListScalar):
+        return _weight_of_all(scalar.values)
+    if isinstance(scalar, pa.StructScalar):
+        return sum(_weight(scalar[number]) for number in range(kind.num_fields))
+    return _weight(scalar.value) if isinstance(scalar, pa.DictionaryScalar | pa.ExtensionScalar) else 0
+
+
+def _weight_of_all(values: pa.Array) -> int:
+    """The same of all values of an array."""
+    kind = values.type
+    if pa.types.is_dictionary(kind):
+        longest = pc.max(pc.binary_length(values.dictionary)).as_py() if _has_length(kind.value_type) else values.dictionary.nbytes
+        return len(values) * (1 + (longest or 0))
+    if isinstance(kind, pa.BaseExtensionType):
+        return _weight_of_all(values.storage)
+    if pa.types.is_struct(kind):
+        return len(values) + sum(_weight_of_all(values.field(number)) for number in range(kind.num_fields))
+    if pa.types.is_nested(kind):
+        return len(values) + _weight_of_all(values.flatten())
+    return len(values) + int(values.nbytes)
+
+
+def _has_length(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_string(kind) or pa.types.is_large_binary(kind))
 
 
 def typed(value: Any, kind: str) -> Any:
