@@ -4,7 +4,6 @@ python tests/test_hostile.py --seed 7 --count 50000     # prints what became of 
 """
 
 import argparse
-import io
 import random
 import sys
 import time

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_embed.read_parquet import read_parquet
-from lora_embed.read_tar import read_tar
 from lora_embed.errors import ShardError
 from lora_embed.plan import list_shards
 from lora_embed.read import count_samples, read_samples
+from lora_embed.read_parquet import read_parquet
+from lora_embed.read_tar import read_tar
 from lora_embed.schema import Shard
 from lora_embed.storage import Entry
 from samples import layout, parquet_of, samples_of, shard_at, tar_of, tar_shard, touch_files

@@ -9,6 +9,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,76 @@ def walk(root: str, prefix: str, above: frozenset[tuple[int, int]] = frozenset()
             yield from walk(root, path, above | {(state.st_dev, state.st_ino)})
         elif stat.S_ISREG(file.st_mode):
             yield path, file
+
+
+def walk_input(root: str, *, follows: bool) -> Iterator[tuple[str, os.stat_result | str]]:
+    """Regular files below an input's folder, by path from it, links to files among them; each folder is looked at once.
+
+    A link to a folder that lies below the root too is no other folder. One to a folder elsewhere is walked where
+    `follows`, by its own name, and else it is given with the place that it leads to, as text, in place of a state.
+    """
+    seen: set[tuple[int, int] | None] = {None}  # None: what is not there any more
+    folders, links = [("", root)], list[tuple[str, str]]()
+    while folders or links:
+        if folders:
+            found = _look_at(*folders.pop(), seen)
+            folders += found.folders
+            links = sorted([*links, *found.links], reverse=True)
+            yield from found.files
+            continue
+        path, place = links.pop()  # only now: all that lies below the root in truth has been seen
+        if _identity(place) not in seen:
+            if follows:
+                folders.append((path, place))
+            else:
+                yield path, os.path.realpath(place)
+
+
+@dataclass
+class _Folder:
+    """What lies in a folder: files with their state, folders, and links to folders, by path from the root."""
+
+    files: list[tuple[str, os.stat_result]] = field(default_factory=list)
+    folders: list[tuple[str, str]] = field(default_factory=list)
+    links: list[tuple[str, str]] = field(default_factory=list)
+
+
+def _look_at(path: str, place: str, seen: set[tuple[int, int] | None]) -> _Folder:
+    found = _Folder()
+    try:
+        with os.scandir(place) as entries:
+            identity = _identity(place)
+            if identity in seen:
+                return found
+            seen.add(identity)
+            for entry in entries:
+                name = f"{path}/{entry.name}" if path else entry.name
+                state = _state(entry)
+                if state is not None and stat.S_ISREG(state.st_mode):
+                    found.files.append((name, state))
+                elif state is not None and stat.S_ISDIR(state.st_mode):
+                    (found.links if entry.is_symlink() else found.folders).append((name, entry.path))
+    except FileNotFoundError:  # it was deleted meanwhile, or never there
+        return _Folder()
+    return found
+
+
+def _state(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Of what a link leads to; None for what was deleted meanwhile, or a link to nothing."""
+    try:
+        return entry.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise
+
+
+def _identity(place: str) -> tuple[int, int] | None:
+    try:
+        state = os.stat(place)
+    except FileNotFoundError:
+        return None
+    return state.st_dev, state.st_ino
 
 
 def create(root: Path, target: Path, data: bytes) -> bool:

@@ -71,7 +71,9 @@ class ParquetFile:
         if len(tail) < 12 or tail[-4:] != _MAGIC or length > size:
             raise ShardError(f"{self._where}: cannot be read as Parquet to its end (it has no footer). Upload it again.")
         if length > MOST_FOOTER:
-            raise ShardError(f"{self._where}: its footer has {length} bytes, allowed are {MOST_FOOTER}. Write larger row groups.")
+            raise ShardError(
+                f"{self._where}: its footer has {length} bytes, allowed are {MOST_FOOTER}. Write larger row groups."
+            )
         if length > len(tail):
             self._file.seek(size - length)
             tail = self._file.read(length)
@@ -182,12 +184,15 @@ def extensions(field: pa.Field) -> Iterator[str]:
 
 
 def read_pages(data: bytes) -> Iterator[Page]:
-    """The pages of a column, by their headers alone. Raises ValueError or IndexError where its bytes are no row of pages."""
+    """The pages of a column, by their headers alone.
+
+    Raises ValueError, KeyError or IndexError where its bytes are no row of pages.
+    """
     place = 0
     while place < len(data):
         thrift = _Thrift(data, place)
         header = thrift.struct()
-        kind, unpacked, packed = (header.get(number) for number in (1, 2, 3))
+        kind, unpacked, packed = (int(header[number]) for number in (1, 2, 3))
         place = thrift.place + packed
         if not 0 <= packed < 2**31 or not 0 <= unpacked < 2**31 or place > len(data):
             raise ValueError(f"a page of {packed} bytes that unpacks to {unpacked}")

@@ -14,7 +14,10 @@ from lora_embed.schema import WHOLE, Layout, Sample, Shard, Span, Wanted
 from lora_embed.storage import Entry, Store, explained
 
 MOST_KEY = 2**16  # bytes of a key; Linux takes paths of 4,096
-MOST_UNPACKED, TIMES_UNPACKED = 16 * 2**30, 100  # bytes of a shard's images: so many, or so many times its own where it is larger
+MOST_UNPACKED, TIMES_UNPACKED = (
+    16 * 2**30,
+    100,
+)  # bytes of a shard's images: so many, or so many times its own where it is larger
 _CANNOT = {
     "tar": "incomplete or damaged tar, which cannot be read to its end",
     "parquet": "cannot be read as Parquet to its end",
@@ -38,7 +41,7 @@ def read_samples(shard: Shard, layout: Layout, options: dict[str, Any], wanted: 
     """
     assert shard.kind == "tar" or span == WHOLE, (shard.kind, span)
     store = Store(shard.root, options)
-    with _errors_of(shard, store):
+    with _errors_of(shard):
         yield from _bounded(_read(store, shard, layout, wanted, span), shard)
 
 
@@ -49,7 +52,7 @@ def count_samples(shard: Shard, layout: Layout, options: dict[str, Any], most: i
 
 
 @contextlib.contextmanager
-def _errors_of(shard: Shard, store: Store) -> Iterator[None]:
+def _errors_of(shard: Shard) -> Iterator[None]:
     """The one place where what a reader raises, or a library below it, becomes an error of its shard: whatever it is.
 
     Libraries raise what they like over a file that was made to have them do so; a list of types would miss some. What
@@ -75,13 +78,13 @@ def _bounded(samples: Iterator[Sample], shard: Shard) -> Iterator[Sample]:
         most -= len(sample.data or b"")
         if most < 0:
             raise ShardError(
-                f"{shard.root}/{shard.name}: its {shard.size} bytes unpack to more than {TIMES_UNPACKED} times as many bytes of "
-                f"images, and more than {MOST_UNPACKED >> 30} GiB. Write it with fewer repeated images to a file."
+                f"{shard.root}/{shard.name}: its {shard.size} bytes unpack to more than {TIMES_UNPACKED} times as many bytes "
+                f"of images, and more than {MOST_UNPACKED >> 30} GiB. Write it with fewer repeated images to a file."
             )
         if len(sample.key) > MOST_KEY:
             raise ShardError(
-                f"{shard.root}/{shard.name}: a sample's key has {len(sample.key)} characters, allowed are {MOST_KEY}. It begins "
-                f"with {sample.key[:40]!r}. Rename it."
+                f"{shard.root}/{shard.name}: a sample's key has {len(sample.key)} characters, allowed are {MOST_KEY}. It "
+                f"begins with {sample.key[:40]!r}. Rename it."
             )
         yield sample
 
@@ -94,7 +97,7 @@ def _read(store: Store, shard: Shard, layout: Layout, wanted: Wanted, span: Span
     _check_unchanged(store, entry, shard)
     ahead = (span.end or entry.size) - span.begin
     try:
-        with explained(store, entry.path), store.open(entry.path, ahead) as file, _errors_of(shard, store):
+        with explained(store, entry.path), store.open(entry.path, ahead) as file, _errors_of(shard):
             if shard.kind == "tar":
                 yield from read_tar(file, shard, layout, wanted, span)
             else:

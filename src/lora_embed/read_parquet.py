@@ -1,5 +1,6 @@
 """A Parquet file → its samples, to its proven end; lengths are known before values are made."""
 
+import itertools
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -7,12 +8,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lora_embed.errors import ShardError
-from lora_embed.fields import value_of
+from lora_embed.fields import values_of
 from lora_embed.parquet_file import ParquetFile, extensions
 from lora_embed.schema import Layout, Sample, Shard, Wanted
 
 ROWS = 64  # at a time
 MOST_REPEATED = 2**28  # bytes that the rows of a batch may take beyond what the file has of them
+MOST_AT_ONCE = 2**25  # bytes of images that Python is given at once
 FREE_ROWS, BYTES_PER_ROW = 1_000_000, 64  # a file may say that it has so many rows, or one to so many of its bytes
 _IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "jpg", "png")
 _KEY_COLUMNS = ("key", "__key__", "id", "path", "file_name")
@@ -91,16 +93,26 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 def _rows(
     batch: pa.RecordBatch, image: str | None, key: str | None, carried: list[str], start: int, max_bytes: int
 ) -> Iterator[Sample]:
-    images = batch.column(image) if image else None
-    if images is not None and pa.types.is_struct(images.type):
-        images = pc.struct_field(images, "bytes")  # null where the struct is
-    for row in range(batch.num_rows):
-        name = value_of(batch.column(key)[row]) if key else None
+    """Samples of a batch. An image of more than `max_bytes` is not made."""
+    keys = values_of(batch.column(key)) if key else [None] * batch.num_rows
+    fields = {field: values_of(batch.column(field)) for field in carried} if image else {}
+    images = _images(batch, image) if image else itertools.repeat(None)
+    for row, (name, data) in enumerate(zip(keys, images, strict=False)):
         if name is None:  # also where a key column holds null
             name = f"{start + row:010d}"
         elif isinstance(name, bytes):
             name = name.decode("utf-8", "backslashreplace")
-        data = images[row].as_buffer() if images is not None else None
-        excess = data.size if data is not None and data.size > max_bytes else 0
-        fields = {field: value_of(batch.column(field)[row]) for field in carried} if image and not excess else {}
-        yield Sample(str(name), None if data is None or excess else data.to_pybytes(), fields, excess)
+        sample = Sample(str(name), fields={field: values[row] for field, values in fields.items()})
+        if data is not None and len(data) > max_bytes:
+            sample.excess = len(data)
+        elif data is not None:
+            sample.data = data if isinstance(data, bytes) else data.to_pybytes()
+        yield sample
+
+
+def _images(batch: pa.RecordBatch, image: str) -> Iterator[bytes | pa.Buffer | None]:
+    """The column's values; as buffers, which are not copied yet, where that would take much memory."""
+    images = batch.column(image)
+    if pa.types.is_struct(images.type):
+        images = pc.struct_field(images, "bytes")  # null where the struct is
+    return iter(images.to_pylist()) if images.nbytes <= MOST_AT_ONCE else (value.as_buffer() for value in images)

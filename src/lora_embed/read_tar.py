@@ -5,7 +5,6 @@ import posixpath
 import re
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from lora_embed.errors import ShardError
@@ -55,7 +54,7 @@ def read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted, span:
                 if not member.issparse() and member.offset_data + member.size > size:  # before memory is taken for it
                     raise tarfile.ReadError("unexpected end of data")
                 if wanted(number):
-                    _add_field(current, (tar, headers), member, extension, layout)
+                    _add_field(current, tar, headers, member, extension, layout)
             end = tar.offset
     except (tarfile.TarError, EOFError) as error:
         if size >= BLOCK and current is None and not span.begin and not _begins_with_header(file):
@@ -108,12 +107,15 @@ class _Headers:
             self.has_global = True
             tar.pax_headers = {name: tar.pax_headers[name] for name in _OF_ALL if name in tar.pax_headers}
 
-    @contextmanager
-    def without_limit(self) -> Iterator[None]:
-        """For what is no header."""
-        left, self._left = self._left, float("inf")
+    def content(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+        """A member's bytes, which are no header."""
+        if not member.issparse():
+            self.seek(member.offset_data)
+            return self._file.read(member.size)
+        stream, left, self._left = tar.extractfile(member), self._left, float("inf")
+        assert stream is not None
         try:
-            yield
+            return stream.read()
         finally:
             self._left = left
 
@@ -158,7 +160,7 @@ def _split_name(name: str) -> tuple[str, str]:
 
 
 def _add_field(
-    sample: Sample, opened: tuple[tarfile.TarFile, _Headers], member: tarfile.TarInfo, extension: str, layout: Layout
+    sample: Sample, tar: tarfile.TarFile, headers: _Headers, member: tarfile.TarInfo, extension: str, layout: Layout
 ) -> None:
     """The first image member is the sample's image; JSON keys and text members are fields that may be carried."""
     names = {name for name, _ in layout.carry}
@@ -168,11 +170,7 @@ def _add_field(
     if member.size > (layout.max_bytes if is_image else MOST_FIELD):  # also of a sparse member, which is short in the file
         sample.excess = member.size if is_image else sample.excess
         return
-    tar, headers = opened
-    stream = tar.extractfile(member)
-    assert stream is not None
-    with headers.without_limit():
-        data = stream.read()
+    data = headers.content(tar, member)
     if len(data) != member.size:
         raise tarfile.ReadError("unexpected end of data")
     if is_image:
