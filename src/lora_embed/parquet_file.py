@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from lora_embed.errors import ShardError
 
 TAIL = 2**16  # bytes that are read at once of a file's end
-MOST_FOOTER = 2**26  # bytes; Arrow takes some ten times as much memory for it
+MOST_FOOTER = 2**24  # bytes; it takes some fifty times as much memory, and a microsecond a byte
 MOST_PAGE, TIMES_PACKED = 2**26, 32  # bytes that a page may unpack to: so many, or so many times its own where that is more
 MOST_VALUES = 2**24  # of a nested column in a row group, where it is less than eight to a byte
 _MAGIC = b"PAR1"
@@ -40,8 +40,18 @@ class Page:
         return 0
 
 
+@dataclass(frozen=True)
+class _Column:
+    """Where a column of a row group lies, by the path of its name."""
+
+    path: str
+    begin: int
+    size: int  # bytes
+    number: int
+
+
 class ParquetFile:
-    """An opened file: `.metadata` and `.schema` as its footer has them, but for extension types, which are passed over.
+    """An opened file: its `schema`, but for extension types, which are passed over, and the `rows` that each group has.
 
     Raises ShardError for what is no Parquet file, and whatever Arrow raises over a damaged one.
     """
@@ -50,21 +60,30 @@ class ParquetFile:
         self._file, self._where = file, where
         self._unread = size  # bytes: columns do not share any, so no footer makes more of a file than there is
         self._held = _Held(size)
-        self.metadata = self._read_footer(size)
-        self._parquet = pq.ParquetFile(self._held, metadata=self.metadata, pre_buffer=False)
+        footer = _without_extensions(self._read_footer(size), where)
+        # Not by Arrow's own accessors: from some, what is thrown over a bent footer ends the process.
+        described = _Thrift(footer, 0).struct()
+        groups = described.get(4, [])
+        self.num_rows: int = described.get(3, 0)
+        self.rows: list[int] = [group.get(3, 0) for group in groups]
+        self._columns = [[_column_of(chunk.get(3, {}), number) for number, chunk in enumerate(group[1])] for group in groups]
+        metadata = pq.read_metadata(pa.BufferReader(_MAGIC + footer))
+        self._leaves = metadata.schema
+        self._parquet = pq.ParquetFile(self._held, metadata=metadata, pre_buffer=False)
         self.schema: pa.Schema = self._parquet.schema_arrow
 
-    def rows(self, group: int, columns: list[str], most: int, most_bytes: int) -> Iterator[pa.RecordBatch]:
+    def batches(self, group: int, columns: list[str], most: int, most_bytes: int) -> Iterator[pa.RecordBatch]:
         """A row group's columns, in batches of up to `most` rows: fewer where they could repeat large values.
 
         Each column's bytes are read, and their pages checked, before Arrow unpacks one.
         """
-        heaviest = max(map(self._hold, *zip(*self._leaves(group, columns), strict=True)), default=0)
+        wanted = [one for one in self._columns[group] if any(f"{one.path}.".startswith(f"{name}.") for name in columns)]
+        heaviest = max(map(self._hold, wanted), default=0)
         most = max(1, min(most, most_bytes // max(heaviest, 1)))
         yield from self._parquet.iter_batches(batch_size=most, row_groups=[group], columns=columns)
         self._held.columns.clear()
 
-    def _read_footer(self, size: int) -> pq.FileMetaData:
+    def _read_footer(self, size: int) -> bytes:
         self._file.seek(max(0, size - TAIL))
         tail = self._file.read(TAIL)
         length = int.from_bytes(tail[-8:-4], "little") + 8
@@ -77,36 +96,23 @@ class ParquetFile:
         if length > len(tail):
             self._file.seek(size - length)
             tail = self._file.read(length)
-        return pq.read_metadata(pa.BufferReader(_MAGIC + _without_extensions(tail[-length:], self._where)))
+        return tail[-length:]
 
-    def _leaves(self, group: int, columns: list[str]) -> Iterator[tuple[Any, bool]]:
-        """Of a row group, the columns of Parquet that make up some of the schema, and whether each is nested."""
-        described = self.metadata.row_group(group)
-        for number in range(described.num_columns):
-            column = described.column(number)
-            path = column.path_in_schema
-            if any(path == name or path.startswith(f"{name}.") for name in columns):
-                leaf = self.metadata.schema.column(number)
-                yield column, leaf.max_repetition_level > 0
-
-    def _hold(self, column: Any, is_nested: bool) -> int:
+    def _hold(self, column: _Column) -> int:
         """Read and check a column; the most bytes that each row of it may repeat."""
-        begin, size = column.data_page_offset, column.total_compressed_size
-        if column.has_dictionary_page and 0 < column.dictionary_page_offset < begin:
-            begin = column.dictionary_page_offset
-        self._unread -= size
-        if begin < 0 or size < 0 or self._unread < 0:
+        self._unread -= column.size
+        if column.begin < 0 or column.size < 0 or self._unread < 0:
             raise ShardError(f"{self._where}: its footer gives a column bytes that it has not. Upload it again.")
-        self._file.seek(begin)
-        data = self._file.read(size)
+        self._file.seek(column.begin)
+        data = self._file.read(column.size)
         values = heaviest = unpacked = 0
         for page in read_pages(data):
             self._check(page)
             values, unpacked = values + page.values, unpacked + page.unpacked
             heaviest = max(heaviest, page.repeatable)
-        if is_nested and values > max(MOST_VALUES, 8 * unpacked):
-            raise ShardError(f"{self._where}: column {column.path_in_schema} has {values} values in {unpacked} bytes. {_ANEW}")
-        self._held.columns[begin] = data
+        if values > max(MOST_VALUES, 8 * unpacked) and self._leaves.column(column.number).max_repetition_level:
+            raise ShardError(f"{self._where}: column {column.path} has {values} values in {unpacked} bytes. {_ANEW}")
+        self._held.columns[column.begin] = data
         return heaviest
 
     def _check(self, page: Page) -> None:
@@ -145,6 +151,13 @@ class _Held(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
+
+
+def _column_of(described: dict[int, Any], number: int) -> _Column:
+    """By what the footer says of it, as Arrow takes it: a dictionary stands first where there is one."""
+    begin, dictionary = described.get(9, 0), described.get(11, 0)
+    path = ".".join(part.decode("utf-8", "replace") for part in described.get(3, []))
+    return _Column(path, dictionary if 0 < dictionary < begin else begin, described.get(7, 0), number)
 
 
 def _without_extensions(footer: bytes, where: str) -> bytes:
@@ -206,62 +219,54 @@ _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = 1, 2, 3, 7,
 
 
 class _Thrift:
-    """What Thrift's compact protocol wrote at a place of some bytes: a struct as a dictionary of its numbers and structs."""
+    """What Thrift's compact protocol wrote at a place of some bytes."""
 
     def __init__(self, data: bytes, place: int) -> None:
         self._data, self.place = data, place
 
     def struct(self) -> dict[int, Any]:
-        """Fields by number; what is no number and no struct is passed over."""
+        """A struct: its numbers, bytes, lists and structs by the numbers of the fields; other types are passed over."""
         fields: dict[int, Any] = {}
         number = 0
         while head := self._byte():
             number = number + (head >> 4) if head >> 4 else self._number()
-            value = self._value(head & 15)
-            if value is not None:
-                fields[number] = value
+            if head & 15 not in (_TRUE, _FALSE):
+                fields[number] = self._value(head & 15)
         return fields
 
     def binary(self) -> bytes:
         """The value of the field of that type that follows."""
         if self._byte() & 15 != _BINARY:
             raise ValueError("no text where text was expected")
-        length = self._varint()
-        self.place += length
-        return self._data[self.place - length : self.place]
+        return self._take(self._varint())
 
     def _value(self, kind: int) -> Any:
-        if kind == _STRUCT:
-            return self.struct()
         if 3 < kind < _DOUBLE:
             return self._number()
+        if kind == _BINARY:
+            return self._take(self._varint())
+        if kind == _STRUCT:
+            return self.struct()
         if kind in (_LIST, _SET):
             head = self._byte()
-            for _ in range(head >> 4 if head >> 4 < 15 else self._varint()):
-                self._element(head & 15)
-        elif kind == _MAP:
+            count = head >> 4 if head >> 4 < 15 else self._varint()
+            return [self._element(head & 15) for _ in range(count)]
+        if kind == _MAP:
             count = self._varint()
             kinds = self._byte() if count else 0
-            for _ in range(count):
-                self._element(kinds >> 4)
-                self._element(kinds & 15)
-        elif kind not in (_TRUE, _FALSE):
-            length = self._length(kind)
-            self.place += length
-        return None
-
-    def _element(self, kind: int) -> None:
-        if kind in (_TRUE, _FALSE):  # within a list these take a byte
-            self._byte()
-        else:
-            self._value(kind)
-
-    def _length(self, kind: int) -> int:
-        if kind == _BINARY:
-            return self._varint()
+            return [(self._element(kinds >> 4), self._element(kinds & 15)) for _ in range(count)]
         if kind not in (_BYTE, _DOUBLE):
-            raise ValueError(f"a page header with a field of type {kind}")
-        return 1 if kind == _BYTE else 8
+            raise ValueError(f"a field of type {kind}, which Thrift does not know")
+        return self._take(1 if kind == _BYTE else 8)
+
+    def _element(self, kind: int) -> Any:
+        return self._byte() if kind in (_TRUE, _FALSE) else self._value(kind)  # within a list these take a byte
+
+    def _take(self, length: int) -> bytes:
+        if length > len(self._data) - self.place:
+            raise ValueError(f"{length} bytes where fewer follow")
+        self.place += length
+        return self._data[self.place - length : self.place]
 
     def _byte(self) -> int:
         byte = self._data[self.place]
@@ -276,7 +281,7 @@ class _Thrift:
             if byte < 128:
                 return value
             shift += 7
-        raise ValueError("a page header with a number of more than 64 bits")
+        raise ValueError("a number of more than 64 bits")
 
     def _number(self) -> int:
         value = self._varint()

@@ -28,10 +28,9 @@ def read_parquet(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted) -
     carried = [name for name, _ in layout.carry if name in source.schema.names]
     for name in filter(None, (image, key, *carried)):
         _check_column(source.schema, name, where)
-    _check_rows(source.metadata.num_rows, shard, where)
+    _check_rows(source.num_rows, shard, where)
     number = 0
-    for group in range(source.metadata.num_row_groups):
-        rows = source.metadata.row_group(group).num_rows
+    for group, rows in enumerate(source.rows):
         _check_rows(number + rows, shard, where)
         needed = any(wanted(number + row) for row in range(rows))
         columns = ([key] if key else []) + ([image, *carried] if needed else [])
@@ -39,11 +38,11 @@ def read_parquet(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted) -
             yield from (Sample(f"{number + row:010d}") for row in range(rows))
             number += rows
             continue
-        for batch in source.rows(group, columns, ROWS, MOST_REPEATED):
+        for batch in source.batches(group, columns, ROWS, MOST_REPEATED):
             yield from _rows(batch, image if needed else None, key, carried, number, layout.max_bytes)
             number += batch.num_rows
-    if number != source.metadata.num_rows:
-        raise ShardError(f"{where}: holds {number} rows, its footer says {source.metadata.num_rows}. Upload it again.")
+    if number != source.num_rows:
+        raise ShardError(f"{where}: holds {number} rows, its footer says {source.num_rows}. Upload it again.")
 
 
 def _columns(schema: pa.Schema, layout: Layout, where: str) -> tuple[str, str | None]:

@@ -127,10 +127,10 @@ def _check_pax(data: bytes) -> None:
         length = data[place : place + 10].partition(b" ")[0]
         end = place + int(length) if length.isdigit() else 0
         if end <= place or data[end - 1 : end] != b"\n" or data.find(b"=", place, end) < 0:
-            raise tarfile.ReadError(f"a pax header whose record at its byte {place} is none")
+            raise ValueError(f"a pax header whose record at its byte {place} is none")
         place = end
     if _DIGITS.search(data):
-        raise tarfile.ReadError("a pax header with more than 256 digits in a row")
+        raise ValueError("a pax header with more than 256 digits in a row")
 
 
 def _begins_with_header(file: BinaryIO) -> bool:
