@@ -74,8 +74,9 @@ class Foreign(pa.ExtensionType):
 
 
 FOREIGN = (
-    "ray.data.arrow_tensor", "ray.data.arrow_tensor_v2", "ray.data.arrow_variable_shaped_tensor", "ray.data.arrow_pickled_object",
-    "pandas.period", "pandas.interval", "arrow.fixed_shape_tensor", "arrow.json", "arrow.uuid", "arrow.bool8", "arrow.opaque", "nobody.s",
+    *(f"ray.data.arrow_{name}" for name in ("tensor", "tensor_v2", "variable_shaped_tensor", "pickled_object")),
+    *(f"arrow.{name}" for name in ("fixed_shape_tensor", "json", "uuid", "bool8", "opaque")),
+    "pandas.period", "pandas.interval", "nobody.s",
 )  # fmt: skip
 TOLD = (
     b"",
@@ -92,10 +93,8 @@ TOLD = (
 
 
 def foreign(rng: random.Random) -> pa.Array:
-    storage = rng.choice(
-        [pa.array([[1, 2], [3, 4]]), pa.array([b"x", b"y"]), pa.array([1, 2]), pa.array([[1, 2], [3, 4]], pa.list_(pa.int64(), 2)),
-         pa.array([{"data": [1], "shape": [1]}, None])]
-    )  # fmt: skip
+    lists, structs = pa.array([[1, 2], [3, 4]]), pa.array([{"data": [1], "shape": [1]}, None])
+    storage = rng.choice([lists, structs, pa.array([b"x", b"y"]), pa.array([1, 2]), lists.cast(pa.list_(pa.int64(), 2))])
     return pa.ExtensionArray.from_storage(Foreign(storage.type, rng.choice(FOREIGN), rng.choice(TOLD)), storage)
 
 

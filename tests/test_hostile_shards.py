@@ -1,6 +1,7 @@
-"""Hostile shards: each ends as rows, rejects or an error of its own, the good ones beside it are embedded, within time and memory."""
+"""Hostile shards: each ends as rows, rejects or an error of its own, soon; the good ones beside it are embedded."""
 
 import io
+import itertools
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from ray.data._internal.tensor_extensions.arrow import ArrowTensorArray  # noqa:
 
 from hostile_shards import Foreign, header, padded, record, try_apart
 from jobs import read_rows, start_job, tiny_recipe, write_job, write_tars
-from lora_embed import isolate
+from lora_embed import isolate, read
 from lora_embed.decode import decode_items
 from lora_embed.errors import ShardError
 from lora_embed.fields import MOST_FIELD, typed
@@ -49,10 +50,10 @@ def twice(name: str) -> bytes:
     return buffer.getvalue()
 
 
-FAR = pa.array([2**62, -(2**62)], pa.timestamp("s"))
+FAR = pa.array([2**62, -(2**62)], pa.timestamp("us"))
 SCHEMAS: dict[str, tuple[Callable[[], bytes], str]] = {  # what is said of it; "" where it is read
     "two key columns": (lambda: twice("key"), "has 2 columns named 'key'"),
-    "two image columns": (lambda: twice("image"), "has 2 columns named 'image'"),
+    "two image columns": (lambda: twice("image"), "has 3 columns named 'image'"),
     "two carried columns": (lambda: twice("label"), "has 2 columns named 'label'"),
     "two columns that nobody asked for": (lambda: twice("other"), ""),
     "days beyond Python's": (lambda: parquet(key=FAR, label=pa.array([10**9, -(10**9)], pa.date32())), ""),
@@ -62,7 +63,7 @@ SCHEMAS: dict[str, tuple[Callable[[], bytes], str]] = {  # what is said of it; "
     "tensors as labels": (lambda: parquet(label=foreign("ray.data.arrow_tensor_v2", b"[")), "'label' is of type ray.data"),
     "tensors of another storage": (lambda: parquet(x=foreign("ray.data.arrow_variable_shaped_tensor", b"2")), ""),
     "periods with bad metadata": (lambda: parquet(key=foreign("pandas.period", b"{}", pa.array([1, 2]))), ""),
-    "Arrow's tensors with bad metadata": (lambda: parquet(x=foreign("arrow.fixed_shape_tensor", b"{")), "cannot be read as Parquet"),
+    "Arrow's tensors with bad metadata": (lambda: parquet(x=foreign("arrow.fixed_shape_tensor", b"{")), "cannot be read as"),
     "a struct of two fields of a name": (
         lambda: parquet(label=pa.StructArray.from_arrays([pa.array([1, 2])] * 2, names=["x", "x"])),
         "",
@@ -120,8 +121,7 @@ def test_what_the_user_or_the_machine_does_is_no_error_of_the_shard(tmp_path: Pa
     with pytest.raises(KeyboardInterrupt):
         list(read_samples(shard, layout(), {}, interrupted))
     with pytest.raises(ZeroDivisionError):  # of whoever takes the samples
-        for _ in read_samples(shard, layout(), {}, lambda number: True):
-            raise ZeroDivisionError
+        [1 // len(sample.fields) for sample in read_samples(shard, layout(), {}, lambda number: True)]
 
 
 @pytest.mark.parametrize("kind", ["string", "int64", "float64", "bool"])
@@ -139,10 +139,10 @@ def test_a_value_that_cannot_be_converted_is_null(kind: str) -> None:
     assert typed(nested, kind) is None
 
 
-def tensor_free(size: int) -> bytes:
-    """A Parquet file of one value of that many bytes in a dictionary, for 100 rows, that is a few thousand bytes."""
-    image = pa.DictionaryArray.from_arrays(pa.array([0] * 100), pa.array([bytes(size)]))
-    return packed(pa.table({"image": image.cast(pa.binary()) if size < 1000 else image}), use_dictionary=True)
+def dictionary_of(size: int) -> bytes:
+    """A Parquet file of one value of that many bytes in a dictionary, for 20 rows, that is a few thousand bytes."""
+    image = pa.DictionaryArray.from_arrays(pa.array([0] * 20), pa.array([bytes(size)]))
+    return packed(pa.table({"image": image}), use_dictionary=True)
 
 
 def packed(table: pa.Table, **options: Any) -> bytes:
@@ -151,22 +151,26 @@ def packed(table: pa.Table, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def nothings(count: int) -> pa.Array:
+    return pa.ListArray.from_arrays([0, count], pa.nulls(count, pa.int8()))
+
+
 def prefixes() -> bytes:
     values = [bytes(30 * MIB)] + [bytes(30 * MIB) + b"x"] * 7
     return packed(pa.table({"image": values}), use_dictionary=False, column_encoding={"image": "DELTA_BYTE_ARRAY"})
 
 
 REPEATS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "a dictionary of one value of 60 MB": (lambda: tensor_free(60_000_000), "100 samples"),
+    "a dictionary of one value of 60 MB": (lambda: dictionary_of(60_000_000), "20 samples"),
     "a page of 400 MB of zeros": (
-        lambda: packed(pa.table({"image": [bytes(400 * MIB)]}), use_dictionary=False), "unpacks to 419430404, allowed are"
+        lambda: packed(pa.table({"image": [bytes(400 * MIB)]}), use_dictionary=False), "allowed are 67108864, or 32 times its own"
     ),
     "values that begin as the one before": (prefixes, "8 samples"),
     "30 million rows without an image": (
         lambda: packed(pa.table({"image": pa.nulls(30_000_000, pa.binary())})), "says that it has 30000000 rows"
     ),
     "a list of 40 million nothings": (
-        lambda: packed(pa.table({"image": [b"x"], "label": pa.ListArray.from_arrays([0, 4 * 10**7], pa.nulls(4 * 10**7, pa.int8()))})),
+        lambda: packed(pa.table({"image": [b"x"], "label": nothings(40_000_000)})),
         "40000000 values in",
     ),
     "a label of 60 MB": (lambda: packed(pa.table({"image": [b"x"], "label": ["y" * 60_000_000]})), "1 samples"),
@@ -260,16 +264,18 @@ def test_what_a_header_says_of_the_whole_tar_still_counts(tmp_path: Path) -> Non
     assert [(sample.key, sample.data, sample.begin) for sample in samples] == [("same", b"1", None), ("same", b"2", None)]
 
 
-def test_images_that_a_shard_repeats_end_somewhere(tmp_path: Path) -> None:
-    """16 GiB of zeros from sparse members of a few thousand bytes: the others would go on for days."""
+def test_images_that_a_shard_repeats_end_somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros from sparse members of a few thousand bytes: the others would go on for days."""
+    monkeypatch.setattr(read, "MOST_UNPACKED", 2**24)
     members = b"".join(
-        header(f"{number}.png", 512, b"S", _386=b"%011o\0%011o\0" % (0, 512), _483=b"%011o\0" % (2**28)) + bytes(512)
-        for number in range(100)
+        header(f"{number}.png", 512, b"S", _386=b"%011o\0%011o\0" % (0, 512), _483=b"%011o\0" % (2**22)) + bytes(512)
+        for number in range(30)
     )
     shard = shard_at(tmp_path / "a.tar", members + bytes(1024))
-    with pytest.raises(ShardError, match="unpack to more than 100 times as many bytes of images, and more than 16 GiB"):
-        for _ in read_samples(shard, layout(), {}, lambda number: True):
-            pass
+    taken = itertools.count()
+    with pytest.raises(ShardError, match="unpack to more than 100 times as many bytes of images"):
+        list(zip(read_samples(shard, layout(), {}, lambda number: True), taken, strict=False))
+    assert next(taken) < 10
 
 
 def test_a_reader_in_a_child_gives_the_same_samples(tmp_path: Path) -> None:
