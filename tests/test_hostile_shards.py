@@ -163,7 +163,7 @@ def prefixes() -> bytes:
 REPEATS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a dictionary of one value of 60 MB": (lambda: dictionary_of(60_000_000), "20 samples"),
     "a page of 400 MB of zeros": (
-        lambda: packed(pa.table({"image": [bytes(400 * MIB)]}), use_dictionary=False), "allowed are 67108864, or 32 times its own"
+        lambda: packed(pa.table({"image": [bytes(400 * MIB)]}), use_dictionary=False), "allowed are 67108864, or"
     ),
     "values that begin as the one before": (prefixes, "8 samples"),
     "30 million rows without an image": (
@@ -300,7 +300,7 @@ def _is_wanted(number: int) -> bool:
 
 MISSING = _is_wanted
 HARM: dict[str, tuple[signal.Signals, str]] = {
-    "stopped": (signal.SIGSTOP, "the reader gave no answer in 1 s"),
+    "stopped": (signal.SIGSTOP, "the reader gave no answer in 6 s"),
     "killed": (signal.SIGKILL, "the reader was killed by signal 9"),
     "crashed": (signal.SIGSEGV, "the reader was killed by signal 11"),
     "aborted": (signal.SIGABRT, "the reader was killed by signal 6"),
@@ -310,7 +310,7 @@ HARM: dict[str, tuple[signal.Signals, str]] = {
 @pytest.mark.parametrize("how", HARM)
 def test_what_ends_or_stops_a_reader_is_its_shards_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     number, says = HARM[how]
-    monkeypatch.setattr(isolate, "READ_S", 1.0)
+    monkeypatch.setattr(isolate, "READ_S", 6.0)
     shard = shard_at(tmp_path / "a.tar", tar_of([("a.png", png(1)), ("b.png", png(2))]))
     samples = read_isolated(shard, layout(), {"retry_s": 0}, MISSING)
     assert next(samples).key == "a"
