@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lora_embed import health
+from lora_embed.foreign import taken_as
 from lora_embed.health import Health, combine, measure, measure_rows, participation_ratio, seeded_sample
 from lora_embed.schema import part_schema
 
@@ -45,7 +46,7 @@ def test_figures_are_numpys() -> None:
     assert (figures.count, figures.unusable, figures.constant, figures.duplicates) == (500, 0, 0, 0)
     assert figures.norms == pytest.approx(np.quantile(lengths, (0.01, 0.5, 0.99)))
     assert figures.spread == pytest.approx(1 - float(np.mean(directions @ directions.T)), rel=1e-9)
-    assert health.Figures.from_dict(figures.to_dict()) == figures
+    assert taken_as(health.Figures, figures.to_dict(), "") == figures
 
 
 def test_files_and_their_order_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:

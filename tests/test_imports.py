@@ -22,6 +22,7 @@ LAYERS = [  # top to bottom: a module imports from its own layer and those above
         "hub",
         "config",
         "schema",
+        "foreign",
         "manifest",
         "stages",
         "disk",
@@ -36,6 +37,7 @@ LAYERS = [  # top to bottom: a module imports from its own layer and those above
     ["evaluate", "evaluate.metrics", "evaluate.records", "evaluate.rank", "evaluate.figures", "evaluate.show", "evaluate.cka"],
     [
         "model.*",
+        "parquet",
         "plan",
         "fields",
         "parquet_file",
@@ -87,7 +89,7 @@ FENCES = {  # library → who alone imports it
     "peft": ["model.adapter", "model.peft_private", "model.merge"],
     "transformers": ["model.*"],
     "fsspec": ["remote", "storage", "lend"],
-    "pyarrow.parquet": ["write", "staging", "table", "verify", "parquet_file", "export"],
+    "pyarrow.parquet": ["parquet", "write", "table", "verify", "parquet_file", "export"],
 }
 # Training has no place in the package: the demo's adapters are trained by PEFT's own injection.
 OUTSIDE_THE_FENCES = {"scripts.train_demo_adapters": {"peft", "transformers"}}

@@ -11,9 +11,10 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from s3fs import S3FileSystem
 
 from jobs import job_of, read_rows, start_job, tiny_recipe, write_job, write_tars
-from lora_embed import load_encoder, open_table, pipeline
+from lora_embed import load_encoder, open_table, pipeline, remote
 from lora_embed.cli import run_command
 from lora_embed.config import load_job, load_recipe
 from lora_embed.errors import StorageError, StoreUnavailable
@@ -98,6 +99,8 @@ def test_base_and_adapters_on_s3_make_the_encoder_of_those_on_a_disk(
     for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LORA_EMBED_CACHE", str(tmp_path / "cache"))
+    remote._connect_cached.cache_clear()  # an earlier test of this process may have connected without these keys
+    S3FileSystem.clear_instance_cache()
     for folder in ("base", "ten", "more"):
         Store("s3://images").filesystem.put(str(local / folder), f"images/models/{folder}", recursive=True)
     here = load_recipe(local / "recipe.yaml")
@@ -248,13 +251,22 @@ def test_a_commit_whose_answer_is_lost_is_still_ours(server: S3Server, proxy: Pr
     store = claim(store_at(server, proxy, "lost"))
     proxy.requests.clear()
     counts = {"shards": 0, "samples": 0, "vectors": 0, "rejects": 0}
-    about: dict[str, Any] = {"files": (), "rejects": (), "counts": counts, "gates": {}, "pins": {}, "lineage": {}}
-    ours = Manifest(version=1, space_id="s", dimension=1, created="now", **about)
+    pins = {"precision": "float32", "vector_type": "float32", "carry": []}
+    about: dict[str, Any] = {
+        "format": 1,
+        "files": (),
+        "rejects": (),
+        "counts": counts,
+        "gates": {},
+        "pins": pins,
+        "lineage": {},
+    }
+    ours = Manifest(version=1, space_id="0" * 12, dimension=1, created="now", **about)
     proxy.faults = Faults(lost_answer=1.0, only=lambda request: request.is_conditional)
     proxy.answered = lambda request: setattr(proxy, "faults", Faults()) if request.is_conditional else None
     assert commit_version(store, ours)
     assert [(r.status, r.fault) for r in proxy.requests if r.is_conditional] == [(0, "lost_answer"), (412, "")]
-    other = Manifest(version=1, space_id="s", dimension=1, created="later", **about)
+    other = Manifest(version=1, space_id="0" * 12, dimension=1, created="later", **about)
     assert not commit_version(store, other)
     assert read_manifest(store) == ours
 

@@ -19,7 +19,7 @@ from lora_embed.export import export_index, import_library
 from lora_embed.manifest import FileEntry, ShardCounts
 from lora_embed.schema import Shard
 from lora_embed.search import search_table
-from lora_embed.storage import Store
+from lora_embed.storage import READ_AHEAD, Store
 from lora_embed.table import Table, open_table
 from tables import SPACE, noise_vectors, publish_vectors, spread
 
@@ -31,9 +31,9 @@ class CountingStore(Store):
 
     opened: list[str]
 
-    def open(self, path: str) -> BinaryIO:
+    def open(self, path: str, ahead: int = READ_AHEAD) -> BinaryIO:
         self.opened.append(path)
-        return super().open(path)
+        return super().open(path, ahead)
 
 
 def counting(table: Table) -> tuple[Table, list[str]]:
@@ -137,7 +137,7 @@ def test_only_the_columns_asked_for_are_read(tmp_path: Path) -> None:
 def test_a_data_file_that_is_gone_is_named(tmp_path: Path) -> None:
     table = publish_vectors(tmp_path / "table", spread(noise_vectors(9), 3))
     Path(table.files[1]).unlink()
-    with pytest.raises(VerificationFailed, match=r"data/.*\.parquet: is gone, though the version refers to it"):
+    with pytest.raises(VerificationFailed, match=r"data/.*\.parquet: is gone, though it is referred to"):
         search_table(table, noise_vectors(1), 1)
     with pytest.raises(VerificationFailed, match="is gone"):
         table.rows(["0001.tar/000003"])
@@ -151,7 +151,7 @@ def test_a_table_of_ten_thousand_files_opens_fast(tmp_path: Path) -> None:
     files = []
     for number in range(10_000):
         names = [f"{10 * number + shard:06d}.tar" for shard in range(10)]
-        shards = tuple(ShardCounts(id=f"{name:0>16}", name=name, samples=1, vectors=1, rejects=0) for name in names)
+        shards = tuple(ShardCounts(id=f"{int(name[:6]):016x}", name=name, samples=1, vectors=1, rejects=0) for name in names)
         path = real.path if "012345.tar" in names else f"data/{SPACE}/{number:032x}.parquet"
         if path != real.path:
             os.link(small.files[0], small.store.full_path(path))

@@ -136,7 +136,7 @@ def test_links_are_followed_and_circles_end(tmp_path: Path) -> None:
     (folder / "linked").symlink_to(real)
     (folder / "nothing").symlink_to(tmp_path / "nowhere")
     (folder / "itself").symlink_to(folder / "itself")
-    store = Store(str(folder))
+    store = Store(str(folder), follows_links=True)
     state = {"size": 3, "etag": "1234567890123456789"}
     assert store.list_files() == [Entry("file.tar", **state), Entry("linked/sub/a.tar", **state)]
     assert store.list_files() == [store.info("file.tar"), store.info("linked/sub/a.tar")]

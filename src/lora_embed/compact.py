@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 
 from lora_embed.errors import VerificationFailed
 from lora_embed.manifest import FileEntry, Manifest, ShardCounts, join_records, prefix_of, prefixes_of_ids
-from lora_embed.schema import REJECT_SCHEMA, Layout, Shard, data_schema
+from lora_embed.parquet import damage_named, file_batches, read_rows
+from lora_embed.schema import FORMAT, REJECT_SCHEMA, Layout, Shard, data_schema
 from lora_embed.staging import VerifiedShard
 from lora_embed.storage import Store
-from lora_embed.table import file_batches, read_rows
 from lora_embed.write import parquet_writer, to_parquet
 
 DATA_FILE_BYTES = 128 * 2**20  # of vectors, about; a file has at most twice as many
@@ -129,14 +129,15 @@ def compact(store: Store, task: Compaction) -> tuple[FileEntry, FileEntry | None
             bad_rows: Counter[str] = Counter()
             dropped_rows: Counter[str] = Counter()
             rows = itertools.islice(parts, len(source.parts)) if source.parts else _published(store, source)
-            for table in rows:
-                good, bad = _split(table, schema)
-                good_rows += _rows_by_shard(good)
-                bad_rows += _rows_by_shard(bad)
-                good, dropped = _forget(good, task.forgotten)
-                dropped_rows += _rows_by_shard(dropped)
-                file.add(good)
-                rejects += [bad, dropped]
+            with damage_named(store.name(source.data or source.parts[0])):
+                for table in rows:
+                    good, bad = _split(table, schema)
+                    good_rows += _rows_by_shard(good)
+                    bad_rows += _rows_by_shard(bad)
+                    good, dropped = _forget(good, task.forgotten)
+                    dropped_rows += _rows_by_shard(dropped)
+                    file.add(good)
+                    rejects += [bad, dropped]
             _check_counts(store, source, good_rows, bad_rows)
             records += [
                 replace(shard, vectors=shard.vectors - dropped, rejects=shard.rejects + dropped)
@@ -304,6 +305,7 @@ def make_manifest(
     }
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return Manifest(
+        format=FORMAT,
         version=version,
         space_id=space_id,
         dimension=dimension,

@@ -115,6 +115,50 @@ def _identity(place: str) -> tuple[int, int] | None:
     return state.st_dev, state.st_ino
 
 
+def walk_no_links(root: str, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+    """Regular files below a folder, by path from the root, of what holds no links: OSError names one that is there."""
+    try:
+        with os.scandir(f"{root}/{prefix}" if prefix else root) as found:
+            entries = list(found)
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        path = f"{prefix}/{entry.name}" if prefix else entry.name
+        if entry.is_file(follow_symlinks=False):
+            try:
+                state = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:  # deleted meanwhile
+                continue
+            yield path, state
+        elif entry.is_symlink():
+            raise _link_at(path)
+        elif entry.is_dir(follow_symlinks=False):
+            yield from walk_no_links(root, path)
+
+
+def refuse_links(root: str, parts: list[str]) -> None:
+    """Raises OSError where a part of a path below the root is a link, or what it ends at is neither file nor folder.
+
+    Reading a pipe might never end.
+    """
+    place, mode = root, 0
+    for number, part in enumerate(parts):
+        place = f"{place}/{part}"
+        try:
+            mode = os.lstat(place).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        if stat.S_ISLNK(mode):
+            raise _link_at("/".join(parts[: number + 1]))
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "is neither a file nor a folder, so it is not opened. Remove it.")
+
+
+def _link_at(path: str) -> OSError:
+    says = f"{path} is a link, and no link in a table is followed. Remove it, or put what it names in its place."
+    return OSError(errno.ELOOP, says)
+
+
 def create(root: Path, target: Path, data: bytes) -> bool:
     """Commit a file in one atomic step unless it exists; True if this call made it."""
     if target.is_dir():
@@ -185,13 +229,15 @@ def clear_temporary(root: Path, older_than_s: float) -> None:
     oldest = now(root) - older_than_s
     for file in folder.iterdir() if folder.is_dir() else ():
         with contextlib.suppress(FileNotFoundError):
-            if file.stat().st_mtime < oldest:
+            state = file.lstat()
+            if state.st_mtime < oldest and not stat.S_ISDIR(state.st_mode):
                 file.unlink()
 
 
 @contextlib.contextmanager
 def _written_aside(root: Path, target: Path, data: bytes) -> Iterator[Path]:
     """A file with these bytes, safely on the disk; gone afterwards, whether or not it was used."""
+    refuse_links(str(root), [TEMPORARY])
     target.parent.mkdir(parents=True, exist_ok=True)
     (root / TEMPORARY).mkdir(parents=True, exist_ok=True)
     temporary = root / TEMPORARY / uuid.uuid4().hex

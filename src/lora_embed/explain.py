@@ -61,6 +61,8 @@ def _expected(item: Any) -> str:
     bounds = {"greater_than": "more than", "greater_than_equal": "at least", "less_than_equal": "at most"}
     if item["type"] in bounds:
         return f"{bounds[item['type']]} {next(iter(context.values())):g}"
+    if item["type"] == "string_pattern_mismatch":
+        return f"text of the form {context['pattern']}"
     if item["type"] == "literal_error":
         return str(context["expected"]).replace("'", "")
     if item["type"] == "string_type" and isinstance(item["input"], int | float | bool):
@@ -78,6 +80,18 @@ def _expected(item: Any) -> str:
         "model_type": "a section with keys",
     }
     return words.get(item["type"]) or str(item["msg"])
+
+
+def first_wrong(error: ValidationError) -> str:
+    """The first thing that a record from elsewhere has wrong: where it stands, what was found, what is expected."""
+    item = error.errors(include_url=False)[0]
+    message = str(item["msg"]).removeprefix("Value error, ")
+    key = _dotted(tuple(part for part in item["loc"] if part not in ("nullable",)))
+    if item["type"] == "missing":
+        return f"{key} is missing"
+    if item["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key or 'it'} is {shown(item['input'])}, expected {_expected(item)}"
 
 
 def _dotted(keys: Keys) -> str:

@@ -65,10 +65,6 @@ class Figures:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "Figures":
-        return cls(**fields | {"norms": tuple(fields["norms"])})
-
 
 @dataclass(frozen=True, kw_only=True)
 class Health:

@@ -20,6 +20,7 @@ from lora_embed.errors import LoraEmbedError
 from lora_embed.heartbeat import Heartbeat
 from lora_embed.manifest import Manifest
 from lora_embed.metrics import Meters
+from lora_embed.parquet import read_rows
 from lora_embed.progress import note, say
 from lora_embed.record import OPTIONS, Outcome, RejectExample, RunRecord, RunState, without_secrets
 from lora_embed.report.run import run_page
@@ -27,7 +28,6 @@ from lora_embed.retry import take_retries
 from lora_embed.runs import BEAT_RETRY_S, impatient, name_run, prune_runs, state_path
 from lora_embed.schema import encoder_path
 from lora_embed.storage import Store
-from lora_embed.table import read_rows
 
 PACKAGES = ("lora-embed", "torch", "transformers", "peft", "ray", "pyarrow", "pillow")
 MOST_REJECT_FILES = 64  # read again for a report

@@ -1,6 +1,5 @@
 """A version about to be created, measured on storage and held against the one before: the gates after compaction."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import Any
@@ -13,14 +12,16 @@ from numpy.typing import NDArray
 from lora_embed import gates, pipeline
 from lora_embed.config import JobConfig, check_options
 from lora_embed.errors import GateFailed
+from lora_embed.foreign import read_json, taken_as
 from lora_embed.gates import Gate, Limits
 from lora_embed.health import Figures, Health, combine, measure_rows, seeded_sample
 from lora_embed.manifest import FileEntry, Manifest
 from lora_embed.model import golden
 from lora_embed.model.description import DESCRIPTION
+from lora_embed.parquet import file_batches, read_rows
 from lora_embed.schema import encoder_path
 from lora_embed.storage import Store
-from lora_embed.table import Table, file_batches, read_rows
+from lora_embed.table import Table
 
 Rows = dict[str, dict[str, Any]]
 SAMPLE_SHARDS, SAMPLE_IMAGES = 200, 2000
@@ -85,7 +86,7 @@ def judge_space(store: Store, before: Manifest | None, space_id: str, found: Fig
     """The gates that need no image by image comparison: figures of vectors, and how another space prepares images."""
     same_space = before is not None and before.space_id == space_id
     known = before.lineage.get("figures") if before is not None else None
-    figures = Figures.from_dict(known) if known else None
+    figures = taken_as(Figures, known, f"{store.uri}: the `figures` of its current version") if known else None
     judged = gates.health_gates(found, figures, same_space=same_space, limits=limits) if found is not None else []
     if before is not None and not same_space:
         judged.append(gates.processor(_preprocessing(store, before.space_id), _preprocessing(store, space_id)))
@@ -146,10 +147,10 @@ def by_id(rows: pa.Table) -> Rows:
 
 
 def _preprocessing(store: Store, space_id: str) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads(store.read(f"{encoder_path(space_id)}/{DESCRIPTION}") or b"{}").get(
-        "preprocessing", {}
-    )
-    return settings
+    where = f"{encoder_path(space_id)}/{DESCRIPTION}"
+    found = read_json(store.read(where) or b"{}", store.name(where))
+    settings = found.get("preprocessing") if isinstance(found, dict) else None
+    return settings if isinstance(settings, dict) else {}
 
 
 def decide(where: str, judged: Iterable[Gate], accepted: dict[str, str]) -> dict[str, dict[str, Any]]:

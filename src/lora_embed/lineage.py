@@ -1,17 +1,43 @@
 """Where a row came from, and how an image is taken out of a table for good."""
 
-import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lora_embed import compact, retention, versions
 from lora_embed.errors import TableError
+from lora_embed.foreign import read_record
 from lora_embed.manifest import Manifest
 from lora_embed.schema import Layout, encoder_path
 from lora_embed.storage import Store
 from lora_embed.table import Table
 
 COLUMNS = ["id", "shard", "key", "width", "height", "sha256"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Base:
+    uri: str = "unknown"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Adapter:
+    uri: str
+    content_hash: str
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    merge_method: str
+    adapters: tuple[_Adapter, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Report:
+    """As much of an encoder's merge report as an explanation says."""
+
+    base: _Base = field(default_factory=_Base)
+    members: tuple[_Member, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,22 +76,21 @@ def explain_row(opened: Table, id_: str) -> Explanation:
         raise TableError(f"{store.uri}: version {manifest.version} has no vector of {id_!r}; is it among the rejects?")
     row = rows.to_pylist()[0]
     shard = next(shard for shard in manifest.shards.values() if shard.name == row["shard"])
-    report = json.loads(store.read(f"{encoder_path(manifest.space_id)}/merge_report.json") or b"{}")
+    report = read_record(store, f"{encoder_path(manifest.space_id)}/merge_report.json", _Report) or _Report()
     holders = [m.version for m in versions.newest_first(store) if m.space_id == manifest.space_id and shard.id in m.shards]
-    members = report.get("members", [])
-    kept = ("uri", "content_hash", "weight")
+    members = report.members
     return Explanation(
         id=id_,
         version=manifest.version,
         shard=shard.name,
         shard_id=shard.id,
-        image_sha256=row["sha256"].hex(),
+        image_sha256=(row["sha256"] or b"").hex(),
         width=row["width"],
         height=row["height"],
         space_id=manifest.space_id,
-        base=report.get("base", {}).get("uri", "unknown"),
-        adapters=tuple({key: adapter[key] for key in kept} for member in members for adapter in member["adapters"]),
-        merge_method=members[0]["merge_method"] if members else "unknown",
+        base=report.base.uri,
+        adapters=tuple(asdict(adapter) for member in members for adapter in member.adapters),
+        merge_method=members[0].merge_method if members else "unknown",
         first_version=min(holders, default=manifest.version),
     )
 

@@ -3,25 +3,83 @@
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
-from functools import cache, cached_property
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Annotated, Any, Literal, Required
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from lora_embed.errors import TableError
-from lora_embed.schema import FORMAT
+from lora_embed.explain import first_wrong
+from lora_embed.foreign import Count, SpaceId, read_json
+from lora_embed.schema import FORMAT, check_carried
+
+
+class _Counts(TypedDict):
+    shards: int
+    samples: int
+    vectors: int
+    rejects: int
+
+
+class _Gate(TypedDict, total=False):
+    value: Required[float | None]
+    limit: Required[float]
+    direction: str
+    says: str
+    holds: bool
+    accepted: str
+
+
+class _Pins(TypedDict):
+    precision: str
+    vector_type: Literal["float32", "float16"]
+    carry: list[Annotated[list[str], AfterValidator(check_carried)]]
+
+
+class _Forgot(TypedDict, total=False):
+    held_by: list[int]
+
+
+class _Lineage(TypedDict, total=False):
+    input: list[str]
+    layout: dict[str, Any]
+    retain: dict[str, Any]
+    figures: dict[str, Any] | None
+    forgot: _Forgot
+
+
+def _fits(kind: Any) -> AfterValidator:
+    """A dictionary that stays as it is, once the keys of `kind` in it are seen to hold what they are to."""
+    adapter = TypeAdapter(kind)
+
+    def check(value: Any) -> Any:
+        try:
+            adapter.validate_python(value, strict=True)
+        except ValidationError as error:
+            raise ValueError(first_wrong(error)) from None
+        return value
+
+    return AfterValidator(check)
+
+
+HexId = Annotated[str, Field(pattern=r"^[0-9a-f]+$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+DataPath = Annotated[str, Field(pattern=r"^(data|rejects)/[0-9a-f]{12}/[0-9a-f]{32}\.parquet$")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardCounts:
     """A shard in a manifest, or as much of it as one data file holds; samples = vectors + rejects."""
 
-    id: str
+    id: HexId
     name: str
-    samples: int
-    vectors: int
-    rejects: int
-    start: int = 0  # number of the first sample, above 0 where an earlier file holds those before it; written only then
+    samples: Count
+    vectors: Count
+    rejects: Count
+    start: Count = 0  # number of the first sample, above 0 where an earlier file holds those before it; written only then
 
     @property
     def place(self) -> tuple[str, int]:
@@ -67,52 +125,33 @@ def prefixes_of_ids(ids: Iterable[str]) -> set[str]:
 class FileEntry:
     """A published Parquet file; `shards` are those whose rows it holds, each once, empty ones included."""
 
-    path: str
-    rows: int
-    bytes: int
-    sha256: str
-    shards: tuple[ShardCounts, ...]
+    path: DataPath
+    rows: Count
+    bytes: Count
+    sha256: Sha256
+    shards: Annotated[tuple[ShardCounts, ...], Field(min_length=1)]
 
     def to_dict(self) -> dict[str, Any]:
         return vars(self) | {"shards": [shard.to_dict() for shard in self.shards]}
-
-    @classmethod
-    def from_dict(cls, found: dict[str, Any], newer: set[str]) -> "FileEntry":
-        """`newer` takes the names of fields that this release does not know."""
-        shards = tuple(ShardCounts(**known_fields(ShardCounts, shard, newer)) for shard in found["shards"])
-        return cls(**known_fields(cls, found, newer) | {"shards": shards})
-
-
-def known_fields(cls: type, found: dict[str, Any], newer: set[str]) -> dict[str, Any]:
-    """What a record holds of this release's fields; the names of others are added to `newer`."""
-    if others := found.keys() - _names(cls):
-        newer |= others
-        return {name: value for name, value in found.items() if name not in others}
-    return found
-
-
-@cache
-def _names(cls: type) -> frozenset[str]:
-    return frozenset(one.name for one in fields(cls))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """One version of a table."""
 
-    version: int
-    space_id: str
-    dimension: int
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
+    version: Annotated[int, Field(ge=1, le=99_999_999)]
+    space_id: SpaceId
+    dimension: Annotated[int, Field(ge=1, le=2**20)]
     created: str  # UTC, ISO 8601
     files: tuple[FileEntry, ...]
     rejects: tuple[FileEntry, ...]
-    counts: dict[str, int]
-    gates: dict[str, dict[str, Any]]
-    pins: dict[str, Any]
-    lineage: dict[str, Any]
-    held: dict[str, str] = field(default_factory=dict)  # spaces that a rollback holds back → why
+    counts: Annotated[dict[str, Count], _fits(_Counts)]
+    gates: dict[str, Annotated[dict[str, Any], _fits(_Gate)]]
+    pins: Annotated[dict[str, Any], _fits(_Pins)]
+    lineage: Annotated[dict[str, Any], _fits(_Lineage)]
+    held: dict[SpaceId, str] = field(default_factory=dict)  # spaces that a rollback holds back → why
     forgotten: tuple[str, ...] = ()  # ids that stay out
-    format: int = field(default=FORMAT)
     newer: tuple[str, ...] = ()  # fields that only a newer release knows; not written
 
     @cached_property
@@ -129,23 +168,23 @@ class Manifest:
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "Manifest":
         """Raises TableError, naming `where`, for a damaged manifest or one of another format."""
-        found = parse_manifest(data, where)
-        newer: set[str] = set()
-        found = known_fields(cls, found, newer)
-        found["forgotten"] = tuple(found.get("forgotten", ()))
-        for kind in ("files", "rejects"):
-            found[kind] = tuple(FileEntry.from_dict(entry, newer) for entry in found[kind])
-        return cls(**found | {"newer": tuple(sorted(newer))})
+        try:
+            return _MANIFEST.validate_json(data, strict=True, extra="forbid")
+        except ValidationError as error:
+            newer = {str(item["loc"][-1]) for item in error.errors() if item["type"] == "unexpected_keyword_argument"}
+        found = read_json(data, where, "Remove it to return to the version before.")
+        refuse_other_format(found, where)
+        try:
+            manifest = _MANIFEST.validate_json(data, strict=True, extra="ignore")
+        except ValidationError as error:
+            raise TableError(
+                f"{where}: {first_wrong(error)}. It is damaged, or lora-embed has not written it; find out who has, or remove "
+                "it to return to the version before."
+            ) from None
+        return replace(manifest, newer=tuple(sorted(newer)))
 
 
-def parse_manifest(data: bytes, where: str) -> dict[str, Any]:
-    """A manifest as plain data. Raises TableError, naming `where`, for a damaged one or one of another format."""
-    try:
-        found: dict[str, Any] = json.loads(data)
-    except ValueError as error:
-        raise TableError(f"{where}: is damaged ({error}). Remove it to return to the version before.") from None
-    refuse_other_format(found, where)
-    return found
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def refuse_other_format(found: Any, where: str) -> None:

@@ -60,7 +60,7 @@ def _shards_of(pattern: str, options: dict[str, Any], follows: bool) -> list[Sha
     wanted = expand_braces(pattern[len(root) :].lstrip("/"))
     named = frozenset(name for name in wanted if not _WILD.search(name))
     globs = [name.split("/") for name in wanted if name not in named]
-    store = Store(root, options)
+    store = Store(root, options, follows_links=True)
     store.check_reachable()
     listed = _list(store, follows)
     entries = [e for e in listed if e.path in named or any(_fits(e.path.split("/"), glob) for glob in globs)]
@@ -75,13 +75,13 @@ def _shards_of(pattern: str, options: dict[str, Any], follows: bool) -> list[Sha
 
 def _shards_at(uri: str, options: dict[str, Any], follows: bool) -> list[Shard]:
     """A file's shard, or those of a directory."""
-    store = Store(uri, options)
+    store = Store(uri, options, follows_links=True)
     store.check_reachable()
     if store.is_directory():
         entries = _list(store, follows)
         return _group(uri, entries, frozenset(), f"input {uri}", looked_at=len(entries))
     root, name = _folder_of(uri), posixpath.basename(uri)
-    entry = Store(root, options).info(name)
+    entry = Store(root, options, follows_links=True).info(name)
     if entry is None:
         raise ConfigError(f"input {uri}: no such file or directory")
     return _group(root, [entry], frozenset([name]), f"input {uri}", looked_at=1)

@@ -5,10 +5,11 @@ import json
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lora_embed import cluster, gates, judge, pipeline, staging, table, work
+from lora_embed import cluster, gates, judge, parquet, pipeline, staging, work
 from lora_embed.config import JobConfig
 from lora_embed.effort import Effort
 from lora_embed.errors import GateFailed
+from lora_embed.foreign import SampleRecord, read_record
 from lora_embed.gates import Decision, Policy
 from lora_embed.health import combine, measure_rows
 from lora_embed.manifest import Manifest
@@ -47,7 +48,7 @@ def _decide(job: JobConfig, shared: pipeline.Job, current: Manifest, sample: lis
     policy = Policy(skip_overlap=job.reembed.skip_overlap, skip_gain=job.reembed.skip_gain, limits=limits)
     staged = staging.staged_parts(shared.store, shared.encoder.space_id, shared.layout.layout_id)
     paths = [path for s in sample for path in staging.part_paths(shared.encoder.space_id, shared.layout, staged.get(s.id, []))]
-    parts = [table.read_rows(shared.store, path) for path in paths]
+    parts = [parquet.read_rows(shared.store, path) for path in paths]
     health = combine([measure_rows(part) for part in parts]) if parts else None
     found = health.figures() if health is not None and health.count else None
     extra = judge.judge_space(shared.store, current, shared.encoder.space_id, found, limits)
@@ -63,5 +64,5 @@ def _seconds_an_image(shared: pipeline.Job, effort: Effort, workers: Workers) ->
     if effort.samples:
         took = seconds_an_image(effort.seconds, effort.samples, workers)
         shared.store.create(path, json.dumps({"seconds_an_image": took}).encode())
-    kept = shared.store.read(path)
-    return float(json.loads(kept)["seconds_an_image"]) if kept is not None else 0.0
+    kept = read_record(shared.store, path, SampleRecord)
+    return kept.seconds_an_image if kept is not None else 0.0

@@ -14,10 +14,8 @@ from lora_embed.schema import WHOLE, Layout, Sample, Shard, Span, Wanted
 from lora_embed.storage import Entry, Store, explained
 
 MOST_KEY = 2**16  # bytes of a key; Linux takes paths of 4,096
-MOST_UNPACKED, TIMES_UNPACKED = (
-    16 * 2**30,
-    100,
-)  # bytes of a shard's images: so many, or so many times its own where it is larger
+MOST_UNPACKED = 2 * 2**30  # bytes of a shard's images in all
+TIMES_UNPACKED = 100  # times its own, where that is more
 _CANNOT = {
     "tar": "incomplete or damaged tar, which cannot be read to its end",
     "parquet": "cannot be read as Parquet to its end",
@@ -40,7 +38,7 @@ def read_samples(shard: Shard, layout: Layout, options: dict[str, Any], wanted: 
     listed; StorageError, StoreUnavailable or an OSError that has a number when its store fails.
     """
     assert shard.kind == "tar" or span == WHOLE, (shard.kind, span)
-    store = Store(shard.root, options)
+    store = Store(shard.root, options, follows_links=True)
     with _errors_of(shard):
         yield from _bounded(_read(store, shard, layout, wanted, span), shard)
 

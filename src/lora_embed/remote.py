@@ -9,6 +9,7 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Any
 
+import aiohttp
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.spec import AbstractFileSystem
@@ -43,6 +44,8 @@ def connect(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, str]:
 
 def _connect_anew(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, str]:
     given = dict(options)
+    if "http://" in uri or "https://" in uri:
+        _keep_to_host(uri, given)
     if is_s3(uri):
         # One patience, that of `retry`: botocore and s3fs would try five times each, and a stalled read 25 times.
         given["config_kwargs"] = {"retries": {"total_max_attempts": 1}} | given.get("config_kwargs", {})
@@ -52,6 +55,30 @@ def _connect_anew(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, 
         _check_s3fs()
         fs.retries = 1
     return fs, root
+
+
+def _keep_to_host(uri: str, given: dict[str, Any]) -> None:
+    """Follow no redirect to another host: a server that the user named would choose whom this machine asks next."""
+    chain = [part.partition("://")[0] for part in uri.split("::")]
+    for scheme in {"http", "https"} & set(chain):
+        options = given if chain[0] == scheme else given.setdefault(scheme, {})
+        client = options.get("client_kwargs", {})
+        options["client_kwargs"] = client | {"trace_configs": [*client.get("trace_configs", ()), _SAME_HOST]}
+
+
+async def _refuse_other_host(_session: Any, _context: Any, request: aiohttp.TraceRequestRedirectParams) -> None:
+    url, headers = request.url, request.response.headers
+    target = url.join(type(url)(headers.get("Location") or headers.get("URI") or ""))
+    is_same_port = target.port == url.port or (target.is_default_port() and url.is_default_port())  # http → https
+    if target.host != url.host or not is_same_port:
+        raise StorageError(
+            f"{url}: is sent on to {target.host}:{target.port}, and redirects to another host are not followed. If that "
+            "is right, name the place there."
+        )
+
+
+_SAME_HOST = aiohttp.TraceConfig()
+_SAME_HOST.on_request_redirect.append(_refuse_other_host)
 
 
 def _check_s3fs() -> None:

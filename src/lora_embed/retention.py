@@ -1,6 +1,5 @@
 """What a table no longer needs: old versions, and what nothing refers to, once a grace period is over."""
 
-import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -8,7 +7,8 @@ from typing import Any
 
 from lora_embed.config import Retain
 from lora_embed.errors import LoraEmbedError, StorageError, TableError
-from lora_embed.manifest import Manifest, parse_manifest
+from lora_embed.foreign import RecipeRecord, read_record, taken_as
+from lora_embed.manifest import Manifest
 from lora_embed.progress import say
 from lora_embed.runs import find_live
 from lora_embed.schema import Part
@@ -84,16 +84,16 @@ class _Kept:
         """A version that stays, unless it is gone; its manifest, which may be large, is not held."""
         if data is None:
             return
-        found = parse_manifest(data, where)
-        self.files.update(entry["path"] for kind in ("files", "rejects") for entry in found[kind])
-        self.spaces.add(found["space_id"])
-        self.forgot.update(found["lineage"].get("forgot", {}).get("held_by", ()))
+        found = Manifest.from_json(data, where)
+        self.files.update(entry.path for entry in (*found.files, *found.rejects))
+        self.spaces.add(found.space_id)
+        self.forgot.update(found.lineage.get("forgot", {}).get("held_by", ()))
 
 
 def retain_of(manifest: Manifest | None) -> Retain:
     """What the run that published a version was told to retain; the defaults where an older release published it."""
     said = manifest.lineage.get("retain", {}) if manifest is not None else {}
-    return Retain(**{name: said[name] for name in Retain.model_fields if name in said})
+    return taken_as(Retain, said, "the `retain` of a version")
 
 
 def enforce(store: Store, retain: Retain, needs: Needs) -> None:
@@ -216,10 +216,9 @@ def _unused(store: Store, kept: _Kept) -> list[Entry]:
     used = kept.spaces | {_space(entry) for entry in (*encoders, *staged) if entry.modified >= kept.oldest}
     doomed = [entry for entry in encoders if _space(entry) not in used]
     for entry in store.list_files("recipes"):
-        if entry.modified < kept.oldest and (data := store.read(entry.path)) is not None:
-            space = json.loads(data)["space_id"]
-            if space not in used:
-                doomed.append(entry)
+        recipe = read_record(store, entry.path, RecipeRecord) if entry.modified < kept.oldest else None
+        if recipe is not None and recipe.space_id not in used:
+            doomed.append(entry)
     return doomed + _left_behind(staged, used, kept)
 
 

@@ -204,6 +204,13 @@ def encoder_path(space_id: str) -> str:
     return f"encoders/{space_id}"
 
 
+def check_carried(pair: list[str]) -> list[str]:
+    """A carried field's name and type, as manifests have them. Raises ValueError for a type that is not carried."""
+    if len(pair) != 2 or pair[1] not in _CARRY_TYPES:
+        raise ValueError(f"is {pair}, expected a name and one of {', '.join(_CARRY_TYPES)}")
+    return pair
+
+
 def carry_fields(carry: tuple[tuple[str, str], ...]) -> list[pa.Field]:
     """Arrow fields of the carried columns."""
     return [pa.field(name, _CARRY_TYPES[kind]) for name, kind in carry]

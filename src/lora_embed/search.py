@@ -112,10 +112,10 @@ def search_image(
 def _read_image(image: str, options: dict[str, Any] | None) -> bytes:
     if "://" in image:
         root, _, name = image.rpartition("/")
-        data = Store(root, options or {}).read(name)
+        data = Store(root, options or {}, follows_links=True).read(name)
     else:
         path = Path(image)
-        data = Store(str(path.absolute().parent)).read(path.name) if path.name else None
+        data = Store(str(path.absolute().parent), follows_links=True).read(path.name) if path.name else None
     if data is None:
         raise ConfigError(f"{image}: no such file, expected an image. Correct the path.")
     return data

@@ -3,10 +3,9 @@
 from collections import defaultdict
 from dataclasses import dataclass
 
-import pyarrow.parquet as pq
-
 from lora_embed.errors import VerificationFailed
 from lora_embed.manifest import Manifest
+from lora_embed.parquet import opened_file
 from lora_embed.schema import Layout, Part
 from lora_embed.storage import Store
 from lora_embed.write import FOOTER_BYTES, part_path, read_footer
@@ -63,11 +62,8 @@ def verify_parts(store: Store, space_id: str, layout: Layout, parts: list[Part])
     vectors: list[int] = []
     for part in parts:
         path = part_path(space_id, layout.layout_id, part)
-        try:
-            with store.open(path, FOOTER_BYTES) as file:
-                metadata = pq.ParquetFile(file).metadata
-        except FileNotFoundError:
-            raise VerificationFailed(f"{store.uri}/{path}: is gone, though it was listed; run the same command again") from None
+        with opened_file(store, path, FOOTER_BYTES) as file:
+            metadata = file.metadata
         facts = read_footer(metadata)
         full = layout.chunk_size if not part.last else metadata.num_rows
         expected = {
@@ -76,11 +72,11 @@ def verify_parts(store: Store, space_id: str, layout: Layout, parts: list[Part])
             "start": start,
             "samples": full,
         }
-        if facts is None or {key: facts[key] for key in expected} != expected or metadata.num_rows != full:
+        if facts is None or {key: facts.get(key) for key in expected} != expected or metadata.num_rows != full:
             raise VerificationFailed(f"{store.uri}/{path}: its footer says {facts}, expected {expected}; remove it, run again")
         start += metadata.num_rows
         samples.append(metadata.num_rows)
-        vectors.append(int(str(facts["vectors"])))
+        vectors.append(facts["vectors"])
     return VerifiedShard(shard_id=parts[0].shard_id, samples_of_parts=tuple(samples), vectors_of_parts=tuple(vectors))
 
 

@@ -7,6 +7,8 @@ import contextlib
 import io
 import math
 import os
+import re
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -23,6 +25,7 @@ from lora_embed.retry import LIBRARY_ERRORS, describe, is_no_connection, is_refu
 RETRY_S = 120.0  # how long transient errors are tried again; `retry_s` beside fsspec's own options changes it
 FIRST_CONTACT_S = 5.0
 READ_AHEAD = 16 * 2**20  # bytes of one request when a remote file is read on
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 R = TypeVar("R")
 
 
@@ -41,12 +44,14 @@ class Store:
     """A root on a local disk or in an object store. Picklable: the connection is made where it is used.
 
     `options` go to fsspec, but for `retry_s`, the seconds for which transient errors are tried again. Every method
-    raises StorageError for what the store refuses, and StoreUnavailable once that time is over.
+    raises StorageError for what the store refuses, for a path that leads out of the root, and on a disk for a link below
+    the root unless links are followed; and StoreUnavailable once that time is over.
     """
 
     uri: str
     options: dict[str, Any] = field(default_factory=dict, hash=False, repr=False)  # they may hold keys
     exclusive: bool | None = None  # does it honour conditional PUT? None until `claim` has found out
+    follows_links: bool = False  # of inputs, which a user names; what is written to holds none
 
     @property
     def is_local(self) -> bool:
@@ -67,8 +72,27 @@ class Store:
         return Path(self.full_path(""))
 
     def full_path(self, path: str) -> str:
-        root = self._connection[1].rstrip("/")
-        return f"{root}/{path}" if path else root or self._connection[1]
+        """Where a path is in the file system: the one place where root and path are joined.
+
+        Raises StorageError for a path that leads, or on a disk through a link may lead, out of the root.
+        """
+        fs, whole = self._connection
+        root = whole.rstrip("/")
+        if not path:
+            return root or whole
+        parts, is_local = path.split("/"), isinstance(fs, LocalFileSystem)
+        if ".." in parts or "\0" in path or _SCHEME.match(path) or (is_local and ("" in parts or "." in parts)):
+            raise StorageError(
+                f"{self.uri}: the path {path!r} leads out of it or names nothing in it, so it is not followed. Something that "
+                "was not written by lora-embed names it: find out what, and remove that."
+            )
+        if is_local and not self.follows_links:
+            try:
+                disk.refuse_links(root, parts)
+            except OSError:
+                with explained(self, path):
+                    raise
+        return f"{root}/{path}"
 
     def name(self, path: str) -> str:
         """A path's whole URI, as messages give it."""
@@ -92,8 +116,10 @@ class Store:
     def list_files(self, prefix: str = "") -> list[Entry]:
         """All objects below a folder, sorted by path; an absent folder is an empty one. Never from a cache."""
         if self.is_local:
+            self.full_path(prefix)
+            listing = disk.walk if self.follows_links else disk.walk_no_links
             with explained(self, prefix):
-                found = [_local_entry(path, state) for path, state in disk.walk(self.full_path(""), prefix)]
+                found = [_local_entry(path, state) for path, state in listing(self.full_path(""), prefix)]
         else:
             found = self._retried(prefix, lambda: self._find(prefix))
         return sorted((e for e in found if not e.path.startswith(f"{disk.TEMPORARY}/")), key=lambda entry: entry.path)
@@ -117,36 +143,38 @@ class Store:
 
         On S3 every read carries If-Match, so that all bytes are of the object as it was when it was opened.
         """
-        fs = self.filesystem
-        given = {} if self.is_local else {"block_size": max(1, min(ahead, READ_AHEAD))}
-        file = self._retried(path, lambda: fs.open(self.full_path(path), "rb", **given))
-        return cast(BinaryIO, file if self.is_local else io.BufferedReader(_RetriedFile(self, path, file), 65536))
+        fs, full = self.filesystem, self.full_path(path)
+        is_local = isinstance(fs, LocalFileSystem)
+        given = {} if is_local else {"block_size": max(1, min(ahead, READ_AHEAD))}
+        file = self._retried(path, lambda: fs.open(full, "rb", **given))
+        return cast(BinaryIO, file if is_local else io.BufferedReader(_RetriedFile(self, path, file), 65536))
 
     def read(self, path: str) -> bytes | None:
         """The whole object, or None where there is none."""
-        fs = self.filesystem
+        fs, full = self.filesystem, self.full_path(path)
         try:
-            return self._retried(path, lambda: cast(bytes, fs.cat_file(self.full_path(path))))
+            return self._retried(path, lambda: cast(bytes, fs.cat_file(full)))
         except FileNotFoundError:
             return None
 
     def info(self, path: str) -> Entry | None:
         """The object's size and etag as they are now, or None where there is none."""
-        fs = self.filesystem
+        fs, full = self.filesystem, self.full_path(path)
         try:
-            if self.is_local:
+            if isinstance(fs, LocalFileSystem):
                 with explained(self, path):
-                    state = os.stat(self.full_path(path))
-                return _local_entry(path, state) if os.path.isfile(self.full_path(path)) else None
+                    state = os.stat(full)
+                return _local_entry(path, state) if stat.S_ISREG(state.st_mode) else None
             fs.invalidate_cache()
-            found = self._retried(path, lambda: fs.info(self.full_path(path)))
+            found = self._retried(path, lambda: fs.info(full))
         except FileNotFoundError:
             return None
         return _entry(path, found) if found["type"] == "file" else None
 
     def is_directory(self, path: str = "") -> bool:
         fs = self.filesystem
-        return self._retried(path, lambda: bool(fs.isdir(self.full_path(path))))
+        full = self.full_path(path)
+        return self._retried(path, lambda: bool(fs.isdir(full)))
 
     def now(self) -> float:
         """Seconds since 1970 by the clock that dates what is stored, which need not be this machine's.
@@ -231,7 +259,9 @@ class Store:
     def clear_temporary(self, older_than_s: float = 3600.0) -> None:
         """Remove what writers that were killed left behind on a local disk."""
         if self.is_local:
-            disk.clear_temporary(self._root, older_than_s)
+            self.full_path(disk.TEMPORARY)
+            with explained(self, disk.TEMPORARY):
+                disk.clear_temporary(self._root, older_than_s)
 
     @property
     def retry_s(self) -> float:

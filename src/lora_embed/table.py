@@ -3,7 +3,6 @@
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,39 +15,13 @@ import pyarrow.parquet as pq
 from lora_embed.errors import TableError, VerificationFailed
 from lora_embed.lend import lend
 from lora_embed.manifest import Manifest, prefix_of, prefixes_of_ids
+from lora_embed.parquet import BATCH_ROWS, opened_file, read_rows
 from lora_embed.schema import REJECT_SCHEMA, data_schema, encoder_path
 from lora_embed.storage import Store
 from lora_embed.versions import read_manifest
 
 if TYPE_CHECKING:
     from lora_embed.model.encoder import Encoder
-
-BATCH_ROWS = 8192
-
-
-def read_rows(store: Store, path: str) -> pa.Table:
-    """A Parquet file of the table, whole. Raises VerificationFailed when it is gone."""
-    data = store.read(path)
-    if data is None:
-        raise VerificationFailed(f"{store.uri}/{path}: is gone, though it is referred to")
-    file = pq.ParquetFile(pa.BufferReader(data))  # of a small part, read_table takes three times as long
-    return file.read(use_threads=len(data) > 2**20).replace_schema_metadata(None)
-
-
-@contextmanager
-def opened_file(store: Store, path: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file of the table, to be read in pieces. Raises VerificationFailed when it is gone."""
-    try:
-        with store.open(path) as data:
-            yield pq.ParquetFile(data)
-    except FileNotFoundError:
-        raise VerificationFailed(f"{store.name(path)}: is gone, though the version refers to it") from None
-
-
-def file_batches(store: Store, path: str, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """The rows of a Parquet file of the table in batches, read once and in their order; raises as `opened_file` does."""
-    with opened_file(store, path) as file:
-        yield from file.iter_batches(BATCH_ROWS, columns=columns)
 
 
 def _rows_with(file: pq.ParquetFile, ids: set[str], columns: list[str]) -> list[pa.Table]:
@@ -116,6 +89,7 @@ class Table:
         for entry in self.manifest.files:
             if entry.rows:
                 with opened_file(self.store, entry.path) as file:
+                    self._check_file(file, columns)
                     yield from (batch.select(columns) for batch in file.iter_batches(rows, columns=columns))
 
     def rows(self, ids: Iterable[str], columns: Sequence[str] | None = None) -> pa.Table:
@@ -134,6 +108,7 @@ class Table:
         found = [self.schema.empty_table().select(names if "id" in names else ["id", *names])]
         for number, some in sorted(of_file.items()):
             with opened_file(self.store, self.manifest.files[number].path) as file:
+                self._check_file(file, found[0].column_names)
                 found += _rows_with(file, some, found[0].column_names)
         rows = pa.concat_tables(found).unify_dictionaries()
         place = {sample_id: row for row, sample_id in enumerate(rows.column("id").to_pylist())}
@@ -157,18 +132,32 @@ class Table:
         if unknown := [name for name in columns if name not in self.schema.names]:
             raise TableError(f"{self.store.uri}: has no column {unknown[0]!r}; it has {', '.join(self.schema.names)}")
 
+    def _check_file(self, file: pq.ParquetFile, columns: Sequence[str]) -> None:
+        """Raises ArrowInvalid for a data file whose columns are not those that the manifest says."""
+        for name in columns:
+            found, expected = file.schema_arrow.field(name).type, self.schema.field(name).type
+            if found != expected:
+                raise pa.ArrowInvalid(f"column {name} is of type {found}, expected {expected}")
+
     def rejects(self) -> pa.Table:
         """All rejects: id, shard, key, reason, detail."""
         tables = [read_rows(self.store, entry.path) for entry in self.manifest.rejects]
         return pa.concat_tables([REJECT_SCHEMA.empty_table(), *tables]).unify_dictionaries()
 
-    def encoder(self, device: str = "cpu") -> "Encoder":
-        """The encoder that made the vectors, in float32: the only one whose queries match them."""
-        from lora_embed.fetch import fetch_directory
-        from lora_embed.model.encoder import FILES, load_encoder  # torch, which reading a table does not need
+    def encoder(self, device: str = "cpu", base: str | None = None) -> "Encoder":
+        """The encoder that made the vectors, in float32: the only one whose queries match them. `base` as of `load_encoder`.
+
+        Raises VerificationFailed where the table holds another one under its space id.
+        """
+        from lora_embed.model.encoder import load_encoder  # torch, which reading a table does not need
 
         uri = f"{self.store.uri}/{encoder_path(self.space_id)}"
-        return load_encoder(fetch_directory(uri, None, FILES, self.store.options), device=device)
+        encoder = load_encoder(uri, device=device, storage_options=self.store.options, base=base)
+        if encoder.space_id != self.space_id:
+            raise VerificationFailed(
+                f"{uri}: holds an encoder of space {encoder.space_id}, not {self.space_id} as its name says"
+            )
+        return encoder
 
 
 def open_table(uri: str, version: int | None = None, storage_options: dict[str, Any] | None = None) -> Table:

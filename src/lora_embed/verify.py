@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lora_embed.errors import VerificationFailed
 from lora_embed.health import hash_each
 from lora_embed.manifest import FileEntry
+from lora_embed.parquet import damage_named
 from lora_embed.schema import encoder_path
 from lora_embed.storage import Store
 from lora_embed.table import Table
@@ -26,16 +27,17 @@ def verify_file(store: Store, entry: FileEntry, *, is_data: bool) -> NDArray[np.
     where = f"{store.uri}/{entry.path}"
     data = store.read(entry.path)
     if data is None:
-        raise VerificationFailed(f"{where}: is gone, though the version refers to it")
+        raise VerificationFailed(f"{where}: is gone, though it is referred to")
     if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
         raise VerificationFailed(f"{where}: {len(data)} bytes that are not the {entry.bytes} it was published with")
-    table = pq.read_table(io.BytesIO(data), columns=["id", "shard"])
-    counted = pc.value_counts(table.column("shard").cast(pa.string())).to_pylist()
+    with damage_named(where):
+        table = pq.read_table(io.BytesIO(data), columns=["id", "shard"])
+        counted = pc.value_counts(table.column("shard").cast(pa.string())).to_pylist()
+        ids = table.column("id").cast(pa.string()).to_pylist()
     per_shard = {value["values"]: value["counts"] for value in counted}
     expected = {shard.name: shard.vectors if is_data else shard.rejects for shard in entry.shards}
     if per_shard != {name: rows for name, rows in expected.items() if rows} or table.num_rows != entry.rows:
         raise VerificationFailed(f"{where}: rows per shard differ from the manifest's counts")
-    ids = table.column("id").to_pylist()
     if is_data and (twice := len(ids) - len(set(ids))):
         raise VerificationFailed(f"{where}: {twice} ids stand there twice")
     return hash_each(id_.encode() for id_ in ids)

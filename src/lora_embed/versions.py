@@ -79,7 +79,7 @@ def manifest_to_follow(store: Store) -> Manifest | None:
     """
     marker, found = store.read(MARKER), None
     if marker is not None:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             found = json.loads(marker)
         refuse_other_format(found, store.name(MARKER))
     manifest = read_manifest(store)
@@ -104,9 +104,15 @@ def read_manifest_at(store: Store, path: str) -> Manifest | None:
     the same one several times.
     """
     entry = store.info(path)
+    manifest = None
     with contextlib.suppress(FileNotFoundError):  # it was retired in between
-        return _manifest_of(store, path, entry.etag) if entry is not None else None
-    return None
+        manifest = _manifest_of(store, path, entry.etag) if entry is not None else None
+    if manifest is not None and path not in (manifest_path(manifest.version), tomb_path(manifest.version)):
+        raise TableError(
+            f"{store.name(path)}: says that it is version {manifest.version}, which its name is not. lora-embed has not "
+            "written it there; remove it."
+        )
+    return manifest
 
 
 @lru_cache(maxsize=2)

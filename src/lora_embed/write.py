@@ -1,16 +1,21 @@
 """A chunk's vectors → its part: one object, committed once, a function of shard, encoder and layout alone."""
 
+import contextlib
 import io
 import json
 from dataclasses import dataclass, replace
-from typing import IO, Any, cast
+from typing import IO, Annotated, Any, NotRequired, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
+from lora_embed.foreign import Count
+from lora_embed.parquet import damage_named
 from lora_embed.retry import take_retries
 from lora_embed.schema import ChunkHead, ChunkStats, Layout, Part, from_ipc, part_schema
 from lora_embed.stages import Stopwatch
@@ -18,6 +23,18 @@ from lora_embed.storage import Store
 
 FOOTER = b"lora_embed.part"
 FOOTER_BYTES = 2**16  # read at once of a part of which its footer and keys are wanted
+
+
+class _Footer(TypedDict):
+    space_id: str
+    layout_id: str
+    start: Count
+    samples: Count
+    vectors: Count
+    bytes: NotRequired[Annotated[list[Count], Field(min_length=2, max_length=2)] | None]
+
+
+_FOOTER = TypeAdapter(_Footer)
 
 
 def part_path(space_id: str, layout_id: str, part: Part | None = None) -> str:
@@ -96,13 +113,15 @@ def write_part(store: Store, space_id: str, layout: Layout, head: ChunkHead, tab
     return store.create(part_path(space_id, layout.layout_id, head.part), to_parquet(table.replace_schema_metadata(footer)))
 
 
-def read_footer(data: pq.FileMetaData) -> dict[str, object] | None:
-    """A part's own facts: space_id, layout_id, start, samples, vectors; None for a file that is no part.
+def read_footer(data: pq.FileMetaData) -> dict[str, Any] | None:
+    """A part's own facts: space_id, layout_id, start, samples, vectors; None for a file that is no part of ours.
 
     And `bytes`: [begin, end) of the chunk in its tar, or None where reading cannot begin there.
     """
-    raw = (data.metadata or {}).get(FOOTER)
-    return json.loads(raw) if raw else None
+    with contextlib.suppress(ValueError, RecursionError):
+        facts = json.loads((data.metadata or {}).get(FOOTER, b"null"))
+        return cast(dict[str, Any], _FOOTER.validate_python(facts, strict=True))
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +136,12 @@ class ChunkPlace:
 def read_place(store: Store, path: str) -> ChunkPlace | None:
     """Of a part; None where it is gone, or was written without knowing its bytes."""
     try:
-        with store.open(path, FOOTER_BYTES) as data:
+        with store.open(path, FOOTER_BYTES) as data, damage_named(store.name(path)):
             file = pq.ParquetFile(data)
             place = (read_footer(file.metadata) or {}).get("bytes")
             if place is None:
                 return None
-            begin, end = cast(list[int], place)
+            begin, end = place
             return ChunkPlace(begin=begin, end=end, keys=frozenset(file.read(columns=["key"])["key"].to_pylist()))
     except FileNotFoundError:
         return None
