@@ -300,7 +300,7 @@ def _is_wanted(number: int) -> bool:
 
 MISSING = _is_wanted
 HARM: dict[str, tuple[signal.Signals, str]] = {
-    "stopped": (signal.SIGSTOP, "the reader gave no answer in 6 s"),
+    "stopped": (signal.SIGSTOP, "the reader gave no answer in 2 s"),
     "killed": (signal.SIGKILL, "the reader was killed by signal 9"),
     "crashed": (signal.SIGSEGV, "the reader was killed by signal 11"),
     "aborted": (signal.SIGABRT, "the reader was killed by signal 6"),
@@ -310,11 +310,11 @@ HARM: dict[str, tuple[signal.Signals, str]] = {
 @pytest.mark.parametrize("how", HARM)
 def test_what_ends_or_stops_a_reader_is_its_shards_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     number, says = HARM[how]
-    monkeypatch.setattr(isolate, "READ_S", 6.0)
     shard = shard_at(tmp_path / "a.tar", tar_of([("a.png", png(1)), ("b.png", png(2))]))
     samples = read_isolated(shard, layout(), {"retry_s": 0}, MISSING)
     assert next(samples).key == "a"
     (child,) = [child for child in psutil.Process().children() if "lora_embed.isolate" in child.cmdline()]
+    monkeypatch.setattr(isolate, "READ_S", 2.0)
     child.send_signal(number)
     with pytest.raises(ShardError, match=f"a.tar: cannot be read, {says}"):
         list(samples)

@@ -87,11 +87,11 @@ def read_isolated(
     shard: Shard, layout: Layout, options: dict[str, Any], wanted: Wanted, span: Span = WHOLE
 ) -> Iterator[Sample]:
     """`read_samples` in a child of its own. What ends the child, or leaves it without a sample for so long, is a ShardError."""
-    limit_s = READ_S + Store(shard.root, options).retry_s
+    patience_s = Store(shard.root, options).retry_s
     child = _Child("reader")
     try:
         request: tuple[Any, ...] = (READ_ROOM_BYTES, _begin_reading, shard, layout, options, wanted, span)
-        while (answer := child.ask(request, limit_s)) is not None:
+        while (answer := child.ask(request, READ_S + patience_s)) is not None:
             if isinstance(answer, Sample):
                 yield answer
             elif _is_crash(answer):

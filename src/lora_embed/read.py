@@ -14,10 +14,8 @@ from lora_embed.schema import WHOLE, Layout, Sample, Shard, Span, Wanted
 from lora_embed.storage import Entry, Store, explained
 
 MOST_KEY = 2**16  # bytes of a key; Linux takes paths of 4,096
-MOST_UNPACKED, TIMES_UNPACKED = (
-    16 * 2**30,
-    100,
-)  # bytes of a shard's images: so many, or so many times its own where it is larger
+MOST_UNPACKED = 2 * 2**30  # bytes of a shard's images in all
+TIMES_UNPACKED = 100  # times its own, where that is more
 _CANNOT = {
     "tar": "incomplete or damaged tar, which cannot be read to its end",
     "parquet": "cannot be read as Parquet to its end",
