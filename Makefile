@@ -10,7 +10,7 @@ DAFT := $(LORA_EMBED_CACHE)/peers/daft/ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-long soak readers matrix processors versions faults lint policy hashes strangers bench quality clean
+.PHONY: setup demo test test-long soak readers matrix processors versions shards faults lint policy hashes strangers bench quality clean
 
 setup: $(READY)
 
@@ -59,6 +59,9 @@ processors: setup
 
 versions: setup
 	$(BIN)/python tests/environments.py $(VERSIONS)
+
+shards: setup
+	$(BIN)/python tests/hostile_shards.py --count 20000 $(SHARDS)
 
 faults: setup
 	$(BIN)/python tests/campaign.py $(FAULTS)

@@ -195,6 +195,7 @@ class JobConfig(Section):
     gates: dict[str, Number] = Field(default_factory=dict)  # limits by name: `gates.Limits` has them and their defaults
     prices: Prices = Prices()
     shared_filesystem: bool = False
+    follow_folder_links: bool = False  # read what links below a local input lead to, also folders outside of it
     input_storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
     table_storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
 

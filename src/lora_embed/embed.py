@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from lora_embed.errors import carries_errors
-from lora_embed.fetch import fetch_directory
 from lora_embed.isolate import decode_blocks, keep_freed_memory
 from lora_embed.model.preprocess import Preprocessing
 from lora_embed.schema import ChunkHead, Layout
@@ -70,13 +69,21 @@ class EmbedImages:
     """The actor: loads an encoder, proves it on the golden images, then turns a chunk's pixels into vectors."""
 
     @carries_errors
-    def __init__(self, encoder_uri: str, storage_options: dict[str, Any], layout: Layout, kind: str) -> None:
-        from lora_embed.model.encoder import FILES, load_encoder
+    def __init__(
+        self, encoder_uri: str, storage_options: dict[str, Any], layout: Layout, kind: str, base: str | None = None
+    ) -> None:
+        from lora_embed.model.encoder import load_encoder
 
         device = take_device(kind)
         self.layout = layout
-        folder = fetch_directory(encoder_uri, None, FILES, storage_options)
-        self._encoder = load_encoder(folder, device=device, precision=layout.precision, batch_size=layout.batch_size)
+        self._encoder = load_encoder(
+            encoder_uri,
+            device=device,
+            precision=layout.precision,
+            batch_size=layout.batch_size,
+            storage_options=storage_options,
+            base=base,
+        )
 
     @property
     def preprocessing(self) -> Preprocessing:

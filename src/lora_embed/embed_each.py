@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from lora_embed.decode import Prepare
 from lora_embed.embed import take_device
 from lora_embed.errors import carries_errors
-from lora_embed.fetch import fetch_directory
 from lora_embed.isolate import decode_blocks
 from lora_embed.model.preprocess import Joint, Pixels, Preprocessing
 from lora_embed.schema import ChunkHead, Layout, from_ipc
@@ -26,6 +25,7 @@ class Asked:
     uri: str
     dimension: int
     preprocessing: Preprocessing
+    base: str | None = None  # where its base lies, by the user's word, for one that is kept as an adapter
     heads: tuple[tuple[int, str], ...] = ()  # number of the model in the encoder, path of the head in the store
 
 
@@ -80,13 +80,14 @@ class EmbedWithEach:
 
     @carries_errors
     def __init__(self, each: Each, kind: str) -> None:
-        from lora_embed.model.encoder import FILES, load_encoder
+        from lora_embed.model.encoder import load_encoder
 
         device = take_device(kind)
         self.each = each
         precision, batch_size = each.layout.precision, each.layout.batch_size
-        folders = [fetch_directory(one.uri, None, FILES, each.store.options) for one in each.encoders]
-        self._encoders = [load_encoder(folder, device=device, precision=precision, batch_size=batch_size) for folder in folders]
+        how: dict[str, Any] = {"device": device, "precision": precision, "batch_size": batch_size}
+        how["storage_options"] = each.store.options
+        self._encoders = [load_encoder(one.uri, base=one.base, **how) for one in each.encoders]
         self._heads: list[list[Any]] = [[] for _ in self._encoders]
         for asked, encoder, heads in zip(each.encoders, self._encoders, self._heads, strict=True):
             if asked.heads:

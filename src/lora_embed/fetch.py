@@ -5,8 +5,11 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import time
 import uuid
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +45,55 @@ def cache_root() -> Path:
     return Path(os.environ.get("LORA_EMBED_CACHE") or Path.home() / ".cache" / "lora-embed")
 
 
+def private_folder(name: str) -> Path:
+    """A folder of the cache that this user alone can write to, made where there is none.
+
+    Names in it can be computed, so whoever could write there could put models in the place of copies. Raises StorageError for a
+    folder that is another user's, or a link, or that others may write to.
+    """
+    folder = cache_root() / name
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        check_private(folder)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise StorageError(
+            f"{folder}: cannot be made or used: {error.strerror or error}. Make room, or set LORA_EMBED_CACHE to another disk."
+        ) from None
+    return folder
+
+
+def check_private(folder: Path) -> None:
+    """Raises StorageError for what is no directory of this user's, or is one that others may write to."""
+    state = folder.lstat()
+    problem = ""
+    if not stat.S_ISDIR(state.st_mode):
+        problem = "is a link or a file, expected a directory"
+    elif state.st_uid != os.getuid():
+        problem = f"belongs to user {state.st_uid}, expected {os.getuid()}"
+    elif state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        problem = f"may be written to by others (mode {stat.S_IMODE(state.st_mode):o}, expected 700)"
+    if problem:
+        raise StorageError(
+            f"{folder}: {problem}. So what lies there may be somebody else's, and is not used. Remove it, or set "
+            "LORA_EMBED_CACHE to a directory of your own."
+        )
+
+
 def _copy_to_cache(store: Store, patterns: tuple[str, ...]) -> Path:
     entries = _listed(store, patterns)
     if not entries:
         raise StorageError(f"{store.uri}: no files there that match {', '.join(patterns)}")
-    if outside := [entry.path for entry in entries if ".." in entry.path.split("/") or entry.path.startswith("/")]:
-        raise StorageError(f"{store.uri}: {outside[0]!r} would be copied out of its folder. Remove it there.")
     state = hashlib.sha256(repr([store.uri, entries]).encode()).hexdigest()[:24]
-    target = cache_root() / "fetched" / state
+    target = private_folder("fetched") / state
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.with_name(f"{state}.lock").open("w") as lock:  # which dates it: when the copy was asked for last
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a node's actors start together: one copies, the others wait for it
-            if not target.is_dir():
+        with _locked(target.with_name(f"{state}.lock")) as lock:  # a node's actors start together: one copies, others wait
+            os.utime(lock)  # when the copy was asked for last
+            if not os.path.lexists(target):
                 _copy(store, entries, target, patterns)
+            check_private(target)
         _remove_unused(target.parent)
     except OSError as error:
         raise StorageError(
@@ -65,23 +103,43 @@ def _copy_to_cache(store: Store, patterns: tuple[str, ...]) -> Path:
     return target
 
 
+@contextlib.contextmanager
+def _locked(path: Path, *, waits: bool = True) -> Iterator[int]:
+    """Hold a file's lock. Nothing is written to it, and a link is not followed: it could be to any file of the user's."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    try:
+        if not stat.S_ISREG(os.fstat(lock).st_mode):
+            raise FileExistsError(f"{path} is no ordinary file")
+        fcntl.flock(lock, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield lock
+    finally:
+        os.close(lock)
+
+
 def _remove_unused(folder: Path) -> None:
     """Remove copies that nobody asked for lately, and what a process that was killed had copied in part."""
     oldest = time.time() - KEPT_S
     for lock in folder.glob("*.lock"):
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), lock.open() as held:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if lock.stat().st_mtime < oldest:
+        with contextlib.suppress(OSError), _locked(lock, waits=False):  # in use, gone already, or no lock
+            if lock.lstat().st_mtime < oldest:
                 shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                 lock.unlink()
     for partial in folder.glob("*.*"):
         with contextlib.suppress(FileNotFoundError):
-            if partial.is_dir() and partial.stat().st_mtime < oldest:
+            if partial.is_dir() and partial.lstat().st_mtime < oldest:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
 def _listed(store: Store, patterns: tuple[str, ...]) -> list[Entry]:
-    return [entry for entry in store.list_files() if any(Path(entry.path).match(pattern) for pattern in patterns)]
+    listed = store.list_files()
+    if outside := [entry.path for entry in listed if ".." in entry.path.split("/") or entry.path.startswith("/")]:
+        raise StorageError(f"{store.uri}: {outside[0]!r} would be copied out of its folder. Remove it there.")
+    return [entry for entry in listed if any(_matches(entry.path, pattern) for pattern in patterns)]
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Does a path below the store match, folder by folder?"""
+    return path.count("/") == pattern.count("/") and fnmatchcase(path, pattern)
 
 
 def _copy(store: Store, entries: list[Entry], target: Path, patterns: tuple[str, ...]) -> None:
@@ -89,7 +147,8 @@ def _copy(store: Store, entries: list[Entry], target: Path, patterns: tuple[str,
     try:
         for entry in entries:
             file = partial / entry.path
-            file.parent.mkdir(parents=True, exist_ok=True)
+            for folder in reversed(file.relative_to(target.parent).parents[:-1]):
+                (target.parent / folder).mkdir(mode=0o700, exist_ok=True)
             file.write_bytes(store.read(entry.path) or b"")
         if _listed(store, patterns) != entries:  # else the cache would hold some of it under the name of another for good
             raise ChangedMeanwhile(f"{store.uri}: changed while it was copied. Run the same command again.")

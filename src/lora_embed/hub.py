@@ -57,8 +57,8 @@ def no_directory(name: str, folder: Path) -> str:
     )
 
 
-def download(repository: Repository, patterns: tuple[str, ...], refusal: str) -> Path:
-    """The files of a repository, from the hub or from the cache that its library keeps.
+def download(repository: Repository, patterns: tuple[str, ...], refusal: str, *, asks_hub: bool = True) -> Path:
+    """The files of a repository, from the hub or from the cache that its library keeps; unless it `asks_hub`, from that alone.
 
     Raises StorageError when they cannot be read: `refusal`, and in brackets the library's own words.
     """
@@ -66,7 +66,9 @@ def download(repository: Repository, patterns: tuple[str, ...], refusal: str) ->
 
     within = [f"{repository.folder}/{pattern}" if repository.folder else pattern for pattern in patterns]
     try:
-        copied = huggingface_hub.snapshot_download(repository.name, revision=repository.revision, allow_patterns=within)
+        copied = huggingface_hub.snapshot_download(
+            repository.name, revision=repository.revision, allow_patterns=within, local_files_only=not asks_hub
+        )
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = " ".join(str(error).split())[:200]
         raise StorageError(f"{refusal} ({reason}). Check the name, log in, or give a directory or URI.") from None

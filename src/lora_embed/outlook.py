@@ -127,7 +127,7 @@ def forecast(
         layout = replace(layout, limit=limit)
         sample = _sample(items, SHARDS_AN_ACTOR * topology.workers.actors, limit)
         shared = replace(
-            pipeline.Job.of(job, Store("memory://forecast"), encoder, layout),
+            pipeline.Job.of(job, Store("memory://forecast"), encoder, layout, run.named_base(source)),
             encoder_uri=uri,
             encoder_options=job.table_storage_options if uri.startswith(store.uri) else {},
         )

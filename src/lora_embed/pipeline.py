@@ -38,9 +38,10 @@ class Job:
     encoder_options: dict[str, Any] = field(repr=False)
     encoder: Description
     layout: Layout
+    base: str | None = None  # where the base lies, by the user's word, of an encoder that is kept as an adapter
 
     @classmethod
-    def of(cls, job: JobConfig, store: Store, encoder: Description, layout: Layout) -> "Job":
+    def of(cls, job: JobConfig, store: Store, encoder: Description, layout: Layout, base: str | None = None) -> "Job":
         """A job whose encoder and parts lie on its table's storage."""
         return cls(
             input_options=job.input_storage_options,
@@ -49,6 +50,7 @@ class Job:
             encoder_options=store.options,
             encoder=encoder,
             layout=layout,
+            base=base,
         )
 
 
@@ -84,7 +86,7 @@ def embed_blocks(blocks: list[Block], job: Job, topology: Topology) -> Iterator[
     Raises EncoderError when an actor does not reproduce the golden vectors, WorkersLost when Ray gives up.
     """
     decoding = (job.layout, job.encoder.preprocessing, job.input_options)
-    embedding = (job.encoder_uri, job.encoder_options, job.layout, topology.kind)
+    embedding = (job.encoder_uri, job.encoder_options, job.layout, topology.kind, job.base)
     writing = (job.store, job.encoder.space_id, job.layout)
 
     rows = _rows(blocks)

@@ -12,10 +12,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lora_embed import cluster, journal, judge, pipeline, plan, preview, publish, retention, staging, versions, work
 from lora_embed.config import JobConfig, load_recipe
-from lora_embed.errors import ConfigError, GateFailed, IncompleteRun, TableError, VerificationFailed, once_started
+from lora_embed.errors import ConfigError, EncoderError, GateFailed, IncompleteRun, TableError, VerificationFailed, once_started
 from lora_embed.foreign import DeviceRecord, RecipeRecord, read_record
 from lora_embed.manifest import Manifest
-from lora_embed.model.description import DESCRIPTION, BaseReference, Description, read_description
+from lora_embed.model.description import (
+    DESCRIPTION,
+    BaseReference,
+    Description,
+    files_of,
+    read_description,
+)
+from lora_embed.model.follow import refuse_elsewhere
 from lora_embed.model.keep import keep_id
 from lora_embed.progress import say
 from lora_embed.runs import impatient
@@ -66,7 +73,7 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
     source = find_source(job.recipe)
     store.check_writable()
     current = versions.manifest_to_follow(store)
-    known = find_encoder(source, store)
+    base, known = named_base(source), find_encoder(source, store)
     if known is not None:
         _refuse_space(store, current, known, replaces=replaces, releases=releases)
     if known is not None and current is not None and _is_current(job, store, known, current, shards):
@@ -80,7 +87,9 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
     with tempfile.TemporaryDirectory() as scratch:
         folder = None if known is not None else prepare_encoder(source, Path(scratch) / "encoder")
         if folder is not None and current is not None:
-            folder = keep_id(folder, Path(scratch) / "kept", f"{store.uri}/{encoder_path(current.space_id)}", store.options)
+            folder = keep_id(
+                folder, Path(scratch) / "kept", f"{store.uri}/{encoder_path(current.space_id)}", store.options, base
+            )
         prepared = known or read_description(cast(Path, folder))
         _refuse_space(store, current, prepared, replaces=replaces, releases=releases)
         cluster.connect()
@@ -90,7 +99,7 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
         with once_started(), journal.recorded(beginning, job, store, prepared.space_id, topology) as recording:
             encoder = renew_encoder(known, store, job.retain.grace_days) if folder is None else store_encoder(folder, store)
             layout = resolve_layout(job, store, encoder, current, topology)
-            recording.shared = shared = pipeline.Job.of(job, store, encoder, layout)
+            recording.shared = shared = pipeline.Job.of(job, store, encoder, layout, base)
             with _retaining(shared, job, shards, beginning.run_id):
                 result = _carry_out(recording, current, shards, publishes=publishes, releases=releases)
             recording.version, recording.published = result.version, result.published
@@ -159,7 +168,7 @@ def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, s
     cluster.connect()
     before = current.space_id if current is not None else None
     with once_started(), versions.writing(store, "publishing", encoder.space_id) as store:
-        shared = pipeline.Job.of(job, store, encoder, layout)
+        shared = pipeline.Job.of(job, store, encoder, layout, named_base(source))
         with _retaining(shared, job, shards):
             manifest, is_new = publish.publish(job, shared, shards, replaces=before, releases=releases, accepted=accepted)
     return RunResult(
@@ -188,7 +197,7 @@ def list_input(job: JobConfig) -> tuple[Store, list[Shard]]:
     """The table's store and the input's shards; what cannot be reached is said before anything else."""
     store = Store(job.table, job.table_storage_options)
     store.check_reachable()
-    return store, plan.list_shards(job.input, job.input_storage_options)
+    return store, plan.list_shards(job.input, job.input_storage_options, follows=job.follow_folder_links)
 
 
 def refuse_local_paths(job: JobConfig, shards: list[Shard], store: Store, base: BaseReference | None) -> None:
@@ -221,6 +230,19 @@ def find_source(uri: str) -> "Ingredients | Path":
     return gather(recipe)
 
 
+def named_base(source: "Ingredients | Path") -> str | None:
+    """Where the base lies, by the word of the user: of a recipe, or of an encoder in a directory that the user names.
+
+    Raises EncoderError where such an encoder names a base that lies elsewhere.
+    """
+    if not isinstance(source, Path):
+        return source.recipe.base_model
+    base = read_description(source).base
+    if base is not None:
+        refuse_elsewhere(base.uri, str(source))
+    return base.uri if base is not None else None
+
+
 def prepare_encoder(source: "Ingredients | Path", out: Path) -> Path:
     """The directory of an encoder that the table has not: given, or built at `out`."""
     if isinstance(source, Path):
@@ -235,7 +257,7 @@ def find_encoder(source: "Ingredients | Path", store: Store) -> Description | No
     """The encoder that this content was built into before, if it is whole on the table's storage."""
     if isinstance(source, Path):
         return stored_encoder(store, read_description(source).space_id)
-    recorded = read_record(store, f"recipes/{source.recipe_id}.json", RecipeRecord)
+    recorded = read_record(store, record_path(source.recipe_id), RecipeRecord)
     return stored_encoder(store, recorded.space_id) if recorded is not None else None
 
 
@@ -246,7 +268,17 @@ def stored_encoder(store: Store, space_id: str) -> Description | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / DESCRIPTION).write_bytes(raw)
-        return read_description(Path(folder))
+        description = read_description(Path(folder))
+    if description.space_id != space_id:
+        raise EncoderError(
+            f"{store.name(encoder_path(space_id))}: holds an encoder that says it is of space {description.space_id}. It was "
+            "changed since: bring it back, or remove it."
+        )
+    return description
+
+
+def record_path(recipe_id: str) -> str:
+    return f"recipes/{recipe_id}.json"
 
 
 def renew_encoder(encoder: Description | None, store: Store, grace_days: float) -> Description:
@@ -271,10 +303,9 @@ def store_encoder(folder: Path, store: Store) -> Description:
     differ in their last digits, has stored its own in the meantime: a recipe has one space in a table.
     """
     description = read_description(folder)
-    target, record = encoder_path(description.space_id), f"recipes/{description.recipe_id}.json"
+    target, record = encoder_path(description.space_id), record_path(description.recipe_id)
     own = json.dumps({"space_id": description.space_id}).encode() + b"\n"
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    for file in sorted(files, key=lambda file: file.name == DESCRIPTION):
+    for file in sorted(files_of(folder, description, str(folder)), key=lambda file: (file.name == DESCRIPTION, file)):
         store.create(f"{target}/{file.relative_to(folder).as_posix()}", file.read_bytes())
     if not store.create(record, own):
         recorded = read_record(store, record, RecipeRecord)

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 
-from lora_embed.errors import TableError
+from lora_embed.errors import TableError, VerificationFailed
 from lora_embed.lend import lend
 from lora_embed.manifest import Manifest, prefix_of, prefixes_of_ids
 from lora_embed.parquet import BATCH_ROWS, opened_file, read_rows
@@ -144,13 +144,20 @@ class Table:
         tables = [read_rows(self.store, entry.path) for entry in self.manifest.rejects]
         return pa.concat_tables([REJECT_SCHEMA.empty_table(), *tables]).unify_dictionaries()
 
-    def encoder(self, device: str = "cpu") -> "Encoder":
-        """The encoder that made the vectors, in float32: the only one whose queries match them."""
-        from lora_embed.fetch import fetch_directory
-        from lora_embed.model.encoder import FILES, load_encoder  # torch, which reading a table does not need
+    def encoder(self, device: str = "cpu", base: str | None = None) -> "Encoder":
+        """The encoder that made the vectors, in float32: the only one whose queries match them. `base` as of `load_encoder`.
+
+        Raises VerificationFailed where the table holds another one under its space id.
+        """
+        from lora_embed.model.encoder import load_encoder  # torch, which reading a table does not need
 
         uri = f"{self.store.uri}/{encoder_path(self.space_id)}"
-        return load_encoder(fetch_directory(uri, None, FILES, self.store.options), device=device)
+        encoder = load_encoder(uri, device=device, storage_options=self.store.options, base=base)
+        if encoder.space_id != self.space_id:
+            raise VerificationFailed(
+                f"{uri}: holds an encoder of space {encoder.space_id}, not {self.space_id} as its name says"
+            )
+        return encoder
 
 
 def open_table(uri: str, version: int | None = None, storage_options: dict[str, Any] | None = None) -> Table:

@@ -21,7 +21,7 @@ from lora_embed.evaluate.collect import Collected, Source, check_fields, collect
 from lora_embed.evaluate.figures import Labelled, Scored
 from lora_embed.evaluate.records import Difference, Evaluation, Figure, QueryChange, Relation, Retention, Task
 from lora_embed.evaluate.thumbnails import thumbnails
-from lora_embed.fetch import cache_root
+from lora_embed.fetch import private_folder
 from lora_embed.plan import list_shards
 from lora_embed.progress import say
 from lora_embed.schema import Layout
@@ -149,7 +149,7 @@ def check_request(request: Request) -> None:
 
 def open_source(request: Request) -> tuple[Source, cluster.Topology]:
     """List the input, look for the fields, join the cluster."""
-    work = request.work if request.work is not None else str(cache_root() / "evaluate")
+    work = request.work if request.work is not None else str(private_folder("evaluate"))
     store = Store(work, request.work_options)
     shards = list_shards(request.inputs, request.input_options)
     options = [("--label", name) for name in request.labels]

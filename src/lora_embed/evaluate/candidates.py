@@ -16,11 +16,12 @@ from lora_embed.evaluate.records import Candidate
 from lora_embed.foreign import read_record
 from lora_embed.model.build import Ingredients, gather, match_adapters
 from lora_embed.model.description import Description, read_description
+from lora_embed.model.follow import refuse_elsewhere
 from lora_embed.model.head import SavedHead, class_names, find_head
 from lora_embed.model.match import Adapter
 from lora_embed.model.merge import CONCAT
 from lora_embed.progress import say
-from lora_embed.run import find_encoder, prepare_encoder, store_encoder
+from lora_embed.run import find_encoder, named_base, prepare_encoder, store_encoder
 from lora_embed.schema import encoder_path
 from lora_embed.storage import Store
 
@@ -84,6 +85,8 @@ def _read(name: str, path: str) -> Entrant:
     read_description(Path(path))
     recipe = recorded_recipe(Path(path))
     try:
+        for place in (recipe.base_model, *(spec.path for spec in recipe.adapters)):
+            refuse_elsewhere(place, path)
         return replace(_entrant(name, recipe), folder=Path(path))
     except (StorageError, EncoderError, AdapterMismatch) as error:
         say(f"note: {path}: judged without its adapters' heads, since what it was built from is not there: {error}")
@@ -168,6 +171,7 @@ def want(built: Built, heads: Sequence[AdapterHead], store: Store) -> Wanted:
     """What to ask of an encoder: its vectors, and what the heads say that fit its base; those are put on storage."""
     entrant, encoder = built.entrant, built.encoder
     base = entrant.ingredients.base.content_hash if entrant.ingredients else None
+    source = entrant.folder or entrant.ingredients
     for head in heads:
         store.create(f"heads/{head.head_id}", head.head.to_bytes())
     fitting = [(number, head) for head in heads if (number := _model_of(entrant, head, base)) is not None]
@@ -177,6 +181,7 @@ def want(built: Built, heads: Sequence[AdapterHead], store: Store) -> Wanted:
             uri=f"{store.uri}/{encoder_path(encoder.space_id)}",
             dimension=encoder.dimension,
             preprocessing=encoder.preprocessing,
+            base=named_base(source) if source is not None and encoder.base is not None else None,
             heads=tuple((number, f"heads/{head.head_id}") for number, head in fitting),
         ),
         heads=tuple(head.head_id for _, head in fitting),

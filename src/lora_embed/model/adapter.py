@@ -22,10 +22,9 @@ from safetensors.torch import load_file, save_file
 from lora_embed.errors import AdapterMismatch, ChangedMeanwhile, LoraEmbedError, StorageError
 from lora_embed.fetch import fetch_directory
 from lora_embed.model.change import LowRank
+from lora_embed.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROCESSOR_FILES, own_file, read_json
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-PROCESSOR_NAME = "preprocessor_config.json"
+CONFIG_NAME, WEIGHTS_NAME, PROCESSOR_NAME = ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROCESSOR_FILES[0]
 PREFIX = "base_model.model."
 
 # Fields that change what an adapter computes, all handled: `match.py` and `change.py` say how.
@@ -44,6 +43,7 @@ _IRRELEVANT = {
 # Initialisations that leave the base as it was, and two whose change of it follows from the base alone.
 _HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _RESIDUAL_INITIALISATIONS = ("pissa", "olora")
+MOST_NAMED = 1000  # characters of a name of a tensor, of a module, or of a base
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -65,14 +65,14 @@ def read_adapter(uri: str, revision: str | None = None) -> SavedAdapter:
     """
     folder = fetch_directory(uri, revision, (CONFIG_NAME, WEIGHTS_NAME, PROCESSOR_NAME))
     config = _read_config(uri, folder)
-    path = folder / WEIGHTS_NAME
-    if not path.is_file():
+    path = own_file(folder, WEIGHTS_NAME)
+    if path is None:
         raise AdapterMismatch(f"{uri}: expected {WEIGHTS_NAME}, {_found_instead(folder)}")
     try:
         path.open("rb").close()  # safetensors calls a file that may not be read one that is not there
         tensors = load_file(path)
     except (safetensors.SafetensorError, ValueError) as error:
-        raise AdapterMismatch(f"{path}: is not a whole safetensors file ({error}). Copy or save it again.") from None
+        raise AdapterMismatch(f"{path}: is not a whole safetensors file ({str(error)[:200]}). Copy or save it again.") from None
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror or error}). Mend its permissions or the disk.") from None
     _check_fields(uri, config)
@@ -145,14 +145,14 @@ def _found_instead(folder: Path) -> str:
 
 
 def _read_config(uri: str, folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
+    path = own_file(folder, CONFIG_NAME)
+    if path is None:
+        raise AdapterMismatch(f"{uri}: is not a PEFT adapter: it has no {CONFIG_NAME}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise AdapterMismatch(f"{uri}: is not a PEFT adapter: it has no {CONFIG_NAME}") from None
+        config = read_json(path)
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror or error}). Mend its permissions or the disk.") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise AdapterMismatch(f"{path}: is not valid JSON ({error}). Copy it again, or save the adapter again.") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
@@ -201,6 +201,7 @@ def _check_types(uri: str, config: dict[str, Any]) -> None:
         "layers_pattern": ("a list of names, or a pattern", _is_names),
         "layers_to_transform": ("numbers of layers", lambda value: all(type(n) is int for n in _listed(value))),
         "init_lora_weights": ("true, false or a name", lambda value: isinstance(value, bool | str)),
+        "base_model_name_or_path": ("a name", lambda value: isinstance(value, str) and len(value) <= MOST_NAMED),
     }
     for field, (expected, is_right) in expectations.items():
         value = config.get(field)
@@ -239,6 +240,8 @@ def _is_number(value: Any) -> bool:
 
 def _check_numbers(uri: str, tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
+        if len(name) > MOST_NAMED:
+            raise AdapterMismatch(f"{uri}: the name of a tensor has {len(name):,} characters. Save the adapter again.")
         if tensor.dtype not in _DTYPES:
             raise AdapterMismatch(
                 f"{uri}: {name} holds {tensor.dtype}, expected float32, float16, bfloat16 or float64. "

@@ -11,22 +11,20 @@ from PIL import Image
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from lora_embed.decode import decode_image, to_rgb
+from lora_embed.decode import BadImage, decode_image, to_rgb
 from lora_embed.errors import EncoderError, IncompleteRun
 from lora_embed.fetch import fetch_directory
 from lora_embed.isolate import IsolatedDecoder
 from lora_embed.model import golden
 from lora_embed.model.arithmetic import check_arithmetic, check_golden_pixels
-from lora_embed.model.base import MODEL_FILES, find_base, load_headless
-from lora_embed.model.description import DESCRIPTION, REPORT, Description, check_files, read_description
+from lora_embed.model.base import Base, find_base, is_base, load_headless
+from lora_embed.model.description import FILES, BaseReference, Description, check_files, read_description
+from lora_embed.model.follow import may_ask_hub, refuse_elsewhere
 from lora_embed.model.pooling import FROM_LAST_HIDDEN_STATE, HiddenState, pooler
 from lora_embed.model.preprocess import Pixels, Preprocessing
+from lora_embed.model.space import VERSION, space_id_of
 from lora_embed.model.torch_private import is_out_of_memory
 
-FILES = (
-    *MODEL_FILES, "*/config.json", "*/adapter_config.json", "adapter_config.json", DESCRIPTION, "recipe.yaml",
-    REPORT, "README.md", f"{golden.FOLDER}/*",
-)  # fmt: skip
 cuda: Any = torch.cuda  # partly untyped
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -109,7 +107,10 @@ class Encoder:
         preprocessing = self.description.preprocessing
         check_arithmetic(preprocessing)
         images, expected = golden.load(folder)
-        pixels = golden_pixels(images, preprocessing)
+        try:
+            pixels = golden_pixels(images, preprocessing)
+        except BadImage as bad:
+            raise EncoderError(f"{folder}: a golden image is damaged ({bad.reason}: {bad}); build the encoder again") from None
         check_golden_pixels(preprocessing, dict(zip(images, pixels, strict=True)))
         found = self.embed_pixels(pixels)
         return golden.check(found, expected, self.precision, str(self.device))
@@ -156,27 +157,48 @@ def load_encoder(
     batch_size: int = 16,
     check: bool = True,
     storage_options: dict[str, Any] | None = None,
+    base: str | None = None,
 ) -> Encoder:
-    """Load an encoder's directory and, unless told not to, check it against its golden vectors.
+    """Load an encoder's directory and, unless told not to, check it against its space id and its golden vectors.
 
-    `uri`: a directory, an fsspec URI with its storage options, or `hf://owner/name`.
-    Raises StorageError or EncoderError when it is not there, not whole or not itself on this device.
+    `uri`: a directory, an fsspec URI with its storage options, or `hf://owner/name`. `base`: where the base lies that an
+    encoder kept as an adapter was built from. Without it, what such an encoder names itself is looked for on its own store, in
+    the hub's cache, and at the places in the environment's `LORA_EMBED_FOLLOW`. Raises StorageError or EncoderError when it is
+    not there, not whole, other than its space id says or not itself on this device.
     """
-    folder = fetch_directory(str(uri), None, FILES, storage_options)
+    where = str(uri)
+    folder = fetch_directory(where, None, FILES, storage_options)
     description = read_description(folder)
     if description.base is not None:
-        check_files(folder, str(uri))
-    models = load_members(folder, description, str(uri))
+        check_files(folder, description, where)
+    models = load_members(folder, description, where, base)
+    if check:
+        check_space(models, description, where)
     encoder = Encoder(models, description, device=device, precision=precision, batch_size=batch_size)
     if check:
         encoder.check_golden(folder)
     return encoder
 
 
-def load_members(folder: Path, description: Description, where: str) -> list[PreTrainedModel]:
+def check_space(models: list[PreTrainedModel], description: Description, where: str) -> None:
+    """Raises EncoderError, naming `where`, for models that are others than the space id in `encoder.json` says.
+
+    An id of an earlier version cannot be computed any more: it hashed what each release of transformers said of itself.
+    """
+    if description.space_version != VERSION:
+        return
+    found = space_id_of(models, description.preprocessing, description.pooling, description.normalize)
+    if found != description.space_id:
+        raise EncoderError(
+            f"{where}: its files make vectors of space {found}, but encoder.json says {description.space_id}. They were "
+            "changed since the encoder was built, or copied in part. Bring them back, or build the encoder again."
+        )
+
+
+def load_members(folder: Path, description: Description, where: str, base: str | None = None) -> list[PreTrainedModel]:
     """An encoder's models: saved whole, or rebuilt from the base and an adapter each.
 
-    Raises EncoderError, naming `where`, for a base that is another one by now.
+    Raises EncoderError, naming `where`, for a base that is another one by now, or that lies where it is not followed.
     """
     if description.base is None:
         return [load_headless(folder / member, where) for member in description.members]
@@ -184,18 +206,29 @@ def load_members(folder: Path, description: Description, where: str) -> list[Pre
     from lora_embed.model.fold import Merge, fold
     from lora_embed.model.match import match_adapter, target_of
 
-    base = find_base(description.base.uri, description.base.revision)
-    if base.content_hash != description.base.content_hash:
-        raise EncoderError(
-            f"{where}: is kept as an adapter of {base.uri}, whose files are others by now. Bring back those it was built "
-            "from, or build the encoder again."
-        )
-    target = target_of(base)
+    found = _find_base(description.base, where, base)
+    target = target_of(found)
     models = []
     for member in description.members:
         adapter = match_adapter(read_adapter(str(folder / member)), target)
-        model = load_headless(base.folder, base.uri)
+        model = load_headless(found.folder, found.uri)
         for _ in fold(model, Merge(adapters=(adapter,), weights=(1.0,), options={})):
             pass
         models.append(model)
     return models
+
+
+def _find_base(reference: BaseReference, where: str, named: str | None) -> Base:
+    """The base of an encoder kept as an adapter, where the user says that it lies or else where the encoder does."""
+    asks_hub = True
+    if named is None:
+        refuse_elsewhere(reference.uri, where)
+        asks_hub = may_ask_hub(reference.uri, where)
+    uri = named or reference.uri
+    base = find_base(uri, reference.revision if uri == reference.uri else None, asks_hub=asks_hub)
+    if not is_base(base, reference.content_hash):
+        raise EncoderError(
+            f"{where}: is kept as an adapter of {uri}, whose files are others by now. Bring back those it was built "
+            "from, or build the encoder again."
+        )
+    return base

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from lora_embed.model.base import Base, read_model_config
+from lora_embed.model.files import MODEL_CONFIG, own_file, read_json
 
 if TYPE_CHECKING:
     from lora_embed.model.match import Adapter
@@ -72,10 +73,13 @@ def find_head(base: Base, adapter: "Adapter") -> SavedHead | str:
 
 def class_names(folder: Path) -> dict[int, str]:
     """The names of a head's outputs, where a `config.json` beside the adapter says more than transformers' LABEL_0."""
+    path = own_file(folder, MODEL_CONFIG)
+    if path is None:
+        return {}
     try:
-        names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
+        names = read_json(path).get("id2label") or {}
         found = {int(number): str(name) for number, name in names.items()}
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         return {}
     return {} if all(name == f"LABEL_{number}" for number, name in found.items()) else found
 

@@ -16,7 +16,8 @@ from lora_embed.errors import AdapterMismatch
 from lora_embed.model.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, SavedAdapter, residual_kind, some
 from lora_embed.model.base import Base, head_names, locate, read_model_config, weight_shapes
 from lora_embed.model.change import Change, LowRank, Normed, Replaced, Residual, Shift
-from lora_embed.model.peft_private import named_by, targeting
+from lora_embed.model.endless import Expression, problem_with
+from lora_embed.model.peft_private import expressions_of_names, expressions_of_targets, named_by, targeting
 
 # Names of tensors → for each, the base weight that takes it, or None; as `base.locate` finds it.
 Locate = Callable[[dict[str, torch.Size]], dict[str, str | None]]
@@ -149,7 +150,15 @@ def _split(saved: SavedAdapter) -> tuple[list[_Module], dict[str, torch.Tensor]]
         place[short or name] = tensor
     if not found:
         raise AdapterMismatch(f"{saved.uri}: {WEIGHTS_NAME} holds no LoRA tensors, so it would change nothing. Leave it out.")
+    patterns = [expressions_of_names(saved.config.get(field) or {}) for field in ("rank_pattern", "alpha_pattern")]
+    _check_patterns(saved, patterns, list(found))
     return [_module(saved, name, tensors) for name, tensors in found.items()], others
+
+
+def _check_patterns(saved: SavedAdapter, patterns: list[list[Expression]], names: list[str]) -> None:
+    """Patterns are regular expressions by whoever wrote the adapter: one that has no end would hang the build."""
+    if (problem := problem_with(patterns, names)) is not None:
+        raise AdapterMismatch(f"{saved.uri}: a pattern of {CONFIG_NAME} cannot be used: {problem}. Save the adapter again.")
 
 
 def _module(saved: SavedAdapter, name: str, tensors: dict[str, torch.Tensor]) -> _Module:
@@ -254,14 +263,10 @@ def _check_whole(saved: SavedAdapter, target: Target, adapted: dict[str, str]) -
     named = saved.config.get("target_modules")
     if not named:
         return
-    is_targeted = targeting(saved.config)
     absent = {place: own for place, own in _own_names(target, adapted).items() if place not in adapted.values()}
-    try:
-        missing = sorted(place for place, own in absent.items() if is_targeted(own))
-    except re.error as error:
-        raise AdapterMismatch(
-            f"{saved.uri}: a pattern of {CONFIG_NAME} cannot be read: {error}. Save the adapter again."
-        ) from None
+    _check_patterns(saved, expressions_of_targets(saved.config), list(absent.values()))
+    is_targeted = targeting(saved.config)
+    missing = sorted(place for place, own in absent.items() if is_targeted(own))
     if missing:
         raise AdapterMismatch(
             f"{saved.uri}: {CONFIG_NAME} targets {some(sorted([named] if isinstance(named, str) else named), 6)}, but "
@@ -314,13 +319,8 @@ def _scale(saved: SavedAdapter, module: str, rank: int) -> float:
     """`alpha / rank`, or `alpha / sqrt(rank)` for rank-stabilised LoRA (arXiv 2312.03732), patterns respected."""
     config = saved.config
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    try:
-        expected = ranks.get(named_by(ranks, module), config["r"])
-        alpha = float(alphas.get(named_by(alphas, module), config["lora_alpha"]))
-    except re.error as error:
-        raise AdapterMismatch(
-            f"{saved.uri}: a pattern of {CONFIG_NAME} cannot be read: {error}. Save the adapter again."
-        ) from None
+    expected = ranks.get(named_by(ranks, module), config["r"])
+    alpha = float(alphas.get(named_by(alphas, module), config["lora_alpha"]))
     if expected != rank:
         raise AdapterMismatch(
             f"{saved.uri}: {module} has rank {rank}, but {CONFIG_NAME} says {expected}; "

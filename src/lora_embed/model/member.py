@@ -93,7 +93,8 @@ def write_member(member: Member, folder: Path, base: Base) -> None:
 
 def prove_members(base: Base, members: list[Member], description: Description, folder: Path) -> list[Proof]:
     """Open what was written as any user does, and hold it against the adapter files, which are read again as well."""
-    saved, original = load_members(folder, description, str(folder)), load_headless(base.folder, base.uri)
+    saved = load_members(folder, description, str(folder), base.uri)
+    original = load_headless(base.folder, base.uri)
     if description.base is None:
         return [prove(member.merged, original, model) for member, model in zip(members, saved, strict=True)]
     rebuilt = space_id_of(saved, description.preprocessing, description.pooling, description.normalize)

@@ -7,6 +7,7 @@ from typing import Any
 from peft import LoraConfig
 
 from lora_embed.libraries import check, part
+from lora_embed.model.endless import Expression
 
 _PURPOSE = "find the modules that an adapter changes, and their ranks, as PEFT itself does"
 _matches = part("peft", "peft.tuners.tuners_utils:check_target_module_exists", _PURPOSE, takes=("config", "key"))
@@ -17,7 +18,7 @@ def targeting(config: dict[str, Any]) -> Callable[[str], bool]:
     """Which modules, by name, an adapter's configuration targets; it has `target_modules`.
 
     What PEFT does not look at there, such as layers beside a pattern, is left out: PEFT would refuse to hold it.
-    Of the function that comes back, raises re.error for a pattern that cannot be read.
+    Its expressions must have been tried (`endless`): of those that cannot be read, it raises re.error, and others never end.
     """
     fields = ["target_modules", "exclude_modules", "modules_to_save"]
     if config.get("layers_to_transform") is not None and not isinstance(config["target_modules"], str):
@@ -27,10 +28,26 @@ def targeting(config: dict[str, Any]) -> Callable[[str], bool]:
     return lambda module: bool(_matches(rule, module))
 
 
+def expressions_of_targets(config: dict[str, Any]) -> list[list[Expression]]:
+    """All regular expressions that `targeting` may match a name with, as PEFT writes them."""
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    found: list[Expression] = [("fullmatch", text, text) for text in (targets, excluded) if isinstance(text, str)]
+    found += [("match", rf"(^|.*\.){text}($|\..*)", text) for text in config.get("modules_to_save") or ()]
+    layers = config.get("layers_pattern") or ()
+    layers = [layers] if isinstance(layers, str) else layers
+    found += [("match", rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\.", text) for text in layers]
+    return [[expression] for expression in found]
+
+
+def expressions_of_names(patterns: dict[str, Any]) -> list[Expression]:
+    """The regular expressions by which `named_by` finds a module, in their order, as PEFT writes them."""
+    return [("match", rf"(.*\.)?({text})$", text) for text in patterns]
+
+
 def named_by(patterns: dict[str, Any], module: str) -> str:
     """The first of the patterns, of ranks or alphas, that holds for a module; its own name where none does.
 
-    Raises re.error for a pattern that cannot be read.
+    They must have been tried, as those of `targeting`.
     """
     return str(_pattern_key(list(patterns), module))
 

@@ -1,8 +1,10 @@
 """What a build knows of its merge → `merge_report.json`, and the same as a page for people, the encoder's README.md."""
 
 import hashlib
+import html
 import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -82,12 +84,12 @@ def _page(report: dict[str, Any], description: Description) -> str:
     lines = [
         "# Encoder " + description.space_id,
         "",
-        f"Made by lora-embed from `{report['base']['uri']}`: {description.dimension}-dimensional vectors, pooling "
+        f"Made by lora-embed from `{_code(report['base']['uri'])}`: {description.dimension}-dimensional vectors, pooling "
         f"`{description.pooling}`, images of {description.preprocessing.size[0]}×{description.preprocessing.size[1]} pixels.",
     ]
     if report["store"]["is_adapter"]:
         lines += ["", _store_page(report["store"])]
-    lines += [f"\nNote: {note}." for note in report["notes"]]
+    lines += [f"\nNote: {_words(note)}." for note in report["notes"]]
     for number, member in enumerate(report["members"]):
         title = f" {number + 1} of {len(report['members'])}" if len(report["members"]) > 1 else ""
         lines += ["", *_member_page(member, title)]
@@ -128,10 +130,8 @@ def _member_page(member: dict[str, Any], title: str) -> list[str]:
         ]
     lines += ["", "| | adapter | weight | norm of its share | weights | trained on |", "| --- | --- | --- | --- | --- | --- |"]
     for number, adapter in enumerate(member["adapters"], 1):
-        lines.append(
-            f"| {number} | `{adapter['uri']}` | {adapter['weight']} | {adapter['norm']:.3g} | {adapter['weights_changed']} "
-            f"| {adapter['trained_on'] or 'not said'} |"
-        )
+        figures = f"{adapter['weight']} | {adapter['norm']:.3g} | {adapter['weights_changed']}"
+        lines.append(f"| {number} | `{_code(adapter['uri'])}` | {figures} | {_words(adapter['trained_on'] or 'not said')} |")
     if len(member["adapters"]) > 1:
         lines += _relations_page(member["relations"])
     lines += ["", "<details><summary>Weight by weight</summary>", ""]
@@ -140,6 +140,21 @@ def _member_page(member: dict[str, Any], title: str) -> list[str]:
         shares = " · ".join(f"{share:.3g}" for share in row["shares"])
         lines.append(f"| {name} | {row['change'] / (row['before'] or 1):.2%} | {shares} | {row['error']:.1e} |")
     return [*lines, "", "</details>"]
+
+
+def _words(text: str) -> str:
+    """Words that may be somebody else's, such as what an adapter calls its base: no HTML, link or picture comes of them."""
+    escaped = html.escape(_line(text), quote=False).replace("://", ":&#47;/")
+    return re.sub(r"([\\`\[\]|!])", r"\\\1", escaped)
+
+
+def _code(text: str) -> str:
+    """The same within backticks, where only these and a table's bars mean anything."""
+    return _line(text).replace("`", "'").replace("|", "\\|")
+
+
+def _line(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _unexplained(error: float) -> str:
