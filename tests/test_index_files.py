@@ -251,6 +251,7 @@ def test_a_description_that_is_none_is_one_message(text: str, copy: Any) -> None
         {"kind": 7},
         {"count": -1},
         {"dimension": 2**40},
+        {"dimension": 2**62},
         {"space_id": ["a"]},
         {"parameters": "x"},
         {"metric": "l2"},
@@ -258,8 +259,9 @@ def test_a_description_that_is_none_is_one_message(text: str, copy: Any) -> None
         {"version": 1.5},
     ],
 )
-def test_a_description_of_other_types_is_one_message(change: dict[str, Any], copy: Any) -> None:
-    path = copy("faiss-hnsw") / "index.json"
+@pytest.mark.parametrize("kind", ["faiss-hnsw", "lance"])
+def test_a_description_of_other_types_is_one_message(change: dict[str, Any], kind: str, copy: Any) -> None:
+    path = copy(kind) / "index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert "Export" in refused(path.parent)
 

@@ -7,15 +7,16 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import Field
 
 from lora_embed.errors import ConfigError, LoraEmbedError, StorageError, VerificationFailed
-from lora_embed.foreign import parse_record
+from lora_embed.foreign import Count, parse_record
 from lora_embed.index_files import check_faiss, check_ids, check_lance, check_plain
 from lora_embed.schema import carry_fields
 from lora_embed.storage import Store
@@ -55,10 +56,10 @@ class IndexDescription:
 
     kind: str
     table: str
-    version: int
+    version: Count
     space_id: str
-    dimension: int
-    count: int  # vectors
+    dimension: Annotated[Count, Field(lt=2**20)]
+    count: Count  # vectors
     library: str
     library_version: str
     parameters: dict[str, Any]

@@ -39,9 +39,7 @@ def read_yaml(path: Path, kind: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: is not valid YAML: {yaml_problem(error)}") from None
     if not _is_finite(data):
-        raise ConfigError(
-            f"{path}: holds more than {MOST_VALUES:,} values, or itself by an alias (*…). Write out what is meant."
-        )
+        raise ConfigError(f"{path}: holds more than {MOST_VALUES:,} values, or itself by an alias. Write out what is meant.")
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: is {shown(data)}, expected keys and values, a line each, such as `key: value`")
     return data
