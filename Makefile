@@ -10,7 +10,7 @@ DAFT := $(LORA_EMBED_CACHE)/peers/daft/ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-long soak readers matrix processors versions faults lint bench quality clean
+.PHONY: setup demo test test-long soak readers matrix processors versions shards faults lint policy hashes strangers bench quality clean
 
 setup: $(READY)
 
@@ -27,6 +27,17 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+policy: setup
+	$(PYTHON) -m venv $(LORA_EMBED_CACHE)/policy
+	$(LORA_EMBED_CACHE)/policy/bin/pip install --quiet --disable-pip-version-check checkov==3.3.30
+	$(BIN)/python tests/policy.py $(LORA_EMBED_CACHE)/policy/bin/checkov
+
+hashes: setup
+	$(BIN)/python scripts/hash_archives.py
+
+strangers: setup
+	$(BIN)/python tests/strangers.py $(STRANGERS)
 
 test: lint
 	$(BIN)/python -m pytest --durations=12 -m 'not long'
@@ -48,6 +59,9 @@ processors: setup
 
 versions: setup
 	$(BIN)/python tests/environments.py $(VERSIONS)
+
+shards: setup
+	$(BIN)/python tests/hostile_shards.py --count 20000 $(SHARDS)
 
 faults: setup
 	$(BIN)/python tests/campaign.py $(FAULTS)

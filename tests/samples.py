@@ -15,8 +15,8 @@ from PIL import Image
 
 from lora_embed.model.preprocess import Preprocessing
 from lora_embed.plan import list_shards
-from lora_embed.read import Sample, read_samples
-from lora_embed.schema import Layout, Shard
+from lora_embed.read import read_samples
+from lora_embed.schema import Layout, Sample, Shard
 
 PREPROCESSING = Preprocessing(resize=10, resample=3, crop=(8, 8), multiply=(1.0, 1.0, 1.0), add=(0.0, 0.0, 0.0))
 

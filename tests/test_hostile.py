@@ -4,7 +4,6 @@ python tests/test_hostile.py --seed 7 --count 50000     # prints what became of 
 """
 
 import argparse
-import io
 import random
 import sys
 import time
@@ -21,11 +20,9 @@ from image_files import FORMATS
 from lora_embed.decode import BadImage, Decoded, decode_shard
 from lora_embed.errors import ShardError
 from lora_embed.isolate import IsolatedDecoder
-from lora_embed.read import _read_parquet
-from lora_embed.schema import REASONS, Shard, WorkItem
-from lora_embed.storage import Entry
+from lora_embed.schema import REASONS, WorkItem
 from mutants import Mutant, mutants
-from samples import PREPROCESSING, layout, parquet_of, png, tar_shard
+from samples import PREPROCESSING, layout, parquet_of, png, samples_of, shard_at, tar_shard
 
 LIMIT_S = 5.0  # for one image
 MAX_PIXELS = 1_000_000
@@ -154,7 +151,7 @@ def test_mutants_in_a_shard_are_one_row_each(tmp_path: Path) -> None:
     np.testing.assert_array_equal(one.pixels, [answer.pixels for answer in apart if isinstance(answer, Decoded)])
 
 
-def test_mutants_of_parquet_are_rows_or_an_error_that_says_so() -> None:
+def test_mutants_of_parquet_are_rows_or_an_error_that_says_so(tmp_path: Path) -> None:
     """Its footer above all, which says where everything is."""
     rng = random.Random(5)
     whole = parquet_of({"image": [png(seed) for seed in range(6)], "key": list("abcdef"), "label": list(range(6))})
@@ -164,10 +161,8 @@ def test_mutants_of_parquet_are_rows_or_an_error_that_says_so() -> None:
         data = bytearray(whole)
         for _ in range(rng.choice((1, 1, 2, 4))):
             data[-rng.randrange(8, footer) if rng.random() < 0.7 else rng.randrange(len(data))] = rng.randrange(256)
-        entry = Entry("a.parquet", len(data), "1")
-        shard = Shard(id="0", name="a.parquet", prefix="a", kind="parquet", root="r", files=(entry,))
         try:
-            list(_read_parquet(io.BytesIO(data), shard, layout(carry=(("label", "int64"),)), lambda number: True))
+            samples_of(shard_at(tmp_path / "a.parquet", bytes(data)), carry=(("label", "int64"),))
             read += 1
         except ShardError:
             refused += 1

@@ -94,7 +94,7 @@ def test_a_run_over_hostile_names_writes_nothing_but_its_table(
     assert_harmless(report)
     page, query = tmp_path / "found.html", tmp_path / "query.png"
     query.write_bytes(png(8))
-    assert run_command(["search", str(table), str(query), "-k", "60", "--page", str(page)]) == 0
+    assert run_command(["search", str(table), str(query), "-k", "60", "--page", str(page), "--input", str(source)]) == 0
     assert_harmless(page)
     assert run_command(["explain", str(table), f"<b>0001.tar/{ESCAPES}"]) == 0
     assert run_command(["explain", str(table), f"nowhere/{ESCAPES}"]) == 2

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_embed import plan
-from lora_embed.errors import ConfigError
+from lora_embed.errors import ConfigError, StorageError
 from lora_embed.plan import expand_braces, list_shards
 from lora_embed.schema import ChunkHead, Shard
 from lora_embed.storage import Entry, Store
@@ -187,3 +189,96 @@ def test_a_range_of_very_many_files_is_matched_quickly(tmp_path: Path) -> None:
     started = time.monotonic()
     assert len(names(f"{tmp_path}/{{0000..4999}}.tar")) == 5000
     assert time.monotonic() - started < 5  # each name against each file takes half a minute
+
+
+def lattice(folder: Path, depth: int) -> None:
+    """Each folder holds two links to its parent: 2^depth ways to each file for whoever follows them all."""
+    for level in range(depth):
+        folder = folder / f"d{level}"
+        touch_files(folder, "a.png")
+        for name in ("one", "two"):
+            (folder / name).symlink_to(folder.parent)
+
+
+@pytest.mark.parametrize("shape", ["lattice", "chain", "to the root", "by its whole path"])
+@pytest.mark.parametrize("follows", [False, True])
+def test_each_folder_of_an_input_is_listed_once(tmp_path: Path, shape: str, follows: bool) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    lattice(source, 15)
+    if shape == "chain":
+        for number in range(30):
+            (source / f"l{number}").symlink_to(source / f"l{number + 1}" if number < 29 else source / "d0")
+    if shape == "to the root":
+        (source / "root").symlink_to("/")
+        if follows:
+            pytest.skip("would list this machine")
+    if shape == "by its whole path":
+        (source / "again").symlink_to(tmp_path)
+    started = time.monotonic()
+    listed = list_shards((str(source),), {}, follows=follows)
+    assert sorted(shard.prefix for shard in listed) == ["/".join(f"d{n}" for n in range(level + 1)) for level in range(15)]
+    assert time.monotonic() - started < 5
+
+
+def test_links_out_of_an_input_are_named_and_followed_only_where_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A link to a file is read: a Hugging Face cache is made of them."""
+    touch_files(tmp_path / "private", "secret.png", "deep/b.png")
+    touch_files(tmp_path / "input", "own/a.png")
+    touch_files(tmp_path / "blobs", "0f3a.tar")
+    (tmp_path / "input" / "model.tar").symlink_to("../blobs/0f3a.tar")
+    for name, target in (
+        ("out", tmp_path / "private"),
+        ("own/up", tmp_path / "private" / "deep"),
+        ("in", tmp_path / "input/own"),
+    ):
+        (tmp_path / "input" / name).symlink_to(target)
+    for pattern in ("input", "input/**"):
+        names = {shard.name for shard in list_shards((f"{tmp_path}/{pattern}",), {})}
+        assert names == {"own/#0000of0001", "model.tar"}
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"passed over: out (to {tmp_path}/private), own/up (to {tmp_path}/private/deep). Set follow_folder_links" in said
+    names = {shard.name for shard in list_shards((f"{tmp_path}/input",), {}, follows=True)}
+    assert names == {"own/#0000of0001", "model.tar", "out/#0000of0001", "out/deep/#0000of0001"}
+    assert capsys.readouterr().err == ""
+
+
+class Endless(BaseHTTPRequestHandler):
+    """A store whose listings go on and on, each bucket in its way."""
+
+    asked = 0
+
+    def do_GET(self) -> None:
+        type(self).asked += 1
+        bucket, number = self.path.split("?")[0].strip("/"), self.asked
+        key = {"same-token": f"k{number}.tar", "same-keys": "k.tar", "no-keys": "", "no-token": "k.tar"}[bucket]
+        token = {"same-token": "t", "no-token": ""}.get(bucket, f"t{number}")
+        listed = f"<Contents><Key>{key}</Key><Size>1</Size><ETag>e</ETag></Contents>" if key else ""
+        more = f"<NextContinuationToken>{token}</NextContinuationToken>" if token else ""
+        body = (
+            f'<?xml version="1.0"?><ListBucketResult><IsTruncated>true</IsTruncated>{listed}{more}</ListBucketResult>'.encode()
+        )
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("bucket", ["same-token", "same-keys", "no-keys", "no-token"])
+def test_a_listing_without_end_ends(bucket: str) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    Endless.asked = 0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        place = {"endpoint_url": f"http://127.0.0.1:{server.server_port}", "region_name": "us-east-1"}
+        with pytest.raises(StorageError, match=f"s3://{bucket}: its listing does not come to an end: after .* pages"):
+            Store(f"s3://{bucket}", {"key": "k", "secret": "s", "client_kwargs": place}).list_files()
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert Endless.asked <= 12

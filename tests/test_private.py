@@ -50,6 +50,9 @@ CHANGED = {  # what a newer version may do → package, module that notices, wha
         lambda fn, batch_size, compute, fn_args, fn_constructor_args, num_cpus, num_gpus: None, "does not take ray_remote_args",
     ),
     "the metrics port goes": (*RAY, "ray", "init", lambda **kwargs: None, "does not take _metrics_export_port"),
+    "the folder goes": (
+        *RAY, "ray", "init", lambda **kwargs: kwargs.pop("_metrics_export_port"), "does not take _temp_dir",
+    ),
     "listing goes": ("fsspec", "remote.py", "fsspec.asyn", "AsyncFileSystem._find", GONE, "is not there"),
     "uploads have no limit": ("fsspec", "remote.py", "fsspec.asyn", "sync", lambda loop, func: None, "does not take timeout"),
     "targets match otherwise": (

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_embed import read
 from lora_embed.errors import ShardError
 from lora_embed.plan import list_shards
 from lora_embed.read import count_samples, read_samples
+from lora_embed.read_parquet import read_parquet
+from lora_embed.read_tar import read_tar
 from lora_embed.schema import Shard
 from lora_embed.storage import Entry
 from samples import layout, parquet_of, samples_of, shard_at, tar_of, tar_shard, touch_files
@@ -97,13 +98,13 @@ def test_every_cut_of_a_tar_is_noticed(tmp_path: Path) -> None:
         shard = Shard(id="0", name="a.tar", prefix="a.tar", kind="tar", root="r", files=(Entry("a.tar", length, "1"),))
         for wanted in (True, False):
             with pytest.raises(ShardError, match=r"^r/a.tar: incomplete"):
-                list(read._read_tar(cut, shard, layout(), lambda number, wanted=wanted: wanted))
+                list(read_tar(cut, shard, layout(), lambda number, wanted=wanted: wanted))
     path = tmp_path / "a.tar"
     for length in (1, 100, 512, 900, 1024, end - 512, end, end + 512, end + 1023):
         with pytest.raises(ShardError, match=r"a.tar: incomplete"):
             samples_of(shard_at(path, data[:length]))
     with pytest.raises(ShardError, match="incomplete tar"):  # fewer bytes come than were listed, though none of a member
-        list(read._read_tar(io.BytesIO(data[:-1]), shard_at(path, data), layout(), lambda number: True))
+        list(read_tar(io.BytesIO(data[:-1]), shard_at(path, data), layout(), lambda number: True))
     for length in (end + 1024, end + 1100, len(data)):  # past the two closing blocks nothing is missing
         assert keys_of(shard_at(path, data[:length])) == ["a", "b", "c"]
 
@@ -115,7 +116,7 @@ def test_no_prefix_of_any_tar_is_short(members: list[tuple[str, bytes]], random:
     length = random.randrange(1, len(data))
     shard = Shard(id="0", name="a.tar", prefix="a.tar", kind="tar", root="r", files=(Entry("a.tar", length, "1"),))
     try:
-        samples = list(read._read_tar(io.BytesIO(data[:length]), shard, layout(), lambda number: number % 2 == 0))
+        samples = list(read_tar(io.BytesIO(data[:length]), shard, layout(), lambda number: number % 2 == 0))
     except ShardError as error:
         assert "incomplete" in str(error)  # noqa: PT017
     else:
@@ -200,7 +201,7 @@ def test_skipped_samples_are_not_read(tmp_path: Path) -> None:
     for name, data in (("a.tar", tar_of([(f"{number}.jpg", big) for number in range(4)])),
                        ("a.parquet", parquet_of({"key": list("0123"), "image": [big] * 4}, row_group_size=1))):  # fmt: skip
         shard = shard_at(tmp_path / name, data)
-        reader: Any = read._read_tar if name == "a.tar" else read._read_parquet
+        reader: Any = read_tar if name == "a.tar" else read_parquet
         counts = []
         for wanted in (set(), {2}, {0, 1, 2, 3}):
             file = Counting(data)
@@ -250,6 +251,6 @@ def test_a_disk_that_fails_is_not_called_damage(tmp_path: Path) -> None:
             raise OSError(5, "Input/output error")
 
     parquet = parquet_of({"image": [b"1"]})
-    for name, data, reader in (("a.tar", tar_of(THREE), read._read_tar), ("b.parquet", parquet, read._read_parquet)):
+    for name, data, reader in (("a.tar", tar_of(THREE), read_tar), ("b.parquet", parquet, read_parquet)):
         with pytest.raises(OSError, match=re.escape("[Errno 5] Input/output error")):
             list(reader(Failing(data), shard_at(tmp_path / name, data), layout(), lambda number: True))

@@ -11,10 +11,11 @@ from jobs import job_of, run_here, tiny_recipe, write_tars
 from lora_embed import journal
 from lora_embed.config import JobConfig
 from lora_embed.errors import GateFailed
-from lora_embed.record import Reading, RunRecord, bins_of, without_secrets
+from lora_embed.record import Reading, RunRecord, bins_of
 from lora_embed.report.run import run_page
 from lora_embed.run import run_job
 from lora_embed.storage import Store
+from lora_embed.text import without_secrets
 from lora_embed.versions import read_manifest
 from samples import tar_of
 

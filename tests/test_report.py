@@ -15,12 +15,13 @@ from browser import Tab, axe, started_browser
 from evaluations import evaluation
 from lora_embed.errors import StorageError
 from lora_embed.evaluate.records import Evaluation
-from lora_embed.page import escaped, name, page, printable, shortened
+from lora_embed.page import escaped, name, page, shortened
 from lora_embed.report import write_report
 from lora_embed.report.charts import scale
 from lora_embed.report.evaluation import evaluation_page
 from lora_embed.report.plots import class_changes, relations, scores, trial_scores, weight_curves
 from lora_embed.report.trials import best_of
+from lora_embed.text import printable
 
 HOSTILE = [
     "<script>window.hacked=1;alert(1)</script>",

@@ -18,11 +18,11 @@ from lora_embed.errors import ConfigError
 from lora_embed.export import export_index, open_index
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.encoder import Encoder, load_encoder
-from lora_embed.page import printable
 from lora_embed.plan import list_shards
 from lora_embed.schema import encoder_path
 from lora_embed.search import find_pictures, search_image, search_table
 from lora_embed.table import Table
+from lora_embed.text import printable
 from samples import encoded, noise, png, poisoned, samples_of, tar_of
 from tables import SPACE, noise_vectors, publish_vectors, spread
 
@@ -139,6 +139,11 @@ def query_file(folder: Path, data: bytes, name: str = "query.png") -> str:
     return str(folder / name)
 
 
+def of(folder: Path) -> list[str]:
+    """Says that the input which the table names may be opened."""
+    return ["--input", str(folder / "shards")]
+
+
 def test_an_image_of_the_table_finds_itself(searched: Table, tmp_path: Path) -> None:
     found = search_image(searched, query_file(tmp_path, png(3)), k=4)
     assert [hit.id for hit in found.hits][:1] == ["a.tar/3"]
@@ -199,7 +204,7 @@ def test_the_page_shows_pictures_and_hostile_names_as_text(
 ) -> None:
     query = query_file(tmp_path, encoded(noise(seed=101), "JPEG"), "<img src=x onerror=alert(1)>.jpg")
     out = tmp_path / "page.html"
-    assert cli.run_command(["search", searched.store.uri, query, "-k", "50", "--page", str(out)]) == 0
+    assert cli.run_command(["search", searched.store.uri, query, "-k", "50", "--page", str(out), *of(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "page.html: 12 of 12 with their pictures" in said
     assert "\x1b" not in said
@@ -243,15 +248,16 @@ def test_the_page_shows_pictures_and_hostile_names_as_text(
 
 def test_pictures_are_left_out_where_a_shard_is_gone_or_another_one(searched: Table, tmp_path: Path) -> None:
     hits = search_image(searched, query_file(tmp_path, png(3)), k=50).hits
-    assert len(find_pictures(searched, hits)) == 12
-    assert find_pictures(searched, hits)["a.tar/3"] == png(3)
+    where = (str(tmp_path / "shards"),)
+    assert len(find_pictures(searched, hits, inputs=where)) == 12
+    assert find_pictures(searched, hits, inputs=where)["a.tar/3"] == png(3)
     (tmp_path / "shards" / "a.tar").write_bytes(tar_of([(f"{number}.png", png(50 + number)) for number in range(6)]))
-    assert {name.partition("/")[0] for name in find_pictures(searched, hits)} == {"b.tar"}
+    assert {name.partition("/")[0] for name in find_pictures(searched, hits, inputs=where)} == {"b.tar"}
     for path in (tmp_path / "shards").iterdir():
         path.unlink()
-    assert find_pictures(searched, hits) == {}
+    assert find_pictures(searched, hits, inputs=where) == {}
     no_lineage = Table(searched.store, replace(searched.manifest, lineage={}))
-    assert find_pictures(no_lineage, hits) == {}
+    assert find_pictures(no_lineage, hits, inputs=where) == {}
     out = tmp_path / "page.html"
     assert cli.run_command(["search", searched.store.uri, str(tmp_path / "query.png"), "--page", str(out)]) == 0
     assert out.read_text().count("no picture") == 10
@@ -296,7 +302,8 @@ def test_an_image_that_kills_its_decoder_is_one_message_as_a_query_and_no_pictur
     assert cli.run_command(["search", searched.store.uri, query_file(tmp_path, png(3))]) == 2
     assert "query.png: cannot be searched for: decoder_crashed (the decoder was killed by signal 11" in capsys.readouterr().err
     out = tmp_path / "page.html"
-    assert cli.run_command(["search", searched.store.uri, query_file(tmp_path, png(4)), "-k", "12", "--page", str(out)]) == 0
+    query = query_file(tmp_path, png(4))
+    assert cli.run_command(["search", searched.store.uri, query, "-k", "12", "--page", str(out), *of(tmp_path)]) == 0
     assert out.read_text().count("no picture") == 1
 
 

@@ -10,7 +10,7 @@ import typer
 from lora_embed.config import JobConfig, load_job
 from lora_embed.errors import ConfigError
 from lora_embed.progress import shown
-from lora_embed.record import without_secrets
+from lora_embed.text import without_secrets
 
 if TYPE_CHECKING:
     from lora_embed.storage import Store
@@ -68,6 +68,11 @@ class Named:
     def input_options(self) -> dict[str, Any]:
         """Storage options of the images that the table is made from."""
         return {} if self.job is None else self.job.input_storage_options
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Places of the images that the table is made from, as the user's own job file names them."""
+        return () if self.job is None else self.job.input
 
     def options_of(self, image: str) -> dict[str, Any]:
         """Those of an image that is named beside the table."""

@@ -118,6 +118,10 @@ def search(
     k: Annotated[int, typer.Option("-k", "--k", min=1, help="How many to find.")] = 10,
     index: Annotated[Path | None, typer.Option(help="Search this index, which `export` wrote, not all vectors.")] = None,
     page: Annotated[Path | None, typer.Option(help="Write an HTML page that shows what was found.")] = None,
+    input_: Annotated[
+        list[str] | None,
+        typer.Option("--input", metavar="INPUT", help="Read pictures there, if the table names it as its input."),
+    ] = None,
     version: Annotated[int | None, typer.Option(help="Another version than the current one.")] = None,
     set_: Set = None,
     as_json: Json = False,
@@ -130,7 +134,7 @@ def search(
     found = search_image(opened, image, k, index, named.options_of(image))
     text = found.describe()
     if page is not None:
-        pictures = find_pictures(opened, found.hits, named.input_options)
+        pictures = find_pictures(opened, found.hits, named.input_options, (*named.inputs, *(input_ or ())))
         write_page(found, pictures, page)
         text += f"\n{page}: {len(pictures)} of {len(found.hits)} with their pictures"
     names = ("image", "table", "version", "space_id", "method", "count")

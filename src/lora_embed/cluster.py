@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import shutil
 import socket
 import time
 from dataclasses import dataclass
@@ -71,7 +70,7 @@ def connect(num_cpus: int | None = None, num_gpus: int | None = None) -> None:
         if is_own:
             raise IncompleteRun(
                 f"Ray could not be started on this machine: {_line(error)}. Nothing was embedded yet: free memory, disk or "
-                "CPU here, and run the same command again. Its own words are in the logs below /tmp/ray, or RAY_TMPDIR."
+                "CPU here, and run the same command again. Its own words are in the newest ray-… in /tmp or RAY_TMPDIR."
             ) from None
         if not isinstance(error, ConnectionError | RuntimeError | ValueError | ray.exceptions.AuthenticationError):
             raise
@@ -97,13 +96,9 @@ def leave(*, failed: bool) -> None:
 
     Ray itself never removes it: a night each would fill the disk of temporary files.
     """
-    folder = None
-    if ray.is_initialized() and not _is_joined():
-        here = ray.get_runtime_context()
-        folder = Path(here.get_temp_dir(), here.get_session_name())
     ray.shutdown()
-    if folder is not None and not failed:
-        shutil.rmtree(folder, ignore_errors=True)
+    if not failed:
+        ray_private.remove_folders()
 
 
 def _metrics_port() -> int | None:

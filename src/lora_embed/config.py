@@ -10,8 +10,9 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from lora_embed import hub
-from lora_embed.errors import ConfigError, holds_secret, redacted
+from lora_embed.errors import ConfigError
 from lora_embed.explain import Keys, checked, shown
+from lora_embed.text import holds_secret, redacted
 from lora_embed.yaml_file import Loader, read_yaml, yaml_problem
 
 OWN_COLUMNS = ("id", "embedding", "shard", "key", "width", "height", "sha256", "reason", "detail")
@@ -43,9 +44,10 @@ def _not_empty(value: tuple[str, ...]) -> tuple[str, ...]:
 
 def _without_password(uri: str) -> str:
     if holds_secret(uri):
+        shown_uri = redacted("".join(uri.split()))
         raise ValueError(
-            f"{redacted(uri)} holds a password or a signature, and places are written to tables, logs and reports. Give it "
-            "in the environment or, for input and table, in their storage options."
+            f"{shown_uri} holds a password or a signature, and places are written to tables, logs and reports. Give it in the "
+            "environment or, for input and table, in their storage options."
         )
     return uri
 
@@ -193,6 +195,7 @@ class JobConfig(Section):
     gates: dict[str, Number] = Field(default_factory=dict)  # limits by name: `gates.Limits` has them and their defaults
     prices: Prices = Prices()
     shared_filesystem: bool = False
+    follow_folder_links: bool = False  # read what links below a local input lead to, also folders outside of it
     input_storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
     table_storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
 

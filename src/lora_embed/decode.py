@@ -5,10 +5,8 @@ import ctypes
 import hashlib
 import io
 import os
-import struct
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,20 +20,15 @@ from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 from lora_embed.errors import ShardError, StorageError, StoreUnavailable
 from lora_embed.fields import typed
 from lora_embed.model.preprocess import Box, Joint, Pixels, Preprocessing
-from lora_embed.read import Sample, read_samples
+from lora_embed.read import ReadSamples, read_samples
 from lora_embed.resume import find_stretches
 from lora_embed.retry import take_retries
-from lora_embed.schema import ChunkHead, Layout, Shard, WorkItem, sample_schema, to_ipc
+from lora_embed.schema import ChunkHead, Layout, Sample, Shard, WorkItem, sample_schema, to_ipc
 from lora_embed.stages import Stopwatch
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none runs a program or reads another file
-# What Pillow's decoders raise on damaged data, none of it a fault of this program.
-_DAMAGE = (
-    OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, AttributeError, OverflowError,
-    ZeroDivisionError, NotImplementedError, RuntimeError, struct.error, zlib.error,
-)  # fmt: skip
-
 MAX_PIXELS = 100_000_000  # of an image, where nobody says otherwise
+MOST_TEXT = 2**29  # characters of a chunk's keys and carried fields; Arrow takes 2 GiB to a column
 MOST_SCANS = 24  # of an image of `max_pixels`, which take 4 s; of a smaller one more
 _SCAN = b"\xff\xda"  # begins one; within its data, 0 follows each 255
 
@@ -121,7 +114,9 @@ def _decode(data: bytes, preprocessing: Prepare, max_pixels: int) -> Decoded:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise BadImage("too_many_pixels", f"declares more than twice the {max_pixels} pixels that are allowed") from None
-    except _DAMAGE:
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001  # whatever Pillow raises: its decoders have no list of it
         raise BadImage("not_an_image", f"{len(data)} bytes that start with {data[:8].hex()}") from None
     try:
         _check_area(image.width, image.height, max_pixels, "declares")
@@ -132,7 +127,9 @@ def _decode(data: bytes, preprocessing: Prepare, max_pixels: int) -> Decoded:
             _check_area(width, height, max_pixels, "would be resized to")
             _check_area(width, image.height, max_pixels, "would be resized by way of")  # Pillow resizes the rows first
         return Decoded(preprocessing.apply(image, size, part), *size)
-    except _DAMAGE as error:
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001
         raise BadImage("corrupt_image", f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
 
 
@@ -175,7 +172,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _turn_of(image: Image.Image) -> Image.Transpose | None:
     """How EXIF says that a loaded image is to be turned."""
-    with contextlib.suppress(*_DAMAGE):  # damaged EXIF data is no reason to lose the image
+    with contextlib.suppress(Exception):  # damaged EXIF data is no reason to lose the image
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return None
 
@@ -186,6 +183,7 @@ def decode_items(
     preprocessing: Prepare,
     options: dict[str, Any],
     *,
+    read: ReadSamples = read_samples,
     decode: Decode = decode_image,
 ) -> Iterator[dict[str, Any]]:
     """Blocks of work items → one row per chunk: `head` (JSON), `samples` (Arrow IPC), `pixels` (1, n, *shape).
@@ -194,7 +192,7 @@ def decode_items(
     """
     for item in (item for block in batch["block"] for item in block.items):
         try:
-            for chunk in decode_shard(item, layout, preprocessing, options, decode=decode):
+            for chunk in decode_shard(item, layout, preprocessing, options, read=read, decode=decode):
                 yield _row(chunk.head, chunk.samples, chunk.pixels)
         except (ShardError, StorageError, StoreUnavailable, OSError) as error:
             shard = item.shard
@@ -221,7 +219,13 @@ def _row(head: ChunkHead, samples: pa.RecordBatch, pixels: Pixels) -> dict[str, 
 
 
 def decode_shard(
-    item: WorkItem, layout: Layout, preprocessing: Prepare, options: dict[str, Any], *, decode: Decode = decode_image
+    item: WorkItem,
+    layout: Layout,
+    preprocessing: Prepare,
+    options: dict[str, Any],
+    *,
+    read: ReadSamples = read_samples,
+    decode: Decode = decode_image,
 ) -> Iterator[DecodedChunk]:
     """Yield a shard's chunks but those that are done, the same bytes at every call.
 
@@ -234,7 +238,7 @@ def decode_shard(
     for stretch in find_stretches(item, layout):
         span, held = stretch.span, _Chunk(stretch.span.first // size, layout, preprocessing, decode)
         keys |= stretch.passed
-        samples = read_samples(shard, layout, options, lambda number: number // size not in done, span)
+        samples = read(shard, layout, options, _Missing(done, size), span)
         for number, sample in enumerate(clock.timed("read", samples), span.first):
             if item.limit is not None and number >= item.limit:
                 break
@@ -245,9 +249,25 @@ def decode_shard(
             if held.chunk not in done:
                 with clock.timing("decode"):
                     held.add(sample, is_duplicate=sample.key in keys)
+                if held.text > MOST_TEXT:
+                    raise ShardError(
+                        f"{shard.root}/{shard.name}: keys and carried fields of its chunk {held.chunk} have more than "
+                        f"{MOST_TEXT >> 20} MiB. Set chunk_size smaller, or carry fewer fields."
+                    )
             keys.add(sample.key)
         if held.chunk not in done:
             yield held.finish(shard, clock.take(), last=span.end is None)
+
+
+@dataclass(frozen=True)
+class _Missing:
+    """Is a sample of a chunk that is not done? A class, for a reader in another process."""
+
+    done: frozenset[int]
+    chunk_size: int
+
+    def __call__(self, number: int) -> bool:
+        return number // self.chunk_size not in self.done
 
 
 class _Chunk:
@@ -262,11 +282,13 @@ class _Chunk:
         self._begin: int | None = None
         self._end: int | None = None
         self._good = self._decoded = self._image_bytes = 0
+        self.text = 0  # characters of keys and carried fields
         self._rows: list[dict[str, Any]] = []
 
     def add(self, sample: Sample, *, is_duplicate: bool) -> None:
         self._begin, self._end = self._begin if self._rows else sample.begin, sample.end
         carried = {name: typed(sample.fields.get(name), kind) for name, kind in self._layout.carry}
+        self.text += len(sample.key) + sum(len(value) for value in carried.values() if isinstance(value, str))
         row = {"key": sample.key, "width": None, "height": None, "sha256": None, "reason": None, "detail": None} | carried
         try:
             if sample.excess:

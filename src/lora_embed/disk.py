@@ -9,6 +9,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +19,7 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 _CURRENT_FOLDER, _RENAME_NOREPLACE = -100, 1  # of renameat2
 
 
-def walk(root: str, prefix: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, os.stat_result]]:
-    """Regular files below a folder, by path from the root; links followed, but never round in a circle.
-
-    Not fsspec's walk: that one leaves out folders it may not read, does not follow links to folders, and gives for a
-    linked file the link's own time, which changes when nothing else does.
-    """
-    folder = f"{root}/{prefix}" if prefix else root
-    try:
-        state = os.stat(folder)
-        names = os.listdir(folder) if (state.st_dev, state.st_ino) not in above else []
-    except FileNotFoundError:
-        return
-    for name in names:
-        path = f"{prefix}/{name}" if prefix else name
-        try:
-            file = os.stat(f"{folder}/{name}")
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP):  # deleted meanwhile, or a link to nothing
-                continue
-            raise
-        if stat.S_ISDIR(file.st_mode):
-            yield from walk(root, path, above | {(state.st_dev, state.st_ino)})
-        elif stat.S_ISREG(file.st_mode):
-            yield path, file
-
-
-def walk_no_links(root: str, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+def walk(root: str, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
     """Regular files below a folder, by path from the root, of what holds no links: OSError names one that is there."""
     try:
         with os.scandir(f"{root}/{prefix}" if prefix else root) as found:
@@ -62,7 +37,7 @@ def walk_no_links(root: str, prefix: str) -> Iterator[tuple[str, os.stat_result]
         elif entry.is_symlink():
             raise _link_at(path)
         elif entry.is_dir(follow_symlinks=False):
-            yield from walk_no_links(root, path)
+            yield from walk(root, path)
 
 
 def refuse_links(root: str, parts: list[str]) -> None:
@@ -86,6 +61,76 @@ def refuse_links(root: str, parts: list[str]) -> None:
 def _link_at(path: str) -> OSError:
     says = f"{path} is a link, and no link in a table is followed. Remove it, or put what it names in its place."
     return OSError(errno.ELOOP, says)
+
+
+def walk_input(root: str, *, follows: bool) -> Iterator[tuple[str, os.stat_result | str]]:
+    """Regular files below an input's folder, by path from it, links to files among them; each folder is looked at once.
+
+    A link to a folder that lies below the root too is no other folder. One to a folder elsewhere is walked where
+    `follows`, by its own name, and else it is given with the place that it leads to, as text, in place of a state.
+    """
+    seen: set[tuple[int, int] | None] = {None}  # None: what is not there any more
+    folders, links = [("", root)], list[tuple[str, str]]()
+    while folders or links:
+        if folders:
+            found = _look_at(*folders.pop(), seen)
+            folders += found.folders
+            links = sorted([*links, *found.links], reverse=True)
+            yield from found.files
+            continue
+        path, place = links.pop()  # only now: all that lies below the root in truth has been seen
+        if _identity(place) not in seen:
+            if follows:
+                folders.append((path, place))
+            else:
+                yield path, os.path.realpath(place)
+
+
+@dataclass
+class _Folder:
+    """What lies in a folder: files with their state, folders, and links to folders, by path from the root."""
+
+    files: list[tuple[str, os.stat_result]] = field(default_factory=list)
+    folders: list[tuple[str, str]] = field(default_factory=list)
+    links: list[tuple[str, str]] = field(default_factory=list)
+
+
+def _look_at(path: str, place: str, seen: set[tuple[int, int] | None]) -> _Folder:
+    found = _Folder()
+    try:
+        with os.scandir(place) as entries:
+            identity = _identity(place)
+            if identity in seen:
+                return found
+            seen.add(identity)
+            for entry in entries:
+                name = f"{path}/{entry.name}" if path else entry.name
+                state = _state(entry)
+                if state is not None and stat.S_ISREG(state.st_mode):
+                    found.files.append((name, state))
+                elif state is not None and stat.S_ISDIR(state.st_mode):
+                    (found.links if entry.is_symlink() else found.folders).append((name, entry.path))
+    except FileNotFoundError:  # it was deleted meanwhile, or never there
+        return _Folder()
+    return found
+
+
+def _state(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Of what a link leads to; None for what was deleted meanwhile, or a link to nothing."""
+    try:
+        return entry.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise
+
+
+def _identity(place: str) -> tuple[int, int] | None:
+    try:
+        state = os.stat(place)
+    except FileNotFoundError:
+        return None
+    return state.st_dev, state.st_ino
 
 
 def create(root: Path, target: Path, data: bytes) -> bool:

@@ -10,28 +10,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
 
-_PASSWORD = re.compile(r"://[^/\s@]*:[^/\s@]*@")
-_USER = re.compile(r"(?<!abfs)(?<!abfss)://[^/\s@]*@")  # which may be a token; in Azure's URIs it is a container
-_QUERY = re.compile(r"(://[^\s?]+)\?[^\s\"']*=[^\s\"']*")
+from lora_embed.text import redacted
+
 _OF_THE_MACHINE = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
 }  # fmt: skip
 
 
-def redacted(text: str) -> str:
-    """Text in which URIs tell neither their user and password nor what follows their question mark, such as a signature."""
-    return _QUERY.sub(r"\1?…", _USER.sub("://…@", _PASSWORD.sub("://…@", text)))
-
-
-def holds_secret(uri: str) -> bool:
-    """Does it hold a password, or what may be a signature?"""
-    return bool(_PASSWORD.search(uri) or _QUERY.search(uri))
-
-
 class LoraEmbedError(Exception):
     """Base of all errors meant for a user: one message that says what, where, found, expected and what to do.
 
-    Messages go to logs, records and reports, so they are `redacted`.
+    Messages go to logs, records and reports, so they are `text.redacted`.
     """
 
     exit_code = 1

@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lora_embed.errors import ConfigError, LoraEmbedError, StorageError, VerificationFailed
+from lora_embed.foreign import parse_record
+from lora_embed.index_files import check_faiss, check_ids, check_lance, check_plain
 from lora_embed.schema import carry_fields
 from lora_embed.storage import Store
 
@@ -80,7 +82,14 @@ class Index:
         about = self.description
         where = f"{self.folder}: the index of {about.table}, version {about.version},"
         refuse_other_space(where, about.space_id, space_id, "Export the table's current version again.")
-        return self.nearest(unit_queries(vectors, about.dimension, k), k)
+        try:
+            return self.nearest(unit_queries(vectors, about.dimension, k), k)
+        except (RuntimeError, OSError, ValueError, pa.ArrowException) as error:
+            raise ConfigError(f"{self.folder}: the index cannot be read ({_line(error)}). Export it again.") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def refuse_other_space(where: str, space_id: str, query_space: str, remedy: str) -> None:
@@ -161,18 +170,27 @@ def export_index(table: "Table", kind: str, out: Path, seed: int = 0) -> IndexDe
 def open_index(folder: Path | str) -> Index:
     """Open what `export_index` wrote. Raises ConfigError where there is none, or it is damaged."""
     folder = Path(folder)
-    try:
-        fields = json.loads((folder / DESCRIPTION).read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{folder}: is no index: it has no {DESCRIPTION}. Make one with `lora-embed export`.") from None
-    except ValueError as error:
-        raise ConfigError(f"{folder}/{DESCRIPTION}: is damaged ({error}). Export the index again.") from None
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise ConfigError(f"{folder}/{DESCRIPTION}: is of another format than {FORMAT}. Export the index again.")
-    description = IndexDescription(**fields)
-    library = import_library(description.library)
+    description = _read_description(folder)
+    library = import_library(description.kind.partition("-")[0])
     opened = _open_lance if description.kind == "lance" else _open_faiss
     return Index(folder, description, opened(library, folder, description))
+
+
+def _read_description(folder: Path) -> IndexDescription:
+    """Of a folder that holds regular files and folders alone."""
+    try:
+        check_plain(folder)
+        description = parse_record(IndexDescription, (folder / DESCRIPTION).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{folder}: is no index: it has no {DESCRIPTION}. Make one with `lora-embed export`.") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{folder}/{DESCRIPTION}: is damaged ({error}). Export the index again.") from None
+    if description.format != FORMAT or description.kind not in KINDS or description.metric != "cosine":
+        raise ConfigError(
+            f"{folder}/{DESCRIPTION}: is of another format than {FORMAT}, or of a kind that is none of {', '.join(KINDS)}. "
+            "Export the index again."
+        )
+    return description
 
 
 def import_library(name: str) -> Any:
@@ -236,10 +254,12 @@ def draw_sample(table: "Table", size: int, seed: int) -> Vectors:
 
 def _open_faiss(faiss: Any, folder: Path, about: IndexDescription) -> Nearest:
     try:
+        check_faiss(folder / FAISS_FILE, about.kind, about.count, about.dimension)
+        check_ids(pq.ParquetFile(folder / IDS_FILE), _IDS)
+        ids = pq.ParquetFile(folder / IDS_FILE, read_dictionary=HIT_COLUMNS)  # so that one long value stays one in memory
         index = faiss.read_index(str(folder / FAISS_FILE))
-        ids = pq.ParquetFile(folder / IDS_FILE)
-    except (RuntimeError, OSError, pa.ArrowInvalid) as error:
-        raise ConfigError(f"{folder}: the index cannot be read ({' '.join(str(error).split())}). Export it again.") from None
+    except (RuntimeError, OSError, ValueError, pa.ArrowException) as error:
+        raise ConfigError(f"{folder}: the index cannot be read ({_line(error)}). Export it again.") from None
     if not index.ntotal == ids.metadata.num_rows == about.count or index.d != about.dimension:
         raise ConfigError(
             f"{folder}: holds {index.ntotal} vectors of {index.d} dimensions and {ids.metadata.num_rows} ids, its "
@@ -308,10 +328,14 @@ def _lance_batches(table: "Table", columns: list[str], schema: pa.Schema) -> Ite
 
 def _open_lance(lance: Any, folder: Path, about: IndexDescription) -> Nearest:
     try:
+        check_lance(folder / f"{LANCE_NAME}.lance")
         dataset = lance.dataset(str(folder / f"{LANCE_NAME}.lance"))
         count = dataset.count_rows()
+        expected = _IDS.insert(1, pa.field("vector", pa.list_(pa.float32(), about.dimension)))
+        if [(of.name, of.type) for of in dataset.schema][: len(expected)] != [(of.name, of.type) for of in expected]:
+            raise ValueError(f"its columns are {dataset.schema.names}, expected those that were exported")
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{folder}: the index cannot be read ({' '.join(str(error).split())}). Export it again.") from None
+        raise ConfigError(f"{folder}: the index cannot be read ({_line(error)}). Export it again.") from None
     if count != about.count:
         raise ConfigError(f"{folder}: holds {count} vectors, its {DESCRIPTION} says {about.count}. Export it again.")
 

@@ -1,4 +1,7 @@
-"""Decoding in a child process: an image that crashes, hangs or fills the memory costs that child alone, and is a reject."""
+"""Decoding and reading in child processes: what crashes, hangs or fills the memory costs its child alone.
+
+An image that does so is a reject, a shard an error of its own.
+"""
 
 import contextlib
 import ctypes
@@ -9,14 +12,18 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lora_embed.decode import MAX_PIXELS, BadImage, Decode, Decoded, Prepare, decode_image, decode_items
+from lora_embed.errors import LoraEmbedError, ShardError
 from lora_embed.model.arithmetic import check_once
-from lora_embed.schema import Layout
+from lora_embed.read import read_samples
+from lora_embed.schema import WHOLE, Layout, Sample, Shard, Span, Wanted
+from lora_embed.storage import Store
 
 TRIES = 2  # a child may die of something else than its image, such as the machine's memory killer
 # Address space for one image beyond what its process holds already. Measured with 100 megapixels: WebP takes 28 bytes a
@@ -24,6 +31,8 @@ TRIES = 2  # a child may die of something else than its image, such as the machi
 ROOM_BYTES = 4 * 2**30
 ROOM_BYTES_PER_PIXEL = 40  # of max_pixels, where that is more
 IMAGE_S = 120.0  # for one image, of which a hundred megapixels take seconds
+READ_S = 120.0  # from one sample of a shard to the next, beyond what its store is waited for
+READ_ROOM_BYTES = 8 * 2**30  # for reading a shard: its row group, what that unpacks to, and Arrow's own
 _CRASHED = "decoder_crashed"
 _READY = "ready"
 _START_S = 120.0  # for Python and its imports, on a machine with much else to do
@@ -35,9 +44,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 def decode_blocks(
     batch: dict[str, Any], layout: Layout, preprocessing: Prepare, options: dict[str, Any], was_tried: Callable[[], bool]
 ) -> Iterator[dict[str, Any]]:
-    """`decode_items`, but in a child process where a process died of the same task before, or hung with it.
+    """`decode_items`, but in child processes where a process died of the same task before, or hung with it.
 
-    If an image killed it, that image is the end of a child this time, and a reject; else the child does no harm.
+    If an image or a shard killed it, that is the end of a child this time, and a reject or the shard's error; else the
+    children do no harm.
     Raises EncoderError where this process makes other pixels than the encoder was built with.
     """
     check_once(preprocessing)
@@ -45,7 +55,8 @@ def decode_blocks(
     isolated = IsolatedDecoder() if was_tried() else None
     with isolated or contextlib.nullcontext():
         decode: Decode = isolated or decode_or_die
-        yield from decode_items(batch, layout, preprocessing, options, decode=decode)
+        read = read_or_die if isolated is None else read_isolated
+        yield from decode_items(batch, layout, preprocessing, options, read=read, decode=decode)
 
 
 def decode_or_die(data: bytes, preprocessing: Prepare, max_pixels: int = MAX_PIXELS) -> Decoded:
@@ -55,6 +66,56 @@ def decode_or_die(data: bytes, preprocessing: Prepare, max_pixels: int = MAX_PIX
         return decode_image(data, preprocessing, max_pixels)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def read_or_die(shard: Shard, layout: Layout, options: dict[str, Any], wanted: Wanted, span: Span = WHOLE) -> Iterator[Sample]:
+    """`read_samples`, whose process the kernel ends where a sample does not come in `READ_S` and the store's own patience."""
+    limit_s = READ_S + Store(shard.root, options).retry_s
+    with closing(cast(Generator[Sample], read_samples(shard, layout, options, wanted, span))) as samples:
+        while True:
+            signal.setitimer(signal.ITIMER_REAL, limit_s)
+            try:
+                sample = next(samples, None)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            if sample is None:
+                return
+            yield sample
+
+
+def read_isolated(
+    shard: Shard, layout: Layout, options: dict[str, Any], wanted: Wanted, span: Span = WHOLE
+) -> Iterator[Sample]:
+    """`read_samples` in a child of its own. What ends the child, or leaves it without a sample for so long, is a ShardError."""
+    limit_s = READ_S + Store(shard.root, options).retry_s
+    child = _Child("reader")
+    try:
+        request: tuple[Any, ...] = (READ_ROOM_BYTES, _begin_reading, shard, layout, options, wanted, span)
+        while (answer := child.ask(request, limit_s)) is not None:
+            if isinstance(answer, Sample):
+                yield answer
+            elif _is_crash(answer):
+                raise ShardError(
+                    f"{shard.root}/{shard.name}: cannot be read, {answer}. Write it anew; none of it is published."
+                )
+            else:
+                raise answer
+            request = (0, _next_sample)
+    finally:
+        child.end()
+
+
+_reading: Iterator[Sample] = iter(())  # in the child
+
+
+def _begin_reading(*arguments: Any) -> Sample | None:
+    global _reading
+    _reading = read_samples(*arguments)
+    return _next_sample()
+
+
+def _next_sample() -> Sample | None:
+    return next(_reading, None)
 
 
 class IsolatedDecoder:
@@ -70,7 +131,8 @@ class IsolatedDecoder:
 
     def __call__(self, data: bytes, preprocessing: Prepare, max_pixels: int = MAX_PIXELS) -> Decoded:
         for _ in range(TRIES):
-            answer = self._ask((data, preprocessing, max_pixels))
+            room = max(ROOM_BYTES, ROOM_BYTES_PER_PIXEL * max_pixels)
+            answer = self._ask((room, decode_image, data, preprocessing, max_pixels))
             if isinstance(answer, Decoded):
                 return answer
             if not _is_crash(answer):
@@ -89,8 +151,8 @@ class IsolatedDecoder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, request: tuple[Any, ...]) -> Decoded | BaseException:
-        child, self._child = self._child or _Child(), None
+    def _ask(self, request: tuple[Any, ...]) -> Any:
+        child, self._child = self._child or _Child("decoder"), None
         try:
             answer = child.ask(request, self._timeout_s)
             if isinstance(answer, Decoded | BadImage) and not _is_crash(answer):
@@ -102,9 +164,10 @@ class IsolatedDecoder:
 
 
 class _Child:
-    """A running child that answers requests one by one."""
+    """A running child that answers requests one by one: bytes of memory it may take more, a function, and its arguments."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         # Not multiprocessing's spawn, which imports the parent's __main__ again, a Ray worker; and found wherever the
         # parent found it, -P keeping the working directory out.
         self._pipe, end = multiprocessing.Pipe()
@@ -120,14 +183,13 @@ class _Child:
         started = self._answer(_START_S)
         if started != _READY:
             self.end()
-            raise ChildProcessError(f"a process to decode images in did not start: {started}")
+            raise ChildProcessError(f"a process for what killed another did not start: {started}")
 
-    def ask(self, request: tuple[Any, ...], timeout_s: float) -> Decoded | BaseException:
-        """What `decode_image` returned or raised there, or how the child ended instead."""
+    def ask(self, request: tuple[Any, ...], timeout_s: float) -> Any:
+        """What the function returned or raised there, or how the child ended instead, as `decoder_crashed`."""
         with contextlib.suppress(OSError):  # it is gone; the answer says how
             self._pipe.send(request)
-        answer: Decoded | BaseException = self._answer(timeout_s)
-        return answer
+        return self._answer(timeout_s)
 
     def end(self) -> None:
         """Kill it: it holds nothing that is of use."""
@@ -139,9 +201,9 @@ class _Child:
         try:
             if self._pipe.poll(timeout_s):
                 return self._pipe.recv()
-            return BadImage(_CRASHED, f"the decoder gave no answer in {timeout_s:g} s")
+            return BadImage(_CRASHED, f"the {self._name} gave no answer in {timeout_s:g} s")
         except (EOFError, OSError):
-            return BadImage(_CRASHED, f"the decoder {self._ending()}")
+            return BadImage(_CRASHED, f"the {self._name} {self._ending()}")
 
     def _ending(self) -> str:
         try:
@@ -154,7 +216,7 @@ class _Child:
         return f"was killed by signal {-code} ({names.get(-code, 'no name')})"
 
 
-def _is_crash(answer: Decoded | BaseException) -> bool:
+def _is_crash(answer: Any) -> bool:
     return isinstance(answer, BadImage) and answer.reason == _CRASHED
 
 
@@ -164,12 +226,13 @@ def serve(parent: Connection) -> None:
     with contextlib.suppress(EOFError, ConnectionError):
         parent.send(_READY)
         while True:
-            data, preprocessing, max_pixels = parent.recv()
+            room, function, *arguments = parent.recv()
             try:
-                limit_memory(max(ROOM_BYTES, ROOM_BYTES_PER_PIXEL * max_pixels))
-                parent.send(decode_image(data, preprocessing, max_pixels))
-            except BadImage as bad:
-                parent.send(bad)
+                if room:
+                    limit_memory(room)
+                parent.send(function(*arguments))
+            except (BadImage, LoraEmbedError, OSError) as error:  # answers
+                parent.send(error)
             except BaseException as error:  # a bug: for the parent to raise
                 error.add_note(traceback.format_exc())
                 parent.send(error)

@@ -1,6 +1,5 @@
 """Leaves what a run was with its table: `runs/<run_id>/record.json`, and the same as a page, `report.html`."""
 
-import json
 import socket
 import time
 from collections import Counter
@@ -17,17 +16,19 @@ from lora_embed import cluster, pipeline, versions
 from lora_embed.config import JobConfig
 from lora_embed.effort import Effort
 from lora_embed.errors import LoraEmbedError
+from lora_embed.foreign import read_json
 from lora_embed.heartbeat import Heartbeat
 from lora_embed.manifest import Manifest
 from lora_embed.metrics import Meters
 from lora_embed.parquet import read_rows
 from lora_embed.progress import note, say
-from lora_embed.record import OPTIONS, Outcome, RejectExample, RunRecord, RunState, without_secrets
+from lora_embed.record import OPTIONS, Outcome, RejectExample, RunRecord, RunState
 from lora_embed.report.run import run_page
 from lora_embed.retry import take_retries
 from lora_embed.runs import BEAT_RETRY_S, impatient, name_run, prune_runs, state_path
 from lora_embed.schema import encoder_path
 from lora_embed.storage import Store
+from lora_embed.text import without_secrets
 
 PACKAGES = ("lora-embed", "torch", "transformers", "peft", "ray", "pyarrow", "pillow")
 MOST_REJECT_FILES = 64  # read again for a report
@@ -257,7 +258,7 @@ def find_rejects(store: Store, manifest: Manifest) -> tuple[dict[str, int], tupl
 def read_merge(store: Store, space_id: str) -> dict[str, Any]:
     """The encoder's merge report, without its rows by weight; empty where there is none."""
     data = store.read(f"{encoder_path(space_id)}/merge_report.json")
-    report = json.loads(data) if data is not None else {}
+    report = read_json(data, store.name(f"{encoder_path(space_id)}/merge_report.json")) if data is not None else {}
     for member in report.get("members", []):
         member["weights_changed"] = len(member.pop("weights", {}))
     return report

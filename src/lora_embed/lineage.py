@@ -10,6 +10,7 @@ from lora_embed.manifest import Manifest
 from lora_embed.schema import Layout, encoder_path
 from lora_embed.storage import Store
 from lora_embed.table import Table
+from lora_embed.text import in_lines
 
 COLUMNS = ["id", "shard", "key", "width", "height", "sha256"]
 
@@ -59,13 +60,14 @@ class Explanation:
 
     def describe(self) -> str:
         """For a person."""
-        adapters = "".join(f"\n          {a['uri']} × {a['weight']} ({a['content_hash'][:12]})" for a in self.adapters)
-        return (
-            f"image     {self.id}, {self.width}×{self.height} pixels, sha256 {self.image_sha256}\n"
-            f"shard     {self.shard} ({self.shard_id})\n"
-            f"encoder   space {self.space_id}, {self.merge_method} on {self.base}{adapters}\n"
-            f"version   in {self.version}; the first retained one that holds this row is {self.first_version}"
-        )
+        lines = [
+            f"image     {self.id}, {self.width}×{self.height} pixels, sha256 {self.image_sha256}",
+            f"shard     {self.shard} ({self.shard_id})",
+            f"encoder   space {self.space_id}, {self.merge_method} on {self.base}",
+        ]
+        lines += [f"          {a['uri']} × {a['weight']} ({a['content_hash'][:12]})" for a in self.adapters]
+        lines += [f"version   in {self.version}; the first retained one that holds this row is {self.first_version}"]
+        return in_lines(lines)
 
 
 def explain_row(opened: Table, id_: str) -> Explanation:
@@ -75,7 +77,9 @@ def explain_row(opened: Table, id_: str) -> Explanation:
     if not rows.num_rows:
         raise TableError(f"{store.uri}: version {manifest.version} has no vector of {id_!r}; is it among the rejects?")
     row = rows.to_pylist()[0]
-    shard = next(shard for shard in manifest.shards.values() if shard.name == row["shard"])
+    shard = next((shard for shard in manifest.shards.values() if shard.name == row["shard"]), None)
+    if shard is None:
+        raise TableError(f"{store.uri}: version {manifest.version} has a row of {row['shard']!r}, which is none of its shards")
     report = read_record(store, f"{encoder_path(manifest.space_id)}/merge_report.json", _Report) or _Report()
     holders = [m.version for m in versions.newest_first(store) if m.space_id == manifest.space_id and shard.id in m.shards]
     members = report.members

@@ -7,8 +7,8 @@ from typing import Any
 
 from lora_embed import cluster
 from lora_embed.effort import Effort
-from lora_embed.record import without_secrets
 from lora_embed.stages import STAGES
+from lora_embed.text import without_secrets
 
 PREFIX = "lora_embed"  # Ray puts `ray_` before it
 COUNTERS = {  # name, to which Ray adds `_total` → help, further tags

@@ -13,13 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lora_embed.errors import StorageError
+from lora_embed.text import printable
 
 NAME_LENGTH = 72  # characters of a name that are shown before it is folded up
-
-
-def printable(text: str) -> str:
-    """Text with characters that would steer a terminal or turn the line's direction written as escapes."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def escaped(text: object) -> str:

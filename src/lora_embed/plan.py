@@ -10,6 +10,7 @@ from collections import defaultdict
 from typing import Any
 
 from lora_embed.errors import ConfigError
+from lora_embed.progress import say
 from lora_embed.schema import Shard
 from lora_embed.storage import Entry, Store
 
@@ -17,19 +18,22 @@ TAR, PARQUET = (".tar",), (".parquet", ".pq")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 IMAGES_PER_GROUP = 1024
+MOST_NAMES = 10_000_000  # that one pattern may name
+NAMED_LINKS = 10  # of those that are passed over
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _WILD, _WILD_OR_BRACE = re.compile(r"[*?\[]"), re.compile(r"[*?\[{]")
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python holds bytes of a local name that are not UTF-8
 
 
-def list_shards(patterns: tuple[str, ...], options: dict[str, Any]) -> list[Shard]:
+def list_shards(patterns: tuple[str, ...], options: dict[str, Any], *, follows: bool = False) -> list[Shard]:
     """All shards of the inputs, sorted by name.
 
-    A pattern is a file, a directory (searched to any depth), a glob or a brace range such as `{00..41}` or `{a,b}`.
+    A pattern is a file, a directory (searched to any depth), a glob or a brace range such as `{00..41}` or `{a,b}`. Links
+    to folders outside of an input are followed only where `follows`; else it is said that they are passed over.
     Raises ConfigError for a pattern that matches nothing, for compressed tars, and for inputs whose samples could get
     equal ids.
     """
-    shards = [shard for pattern in patterns for shard in _shards_of(pattern, options)]
+    shards = [shard for pattern in patterns for shard in _shards_of(pattern, options, follows)]
     shards.sort(key=lambda shard: shard.name)
     _refuse_shared_names(shards)
     return shards
@@ -40,7 +44,9 @@ def expand_braces(pattern: str) -> list[str]:
     match = _BRACES.search(pattern)
     if match is None:
         return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if (count := math.prod(_values(inside) for inside in _BRACES.findall(pattern))) > MOST_NAMES:
+        raise ConfigError(f"input {pattern[:200]}: its braces name {count:,} files, expected at most {MOST_NAMES:,}. Use *.")
+    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
     if span:
         first, last, width = int(span[1]), int(span[2]), len(span[1])
         values = [f"{number:0{width}d}" for number in range(first, last + 1)]
@@ -50,16 +56,22 @@ def expand_braces(pattern: str) -> list[str]:
     return list(dict.fromkeys(expanded for one in filled for expanded in expand_braces(one)))
 
 
-def _shards_of(pattern: str, options: dict[str, Any]) -> list[Shard]:
+def _values(inside: str) -> int:
+    """How many values a pair of braces stands for."""
+    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", inside)
+    return max(0, int(span[2]) - int(span[1]) + 1) if span else inside.count(",") + 1
+
+
+def _shards_of(pattern: str, options: dict[str, Any], follows: bool) -> list[Shard]:
     if not _WILD_OR_BRACE.search(pattern):
-        return _shards_at(re.sub(r"(?<=[^/:])/+$", "", pattern), options)
+        return _shards_at(re.sub(r"(?<=[^/:])/+$", "", pattern), options, follows)
     root = _folder_of(_WILD_OR_BRACE.split(pattern)[0])  # the longest folder without wildcards
     wanted = expand_braces(pattern[len(root) :].lstrip("/"))
     named = frozenset(name for name in wanted if not _WILD.search(name))
     globs = [name.split("/") for name in wanted if name not in named]
     store = Store(root, options, follows_links=True)
     store.check_reachable()
-    listed = store.list_files()
+    listed = _list(store, follows)
     entries = [e for e in listed if e.path in named or any(_fits(e.path.split("/"), glob) for glob in globs)]
     missing = sorted(named - {entry.path for entry in entries})
     if missing and entries:
@@ -70,18 +82,30 @@ def _shards_of(pattern: str, options: dict[str, Any]) -> list[Shard]:
     return _group(root, entries, named, f"input {pattern}", looked_at=len(listed))
 
 
-def _shards_at(uri: str, options: dict[str, Any]) -> list[Shard]:
+def _shards_at(uri: str, options: dict[str, Any], follows: bool) -> list[Shard]:
     """A file's shard, or those of a directory."""
     store = Store(uri, options, follows_links=True)
     store.check_reachable()
     if store.is_directory():
-        entries = store.list_files()
+        entries = _list(store, follows)
         return _group(uri, entries, frozenset(), f"input {uri}", looked_at=len(entries))
     root, name = _folder_of(uri), posixpath.basename(uri)
     entry = Store(root, options, follows_links=True).info(name)
     if entry is None:
         raise ConfigError(f"input {uri}: no such file or directory")
     return _group(root, [entry], frozenset([name]), f"input {uri}", looked_at=1)
+
+
+def _list(store: Store, follows: bool) -> list[Entry]:
+    entries, passed_over = store.list_input(follows=follows)
+    if passed_over:
+        named = ", ".join(f"{path} (to {place})" for path, place in list(passed_over.items())[:NAMED_LINKS])
+        more = f" and {len(passed_over) - NAMED_LINKS} more" if len(passed_over) > NAMED_LINKS else ""
+        say(
+            f"input {store.uri}: links to folders outside of it are passed over: {named}{more}. Set follow_folder_links to "
+            "true in the job to read what they lead to, or name those folders as input."
+        )
+    return entries
 
 
 def _folder_of(uri: str) -> str:

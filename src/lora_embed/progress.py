@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
@@ -21,11 +22,9 @@ from rich.live import Live
 from rich.text import Text
 
 from lora_embed.effort import Effort
-from lora_embed.errors import redacted
-from lora_embed.page import printable
-from lora_embed.record import without_secrets
 from lora_embed.schema import ChunkStats, Shard
 from lora_embed.stages import Bound, Workers, add_seconds, find_bound
+from lora_embed.text import in_lines, redacted, without_secrets
 
 LOG_EVERY_S = 10.0
 MOST_NAMED = 10  # failed shards that a log for persons names as they fail; the run's end names as many
@@ -49,27 +48,29 @@ def say(message: str, *, level: str = "info", event: str = "message", **facts: A
         always = {name: _FACTS[name] for name in ALWAYS if name in _FACTS}
         _write(without_secrets({"time": now, "level": level, "event": event, "message": message} | always | facts))
     elif level != "debug":
-        _STDERR.print(shown(message), markup=False)
+        _STDERR.print(shown(message).replace("\n", "\n  "), markup=False)  # so that no name begins a line of its own
 
 
 def shown(message: str) -> str:
     """A message without secrets, and without what names may hold to steer a terminal."""
-    return "\n".join(map(printable, redacted(message).split("\n")))
+    return in_lines(redacted(message).split("\n"))
 
 
 def log_as(wanted: LogFormat) -> None:
     """Speak in that way from now on, about no run yet."""
     _FACTS.clear()
     logging.raiseExceptions = False  # Ray keeps logs of its own, and prints a traceback where their disk is full
+    logging.lastResort = _SayingHandler(logging.WARNING)
+    warnings.showwarning = _say_warning
+    sys.excepthook = _say_uncaught
+    threading.excepthook = lambda ended: _say_uncaught(ended.exc_type, ended.exc_value, ended.exc_traceback)
     if wanted is LogFormat.TEXT:
         _IS_JSON.clear()
         return
     if not logs_json():
         _relay_others()
     _IS_JSON.set()
-    logging.captureWarnings(True)
-    logging.basicConfig(handlers=[_JsonHandler()], level=logging.WARNING, force=True)
-    sys.excepthook = _say_uncaught
+    logging.basicConfig(handlers=[_SayingHandler()], level=logging.WARNING, force=True)
 
 
 def logs_json() -> bool:
@@ -86,8 +87,8 @@ def noted() -> dict[str, Any]:
     return dict(_FACTS)
 
 
-class _JsonHandler(logging.Handler):
-    """Python's logging, which libraries use, as the same objects."""
+class _SayingHandler(logging.Handler):
+    """Python's logging, which libraries use, as the same lines or objects."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage(), level=record.levelname.lower(), event="log", logger=record.name)
@@ -109,9 +110,16 @@ def _relay_others() -> None:
     threading.Thread(target=relay, daemon=True).start()
 
 
-def _say_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    text = "".join(traceback.format_exception(kind, error, trace))
-    say(f"{kind.__name__}: {error}", level="critical", event="crash", traceback=text)
+def _say_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
+    """A warning of Python's, whose words may be those of a file that somebody else wrote."""
+    said = f"{filename}:{lineno}: {category.__name__}: {message}"
+    say(said, level="warning", event="log", logger="py.warnings")
+
+
+def _say_uncaught(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    text = "".join(traceback.format_exception(kind, error, trace)).rstrip()
+    message = f"{kind.__name__}: {error}" if _IS_JSON.is_set() else text
+    say(message, level="critical", event="crash", traceback=text)
 
 
 def _write(fields: dict[str, Any]) -> None:

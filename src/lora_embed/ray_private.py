@@ -8,6 +8,9 @@ import inspect
 import ipaddress
 import logging
 import os
+import secrets
+import shutil
+import tempfile
 from typing import Any
 
 import ray
@@ -38,7 +41,16 @@ check(  # `init` takes all arguments and refuses by name those that it does not 
     "ray.init does not take _metrics_export_port",
     _METRICS,
 )
+check(
+    "ray",
+    "_temp_dir" in inspect.unwrap(ray.init).__code__.co_consts,
+    "ray.init does not take _temp_dir",
+    "keep what Ray writes from other users of this machine",
+)
 
+LONGEST_ROOT = 25  # characters: a socket's path has at most 107, and Ray's names below take most of them
+_TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
+_folders: list[str] = []  # of the Rays that were started here
 OOM_RETRIES = 5  # of a task whose process Ray's memory monitor ended, 1 to 16 s apart; Ray's default is for ever
 # Words of the environment. Ray does not complain of one that it no longer knows: tests see that they have their effect.
 _SETTINGS = {"RAY_task_oom_retries": str(OOM_RETRIES), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -52,7 +64,10 @@ def start_here(*, metrics_port: int | None, **arguments: Any) -> None:
     """
     _set_environment()
     _constants.ENABLE_RAY_CLUSTER = False
-    ray.init(address="local", include_dashboard=False, _metrics_export_port=metrics_port, **arguments)
+    _folders.append(_new_folder())
+    _set_token(_folders[-1])
+    below = os.path.join(_folders[-1], "r")  # not that one itself: Ray lets everybody write to what it is given
+    ray.init(address="local", include_dashboard=False, _metrics_export_port=metrics_port, _temp_dir=below, **arguments)
     address = ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]")
     listens = {address, *(node["NodeManagerAddress"] for node in ray.nodes())}
     if beyond := sorted(ip for ip in listens if not ipaddress.ip_address(ip).is_loopback):
@@ -60,9 +75,44 @@ def start_here(*, metrics_port: int | None, **arguments: Any) -> None:
         raise mismatch("ray", f"it listens at {', '.join(beyond)} whatever ENABLE_RAY_CLUSTER says", _LOOPBACK)
 
 
+def _new_folder() -> str:
+    """For sockets, logs and spilled objects, of this user alone: Ray makes its own so that everybody may write there."""
+    root = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(root) > LONGEST_ROOT and "RAY_TMPDIR" not in os.environ:
+        root = "/tmp"
+    os.makedirs(root, exist_ok=True)
+    return tempfile.mkdtemp(prefix="ray-", dir=root)
+
+
+def _set_token(folder: str) -> None:
+    """Other users of this machine reach the loopback address, too; Ray asks for a token, which this user alone may read.
+
+    Ray itself would write one that everybody may read. One that the environment names stays.
+    """
+    if not {"RAY_AUTH_TOKEN", _TOKEN_PATH} & os.environ.keys():
+        path = os.path.join(folder, "token")
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        os.environ[_TOKEN_PATH] = path
+
+
+def _forget_token() -> None:
+    """No other Ray has the token of one that was started here."""
+    if os.path.dirname(os.environ.get(_TOKEN_PATH, "")) in _folders:
+        del os.environ[_TOKEN_PATH]
+
+
+def remove_folders() -> None:
+    """What a Ray that was started here wrote, once it has ended."""
+    _forget_token()
+    while _folders:
+        shutil.rmtree(_folders.pop(), ignore_errors=True)
+
+
 def join(address: str, **arguments: Any) -> None:
     """`ray.init` of a cluster that runs already; whoever started it has the say where it listens."""
     _set_environment()
+    _forget_token()
     _constants.ENABLE_RAY_CLUSTER = _is_reachable
     ray.init(address=address, **arguments)
 

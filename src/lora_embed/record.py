@@ -1,11 +1,11 @@
 """What a run leaves behind of itself, as plain data: `runs/<run_id>/record.json`, and all that its report shows."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
-from lora_embed.errors import redacted
+from lora_embed.foreign import parse_record
 from lora_embed.stages import Bound, Reading, Workers, find_bound
 
 FORMAT = 1
@@ -89,11 +89,10 @@ class RunState:
     def from_json(cls, data: bytes) -> "RunState | None":
         """None for what is no state of this format; what only a newer release knows of a run is left out."""
         try:
-            found = json.loads(data)
-            known = {one.name: found[one.name] for one in fields(cls) if one.name in found}
-            return cls(**known) if found.get("format") == FORMAT else None
-        except (ValueError, TypeError, AttributeError):
+            state = parse_record(cls, data)
+        except ValueError:
             return None
+        return state if state.format == FORMAT and min(state.seconds, state.images_per_s) >= 0 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +136,3 @@ def workers_of(record: RunRecord) -> Workers:
         decoders=int(record.workers["decoders"]),
         cpus_per_decoder=record.workers["cpus_per_decoder"],
     )
-
-
-def without_secrets(value: Any) -> Any:
-    """Plain data with all its text `redacted`."""
-    if isinstance(value, str):
-        return redacted(value)
-    if isinstance(value, dict):
-        return {key: without_secrets(one) for key, one in value.items()}
-    return [without_secrets(one) for one in value] if isinstance(value, list | tuple) else value

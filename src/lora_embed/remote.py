@@ -18,6 +18,7 @@ from lora_embed.errors import StorageError
 from lora_embed.libraries import part
 
 SILENCE_S = 15.0  # without a byte, of a store that is told no `read_timeout`; s3fs's own for reading
+MOST_PAGES_IN_VAIN = 10  # of a listing, in a row, that name no new key
 SLOWEST = 2**18  # bytes per second of an upload that is still under way
 _WALKS = "tell whether a file system's listing leaves out the folders that it may not list"
 _find_of_fsspec = part("fsspec", "fsspec.asyn:AsyncFileSystem._find", _WALKS)
@@ -121,18 +122,47 @@ def put(fs: Any, path: str, data: bytes, silence_s: float, **options: Any) -> No
 
 
 def find(fs: Any, folder: str, uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Full paths of the files below a folder and what is known of them; none where there is no such folder."""
+    """Full paths of the files below a folder and what is known of them; none where there is no such folder.
+
+    Raises StorageError where a listing of S3 does not come to an end.
+    """
     fs.invalidate_cache()
     is_async, kind = isinstance(fs, AsyncFileSystem), type(fs)
     walks = kind._find is _find_of_fsspec if is_async else kind.find is AbstractFileSystem.find
     try:
         # fsspec's own walk leaves out every folder that it cannot list; file systems with a `find` of theirs raise.
-        found = dict(_walk(fs, folder)) if walks else fs.find(folder, detail=True)
+        if is_s3(uri):
+            found = _find_in_pages(fs, folder, uri)
+        else:
+            found = dict(_walk(fs, folder)) if walks else fs.find(folder, detail=True)
     except FileNotFoundError:
         if fs.exists(folder):
             raise StorageError(f"{uri}: changed while it was listed. Run the same command again.") from None
         return
     yield from ((name, info) for name, info in found.items() if info["type"] == "file")
+
+
+def _find_in_pages(fs: Any, folder: str, uri: str) -> dict[str, dict[str, Any]]:
+    """By the pages of S3's listing, each of which says how the next is asked for; s3fs itself would ask for ever."""
+    bucket, _, prefix = folder.partition("/")
+    asked = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""} | getattr(fs, "req_kw", {})
+    found: dict[str, dict[str, Any]] = {}
+    tokens, in_vain = set[str](), 0
+    while True:
+        page, before = fs.call_s3("list_objects_v2", **asked), len(found)
+        for described in page.get("Contents", []):
+            found[f"{bucket}/{described['Key']}"] = described | {"size": described["Size"], "type": "file"}
+        if not page.get("IsTruncated"):
+            return found
+        token = page.get("NextContinuationToken")
+        in_vain = 0 if len(found) > before else in_vain + 1
+        if not token or token in tokens or in_vain >= MOST_PAGES_IN_VAIN:
+            raise StorageError(
+                f"{uri}: its listing does not come to an end: after {len(tokens) + 1} pages the store says that there is more, "
+                "and gives nothing new. Look at the store, or at what answers in its place."
+            )
+        tokens.add(token)
+        asked["ContinuationToken"] = token
 
 
 def _walk(fs: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:

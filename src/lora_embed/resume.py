@@ -5,8 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from lora_embed.read import WHOLE, Span
-from lora_embed.schema import Layout, Part, Staged, WorkItem
+from lora_embed.schema import WHOLE, Layout, Part, Span, Staged, WorkItem
 from lora_embed.write import ChunkPlace, part_path, read_place
 
 READERS = 8  # threads: parts are small, and a store takes its time for each

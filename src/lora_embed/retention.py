@@ -13,6 +13,7 @@ from lora_embed.progress import say
 from lora_embed.runs import find_live
 from lora_embed.schema import Part
 from lora_embed.storage import Entry, Store
+from lora_embed.text import in_lines
 from lora_embed.versions import (
     CURRENT,
     RETIRED,
@@ -66,7 +67,7 @@ class Collected:
         lines += [
             f"{would}: {self.objects:,} objects, {self.bytes:,} bytes ({counted})" if self.objects else f"nothing {would}"
         ]
-        return "\n".join(lines)
+        return in_lines(lines)
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,8 @@ from typing import TypeVar
 import aiohttp
 import botocore.exceptions as boto  # type: ignore[import-untyped]
 
-from lora_embed.errors import StoreUnavailable, redacted
+from lora_embed.errors import StoreUnavailable
+from lora_embed.text import redacted
 
 LONGEST_PAUSE_S = 15.0
 SAY_AFTER_S = 3.0  # what is over sooner needs no word

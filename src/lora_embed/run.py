@@ -197,7 +197,7 @@ def list_input(job: JobConfig) -> tuple[Store, list[Shard]]:
     """The table's store and the input's shards; what cannot be reached is said before anything else."""
     store = Store(job.table, job.table_storage_options)
     store.check_reachable()
-    return store, plan.list_shards(job.input, job.input_storage_options)
+    return store, plan.list_shards(job.input, job.input_storage_options, follows=job.follow_folder_links)
 
 
 def refuse_local_paths(job: JobConfig, shards: list[Shard], store: Store, base: BaseReference | None) -> None:

@@ -1,7 +1,6 @@
 """The runs of a table, as they tell of themselves on its storage: those that go on, and how the last ones ended."""
 
 import contextlib
-import json
 import secrets
 import socket
 import time
@@ -15,8 +14,9 @@ from lora_embed.ending import gist
 from lora_embed.errors import LoraEmbedError
 from lora_embed.heartbeat import DEAD_AFTER_S, Heartbeat
 from lora_embed.progress import span
-from lora_embed.record import RunState, without_secrets
+from lora_embed.record import RunState
 from lora_embed.storage import Entry, Store
+from lora_embed.text import printable, without_secrets
 
 MOST_OF_CAUSE = 200  # characters
 SHOWN = 10  # runs that `status` tells of
@@ -156,12 +156,14 @@ def announced(store: Store, doing: str, space_id: str = "") -> Iterator[None]:
 
 def describe_runs(runs: list[Run]) -> list[str]:
     """Lines for a person, as those of `status`."""
-    return [f"{'run' if run.status != 'running' else 'running':<9} {run.state.run_id} {run.describe()}" for run in runs]
+    return [
+        printable(f"{'run' if run.status != 'running' else 'running':<9} {run.state.run_id} {run.describe()}") for run in runs
+    ]
 
 
 def to_prometheus(table: str, version: int | None, runs: list[Run]) -> str:
     """What a table tells, as gauges for Prometheus: known also between runs and after one that died."""
-    label = "table=" + json.dumps(without_secrets(table), ensure_ascii=False)
+    label = _label("table", without_secrets(table))
     gauges: list[tuple[str, str, str, float | None]] = []
     gauges += [("lora_embed_table_version", "The current version.", label, version)]
     succeeded = [run.heard for run in runs if run.status in ENDED_WELL]
@@ -170,10 +172,16 @@ def to_prometheus(table: str, version: int | None, runs: list[Run]) -> str:
     if runs:
         began, status = runs[0].heard - runs[0].state.seconds, runs[0].status
         gauges += [("lora_embed_last_run_start_timestamp_seconds", "Beginning of the last run.", label, began)]
-        gauges += [("lora_embed_last_run", "1; what the last run is.", f'{label},status="{status}"', 1)]
+        gauges += [("lora_embed_last_run", "1; what the last run is.", f"{label},{_label('status', status)}", 1)]
     lines = [
         f"# HELP {name} {help_}\n# TYPE {name} gauge\n{name}{{{labels}}} {value:.15g}"
         for name, help_, labels, value in gauges
         if value is not None
     ]
     return "\n".join(lines)
+
+
+def _label(name: str, value: str) -> str:
+    """A label as Prometheus reads it, whatever its value holds."""
+    quoted = printable(value).replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}="{quoted}"'

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -35,6 +36,33 @@ class Shard:
     def size(self) -> int:
         """Bytes."""
         return sum(entry.size for entry in self.files)
+
+
+Wanted = Callable[[int], bool]  # sample number in the shard → must its bytes be read
+
+
+@dataclass
+class Sample:
+    """One image of a shard: encoded bytes, or None where there is none, it was not wanted, or it has too many (`excess`)."""
+
+    key: str
+    data: bytes | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+    excess: int = 0  # bytes of an image that has more than are allowed
+    begin: int | None = None  # byte of its first header in a tar; None where reading could not begin there
+    end: int | None = None  # byte where the sample after it begins, or the tar's closing blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Bytes [begin, end) of a tar, which sample `first` begins at; without an end, up to the shard's, which is proven then."""
+
+    first: int = 0
+    begin: int = 0
+    end: int | None = None
+
+
+WHOLE = Span()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +13,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lora_embed.decode import BadImage
-from lora_embed.errors import ConfigError, LoraEmbedError
+from lora_embed.errors import ConfigError, LoraEmbedError, TableError
 from lora_embed.export import HIT_COLUMNS, Hit, open_index, refuse_other_space, unit, unit_queries, vectors_of
+from lora_embed.foreign import parse_record
 from lora_embed.isolate import IsolatedDecoder
 from lora_embed.model.preprocess import Preprocessing
-from lora_embed.page import Section, escaped, page, picture, printable, write
+from lora_embed.page import Section, escaped, page, picture, write
+from lora_embed.places import refuse_elsewhere
 from lora_embed.plan import list_shards
+from lora_embed.progress import say
 from lora_embed.read import read_samples
-from lora_embed.schema import Layout
+from lora_embed.schema import Layout, Shard
 from lora_embed.storage import Store
 from lora_embed.table import Table
+from lora_embed.text import in_lines
 
 QUERIES_AT_ONCE = 1024  # each pass over the files: its scores are 4 bytes a query and row of a batch
 THUMBNAIL = Preprocessing(resize=160, resample=3, crop=(160, 160), multiply=(1.0, 1.0, 1.0), add=(0.0, 0.0, 0.0))
@@ -47,7 +52,7 @@ class Found:
         head = (
             f"{len(self.hits)} nearest of {self.count:,} images, version {self.version}, space {self.space_id}, {self.method}"
         )
-        return "\n".join([head, *(f"{hit.score: .6f}  {printable(hit.id)}" for hit in self.hits)])
+        return in_lines([head, *(f"{hit.score: .6f}  {hit.id}" for hit in self.hits)])
 
 
 def search_table(table: Table, vectors: NDArray[Any], k: int, space_id: str | None = None) -> list[list[Hit]]:
@@ -121,20 +126,22 @@ def _read_image(image: str, options: dict[str, Any] | None) -> bytes:
     return data
 
 
-def find_pictures(table: Table, hits: tuple[Hit, ...], input_options: dict[str, Any] | None = None) -> dict[str, bytes]:
+def find_pictures(
+    table: Table, hits: tuple[Hit, ...], input_options: dict[str, Any] | None = None, inputs: tuple[str, ...] = ()
+) -> dict[str, bytes]:
     """Encoded images of hits by id, read again from the shards that the version was made from.
 
-    Left out are those of shards that cannot be read now, or are others by now; tars are read up to the last one wanted.
+    Only those that lie in the table's own store or in `inputs`, which whoever asks names: for others nothing is opened, and
+    it is said why. Left out are those of shards that cannot be read now, or are others by now; tars are read up to the last
+    one wanted.
     """
-    lineage = table.manifest.lineage
-    if not {"input", "layout"} <= set(lineage):
-        return {}
     try:
-        shards = {shard.id: shard for shard in list_shards(tuple(lineage["input"]), input_options or {})}
-    except LoraEmbedError:
+        lineage = parse_record(_Origin, json.dumps({name: table.manifest.lineage.get(name) for name in ("input", "layout")}))
+    except ValueError:
         return {}
+    shards = {shard.id: shard for place in lineage.input for shard in _shards_of(table, place, inputs, input_options or {})}
     published = {shard.name: shard.id for shard in table.manifest.shards.values()}
-    layout = Layout(**lineage["layout"] | {"carry": tuple(map(tuple, lineage["layout"]["carry"]))})
+    layout = lineage.layout
     wanted: dict[str, dict[str, str]] = defaultdict(dict)
     for hit in hits:
         if published.get(hit.shard) in shards:
@@ -151,6 +158,27 @@ def find_pictures(table: Table, hits: tuple[Hit, ...], input_options: dict[str, 
         except LoraEmbedError:
             continue
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Origin:
+    """What a version says of where it comes from."""
+
+    input: tuple[str, ...]
+    layout: Layout
+
+
+def _shards_of(table: Table, place: str, inputs: tuple[str, ...], options: dict[str, Any]) -> list[Shard]:
+    """Of one input that the table names; none where it is not to be opened, or cannot be."""
+    try:
+        refuse_elsewhere(place, table.store.uri, inputs)
+    except TableError as error:
+        say(f"pictures are left out: {error}")
+        return []
+    try:
+        return list_shards((place,), options)
+    except LoraEmbedError:
+        return []
 
 
 def write_page(found: Found, pictures: dict[str, bytes], out: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from lora_embed.errors import TableError
 from lora_embed.schema import Part
 from lora_embed.storage import Store
+from lora_embed.text import in_lines
 from lora_embed.versions import listed_versions, read_manifest
 
 
@@ -37,7 +38,7 @@ class TableState:
         lines += [f"held back space {space}: {why}" for space, why in self.held.items()]
         lines += [f"forgotten {self.forgotten:,} images"] if self.forgotten else []
         lines += [f"staged    {parts:,} parts in {layout}" for layout, parts in self.staged.items()] or ["staged    nothing"]
-        return "\n".join(lines)
+        return in_lines(lines)
 
 
 def _gate_lines(gates: dict[str, dict[str, Any]]) -> list[str]:

@@ -117,12 +117,25 @@ class Store:
         """All objects below a folder, sorted by path; an absent folder is an empty one. Never from a cache."""
         if self.is_local:
             self.full_path(prefix)
-            listing = disk.walk if self.follows_links else disk.walk_no_links
             with explained(self, prefix):
-                found = [_local_entry(path, state) for path, state in listing(self.full_path(""), prefix)]
+                found = [_local_entry(path, state) for path, state in disk.walk(self.full_path(""), prefix)]
         else:
             found = self._retried(prefix, lambda: self._find(prefix))
         return sorted((e for e in found if not e.path.startswith(f"{disk.TEMPORARY}/")), key=lambda entry: entry.path)
+
+    def list_input(self, *, follows: bool) -> tuple[list[Entry], dict[str, str]]:
+        """All files of an input, sorted by path, and the links to folders elsewhere that were passed over → where they lead.
+
+        On a local disk links to files are files, and those to folders elsewhere are followed only where `follows`; no
+        folder is looked at twice. An object store has no links.
+        """
+        if not self.is_local:
+            return self.list_files(), {}
+        with explained(self, ""):
+            found = dict(disk.walk_input(self.full_path(""), follows=follows))
+        passed_over = {path: state for path, state in sorted(found.items()) if isinstance(state, str)}
+        files = [_local_entry(path, state) for path, state in sorted(found.items()) if not isinstance(state, str)]
+        return [entry for entry in files if not entry.path.startswith(f"{disk.TEMPORARY}/")], passed_over
 
     def open(self, path: str, ahead: int = READ_AHEAD) -> BinaryIO:
         """Open for reading at random, at most `ahead` bytes beyond what is asked for; FileNotFoundError when it is gone.

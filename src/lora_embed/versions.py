@@ -42,7 +42,7 @@ def _hint_and_highest(store: Store) -> tuple[int, int]:
     listing does not have yet is looked for by its name. CURRENT comes first, as a listing then has at least what it names.
     """
     said = (store.read(CURRENT) or b"").strip()
-    hint, listed = int(said) if said.isdigit() else 0, max(listed_versions(store), default=0)
+    hint, listed = int(said) if re.fullmatch(rb"[0-9]{1,8}", said) else 0, max(listed_versions(store), default=0)
     return hint, hint if hint > listed and store.info(manifest_path(hint)) is not None else listed
 
 

@@ -9,6 +9,8 @@ import yaml
 from lora_embed.errors import ConfigError
 from lora_embed.explain import shown
 
+MOST_VALUES = 1_000_000
+
 
 class Loader(yaml.SafeLoader):
     """YAML that refuses a key given twice, of which the first would be lost without a word."""
@@ -32,11 +34,28 @@ def read_yaml(path: Path, kind: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise ConfigError(f"{path}: cannot be read as a text file: {reason}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deeply to be read") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: is not valid YAML: {yaml_problem(error)}") from None
+    if not _is_finite(data):
+        raise ConfigError(
+            f"{path}: holds more than {MOST_VALUES:,} values, or itself by an alias (*…). Write out what is meant."
+        )
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: is {shown(data)}, expected keys and values, a line each, such as `key: value`")
     return data
+
+
+def _is_finite(data: Any) -> bool:
+    """Aliases are counted as often as they stand there: a few lines may mean billions of values, or one without end."""
+    waiting, count = [data], 0
+    while waiting and count <= MOST_VALUES:
+        value = waiting.pop()
+        count += 1
+        if isinstance(value, dict | list):
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+    return not waiting
 
 
 def yaml_problem(error: Exception) -> str:

@@ -13,6 +13,7 @@ from lora_embed.embed_each import Asked
 from lora_embed.errors import AdapterMismatch, ConfigError, EncoderError, StorageError
 from lora_embed.evaluate.collect import Wanted
 from lora_embed.evaluate.records import Candidate
+from lora_embed.foreign import read_record
 from lora_embed.model.build import Ingredients, gather, match_adapters
 from lora_embed.model.description import Description, read_description
 from lora_embed.model.follow import refuse_elsewhere
@@ -116,6 +117,13 @@ def single(entrant: Entrant, number: int) -> Entrant:
     return Entrant(name=name, recipe=recipe, ingredients=gather(recipe), adapters=(entrant.adapters[number],))
 
 
+@dataclass(frozen=True, kw_only=True)
+class BuildTime:
+    """How long an encoder took to build: `builds/<space_id>.json` of the working folder."""
+
+    build_s: float
+
+
 def build(entrant: Entrant, store: Store) -> Built:
     """The entrant's encoder on storage, built and copied there unless it is there already."""
     source = entrant.folder or entrant.ingredients
@@ -128,9 +136,9 @@ def build(entrant: Entrant, store: Store) -> Built:
             took = 0.0 if entrant.folder else time.perf_counter() - started
             encoder = store_encoder(folder, store)
         store.replace(f"builds/{encoder.space_id}.json", json.dumps({"build_s": round(took, 2)}).encode())
-    raw = store.read(f"builds/{encoder.space_id}.json")
+    recorded = read_record(store, f"builds/{encoder.space_id}.json", BuildTime)
     weights = [entry.size for entry in store.list_files(encoder_path(encoder.space_id)) if entry.path.endswith(".safetensors")]
-    build_s = float(json.loads(raw)["build_s"]) if raw else 0.0
+    build_s = recorded.build_s if recorded is not None else 0.0
     return Built(entrant=entrant, encoder=encoder, build_s=build_s, encoder_bytes=sum(weights))
 
 

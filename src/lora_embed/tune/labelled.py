@@ -21,8 +21,8 @@ from lora_embed.isolate import IsolatedDecoder
 from lora_embed.model.preprocess import Pixels, Preprocessing
 from lora_embed.plan import list_shards
 from lora_embed.progress import LOG_EVERY_S, say
-from lora_embed.read import Sample, read_samples
-from lora_embed.schema import Layout, Shard
+from lora_embed.read import read_samples
+from lora_embed.schema import Layout, Sample, Shard
 
 FORMAT = 1
 

@@ -30,6 +30,7 @@ from lora_embed.model.refold import BATCH, Refolder
 from lora_embed.model.relate import relate_adapters
 from lora_embed.progress import say
 from lora_embed.report import write_report
+from lora_embed.text import in_lines
 from lora_embed.tune.goal import Search
 from lora_embed.tune.holdout import Splits, differences_of, figures_of, refuse_thin
 from lora_embed.tune.labelled import LabelledImages, Reading, Wanted, read_labelled
@@ -83,7 +84,7 @@ class Tuned:
                     if (apart.task, apart.candidate, apart.reference) == (task, TUNED, reference)
                 )  # fmt: skip
                 lines.append(f"    tuned less {reference}: {_points(found.mean, found.low, found.high)}, {found.verdict}")
-        return "\n".join(lines)
+        return in_lines(lines)
 
     def _found(self, name: str) -> Candidate:
         return next(found for found in self.evaluation.candidates if found.name == name)

@@ -1,0 +1,198 @@
+"""What an index's folder may hold, looked at before FAISS or Lance opens a file of it: somebody else may have written it.
+
+FAISS opens what a file names, such as lists on disk, which it maps for writing, and believes the numbers that it reads;
+Lance follows the paths and URIs that a dataset names.
+"""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+MOST_ID_BYTES = 2**28  # of a row group of ids, unpacked
+_FLAT, _IVF, _HNSW = b"IxFI", b"IwFl", b"IHNf"
+_FORMS = {"faiss-flat": _FLAT, "faiss-ivf": _IVF, "faiss-hnsw": _HNSW}
+_BASE_PATHS = 18  # field of a Lance manifest: places beside the dataset that its files may lie in
+
+
+def check_plain(folder: Path) -> None:
+    """Raises ValueError where something in a folder, at any depth, is neither a folder nor a regular file, such as a link."""
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not (path.is_dir() or path.is_file()):
+            raise ValueError(f"{path.relative_to(folder)} is a link, or no regular file")
+
+
+def check_ids(ids: pq.ParquetFile, schema: pa.Schema) -> None:
+    """Raises ValueError for other columns than these, and for row groups that are not to be read at once."""
+    if not ids.schema_arrow.equals(schema):
+        raise ValueError(f"its ids have the columns {ids.schema_arrow.names[:9]}, expected {schema.names}, all of text")
+    for number in range(ids.num_row_groups):
+        if (size := ids.metadata.row_group(number).total_byte_size) > MOST_ID_BYTES:
+            raise ValueError(f"row group {number} of its ids has {size:,} bytes, expected at most {MOST_ID_BYTES:,}")
+
+
+def check_faiss(path: Path, kind: str, count: int, dimension: int) -> None:
+    """Raises ValueError unless a file is, to its last byte, a FAISS index of this kind, number and length of vectors.
+
+    Every place that the index refers to lies within it.
+    """
+    file = _File(path)
+    form = file.take("4s")
+    if form != _FORMS.get(kind):
+        raise ValueError(f"{path.name} begins with {form!r}, expected {_FORMS.get(kind)!r} of an index of kind {kind}")
+    if form == _FLAT:
+        file.vectors(count, dimension)
+    elif form == _IVF:
+        _check_ivf(file, count, dimension)
+    else:
+        _check_hnsw(file, count, dimension)
+    file.expect(file.place == len(file.data), "goes on after its end")
+
+
+def check_lance(folder: Path) -> None:
+    """Raises ValueError for a dataset with links, or that says that files of it lie elsewhere."""
+    check_plain(folder)
+    for path in folder.rglob("*.manifest"):
+        data = path.read_bytes()
+        if data[-4:] != b"LANC" or len(data) < 20:
+            raise ValueError(f"{path.name} is no manifest of Lance")
+        (start,) = struct.unpack("<Q", data[-16:-8])
+        if start + 4 > len(data) - 16:
+            raise ValueError(f"{path.name} begins after its end")
+        (length,) = struct.unpack_from("<I", data, start)
+        if _BASE_PATHS in _fields(data[start + 4 : start + 4 + length], path.name):
+            raise ValueError(f"{path.name} names places outside of the dataset")
+
+
+class _File:
+    """A FAISS file, read field by field without copying it."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.stat().st_size:
+            raise ValueError(f"{path.name} is empty")
+        self.name = path.name
+        self.data = np.memmap(path, np.uint8, "r")
+        self.place = 0
+
+    def expect(self, holds: object, otherwise: str) -> None:
+        if not holds:
+            raise ValueError(f"{self.name}: {otherwise}")
+
+    def take(self, form: str) -> Any:
+        """One value, by the words of `struct`."""
+        return struct.unpack(f"<{form}", self.bytes(struct.calcsize(f"<{form}")).tobytes())[0]
+
+    def bytes(self, size: int) -> NDArray[np.uint8]:
+        self.expect(size <= len(self.data) - self.place, "is cut off, or says that it is longer than it is")
+        self.place += size
+        return self.data[self.place - size : self.place]
+
+    def array(self, kind: str) -> NDArray[Any]:
+        """Values with their number before them."""
+        return self.bytes(self.take("Q") * np.dtype(kind).itemsize).view(kind)
+
+    def header(self, count: int, dimension: int) -> None:
+        """What follows the four letters of every index."""
+        found = self.take("i"), self.take("q")
+        self.expect(found == (dimension, count), f"holds {found[1]} vectors of {found[0]}, expected {count} of {dimension}")
+        self.bytes(16)  # not used
+        self.expect((self.take("B"), self.take("i")) == (1, 0), "is not trained, or not for inner products")
+
+    def vectors(self, count: int, dimension: int) -> None:
+        """A flat index, from behind its four letters."""
+        self.header(count, dimension)
+        self.expect(len(self.array("<f4")) == count * dimension, f"does not hold {count} vectors of {dimension}")
+
+    def flat(self, count: int, dimension: int) -> None:
+        """A flat index within another one."""
+        self.expect(self.take("4s") == _FLAT, "holds another kind of index than a flat one")
+        self.vectors(count, dimension)
+
+
+def _check_ivf(file: _File, count: int, dimension: int) -> None:
+    file.header(count, dimension)
+    lists = file.take("Q")
+    file.take("Q")  # lists that a search looks at
+    file.expect(0 < lists <= count, f"has {lists} lists for {count} vectors")
+    file.flat(lists, dimension)
+    file.expect(file.take("B") == 0 and not len(file.array("<i8")), "has a map of ids, which no index of this package has")
+    form = file.take("4s")
+    file.expect(form == b"ilar", f"keeps its lists as {form!r}, expected b'ilar', within the file")
+    file.expect((file.take("Q"), file.take("Q")) == (lists, 4 * dimension), "has lists of another number or width")
+    sizes = _list_sizes(file, lists)
+    file.expect(sum(sizes) == count, f"has {sum(sizes)} vectors in its lists, expected {count}")
+    for size in sizes:
+        file.bytes(size * 4 * dimension)
+        ids = file.bytes(size * 8).view("<i8")
+        file.expect(not size or (ids.min() >= 0 and ids.max() < count), "names vectors that it does not hold")
+
+
+def _list_sizes(file: _File, lists: int) -> list[int]:
+    """In the order of the lists: all of them, or each that holds something behind its number."""
+    form = file.take("4s")
+    found: list[int] = file.array("<u8").tolist()
+    if form == b"full":
+        file.expect(len(found) == lists, "does not say the sizes of its lists")
+        return found
+    numbers = found[::2]
+    file.expect(form == b"sprs" and len(found) % 2 == 0, "does not say the sizes of its lists")
+    file.expect(numbers == sorted(set(numbers)) and (not numbers or numbers[-1] < lists), "names lists that it does not have")
+    return found[1::2]
+
+
+def _check_hnsw(file: _File, count: int, dimension: int) -> None:
+    file.header(count, dimension)
+    file.array("<f8")  # how likely a vector is on a level
+    firsts, levels = file.array("<i4").astype(np.int64), file.array("<i4").astype(np.int64)
+    starts, links = file.array("<u8"), file.array("<i4")
+    entry, top = file.take("i"), file.take("i")
+    file.bytes(12)  # how wide searches are
+    known = len(firsts) >= 2 and firsts[0] == 0 and (np.diff(firsts) >= 0).all() and firsts[-1] <= 2**16
+    file.expect(known and len(levels) == count and len(starts) == count + 1, "has a graph of another size")
+    file.expect((levels >= 1).all() and (levels < len(firsts)).all(), "has vectors on levels that it does not have")
+    file.expect((starts <= len(links)).all(), "has links beyond its end")
+    ends = np.concatenate([[0], np.cumsum(firsts[levels])])
+    file.expect((starts == ends).all() and ends[-1] == len(links), "has links that overlap")
+    file.expect(0 <= entry < count and levels[entry] == top + 1 == levels.max(), "begins a search where nothing is")
+    file.expect(links.min(initial=0) >= -1 and links.max(initial=0) < count, "links to vectors that it does not hold")
+    for level in range(1, int(levels.max())):
+        there = np.flatnonzero(levels > level)
+        near = links[starts[there].astype(np.int64)[:, None] + np.arange(firsts[level], firsts[level + 1])]
+        file.expect((levels[near[near >= 0]] > level).all(), "links to vectors on levels where they are not")
+    file.flat(count, dimension)
+
+
+def _fields(message: bytes, name: str) -> set[int]:
+    """Numbers of the fields of a protobuf message."""
+    found, place = set(), 0
+    while place < len(message):
+        tag, place = _varint(message, place, name)
+        found.add(tag >> 3)
+        kind = tag & 7
+        if kind == 0:
+            place = _varint(message, place, name)[1]
+        elif kind == 2:
+            size, place = _varint(message, place, name)
+            place += size
+        elif kind in (1, 5):
+            place += 8 if kind == 1 else 4
+        else:
+            raise ValueError(f"{name} is no manifest of Lance")
+    return found
+
+
+def _varint(message: bytes, place: int, name: str) -> tuple[int, int]:
+    """A number and where it ends."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if place >= len(message):
+            break
+        value |= (message[place] & 127) << shift
+        place += 1
+        if message[place - 1] < 128:
+            return value, place
+    raise ValueError(f"{name} is cut off")

@@ -1,0 +1,49 @@
+"""Places that a table of somebody else names: the one function that says whether they are opened."""
+
+import os
+import posixpath
+import shlex
+from collections.abc import Iterable
+from urllib.parse import unquote
+
+from lora_embed.errors import TableError
+
+_LOCAL = ("file", "local")
+
+
+def refuse_elsewhere(uri: str, named_by: str, allowed: Iterable[str]) -> None:
+    """For a path or URI that a table's files name, before anything there is asked for.
+
+    It is opened where it lies in the store that names it, or in a place that the user has named. Else whoever writes a table
+    could make its readers send requests with their keys, or read files of theirs. Raises TableError with what to do.
+    """
+    if not any(lies_within(uri, place) for place in (named_by, *allowed)):
+        raise TableError(
+            f"{named_by}: names {uri} as its input, which lies elsewhere, so nothing there is opened. If you trust it, name "
+            f"that place: --input {shlex.quote(uri)}, or give the job file in the table's place."
+        )
+
+
+def lies_within(uri: str, place: str) -> bool:
+    """Does a path or URI lie in a folder, or is it that itself? No for a chain of URIs, and for a path with `..` in it."""
+    if uri == place:
+        return True
+    inner, outer = _parts(uri), _parts(place)
+    return inner is not None and outer is not None and inner[: len(outer)] == outer
+
+
+def _parts(uri: str) -> list[str] | None:
+    """Kind of storage, host or bucket, and folders; None for what is to be followed nowhere."""
+    scheme, mark, rest = uri.partition("://")
+    if "::" in uri or "\0" in uri or "\\" in uri:
+        return None
+    if mark and scheme.lower() not in _LOCAL:
+        names = rest.split("/")
+        is_plain = not any(part in (".", "..") for part in unquote(rest).split("/")) and "%2f" not in rest.lower()
+        return [scheme.lower(), names[0], *filter(None, names[1:])] if is_plain and names[0] else None
+    path = rest if mark else uri
+    if (
+        path.startswith("~") or ":" in path.partition("/")[0] or ".." in path.split("/")
+    ):  # other ways to write a scheme, a home or a folder above
+        return None
+    return ["", *filter(None, posixpath.normpath(os.path.realpath(path)).split("/"))]

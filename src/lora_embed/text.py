@@ -1,0 +1,111 @@
+"""Text made safe: what is printed steers no terminal and forges no line, and URIs tell no credentials."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import unquote
+
+# `://`, also as JSON may hold it, however often it was percent-encoded. After it come user, host, path and parameters.
+_MARK = re.compile(r"(?::|%(?:25)*3a)(?:\\?/|%(?:25)*2f){2}", re.I)
+_SCHEME = re.compile(r"[a-z0-9+.-]{1,32}\Z", re.I)
+_PARAMETER = re.compile(r"[#;&][^\s\"'/?#;&=]{1,64}=")
+_HOST_AND_PORT = re.compile(r"(?:\[[0-9a-f:.]*\]|[^:]*):[0-9]{1,5}", re.I)
+_BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf", "oss"}  # what stands first there has no port
+_CONTAINERS = {"abfs", "abfss"}  # in whose URIs a container stands before `@`
+_MOST_ENCODED = 4  # times that something may be percent-encoded before it is taken for no URI any more
+
+
+def printable(text: str) -> str:
+    """Text with characters that would steer a terminal, begin a line or turn its direction written as escapes."""
+    return text if text.isprintable() else "".join(map(_escape, text))
+
+
+def _escape(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
+
+
+def in_lines(lines: Iterable[str]) -> str:
+    """These lines and no others, whatever a name in one of them holds."""
+    return "\n".join(map(printable, lines))
+
+
+def redacted(text: str) -> str:
+    """Text in which URIs tell neither user and password nor parameters, such as a signature."""
+    kept, start = [], 0
+    for scheme, begin, end in _bodies(text):
+        kept += [text[start:begin], _redacted_body(scheme, text[begin:end])]
+        start = end
+    return "".join([*kept, text[start:]])
+
+
+def holds_secret(uri: str) -> bool:
+    """Does a URI hold a password, or what may be a token or a signature? Of a chain of URIs: does any of them?"""
+    return any(_tells(scheme, uri[begin:end]) for scheme, begin, end in _bodies(uri))
+
+
+def without_secrets(value: Any) -> Any:
+    """Plain data with all its text `redacted`."""
+    if isinstance(value, str):
+        return redacted(value)
+    if isinstance(value, dict):
+        return {redacted(key) if isinstance(key, str) else key: without_secrets(held) for key, held in value.items()}
+    return [without_secrets(held) for held in value] if isinstance(value, list | tuple) else value
+
+
+def _bodies(text: str) -> list[tuple[str, int, int]]:
+    """Of each URI in a text its scheme, and where what follows `://` begins and ends at the latest."""
+    marks = list(_MARK.finditer(text)) if "/" in text or "%" in text else []
+    schemes = [_SCHEME.search(text[max(0, mark.start() - 32) : mark.start()]) for mark in marks]
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    return [
+        (scheme[0].lower() if scheme else "", mark.end(), end)
+        for mark, scheme, end in zip(marks, schemes, ends[: len(marks)], strict=True)
+    ]
+
+
+def _tells(scheme: str, body: str) -> bool:
+    """What stands after `://` holds a secret, as it is or decoded."""
+    for form in _decodings(body):
+        user = form[: _user_length(scheme, form)]
+        if ":" in user or (user and scheme in ("http", "https")) or _parameters(form) is not None:
+            return True
+    return False
+
+
+def _decodings(body: str) -> list[str]:
+    """The text as it is, and percent-decoded until nothing is left to decode."""
+    forms = [body]
+    while len(forms) < _MOST_ENCODED and "%" in forms[-1] and (decoded := unquote(forms[-1])) != forms[-1]:
+        forms.append(decoded)
+    return forms
+
+
+def _redacted_body(scheme: str, body: str) -> str:
+    """The body of a URI that stands in a text: it ends with a space, or where it holds no password, with a quote."""
+    length = _user_length(scheme, re.split(r"\s", body, maxsplit=1)[0])
+    token = re.split(r"[\s\"'<>]", body[length:], maxsplit=1)[0]
+    shown, rest = "…" * bool(length), body[length + len(token) :]
+    if (cut := _parameters(token)) is not None:
+        return f"{shown}{token[: cut + 1]}…{rest}"
+    if any(_user_length(scheme, form) or _parameters(form) is not None for form in _decodings(token)[1:]):
+        return f"{shown}…{rest}"
+    return f"{shown}{token}{rest}"
+
+
+def _parameters(body: str) -> int | None:
+    """Where parameters begin, by `?`, `#`, `;` or `&`; None where there are none."""
+    query = body.find("?")
+    found = [query] if query >= 0 and "=" in body[query:] else []
+    if named := _PARAMETER.search(body):
+        found.append(named.start())
+    return min(found, default=None)
+
+
+def _user_length(scheme: str, body: str) -> int:
+    """Characters before the `@` that ends user and password; 0 where there are none. A password may hold `/`, `?` and `@`."""
+    host = re.split(r"[/?#]", body, maxsplit=1)[0]
+    if _HOST_AND_PORT.fullmatch(host) and scheme not in _BUCKETS:
+        return 0
+    if ":" in host and "@" in body[host.index(":") :] and not host.startswith("["):
+        return body.rindex("@")
+    return 0 if scheme in _CONTAINERS else max(0, host.rfind("@"))
