@@ -253,9 +253,8 @@ def bend(rng: random.Random, folder: Path, outside: Outside) -> str:
             ways = [bend_json] * 8 + ways
         elif path.suffix == ".safetensors":
             ways = [bend_header] * 4 + ways
-        with contextlib.suppress(
-            ValueError, IndexError, KeyError, AttributeError, TypeError, RecursionError
-        ):  # of one that was bent before
+        # Of one that was bent before.
+        with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
             told.append(f"{path.relative_to(folder)}: {rng.choice(ways)(rng, path, outside)}")
     return "; ".join(told)
 
