@@ -55,7 +55,8 @@ def refuse_links(root: str, parts: list[str]) -> None:
         if stat.S_ISLNK(mode):
             raise _link_at("/".join(parts[: number + 1]))
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise OSError(errno.EINVAL, "is neither a file nor a folder, so it is not opened. Remove it.")
+        says = f"{'/'.join(parts)} is neither a file nor a folder, so it is not opened. Remove it."
+        raise OSError(errno.EINVAL, says)
 
 
 def _link_at(path: str) -> OSError:
