@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lora_embed.cli import run_command
-from lora_embed.errors import LoraEmbedError, StorageError, TableError
+from lora_embed.errors import LoraEmbedError, StorageError, TableError, VerificationFailed
 from lora_embed.export import export_index
 from lora_embed.lineage import explain_row, forget
 from lora_embed.manifest import Manifest
@@ -252,6 +254,45 @@ def test_a_lineage_that_does_not_fit_is_one_message(shared: Path, where: str, va
     path.write_text(json.dumps(manifest))
     with pytest.raises(TableError, match=rf"`{where}` of a version: .*lora-embed has not written it"):
         collect_garbage(str(shared), {})
+
+
+def bent_file(how: str, path: Path) -> None:
+    """A data file of other columns, or none at all."""
+    table = pq.read_table(path)
+    if how == "a type of Ray's, with a pickle":
+        import ray.data  # noqa: F401  # registers it
+
+        about = {b"ARROW:extension:name": b"ray.data.arrow_tensor_v2", b"ARROW:extension:metadata": b"\x80\x04hostile"}
+        field = pa.field("embedding", pa.list_(pa.float32()), metadata=about)
+        table = table.set_column(1, field, table.column("embedding").cast(pa.list_(pa.float32())))
+    elif how == "two columns of one name":
+        table = table.append_column("id", table.column("key"))
+    elif how == "text for vectors":
+        table = table.set_column(1, "embedding", table.column("key"))
+    elif how == "vectors of another dimension":
+        values = pa.array(np.zeros(8 * 3, np.float32))
+        table = table.set_column(1, "embedding", pa.FixedSizeListArray.from_arrays(values, 3))
+    elif how == "no column of ids":
+        table = table.drop_columns(["id"])
+    pq.write_table(table, path)
+    if how == "no Parquet":
+        path.write_bytes(b"PAR1" * 100)
+    elif how == "cut short":
+        path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["a type of Ray's, with a pickle", "two columns of one name", "text for vectors", "vectors of another dimension",
+     "no column of ids", "no Parquet", "cut short"],
+)  # fmt: skip
+def test_a_data_file_of_another_kind_is_one_message(shared: Path, tmp_path: Path, how: str) -> None:
+    bent_file(how, next((shared / "data").rglob("*.parquet")))
+    for name in ("verify", "forget", "export", "rows"):
+        with pytest.raises(VerificationFailed) as raised:
+            COMMANDS[name](shared, tmp_path / f"index of {name}")
+        assert len(str(raised.value)) < 700
+        assert "\n" not in str(raised.value)
 
 
 def test_what_a_table_holds_today_is_read_as_it_was(shared: Path) -> None:
