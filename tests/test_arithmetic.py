@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -54,7 +55,7 @@ def as_built_before(encoder: Path, out: Path) -> Path:
     del about["arithmetic"], about["space_version"]
     out.mkdir()
     for file in encoder.iterdir():
-        (out / file.name).symlink_to(file)
+        shutil.copy(file, out / file.name)
     (out / DESCRIPTION).unlink()
     (out / DESCRIPTION).write_text(json.dumps(about))
     return out
