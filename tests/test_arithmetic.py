@@ -53,10 +53,7 @@ def as_built_before(encoder: Path, out: Path) -> Path:
     """The same without what says how its pixels are made, as all encoders were."""
     about = json.loads((encoder / DESCRIPTION).read_text())
     del about["arithmetic"], about["space_version"]
-    out.mkdir()
-    for file in encoder.iterdir():
-        shutil.copy(file, out / file.name)
-    (out / DESCRIPTION).unlink()
+    shutil.copytree(encoder, out)
     (out / DESCRIPTION).write_text(json.dumps(about))
     return out
 
