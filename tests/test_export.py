@@ -134,11 +134,11 @@ def test_a_damaged_index_is_one_message(kind: str, harm: str, tmp_path: Path) ->
 
 def test_the_command_writes_an_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = publish_vectors(tmp_path / "table", spread(noise_vectors(30), 2))
-    publish_vectors(tmp_path / "table", spread(noise_vectors(40), 2), space_id="0ther0ther00")
+    publish_vectors(tmp_path / "table", spread(noise_vectors(40), 2), space_id="07be707be700")
     where = [table.store.uri, "--to", "faiss-hnsw", "--json"]
     assert cli.run_command(["export", *where, "--out", str(tmp_path / "now")]) == 0
     now = json.loads(capsys.readouterr().out)
-    assert (now["version"], now["space_id"], now["count"]) == (2, "0ther0ther00", 40)
+    assert (now["version"], now["space_id"], now["count"]) == (2, "07be707be700", 40)
     assert cli.run_command(["export", *where, "--out", str(tmp_path / "then"), "--version", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["count"] == 30
     assert cli.run_command(["export", *where, "--out", str(tmp_path / "then")]) == 2
