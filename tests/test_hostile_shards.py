@@ -331,12 +331,12 @@ def test_a_shard_that_makes_no_progress_ends_the_process_that_reads_it(tmp_path:
         "list(isolate.read_or_die(shard, layout(), {'retry_s': 0}, lambda number: time.sleep(60)))\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.tar")], timeout=50, env=environment, check=False)
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.tar")], timeout=300, env=environment, check=False)
     assert ended.returncode == -signal.SIGALRM
 
 
 def test_hostile_shards_are_rows_rejects_or_their_own_errors() -> None:
-    assert_sound(try_apart(seed=1, count=300, timeout_s=300), 300)
+    assert_sound(try_apart(seed=1, count=120, timeout_s=600), 120)
 
 
 @pytest.mark.long

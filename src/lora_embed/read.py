@@ -14,7 +14,7 @@ from lora_embed.schema import WHOLE, Layout, Sample, Shard, Span, Wanted
 from lora_embed.storage import Entry, Store, explained
 
 MOST_KEY = 2**16  # bytes of a key; Linux takes paths of 4,096
-MOST_UNPACKED = 2 * 2**30  # bytes of a shard's images in all
+MOST_UNPACKED = 2**29  # bytes of a shard's images in all
 TIMES_UNPACKED = 100  # times its own, where that is more
 _CANNOT = {
     "tar": "incomplete or damaged tar, which cannot be read to its end",
@@ -77,7 +77,7 @@ def _bounded(samples: Iterator[Sample], shard: Shard) -> Iterator[Sample]:
         if most < 0:
             raise ShardError(
                 f"{shard.root}/{shard.name}: its {shard.size} bytes unpack to more than {TIMES_UNPACKED} times as many bytes "
-                f"of images, and more than {MOST_UNPACKED >> 30} GiB. Write it with fewer repeated images to a file."
+                f"of images, and more than {MOST_UNPACKED >> 20} MiB. Write it with fewer repeated images to a file."
             )
         if len(sample.key) > MOST_KEY:
             raise ShardError(
