@@ -111,7 +111,7 @@ def test_base_and_adapters_on_s3_make_the_encoder_of_those_on_a_disk(
         for place, recipe in (("here", here), ("there", there)):
             out = tmp_path / name / place
             spaces.append(build_encoder(gather(recipe), out, lambda message: None, limit).space_id)
-            assert load_encoder(out).space_id == spaces[-1]
+            assert load_encoder(out, base=recipe.base_model).space_id == spaces[-1]
         assert spaces[0] == spaces[1]
 
 
