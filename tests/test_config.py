@@ -191,7 +191,7 @@ REFUSED_KEYS = [
     ("input", "input: [5]", "input[0] is 5, expected text: put quotes around it"),
     ("input", "input: ['']", 'input[0] is "", expected text that is not empty'),
     ("recipe", "recipe:", "recipe is empty, expected text"),
-    ("recipe", "recipe: &a [*a]", "recipe is [[...]], expected text"),
+    ("recipe", "recipe: &a [*a]", "holds more than 1,000,000 values, or itself by an alias. Write out what is meant."),
 ]
 REFUSED_RECIPES = [
     ("adapters: 5", "adapters is 5, expected a list"),
