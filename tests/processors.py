@@ -35,7 +35,7 @@ NUMERIC = (
     "encoder", "errors", "evaluate", "export", "families", "features", "figures", "gates", "gpu_benchmark", "guard", "head",
     "health", "labelled", "merge", "nightly", "no_code", "outlook", "preprocess", "preview", "private", "processors", "proof",
     "propose", "rank", "real_gates", "real_merge", "real_vectors", "resume", "rows", "search", "space", "stale", "store",
-    "table", "trials", "tune", "upgrades", "versions", "write",
+    "strange_encoders", "table", "trials", "tune", "upgrades", "versions", "write",
 )  # fmt: skip
 
 
