@@ -180,7 +180,7 @@ def test_what_was_staged_for_an_encoder_that_was_given_up_goes(store: Store) -> 
     kept = {path for path in files_below(store, "") if not path.startswith("staging/")}
     store.create(f"encoders/{OTHER}/encoder.json", b"{}")
     store.create(f"staging/{OTHER}/layout/aa-00000000.parquet", b"of its sample")
-    store.create("recipes/abc.json", b'{"space_id": "an-encoder-that-is-gone"}')
+    store.create("recipes/abc.json", b'{"space_id": "0123456789ab"}')
     age(store, 2)
     store.replace("CURRENT", b"3\n")
     retire(store, keep=5, grace_s=DAY, wanted=frozenset({"aa"}))
