@@ -114,4 +114,6 @@ def _images(batch: pa.RecordBatch, image: str) -> Iterator[bytes | pa.Buffer | N
     images = batch.column(image)
     if pa.types.is_struct(images.type):
         images = pc.struct_field(images, "bytes")  # null where the struct is
-    return iter(images.to_pylist()) if images.nbytes <= MOST_AT_ONCE else (value.as_buffer() for value in images)
+    is_view = pa.types.is_binary_view(images.type)  # of which pyarrow 21 does not know `nbytes`
+    size = images.get_total_buffer_size() if is_view else images.nbytes
+    return iter(images.to_pylist()) if size <= MOST_AT_ONCE else (value.as_buffer() for value in images)
