@@ -37,6 +37,8 @@ hashes: setup
 	$(BIN)/python scripts/hash_archives.py
 
 strangers: setup
+	$(BIN)/python tests/hostile_tables.py $(STRANGERS)
+	$(BIN)/python tests/hostile_encoders.py $(STRANGERS)
 	$(BIN)/python tests/strangers.py $(STRANGERS)
 
 test: lint

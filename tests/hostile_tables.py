@@ -371,19 +371,20 @@ def campaign(seed: int, count: int, folder: Path, commands_of_a_case: int = 3) -
     return ended, wrong
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run_campaign(run: Callable[[int, int, Path], tuple[Counter[str], list[str]]], description: str | None) -> int:
+    """A campaign as a program: its seed and count from the command line; 1 where anything was wrong."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=20_000)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        ended, wrong = campaign(arguments.seed, arguments.count, Path(scratch))
+        ended, wrong = run(arguments.seed, arguments.count, Path(scratch))
     for name, times in sorted(ended.items()):
         print(f"{times:7,} {name}")
     print("\n".join(wrong[:50]))
-    print(f"{arguments.count:,} tables, {sum(ended.values()):,} commands, {len(wrong)} wrong")
+    print(f"{arguments.count:,} cases, {sum(ended.values()):,} commands, {len(wrong)} wrong")
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_campaign(campaign, __doc__))

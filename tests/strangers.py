@@ -4,13 +4,11 @@
 from outside what is read and written, who is asked, what is started, and the time.
 """
 
-import argparse
 import json
 import random
 import re
 import shutil
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +17,20 @@ import psutil
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from hostile_tables import COMMITS, Child, Watch, World, bend_bytes, bend_json, listen, make_world, replace_place, texts, values
+from hostile_tables import (
+    COMMITS,
+    Child,
+    Watch,
+    World,
+    bend_bytes,
+    bend_json,
+    listen,
+    make_world,
+    replace_place,
+    run_campaign,
+    texts,
+    values,
+)
 from lora_embed.export import KINDS, export_index
 from lora_embed.record import RunState
 from lora_embed.table import open_table
@@ -175,19 +186,5 @@ def campaign(seed: int, count: int, folder: Path) -> tuple[Counter[str], list[st
     return ended, wrong + [f"processes are left: {left}"] * bool(left)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--count", type=int, default=20_000)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        ended, wrong = campaign(arguments.seed, arguments.count, Path(scratch))
-    for name, times in sorted(ended.items()):
-        print(f"{times:7,} {name}")
-    print("\n".join(wrong[:50]))
-    print(f"{arguments.count:,} cases, {len(wrong)} wrong")
-    return 1 if wrong else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_campaign(campaign, __doc__))

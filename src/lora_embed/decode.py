@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
-from lora_embed.errors import ShardError, StorageError, StoreUnavailable
+from lora_embed.errors import LoraEmbedError, ShardError, StorageError, StoreUnavailable
 from lora_embed.fields import typed
 from lora_embed.model.preprocess import Box, Joint, Pixels, Preprocessing
 from lora_embed.read import ReadSamples, read_samples
@@ -114,7 +114,7 @@ def _decode(data: bytes, preprocessing: Prepare, max_pixels: int) -> Decoded:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise BadImage("too_many_pixels", f"declares more than twice the {max_pixels} pixels that are allowed") from None
-    except MemoryError:
+    except (LoraEmbedError, MemoryError):
         raise
     except Exception:  # noqa: BLE001  # whatever Pillow raises: its decoders have no list of it
         raise BadImage("not_an_image", f"{len(data)} bytes that start with {data[:8].hex()}") from None
@@ -127,7 +127,7 @@ def _decode(data: bytes, preprocessing: Prepare, max_pixels: int) -> Decoded:
             _check_area(width, height, max_pixels, "would be resized to")
             _check_area(width, image.height, max_pixels, "would be resized by way of")  # Pillow resizes the rows first
         return Decoded(preprocessing.apply(image, size, part), *size)
-    except (BadImage, MemoryError):
+    except (LoraEmbedError, BadImage, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001
         raise BadImage("corrupt_image", f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
