@@ -31,15 +31,15 @@ lint: setup
 policy: setup
 	$(PYTHON) -m venv $(LORA_EMBED_CACHE)/policy
 	$(LORA_EMBED_CACHE)/policy/bin/pip install --quiet --disable-pip-version-check checkov==3.3.30
-	$(BIN)/python tests/policy.py $(LORA_EMBED_CACHE)/policy/bin/checkov
+	$(BIN)/python campaigns/policy.py $(LORA_EMBED_CACHE)/policy/bin/checkov
 
 hashes: setup
 	$(BIN)/python scripts/hash_archives.py
 
 strangers: setup
-	$(BIN)/python tests/hostile_tables.py $(STRANGERS)
-	$(BIN)/python tests/hostile_encoders.py $(STRANGERS)
-	$(BIN)/python tests/strangers.py $(STRANGERS)
+	$(BIN)/python campaigns/hostile_tables.py $(STRANGERS)
+	$(BIN)/python campaigns/hostile_encoders.py $(STRANGERS)
+	$(BIN)/python campaigns/strangers.py $(STRANGERS)
 
 test: lint
 	$(BIN)/python -m pytest --durations=12 -m 'not long'
@@ -48,25 +48,25 @@ test-long: setup
 	$(BIN)/python -m pytest --durations=12 -m long -s
 
 soak: setup
-	$(BIN)/python tests/soak.py --minutes 60 $(SOAK)
+	$(BIN)/python campaigns/soak.py --minutes 60 $(SOAK)
 
 readers: setup
-	$(BIN)/python tests/readers.py --minutes 10 $(READERS)
+	$(BIN)/python campaigns/readers.py --minutes 10 $(READERS)
 
 matrix: setup
-	LORA_EMBED_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_families.py tests/test_features.py
+	LORA_EMBED_WRITE_DOCS=1 $(BIN)/python -m pytest tests/model/test_families.py tests/model/test_features.py
 
 processors: setup
 	$(BIN)/python tests/processors.py $(PROCESSORS)
 
 versions: setup
-	$(BIN)/python tests/environments.py $(VERSIONS)
+	$(BIN)/python campaigns/environments.py $(VERSIONS)
 
 shards: setup
-	$(BIN)/python tests/hostile_shards.py --count 20000 $(SHARDS)
+	$(BIN)/python campaigns/hostile_shards.py --count 20000 $(SHARDS)
 
 faults: setup
-	$(BIN)/python tests/campaign.py $(FAULTS)
+	$(BIN)/python campaigns/campaign.py $(FAULTS)
 
 bench: $(PEERS) $(DAFT)
 	$(BIN)/python benchmarks/bench.py $(BENCH)

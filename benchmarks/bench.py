@@ -37,8 +37,8 @@ from contestants import (
     run_contestant,
 )
 from limits import core_limits, measure_start, measure_storage, measure_store
-from lora_embed.fetch import cache_root
-from lora_embed.progress import say
+from lora_embed.monitor.progress import say
+from lora_embed.store.fetch import cache_root
 from meter import adopt_orphans
 from places import Place, local_place, s3_place
 from report import describe

@@ -14,7 +14,7 @@ import yaml
 
 from compare import RunTimes, Vectors, sort_vectors, times_of
 from lora_embed import open_table
-from lora_embed.fetch import cache_root
+from lora_embed.store.fetch import cache_root
 from meter import Metered, run
 from places import Place
 from workloads import Workload

@@ -17,19 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from lora_embed.config import AdapterSpec, Recipe
+from lora_embed.chain.actors import EmbedShards, EncoderSource, Pass, VectorChunk
+from lora_embed.chain.chunks import decode_blocks
+from lora_embed.chain.items import Block, WorkItem
+from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.demo import parts
 from lora_embed.demo.tour import ADAPTERS
-from lora_embed.embed_each import Asked, Each, EachChunk, EmbedShardsWithEach
-from lora_embed.fetch import cache_root
-from lora_embed.isolate import decode_blocks
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.description import read_description
 from lora_embed.model.encoder import load_encoder
-from lora_embed.plan import list_shards
-from lora_embed.progress import say
-from lora_embed.schema import Block, Layout, WorkItem
-from lora_embed.storage import Store
+from lora_embed.monitor.progress import say
+from lora_embed.schema import Layout
+from lora_embed.shards.listing import list_shards
+from lora_embed.store.fetch import cache_root
+from lora_embed.store.store import Store
 from pictures import fetch_jpegs
 
 SIZE = (1024, 768)
@@ -80,13 +81,13 @@ def main() -> None:
         block = write_shard(arguments.images, Path(scratch))
         abouts = [read_description(folder) for folder in folders]
         asked = [
-            Asked(uri=str(folder), dimension=about.dimension, preprocessing=about.preprocessing)
+            EncoderSource(uri=str(folder), dimension=about.dimension, preprocessing=about.preprocessing)
             for folder, about in zip(folders, abouts, strict=True)
         ]
         layout = Layout(precision="float32", batch_size=16, chunk_size=64)
-        each = Each(encoders=tuple(asked), store=Store(scratch), input_options={}, layout=layout)
-        together = EmbedShardsWithEach(each, "cpu", lambda: False)
-        alone = [EmbedShardsWithEach(replace(each, encoders=(one,)), "cpu", lambda: False) for one in asked]
+        each = Pass(encoders=tuple(asked), store=Store(scratch), input_options={}, layout=layout)
+        together = EmbedShards(each, "cpu", lambda: False)
+        alone = [EmbedShards(replace(each, encoders=(one,)), "cpu", lambda: False) for one in asked]
         encoders = [load_encoder(folder) for folder in folders]
         decoding = (layout, each.prepare, {}, lambda: False)
         rows = list(decode_blocks(block, *decoding))
@@ -98,7 +99,7 @@ def main() -> None:
             "passes": lambda: [list(one(block)) for one in alone],
         }
         seconds = shortest(works)
-        chunks = [EachChunk.from_row({name: values[0] for name, values in row.items()}) for row in together(block)]
+        chunks = [VectorChunk.from_row({name: values[0] for name, values in row.items()}) for row in together(block)]
     parts_s = seconds["decode"] + seconds["forwards"]
     found = {"encoders": len(asked), "images": arguments.images, "decoded": sum(chunk.head.decoded for chunk in chunks)}
     found |= {name: round(value, 3) for name, value in seconds.items()}

@@ -33,14 +33,15 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from lora_embed.embed import inspect_device
+from lora_embed.chain.device import inspect_device
+from lora_embed.chain.items import Block, WorkItem
 from lora_embed.errors import EncoderError
+from lora_embed.images.preprocess import Preprocessing
 from lora_embed.model import golden
 from lora_embed.model.description import read_description
 from lora_embed.model.encoder import Encoder, golden_pixels, load_encoder
-from lora_embed.model.preprocess import Preprocessing
-from lora_embed.plan import list_shards
-from lora_embed.schema import Block, Layout, WorkItem
+from lora_embed.schema import Layout
+from lora_embed.shards.listing import list_shards
 from workloads import Workload, build_model, write_shards
 
 GUIDE = Path(__file__).resolve().parent / "peers" / "guide.py"
@@ -52,7 +53,7 @@ WARM_UP = 3  # calls
 UTILISATION = ["nvidia-smi", "--query-gpu=timestamp,utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200"]
 ON_A_CORE = """
 import pickle, sys, time
-from lora_embed.decode import decode_items
+from lora_embed.chain.chunks import decode_items
 blocks, layout, preprocessing = pickle.load(sys.stdin.buffer)
 list(decode_items(blocks, layout, preprocessing, {}))
 print("ready", flush=True)
@@ -315,8 +316,9 @@ def measure_job(encoder: Path, source: Path, folder: Path, settings: Figures, *,
     """A job up to its last committed part, decoding on the CPUs and an actor on each GPU."""
     import ray  # which a machine that measures other parts need not have
 
-    from lora_embed import cluster, run
-    from lora_embed.config import JobConfig, Resources
+    from lora_embed.chain import cluster
+    from lora_embed.config.models import JobConfig, Resources
+    from lora_embed.run.job import run_job
 
     cluster.connect(*(2, 1) if is_declared else (None, None))
     resources = Resources(device="gpu")
@@ -325,7 +327,7 @@ def measure_job(encoder: Path, source: Path, folder: Path, settings: Figures, *,
     has = ray.cluster_resources()
     began = time.time()
     with watched_utilisation(folder.parent / "utilisation.csv") as read_utilisation:
-        result = run.run_job(job, publishes=False)
+        result = run_job(job, publishes=False)
     whole_s = time.time() - began
     ray.shutdown()
     commits = sorted(part.stat().st_mtime for part in (folder / "staging").rglob("*.parquet"))

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_embed import disk
-from lora_embed.decode import decode_image
-from lora_embed.isolate import keep_freed_memory
+from lora_embed.images.decode import decode_image
+from lora_embed.images.isolate import keep_freed_memory
 from lora_embed.model.encoder import load_encoder
+from lora_embed.store import local
 
 BATCH_SIZE = 16
 LIMIT_S = 600.0
@@ -135,7 +135,7 @@ def measure_storage(files: list[Path], folder: Path, megabytes: int) -> dict[str
     read_s = _seconds(lambda: [file.read_bytes() for file in files])
     block = os.urandom(2**20)
     write_s = _seconds(lambda: _write(folder / "written", block, megabytes))
-    commit_s = _seconds(lambda: [disk.create(folder, folder / f"part-{number}", block[:16384]) for number in range(50)])
+    commit_s = _seconds(lambda: [local.create(folder, folder / f"part-{number}", block[:16384]) for number in range(50)])
     return {
         "read_mb_per_s": size / 1e6 / read_s,
         "write_mb_per_s": megabytes * 2**20 / 1e6 / write_s,

@@ -34,11 +34,13 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import itertools
 
 from jobs import write_recipe
-from lora_embed import cli, plan, table
+from lora_embed.cli import main as cli_main
 from lora_embed.schema import ChunkHead, Layout, Shard, sample_schema
-from lora_embed.storage import Store
-from lora_embed.verify import verify_table
-from lora_embed.write import make_part, part_path, write_part
+from lora_embed.shards import listing
+from lora_embed.store.store import Store
+from lora_embed.table.parts import make_part, part_path, write_part
+from lora_embed.table.read import open_table
+from lora_embed.table.verify import verify_table
 from models import save_adapter, save_base
 from samples import png, tar_of
 from traffic import counted_traffic
@@ -76,7 +78,7 @@ def write_job(folder: Path, shards: Path) -> Path:
 
 def stage_others(folder: Path) -> None:
     """Parts of all shards that the first version lacks, with the vectors that it has of the same contents."""
-    opened = table.open_table(str(folder / "table"))
+    opened = open_table(str(folder / "table"))
     layout = Layout(**opened.manifest.lineage["layout"] | {"carry": ()})
     rows = opened.to_dataset().to_table().sort_by("id").to_pylist()
     by_shard: dict[str, list[dict[str, Any]]] = {}
@@ -87,7 +89,7 @@ def stage_others(folder: Path) -> None:
     (folder / "table" / part_path(opened.space_id, layout.layout_id)).mkdir(parents=True, exist_ok=True)
     os.fsync = lambda file: None  # what is staged here need not survive a power cut
     known = {shard.id for shard in opened.manifest.shards.values()}
-    for shard in plan.list_shards((str(folder / "shards"),), {}):
+    for shard in listing.list_shards((str(folder / "shards"),), {}):
         if shard.id not in known:
             _stage(store, opened.space_id, layout, shard, contents[int(shard.name[:8]) % CONTENTS])
 
@@ -115,7 +117,7 @@ def change_three(folder: Path) -> None:
 
 def drive(arguments: list[str], profiles: bool) -> dict[str, Any]:
     """One command in this process, counted."""
-    entry: Callable[[list[str]], int] = cli.nightly_job if arguments[0] == "nightly" else cli.run_command
+    entry: Callable[[list[str]], int] = cli_main.nightly_job if arguments[0] == "nightly" else cli_main.run_command
     given = arguments[1:] if arguments[0] == "nightly" else arguments
     profile = cProfile.Profile()
     started = time.monotonic()
@@ -157,13 +159,13 @@ def measure(folder: Path, count: int, *, profiles: bool) -> dict[str, Any]:
     step(folder, ["nightly", "--config", str(job), "--set", *few])
     stage_others(folder)
     found["publish all"] = step(folder, ["nightly", "--config", str(job)], profiles=profiles)
-    opened = table.open_table(str(folder / "table"))
+    opened = open_table(str(folder / "table"))
     assert opened.count == count * IMAGES
     found["data files"] = {entry.path: entry.bytes for entry in opened.manifest.files}
     before = {entry.path for entry in opened.manifest.files}
     change_three(folder)
     found["night"] = step(folder, ["nightly", "--config", str(job)], profiles=profiles)
-    now = table.open_table(str(folder / "table"))
+    now = open_table(str(folder / "table"))
     assert now.count == count * IMAGES
     touched = {path: found["data files"][path] for path in before - {entry.path for entry in now.manifest.files}}
     found["touched bytes"] = sum(touched.values())
@@ -176,7 +178,7 @@ def measure(folder: Path, count: int, *, profiles: bool) -> dict[str, Any]:
     age(folder / "table", days=2)
     found["gc"] = step(folder, ["gc", str(folder / "table")], profiles=profiles)
     found["files with the vector"]["after gc"] = holders_of(folder / "table", vector)
-    verify_table(table.open_table(str(folder / "table")))
+    verify_table(open_table(str(folder / "table")))
     return found
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from lora_embed.demo import parts
-from lora_embed.fetch import cache_root
+from lora_embed.store.fetch import cache_root
 
 TILE = 64  # pixels, a side of the demo's images
 TILES = 480  # different ones

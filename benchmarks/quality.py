@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lora_embed import ending
 from lora_embed.demo import parts
 from lora_embed.demo.tour import ADAPTERS
 from lora_embed.evaluate.assess import Request, assess
 from lora_embed.evaluate.figures import BANK_SHARE
-from lora_embed.evaluate.metrics import paired_difference
 from lora_embed.evaluate.records import Evaluation
 from lora_embed.evaluate.show import to_markdown
-from lora_embed.fetch import cache_root
-from lora_embed.progress import say
+from lora_embed.monitor import ending
+from lora_embed.monitor.progress import say
+from lora_embed.store.fetch import cache_root
+from lora_embed.vectors.metrics import paired_difference
 
 IMAGE_SIZE = 56  # pixels; what the adapters were trained on
 COLUMNS = [(task, metric) for task in ("category", "group") for metric in ("knn", "probe")]

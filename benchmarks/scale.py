@@ -20,14 +20,17 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from lora_embed import cluster, pipeline, publish, staging, table, versions, work
-from lora_embed.config import JobConfig
-from lora_embed.disk import create
+from lora_embed.chain import cluster, pipeline
+from lora_embed.config.models import JobConfig
+from lora_embed.images.preprocess import Preprocessing
 from lora_embed.model.description import Description
-from lora_embed.model.preprocess import Preprocessing
-from lora_embed.schema import ChunkHead, Layout, Shard, sample_schema
-from lora_embed.storage import Entry, Store
-from lora_embed.write import make_part, part_path, to_parquet, write_part
+from lora_embed.run import publish, work
+from lora_embed.schema import ChunkHead, Entry, Layout, Shard, sample_schema
+from lora_embed.store.local import create
+from lora_embed.store.store import Store
+from lora_embed.table import staging, versions
+from lora_embed.table.read import open_table, read_rows
+from lora_embed.table.parts import make_part, part_path, to_parquet, write_part
 
 SPACE, DIMENSION = "5ca1e5ca1e00", 384
 LAYOUT = Layout(precision="float32", batch_size=16)
@@ -66,7 +69,7 @@ def stage(folder: str, numbers: range) -> None:
 
 def stage_all(folder: Path, count: int) -> None:
     """All parts but one in a hundred, which a resumed run has yet to find."""
-    create(folder, folder / "table.json", b"{}")
+    create(folder, folder / "read.json", b"{}")
     (folder / part_path(SPACE, LAYOUT.layout_id)).mkdir(parents=True)
     each = -(-count // 64)
     pieces = [(str(folder), range(start, min(start + each, count))) for start in range(0, count, each)]
@@ -99,7 +102,7 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
     timed(found, "verify parts", lambda: pipeline.map_tasks(staging.verify_parts, where, parts, each_has=each_has))
     manifest, _ = timed(found, "publish", lambda: publish.publish(job, shared, shards))
     assert manifest.counts["vectors"] == count
-    timed(found, "open", lambda: table.open_table(str(folder)))
+    timed(found, "open", lambda: open_table(str(folder)))
     again = timed(found, "nothing stale", lambda: work.find_work(job, store, ENCODER, LAYOUT, shards))
     assert again == []
     current = versions.read_manifest(store)
@@ -111,7 +114,7 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
         "driver_peak_mb": peak_mb(),
         "driver_before_mb": before_mb,
         "manifest_bytes": len(current.to_json()),
-        "part_bytes": len(to_parquet(table.read_rows(store, current.files[0].path).slice(0, 1))),
+        "part_bytes": len(to_parquet(read_rows(store, current.files[0].path).slice(0, 1))),
     }
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from lora_embed.config import Recipe
+from lora_embed.config.models import Recipe
 from lora_embed.demo import parts
-from lora_embed.fetch import cache_root
 from lora_embed.model.build import build_encoder, gather
-from lora_embed.progress import say
+from lora_embed.monitor.progress import say
+from lora_embed.store.fetch import cache_root
 from pictures import fetch_jpegs
 
 PHOTO, LARGE_PHOTO = (500, 375), (4000, 3000)  # pixels

@@ -8,8 +8,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # a cluste
 # The workers of a Ray that is started here have it from this:
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))
 
-from lora_embed.cli import evaluate_job
-from lora_embed.ending import end_process
+from lora_embed.cli.main import evaluate_job
+from lora_embed.monitor.ending import end_process
 
 if __name__ == "__main__":
     end_process(evaluate_job(sys.argv[1:]))

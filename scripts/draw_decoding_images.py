@@ -1,4 +1,4 @@
-"""Draws `src/lora_embed/model/images/` again: a small image for each way in which image files are decoded.
+"""Draws `src/lora_embed/images/known/` again: a small image for each way in which image files are decoded.
 
 Encoders hold hashes of what these files decode to, so a file is never changed: another way is another file.
 `python scripts/draw_decoding_images.py` writes those that are missing. `known.json` beside them holds what decoding and
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lora_embed.model.arithmetic import IMAGES, KNOWN, PILLOW_13, known_paths
+from lora_embed.images.arithmetic import IMAGES, KNOWN, PILLOW_13, known_paths
 
 LARGE, SMALL, TINY = (403, 301), (61, 47), (21, 15)  # width, height: odd, so that chroma ends within a block
 PASSES = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))  # of Adam7

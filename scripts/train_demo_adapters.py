@@ -18,7 +18,7 @@ from torch.nn import functional
 import lora_embed.demo
 from lora_embed.demo.digits import Digit, fetch_digits
 from lora_embed.demo.parts import BASE_MODEL_NAME, LabelledImage, fetch_base_model, fetch_images
-from lora_embed.fetch import cache_root
+from lora_embed.store.fetch import cache_root
 
 TASKS = {"category10": "category", "group27": "group", "digits10": "digit"}  # adapter: the label it is trained on
 EPOCHS = {"category10": 12, "group27": 12, "digits10": 4}

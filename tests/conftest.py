@@ -11,13 +11,13 @@ os.environ.setdefault("LORA_EMBED_CACHE", str(Path(__file__).resolve().parents[1
 
 import torch
 
-from lora_embed import cluster as ray_cluster
 from lora_embed import demo
+from lora_embed.chain import cluster as ray_cluster
 from lora_embed.demo import parts
-from lora_embed.fetch import cache_root
 from lora_embed.model.base import Base, find_base
 from lora_embed.model.match import Target, target_of
-from lora_embed.progress import say
+from lora_embed.monitor.progress import say
+from lora_embed.store.fetch import cache_root
 from s3 import S3Server, s3_server
 
 torch.set_num_threads(1)  # two threads on contended cores fall to a quarter

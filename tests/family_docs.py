@@ -8,7 +8,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 INTRODUCTION = """# Base models by family
 
 What is tested for each family of base models, on tiny models with random weights, saved by transformers and adapted by
-PEFT. `make matrix` runs `tests/test_families.py` and writes this page; `make test` runs the same tests.
+PEFT. `make matrix` runs `tests/model/test_families.py` and writes this page; `make test` runs the same tests.
 
 - **Forms of a base.** A headless model, a model with a classifier, and for CLIP and SigLIP the dual encoder, of which the
   vision part is taken: each gives the same encoder, bit for bit. Poolers and attention pooling are left out, and a weight

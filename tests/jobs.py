@@ -16,20 +16,22 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from lora_embed import cluster, pipeline
-from lora_embed.config import JobConfig, load_job
-from lora_embed.embed import EmbedShards
-from lora_embed.schema import ChunkStats, WorkItem
-from lora_embed.stages import Workers
+from lora_embed.chain import cluster, pipeline
+from lora_embed.chain.actors import EmbedShards
+from lora_embed.chain.items import WorkItem
+from lora_embed.config.models import JobConfig, load_job
+from lora_embed.monitor.stages import Workers
+from lora_embed.schema import ChunkStats
 from models import save_adapter, save_base
 from samples import png, tar_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DECLARED_GPUS = """
 import sys
-from lora_embed import cli, cluster
+from lora_embed.cli import main
+from lora_embed.chain import cluster
 cluster.connect(num_cpus=2, num_gpus={gpus})
-sys.exit(cli.embed_job(sys.argv[1:]))
+sys.exit(main.embed_job(sys.argv[1:]))
 """
 
 
@@ -75,8 +77,7 @@ def job_of(folder: Path, recipe: Path, source: Path | list[Path], **options: Any
 
 def embed_here(items: list[WorkItem], job: pipeline.Job, topology: cluster.Topology) -> Iterator[ChunkStats]:
     """The chain in this process: the actor without its cluster."""
-    writing = (job.store, job.encoder.space_id, job.layout)
-    actor = EmbedShards((job.encoder_uri, job.encoder_options, job.layout, "cpu"), job.input_options, writing, lambda: False)
+    actor = EmbedShards(job.embedding, "cpu", lambda: False)
     for block in pipeline.plan_blocks(items, 1):
         for row in actor({"block": np.array([block], dtype=object)}):
             yield ChunkStats.from_json(row["stats"][0])

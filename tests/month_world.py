@@ -19,10 +19,15 @@ from fsspec.implementations.dirfs import DirFileSystem
 from PIL import Image
 
 from lora_embed import load_encoder
-from lora_embed.config import JobConfig
+from lora_embed.config.models import JobConfig
+from lora_embed.errors import GateFailed, IncompleteRun, TableError
 from lora_embed.model.encoder import Encoder
+from lora_embed.run.job import run_job
 from lora_embed.schema import encoder_path
-from lora_embed.table import open_table
+from lora_embed.store.store import Store
+from lora_embed.table.lineage import forget
+from lora_embed.table.read import open_table
+from lora_embed.table.versions import roll_back
 from models import edit_tensors
 from samples import png, tar_of
 
@@ -223,3 +228,59 @@ class Month:
 def shards_of(manifest: dict[str, Any]) -> set[tuple[str, str]]:
     """Space and shard id of all that a version holds."""
     return {(manifest["space_id"], shard["id"]) for entry in manifest["files"] for shard in entry["shards"]}
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that is done to the table, and what a version of this number and space must hold if that made it."""
+
+    name: str
+    act: Callable[[], str]  # returns what became of it
+    made: Callable[[int, str], Content]
+
+
+def embedding(month: Month) -> Step:
+    """The night's run."""
+
+    def act() -> str:
+        try:
+            return "published" if run_job(month.job, replaces=True).published else "nothing stale"
+        except GateFailed:
+            return "held back"
+        except IncompleteRun:
+            return "incomplete"
+
+    return Step("run", act, month.today)
+
+
+def forgetting(month: Month) -> Step:
+    """Take one to three images of the current version out."""
+    ids = sorted(month.newest.rows)
+    ids = month.rng.sample(ids, min(len(ids), month.rng.randint(1, 3)))
+    if not ids:
+        return embedding(month)
+
+    def act() -> str:
+        forget(Store(month.job.table), ids, f"night {month.night}")
+        month.gone |= set(ids)
+        return "forgotten"
+
+    return Step("forget", act, lambda number, _: month.published[number - 1].without(frozenset(ids)))
+
+
+def rolling_back(month: Month) -> Step:
+    """To a version from which nothing was forgotten since; to others it is refused."""
+    older = sorted(month.manifests())[:-1]
+    if not older:
+        return embedding(month)
+    to = month.rng.choice(older)
+
+    def act() -> str:
+        try:
+            roll_back(Store(month.job.table), to, f"night {month.night}")
+        except TableError:
+            assert to not in month.manifests() or month.newest.forgotten - month.published[to].forgotten
+            return "refused"
+        return "rolled back"
+
+    return Step("rollback", act, lambda *_: month.published[to])

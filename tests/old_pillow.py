@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from jobs import ROOT
-from lora_embed.fetch import cache_root
+from lora_embed.store.fetch import cache_root
 
 _resize = Image.Image.resize
 

@@ -1,7 +1,7 @@
 """Makes `tests/data/tables.tar.xz` again: small tables, each written by the code of an older commit of this repository.
 
 `python tests/old_table.py` checks the commits out beside, and lets their own jobs write with the libraries that are
-installed now. `tests/test_upgrades.py` opens what they wrote.
+installed now. `tests/table/test_upgrades.py` opens what they wrote.
 """
 
 import io
@@ -65,7 +65,7 @@ def write_table(checkout: Path, folder: Path, options: dict[str, str]) -> None:
     embed = (str(checkout / "jobs" / "embed.py"), "--config", "job.yaml")
     run(checkout, folder, *embed)
     if (checkout / "src" / "lora_embed" / "lineage.py").exists():
-        command = "from lora_embed.cli import main; main()"
+        command = "from lora_embed.cli.main import main; main()"
         run(checkout, folder, "-c", command, "forget", "table", "a.tar/001", "--why", "its owner asked")
     write_shard(folder / "shards" / "c.tar", 20, 6)
     run(checkout, folder, *embed, "--no-publish")

@@ -1,4 +1,4 @@
-"""The steps of `tests/test_processors.py`; most of them run in a process that computes as on another kind of processor.
+"""The steps of `tests/images/test_processors.py`; most of them run in a process that computes as on another kind of processor.
 
 `python other_processor.py FOLDER STEP ARGUMENT … + STEP …` prints a line of JSON after each step: all answers so far.
 """
@@ -19,14 +19,14 @@ import pytest
 import torch
 
 from jobs import embed_here, run_here
-from lora_embed import pipeline
-from lora_embed.config import load_job, load_recipe
+from lora_embed.chain import pipeline
+from lora_embed.config.models import load_job, load_recipe
 from lora_embed.model import merge
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.change import LowRank
 from lora_embed.model.encoder import load_encoder
 from lora_embed.model.fold import Limit
-from lora_embed.run import run_job
+from lora_embed.run.job import run_job
 from lora_embed.schema import ChunkStats
 
 EQUAL_METHODS = ("weighted_sum", "linear", "ties", "magnitude_prune")  # give the same bits on every processor

@@ -31,12 +31,17 @@ KINDS: dict[str, Switches] = {
 }
 # What computes with torch or numpy, without a whole cluster.
 NUMERIC = (
-    "adapter", "assess", "changes", "cka", "cost", "crooked", "decode", "demo_parts", "digits", "drift", "embed", "embed_each",
-    "encoder", "errors", "evaluate", "export", "families", "features", "figures", "gates", "gpu_benchmark", "guard", "head",
-    "health", "labelled", "merge", "nightly", "no_code", "outlook", "preprocess", "preview", "private", "processors", "proof",
-    "propose", "rank", "real_gates", "real_merge", "real_vectors", "resume", "rows", "search", "space", "stale", "store",
-    "strange_encoders", "table", "trials", "tune", "upgrades", "versions", "write",
+    "actors", "adapter", "assess", "changes", "checks", "cka", "cost", "crooked", "decode", "demo_parts", "device", "digits",
+    "drift", "encoder", "errors", "evaluate_command", "export", "families", "features", "figures", "gpu_benchmark", "guard",
+    "head", "health", "kept_encoders", "labelled", "merge", "nightly", "no_code", "parts", "plan", "preprocess", "preview",
+    "private", "processors", "proof", "propose", "rank", "real_gates", "real_merge", "real_vectors", "resume", "rows",
+    "search", "space", "stale", "strange_encoders", "table_read", "trials", "tune", "upgrades", "versions",
 )  # fmt: skip
+
+
+def files_of(names: tuple[str, ...]) -> list[Path]:
+    """The files of tests of these names, in whichever folder they are."""
+    return [path for name in names for path in TESTS.rglob(f"test_{name}.py")]
 
 
 def single_switches() -> dict[str, Switches]:
@@ -56,7 +61,7 @@ def main() -> int:
     parser.add_argument("--each", action="store_true", help="each switch alone, too")
     arguments, given = parser.parse_args(own), sys.argv[len(own) + 2 :]
     kinds = KINDS | (single_switches() if arguments.each else {})
-    command = [sys.executable, "-m", "pytest", "-m", "not long", *(str(TESTS / f"test_{name}.py") for name in NUMERIC), *given]
+    command = [sys.executable, "-m", "pytest", "-m", "not long", *map(str, files_of(NUMERIC)), *given]
     ended = {}
     for kind, switches in kinds.items():
         print(f"== as a processor of the kind {kind}: {switches}", flush=True)

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from lora_embed.model.preprocess import Preprocessing
-from lora_embed.plan import list_shards
-from lora_embed.read import read_samples
+from lora_embed.images.preprocess import Preprocessing
 from lora_embed.schema import Layout, Sample, Shard
+from lora_embed.shards.listing import list_shards
+from lora_embed.shards.read import read_samples
 
 PREPROCESSING = Preprocessing(resize=10, resample=3, crop=(8, 8), multiply=(1.0, 1.0, 1.0), add=(0.0, 0.0, 0.0))
 

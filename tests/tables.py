@@ -8,16 +8,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lora_embed.compact import Source, compact, make_manifest, plan_compactions, plan_reuse
-from lora_embed.config import Retain
-from lora_embed.manifest import ShardCounts
-from lora_embed.retention import DAY_S, Needs, collect
+from lora_embed.config.models import Retain
 from lora_embed.schema import ChunkHead, Part, Shard, sample_schema
-from lora_embed.staging import part_paths
-from lora_embed.storage import Store
-from lora_embed.table import Table, open_table
-from lora_embed.versions import commit_version, read_manifest
-from lora_embed.write import make_part, write_part
+from lora_embed.store.store import Store
+from lora_embed.table.compact import Source, compact, make_manifest, plan_compactions, plan_reuse
+from lora_embed.table.manifest import ShardCounts
+from lora_embed.table.parts import make_part, write_part
+from lora_embed.table.read import Table, open_table
+from lora_embed.table.retention import DAY_S, Needs, collect
+from lora_embed.table.staging import part_paths
+from lora_embed.table.versions import commit_version, read_manifest
 from samples import layout
 
 SPACE = "5ace5ace5ace"

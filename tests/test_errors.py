@@ -22,11 +22,13 @@ import torch
 import yaml
 
 from jobs import ROOT, write_tars
-from lora_embed import cluster, open_table, remote
-from lora_embed.cli import run_command
-from lora_embed.config import load_job
-from lora_embed.export import export_index
-from lora_embed.run import run_job
+from lora_embed import open_table
+from lora_embed.chain import cluster
+from lora_embed.cli.main import run_command
+from lora_embed.config.models import load_job
+from lora_embed.run.job import run_job
+from lora_embed.search.export import export_index
+from lora_embed.store import remote
 from models import edit_tensors, save_adapter, save_base
 from samples import png
 

@@ -21,10 +21,10 @@ from ray.data._internal.object_extensions.arrow import ArrowPythonObjectArray
 from crooked import Marker
 from jobs import ROOT, write_recipe
 from lora_embed import load_encoder
-from lora_embed.config import load_recipe
+from lora_embed.config.models import load_recipe
 from lora_embed.errors import EncoderError, LoraEmbedError, ShardError, StorageError
-from lora_embed.fetch import fetch_directory
 from lora_embed.model.build import build_encoder, gather
+from lora_embed.store.fetch import fetch_directory
 from models import save_adapter, save_base
 from samples import png, samples_of, shard_at, tar_of
 

@@ -20,8 +20,8 @@ import pytest
 import yaml
 
 from jobs import ROOT, tiny_recipe, write_job, write_tars
-from lora_embed.cli import run_command
-from lora_embed.storage import Store
+from lora_embed.cli.main import run_command
+from lora_embed.store.store import Store
 from s3 import OWNER, READER, Faults, Proxy, S3Server
 
 KEY, SECRET = OWNER
@@ -307,7 +307,7 @@ def test_a_table_named_with_a_password_is_said_without_it(
 
 def test_nothing_shows_storage_options_by_accident(local: Path, tmp_path: Path) -> None:
     """What Python, pydantic and Ray print of an object is its `repr`."""
-    from lora_embed.config import load_job
+    from lora_embed.config.models import load_job
 
     options = {"key": KEY, "secret": SECRET}
     store = Store("s3://images/table", options)

@@ -14,15 +14,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from jobs import ROOT, write_job
-from lora_embed.cli import run_command
+from lora_embed.cli.main import run_command
+from lora_embed.config.foreign import parse_json, parse_record
 from lora_embed.errors import ConfigError
-from lora_embed.foreign import parse_json, parse_record
-from lora_embed.progress import LogFormat, log_as, say
-from lora_embed.record import RunState
-from lora_embed.runs import Run, describe_runs, to_prometheus
-from lora_embed.storage import Store
+from lora_embed.monitor.progress import LogFormat, log_as, say
+from lora_embed.monitor.record import RunState
+from lora_embed.monitor.runs import Run, describe_runs, to_prometheus
+from lora_embed.store.store import Store
+from lora_embed.table.versions import highest_version
 from lora_embed.text import holds_secret, in_lines, redacted
-from lora_embed.versions import highest_version
 from tables import noise_vectors, publish_vectors, spread
 
 STATE = RunState(run_id="20260101T000000Z-000000", host="node", started="2026-01-01T00:00:00+00:00")
@@ -138,7 +138,8 @@ def test_no_command_prints_a_line_that_a_table_has_written(
 
 BUG = """
 import sys, threading, warnings, logging
-from lora_embed import ending, cli
+from lora_embed.monitor import ending
+from lora_embed.cli import main
 def command():
     name = "x\\x1b[31m\\nend: done, exit 0"
     if sys.argv[1] == "traceback": raise KeyError(name)

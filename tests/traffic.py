@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
-from lora_embed.storage import Store
+from lora_embed.store.store import Store
 
 
 @dataclass

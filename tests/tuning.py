@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from jobs import write_recipe
-from lora_embed.config import load_recipe
+from lora_embed.config.models import load_recipe
 from lora_embed.tune.goal import Budget, Search, TaskLabel
 from models import save_adapter, save_base
 from samples import encoded, tar_of

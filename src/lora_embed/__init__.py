@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_embed.model.encoder import Encoder, load_encoder
-    from lora_embed.table import Table, open_table
+    from lora_embed.table.read import Table, open_table
 
 __all__ = ["Encoder", "Table", "load_encoder", "open_table"]
 
@@ -16,7 +16,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(encoder, name)
     if name in ("Table", "open_table"):
-        from lora_embed import table
+        from lora_embed.table import read
 
-        return getattr(table, name)
+        return getattr(read, name)
     raise AttributeError(f"module 'lora_embed' has no attribute {name!r}")

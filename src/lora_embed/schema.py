@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from lora_embed.storage import Entry, Store
-
 FORMAT = 1  # of tables, manifests and parts, and part of the layout id; docs/format.md says what it promises
 REASONS = (
     "no_image", "empty", "not_an_image", "corrupt_image", "too_many_pixels", "too_many_bytes", "decoder_crashed",
@@ -19,6 +17,16 @@ REASONS = (
 MAX_BYTES = 2**30  # of an encoded image; one of 100 megapixels with 16 bits of red, green, blue and alpha has 0.8 GB
 _PART = re.compile(r"([0-9a-f]+)-([0-9]{8})(-last)?\.parquet")
 _CARRY_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored object: its path below the root, its size in bytes, what changes when its content does, and its time."""
+
+    path: str
+    size: int
+    etag: str
+    modified: float = field(default=0.0, compare=False, repr=False)  # by the store's clock, seconds since 1970
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,32 +71,6 @@ class Span:
 
 
 WHOLE = Span()
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkItem:
-    """A shard to embed: all of it but the chunks that are committed already, or its first samples in a trial run."""
-
-    shard: Shard
-    done: frozenset[int] = frozenset()
-    limit: int | None = None
-    staged: "Staged | None" = None  # None: reading begins at the shard's start, whatever is done
-
-
-@dataclass(frozen=True, kw_only=True)
-class Staged:
-    """Where the parts of a shard's committed chunks are, and the number of its last chunk, once its end was proven."""
-
-    store: Store
-    space_id: str
-    last: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """What one worker is given at once: one large work item, or several small ones."""
-
-    items: tuple[WorkItem, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,20 +17,20 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as TextTable
 
-from lora_embed import cluster, pipeline
-from lora_embed.config import Recipe, load_job, load_recipe
-from lora_embed.decode import decode_image
+from lora_embed.chain import cluster, pipeline
+from lora_embed.config.models import Recipe, load_job, load_recipe
 from lora_embed.demo import parts
 from lora_embed.demo.picture import Tile, neighbour_sheet
-from lora_embed.evaluate.metrics import knn_accuracy
-from lora_embed.fetch import cache_root
+from lora_embed.images.decode import decode_image
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.encoder import Encoder, load_encoder
-from lora_embed.plan import list_shards
-from lora_embed.read import read_samples
-from lora_embed.run import run_job
+from lora_embed.run.job import run_job
 from lora_embed.schema import Layout, Shard
-from lora_embed.table import Table, open_table
+from lora_embed.shards.listing import list_shards
+from lora_embed.shards.read import read_samples
+from lora_embed.store.fetch import cache_root
+from lora_embed.table.read import Table, open_table
+from lora_embed.vectors.metrics import knn_accuracy
 
 ADAPTERS = Path(__file__).parent / "adapters"
 ENCODERS = {  # name → weights of its adapters

@@ -1,1 +1,4 @@
-"""Encoders compared on labelled images: metrics, intervals, heads, and what was found as plain data."""
+"""Encoders compared on labelled images: figures with intervals, heads put back, and pages.
+
+Imports `run`, `chain`, `vectors` and what is below them.
+"""

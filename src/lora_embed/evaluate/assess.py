@@ -11,21 +11,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_embed import cluster, pipeline
-from lora_embed.config import Resources
+from lora_embed.chain import cluster, pipeline
+from lora_embed.config.models import Resources
 from lora_embed.errors import ConfigError
 from lora_embed.evaluate import candidates, figures
 from lora_embed.evaluate.candidates import AdapterHead, Built, Entrant
-from lora_embed.evaluate.cka import cka_relations
 from lora_embed.evaluate.collect import Collected, Source, check_fields, collect
-from lora_embed.evaluate.figures import Labelled, Scored
+from lora_embed.evaluate.figures import Labelled, Scored, cka_relations
 from lora_embed.evaluate.records import Difference, Evaluation, Figure, QueryChange, Relation, Retention, Task
 from lora_embed.evaluate.thumbnails import thumbnails
-from lora_embed.fetch import private_folder
-from lora_embed.plan import list_shards
-from lora_embed.progress import say
+from lora_embed.monitor.progress import say
 from lora_embed.schema import Layout
-from lora_embed.storage import Store
+from lora_embed.shards.listing import list_shards
+from lora_embed.store.fetch import private_folder
+from lora_embed.store.store import Store
 
 _OPTIONS = {"recipes": "recipe", "inputs": "data", "labels": "label"}  # as the command calls them
 MOST_ALIGNED = 2000  # images whose vectors two spaces are compared by

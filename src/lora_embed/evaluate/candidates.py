@@ -8,22 +8,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_embed.config import Recipe, distinct_names, load_recipe, recorded_recipe
-from lora_embed.embed_each import Asked
+from lora_embed.chain.actors import EncoderSource
+from lora_embed.config.foreign import read_record
+from lora_embed.config.models import Recipe, distinct_names, load_recipe, recorded_recipe
 from lora_embed.errors import AdapterMismatch, ConfigError, EncoderError, StorageError
 from lora_embed.evaluate.collect import Wanted
 from lora_embed.evaluate.records import Candidate
-from lora_embed.foreign import read_record
 from lora_embed.model.build import Ingredients, gather, match_adapters
 from lora_embed.model.description import Description, read_description
 from lora_embed.model.follow import refuse_elsewhere
 from lora_embed.model.head import SavedHead, class_names, find_head
 from lora_embed.model.match import Adapter
 from lora_embed.model.merge import CONCAT
-from lora_embed.progress import say
-from lora_embed.run import find_encoder, named_base, prepare_encoder, store_encoder
+from lora_embed.monitor.progress import say
+from lora_embed.run.encoders import find_encoder, named_base, prepare_encoder, store_encoder
 from lora_embed.schema import encoder_path
-from lora_embed.storage import Store
+from lora_embed.store.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,8 +177,9 @@ def want(built: Built, heads: Sequence[AdapterHead], store: Store) -> Wanted:
     fitting = [(number, head) for head in heads if (number := _model_of(entrant, head, base)) is not None]
     return Wanted(
         space_id=encoder.space_id,
-        asked=Asked(
+        encoder=EncoderSource(
             uri=f"{store.uri}/{encoder_path(encoder.space_id)}",
+            options=store.options,
             dimension=encoder.dimension,
             preprocessing=encoder.preprocessing,
             base=named_base(source) if source is not None and encoder.base is not None else None,

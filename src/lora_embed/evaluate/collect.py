@@ -14,16 +14,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from lora_embed import pipeline
-from lora_embed.cluster import Topology
-from lora_embed.embed_each import Asked, Each, EachChunk
+from lora_embed.chain import pipeline
+from lora_embed.chain.actors import EncoderSource, Pass, VectorChunk
+from lora_embed.chain.cluster import Topology
+from lora_embed.chain.items import WorkItem
 from lora_embed.errors import ConfigError, IncompleteRun
-from lora_embed.model.preprocess import decoding
-from lora_embed.progress import Progress, say
-from lora_embed.read import read_samples
-from lora_embed.schema import FORMAT, ChunkStats, Layout, Shard, WorkItem, from_ipc, to_ipc
-from lora_embed.stages import add_seconds
-from lora_embed.storage import Store
+from lora_embed.images.preprocess import decoding
+from lora_embed.monitor.progress import Progress, say
+from lora_embed.monitor.stages import add_seconds
+from lora_embed.schema import FORMAT, ChunkStats, Layout, Shard, from_ipc, to_ipc
+from lora_embed.shards.read import read_samples
+from lora_embed.store.store import Store
 
 LOOK_AT = 16  # samples of a shard in which a field is looked for before anything is embedded
 MOST_LOOKED_AT = 64  # shards
@@ -36,8 +37,8 @@ class Wanted:
     """An encoder whose vectors are wanted, and what its heads are kept under."""
 
     space_id: str
-    asked: Asked
-    heads: tuple[str, ...] = ()  # ids, in the order of `asked.heads`
+    encoder: EncoderSource
+    heads: tuple[str, ...] = ()  # ids, in the order of `encoder.heads`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,16 +127,16 @@ def collect(source: Source, wanted: Sequence[Wanted], topology: Topology) -> Col
     for _, group in itertools.groupby(sorted(missing, key=_decoding), key=_decoding):
         some = list(group)
         say(f"{len(source.shards)} shards: embedding with {len(some)} encoders in one pass")
-        each = Each(
-            encoders=tuple(one.asked for one in some),
+        shared = Pass(
+            encoders=tuple(one.encoder for one in some),
             store=source.store,
             input_options=source.options,
             layout=source.layout,
         )
-        chunks = _in_order(_watched(source, each, topology), source)
+        chunks = _in_order(_watched(source, shared, topology), source)
         decoded += sum(chunk.head.decoded for chunk in chunks)
         for chunk in chunks:
-            add_seconds(seconds, _by_stage(chunk))
+            add_seconds(seconds, chunk.seconds)
         if not any(chunk.samples.num_rows for chunk in chunks):
             raise ConfigError(f"{len(source.shards)} shards hold no sample at all, first {source.shards[0].name}")
         samples = _samples(chunks) if samples is None else _with_rejects(samples, _samples(chunks))
@@ -149,25 +150,20 @@ def collect(source: Source, wanted: Sequence[Wanted], topology: Topology) -> Col
 
 
 def _decoding(wanted: Wanted) -> str:
-    return repr(decoding(wanted.asked.preprocessing))
+    return repr(decoding(wanted.encoder.preprocessing))
 
 
-def _watched(source: Source, each: Each, topology: Topology) -> Iterator[EachChunk]:
+def _watched(source: Source, shared: Pass, topology: Topology) -> Iterator[VectorChunk]:
     """The chain's rows, counted on the way."""
     with Progress(list(source.shards), topology.workers) as progress:
-        for chunk in pipeline.embed_with_each([WorkItem(shard=shard) for shard in source.shards], each, topology):
+        for chunk in pipeline.embed_with_each([WorkItem(shard=shard) for shard in source.shards], shared, topology):
             head, samples = chunk.head, chunk.samples.num_rows
             stats = ChunkStats(shard_id=head.shard_id, chunk=head.chunk, samples=samples, vectors=head.good, error=head.error)
-            progress.add(replace(stats, rejects=samples - head.good, last=head.last, seconds=_by_stage(chunk)))
+            progress.add(replace(stats, rejects=samples - head.good, last=head.last, seconds=chunk.seconds))
             yield chunk
 
 
-def _by_stage(chunk: EachChunk) -> dict[str, float]:
-    """Without the seconds of single encoders, which are in those of `forward`."""
-    return {name: seconds for name, seconds in chunk.head.seconds.items() if " " not in name}
-
-
-def _in_order(chunks: Iterable[EachChunk], source: Source) -> list[EachChunk]:
+def _in_order(chunks: Iterable[VectorChunk], source: Source) -> list[VectorChunk]:
     """All chunks by shard and place."""
     place = {shard.id: number for number, shard in enumerate(source.shards)}
     found = sorted(chunks, key=lambda chunk: (place[chunk.head.shard_id], chunk.head.chunk))
@@ -177,7 +173,7 @@ def _in_order(chunks: Iterable[EachChunk], source: Source) -> list[EachChunk]:
     return found
 
 
-def _samples(chunks: list[EachChunk]) -> pa.Table:
+def _samples(chunks: list[VectorChunk]) -> pa.Table:
     tables = []
     for chunk in chunks:
         ids = pa.array([chunk.head.sample_id(key) for key in chunk.samples.column("key").to_pylist()], pa.string())
@@ -192,12 +188,12 @@ def _with_rejects(samples: pa.Table, others: pa.Table) -> pa.Table:
     return samples.set_column(samples.schema.get_field_index("reason"), "reason", reasons)
 
 
-def _embedded(chunks: list[EachChunk], wanted: Sequence[Wanted]) -> list[Embedded]:
+def _embedded(chunks: list[VectorChunk], wanted: Sequence[Wanted]) -> list[Embedded]:
     """The chunks' rows, dealt to the encoders in their order."""
     good = np.concatenate([np.array(c.samples.column("reason").is_null().to_numpy(zero_copy_only=False), bool) for c in chunks])
     found, column, place = [], 0, 0
     for number, one in enumerate(wanted):
-        width, heads = one.asked.dimension, {}
+        width, heads = one.encoder.dimension, {}
         vectors = np.full((len(good), width), np.nan, np.float32)
         if good.any():
             vectors[good] = np.concatenate([chunk.vectors[:, column : column + width] for chunk in chunks if chunk.head.good])

@@ -1,5 +1,6 @@
 """Vectors and labels → figures with intervals, differences, what became of each class and of single queries."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_embed.errors import ConfigError
-from lora_embed.evaluate.metrics import cluster_nmi, mean_interval, probe, score_interval, split_by_name
-from lora_embed.evaluate.rank import Ranked, rank, vote
-from lora_embed.evaluate.records import METRICS, ClassChange, Difference, Figure, Neighbour, QueryChange, Retention
+from lora_embed.evaluate.records import METRICS, ClassChange, Difference, Figure, Neighbour, QueryChange, Relation, Retention
+from lora_embed.vectors.cka import linear_cka
+from lora_embed.vectors.metrics import cluster_nmi, mean_interval, probe, score_interval, split_by_name
+from lora_embed.vectors.rank import Ranked, rank, vote
 
 BANK_SHARE = 2 / 3
 MOST_CHANGED = 12  # queries that are shown for a task and a candidate
@@ -252,3 +254,11 @@ def retention_of(
     _, low, high = score_interval(kept_right - own_right, labelled.groups[rows])
     shares = {"own": float(own_right.mean()), "kept": float(kept_right.mean())}
     return Retention(task=task, adapter=adapter, candidate=candidate, **shares, low=low, high=high, images=len(rows))
+
+
+def cka_relations(spaces: Mapping[str, NDArray[np.float32]]) -> tuple[Relation, ...]:
+    """CKA of each pair of encoders, by name; the vectors are of the same images in the same order."""
+    return tuple(
+        Relation(kind="cka", one=one, other=other, layer=None, value=linear_cka(spaces[one], spaces[other]))
+        for one, other in itertools.combinations(spaces, 2)
+    )

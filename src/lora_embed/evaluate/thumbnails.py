@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 from PIL import Image
 
-from lora_embed.decode import BadImage
 from lora_embed.evaluate.collect import Source
 from lora_embed.evaluate.records import QueryChange
-from lora_embed.isolate import IsolatedDecoder
-from lora_embed.model.preprocess import Preprocessing
-from lora_embed.read import read_samples
+from lora_embed.images.decode import BadImage
+from lora_embed.images.isolate import IsolatedDecoder
+from lora_embed.images.preprocess import Preprocessing
+from lora_embed.shards.read import read_samples
 
 THUMBNAIL = Preprocessing(resize=96, resample=3, crop=(96, 96), multiply=(1.0, 1.0, 1.0), add=(0.0, 0.0, 0.0))
 

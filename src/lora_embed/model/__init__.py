@@ -1,1 +1,1 @@
-"""The model side: adapters, merging, the encoder and what it does to pixels."""
+"""Adapters → one encoder: the only user of PEFT and transformers. Imports `images`, `config`, `store` and the ground."""

@@ -20,9 +20,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from lora_embed.errors import AdapterMismatch, ChangedMeanwhile, LoraEmbedError, StorageError
-from lora_embed.fetch import fetch_directory
 from lora_embed.model.change import LowRank
 from lora_embed.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROCESSOR_FILES, own_file, read_json
+from lora_embed.store.fetch import fetch_directory
 
 CONFIG_NAME, WEIGHTS_NAME, PROCESSOR_NAME = ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROCESSOR_FILES[0]
 PREFIX = "base_model.model."

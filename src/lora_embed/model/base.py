@@ -25,9 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lora_embed import hub
 from lora_embed.errors import ChangedMeanwhile, EncoderError
-from lora_embed.fetch import fetch_directory
 from lora_embed.model.files import (
     MODEL_CONFIG,
     MODEL_INDEX,
@@ -40,6 +38,8 @@ from lora_embed.model.files import (
 )
 from lora_embed.model.follow import ADVICE
 from lora_embed.model.transformers_private import dual_encoder_of
+from lora_embed.store import hub
+from lora_embed.store.fetch import fetch_directory
 
 MODEL_FILES = (MODEL_CONFIG, *PROCESSOR_FILES, "*.safetensors", MODEL_INDEX)  # patterns of what is copied of a model elsewhere
 _USUAL_HEADS = {"classifier", "head", "score"}

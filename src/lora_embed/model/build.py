@@ -17,12 +17,12 @@ import yaml
 from PIL import Image
 from transformers import PreTrainedModel
 
-from lora_embed import hub
-from lora_embed.config import Recipe
+from lora_embed.config.models import Recipe
 from lora_embed.errors import ConfigError, EncoderError
+from lora_embed.images.arithmetic import name_arithmetic, with_golden
+from lora_embed.images.preprocess import Preprocessing, from_processor
 from lora_embed.model import golden, merge
 from lora_embed.model.adapter import PROCESSOR_NAME, SavedAdapter, check_adapter, read_adapter, some
-from lora_embed.model.arithmetic import name_arithmetic, with_golden
 from lora_embed.model.base import Base, check_base, find_base, load_headless, read_processor
 from lora_embed.model.description import BaseReference, Description, read_description, write_description
 from lora_embed.model.encoder import Encoder, golden_pixels
@@ -30,9 +30,9 @@ from lora_embed.model.fold import Limit
 from lora_embed.model.match import Adapter, match_adapter, target_of
 from lora_embed.model.member import Member, fold_members, prove_members, write_member
 from lora_embed.model.pooling import find_tap
-from lora_embed.model.preprocess import Preprocessing, from_processor
 from lora_embed.model.report import write_report
 from lora_embed.model.space import VERSION, space_id_of
+from lora_embed.store import hub
 
 Say = Callable[[str], None]
 MOST_LARGE = 8192  # pixels, an edge of the large golden image

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from lora_embed.errors import EncoderError
+from lora_embed.images.preprocess import Arithmetic, Preprocessing
 from lora_embed.model import golden
 from lora_embed.model.files import (
     ADAPTER_CONFIG,
@@ -21,7 +22,6 @@ from lora_embed.model.files import (
     own_files,
     read_json,
 )
-from lora_embed.model.preprocess import Arithmetic, Preprocessing
 
 DESCRIPTION = "encoder.json"
 REPORT = "merge_report.json"

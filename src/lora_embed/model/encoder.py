@@ -11,19 +11,19 @@ from PIL import Image
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from lora_embed.decode import BadImage, decode_image, to_rgb
 from lora_embed.errors import EncoderError, IncompleteRun
-from lora_embed.fetch import fetch_directory
-from lora_embed.isolate import IsolatedDecoder
+from lora_embed.images.arithmetic import check_arithmetic, check_golden_pixels
+from lora_embed.images.decode import BadImage, decode_image, to_rgb
+from lora_embed.images.isolate import IsolatedDecoder
+from lora_embed.images.preprocess import Pixels, Preprocessing
 from lora_embed.model import golden
-from lora_embed.model.arithmetic import check_arithmetic, check_golden_pixels
 from lora_embed.model.base import Base, find_base, is_base, load_headless
 from lora_embed.model.description import FILES, BaseReference, Description, check_files, read_description
 from lora_embed.model.follow import may_ask_hub, refuse_elsewhere
 from lora_embed.model.pooling import FROM_LAST_HIDDEN_STATE, HiddenState, pooler
-from lora_embed.model.preprocess import Pixels, Preprocessing
 from lora_embed.model.space import VERSION, space_id_of
 from lora_embed.model.torch_private import is_out_of_memory
+from lora_embed.store.fetch import fetch_directory
 
 cuda: Any = torch.cuda  # partly untyped
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -3,8 +3,8 @@
 import os
 from urllib.parse import urlsplit
 
-from lora_embed import hub
 from lora_embed.errors import EncoderError
+from lora_embed.store import hub
 
 TRUSTED = "LORA_EMBED_FOLLOW"  # places that encoders may name, separated by spaces; what lies below them counts
 LOCAL, HUB = "this machine", "the Hugging Face hub"

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_embed.errors import EncoderError, StorageError
-from lora_embed.fetch import fetch_directory
 from lora_embed.model.description import FILES, files_of, read_description, write_description
+from lora_embed.store.fetch import fetch_directory
 
 
 def keep_id(folder: Path, kept: Path, older_uri: str, options: dict[str, Any], base: str | None) -> Path:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from lora_embed import hub
-from lora_embed.config import Recipe
+from lora_embed.config.models import Recipe
 from lora_embed.errors import AdapterMismatch, EncoderError
 from lora_embed.model import merge
 from lora_embed.model.adapter import read_adapter, write_adapter
@@ -23,6 +22,7 @@ from lora_embed.model.match import Adapter, match_adapter, target_of
 from lora_embed.model.proof import Proof, prove
 from lora_embed.model.relate import Relations
 from lora_embed.model.space import space_id_of
+from lora_embed.store import hub
 
 NOTHING = 1e-6  # a change of less than this share of the weights themselves is what rounding leaves of none
 

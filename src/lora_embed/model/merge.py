@@ -17,7 +17,7 @@ import torch
 from peft.utils import merge_utils
 from pydantic import Field
 
-from lora_embed.config import check_options
+from lora_embed.config.models import check_options
 from lora_embed.errors import AdapterMismatch, ConfigError
 from lora_embed.model.change import LowRank, multiply
 from lora_embed.model.match import Adapter

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lora_embed.model.preprocess import Preprocessing
+from lora_embed.images.preprocess import Preprocessing
 
 VERSION = 2  # of what is hashed; encoders without one were made when all fields of a configuration were: their ids stay
 _TOKENS = (

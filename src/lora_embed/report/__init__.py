@@ -1,5 +1,1 @@
-"""Self-contained HTML reports: of an evaluation, and of a run."""
-
-from lora_embed.report.evaluation import write_report
-
-__all__ = ["write_report"]
+"""The frame of all pages and a run's own page. Imports `monitor` and the ground."""

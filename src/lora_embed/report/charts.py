@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lora_embed.page import brief, escaped, shortened
+from lora_embed.report.page import brief, escaped, shortened
 
 WIDTH, HEIGHT = 340.0, 240.0
 LEFT, RIGHT, TOP, BOTTOM = 40.0, 14.0, 26.0, 40.0  # margins: for the figures at the axes and their names

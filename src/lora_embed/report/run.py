@@ -3,10 +3,10 @@
 import json
 from typing import Any
 
-from lora_embed.page import Column, Section, code, escaped, facts, moment, name, page, percentage, table
-from lora_embed.record import Bin, RunRecord, bins_of, workers_of
+from lora_embed.monitor.record import Bin, RunRecord, bins_of, workers_of
+from lora_embed.monitor.stages import STAGES
 from lora_embed.report.charts import Axis, Point, Series, bar_chart, plain, stacked_chart, xy_chart
-from lora_embed.stages import STAGES
+from lora_embed.report.page import Column, Section, code, escaped, facts, moment, name, page, percentage, table
 
 OUTCOMES = {
     "published": "Published as version {version}",

@@ -1,1 +1,4 @@
-"""A search for the weights and the method of a merge, and the proof of what it found."""
+"""A search for the weights and the method of a merge, and the proof of what it found.
+
+Imports `evaluate` and what is below it.
+"""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lora_embed.config import Recipe
+from lora_embed.config.models import Recipe
 from lora_embed.errors import ConfigError
 from lora_embed.tune.propose import Rank
 

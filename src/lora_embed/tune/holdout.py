@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from lora_embed.errors import ConfigError
 from lora_embed.evaluate.figures import BANK_SHARE, seeded_splits, verdict_of
-from lora_embed.evaluate.metrics import knn_accuracy, mean_interval
 from lora_embed.evaluate.records import Difference, Figure
+from lora_embed.vectors.metrics import knn_accuracy, mean_interval
 
 METRIC = "knn"  # what the search chose by; `lora-embed evaluate` has the others
 

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_embed import disk
-from lora_embed.decode import MAX_PIXELS, BadImage, Decode
 from lora_embed.errors import ConfigError
-from lora_embed.fields import typed
-from lora_embed.isolate import IsolatedDecoder
-from lora_embed.model.preprocess import Pixels, Preprocessing
-from lora_embed.plan import list_shards
-from lora_embed.progress import LOG_EVERY_S, say
-from lora_embed.read import read_samples
+from lora_embed.images.decode import MAX_PIXELS, BadImage, Decode
+from lora_embed.images.isolate import IsolatedDecoder
+from lora_embed.images.preprocess import Pixels, Preprocessing
+from lora_embed.monitor.progress import LOG_EVERY_S, say
 from lora_embed.schema import Layout, Sample, Shard
+from lora_embed.shards.fields import typed
+from lora_embed.shards.listing import list_shards
+from lora_embed.shards.read import read_samples
+from lora_embed.store import local
 
 FORMAT = 1
 
@@ -96,7 +96,7 @@ def read_labelled(
         with IsolatedDecoder() as decode:  # an image that kills its process is a reject, and the search goes on
             drawn, decoded = _Drawing(wanted, preprocessing, pixels, decode).draw(shards, reading)
         _check(drawn, wanted, inputs)
-        disk.replace(folder, record, json.dumps(asdict(drawn)).encode())
+        local.replace(folder, record, json.dumps(asdict(drawn)).encode())
     drawn = _Drawn(**json.loads(record.read_bytes()))
     how = json.dumps([drawn.ids, drawn.names, drawn.sums, drawn.labels, wanted.fields, preprocessing.settings()])
     classes = [sorted({label for row in drawn.labels if (label := row[task])}) for task in range(len(wanted.fields))]

@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_embed.config import Recipe
+from lora_embed.config.models import Recipe
 from lora_embed.errors import AdapterMismatch
 from lora_embed.evaluate.figures import BANK_SHARE
-from lora_embed.evaluate.metrics import mean_interval
 from lora_embed.evaluate.records import Trial
 from lora_embed.model.merge import METHODS, options_of
 from lora_embed.model.refold import Refolder
-from lora_embed.progress import say
+from lora_embed.monitor.progress import say
 from lora_embed.tune.goal import Goal, Search
 from lora_embed.tune.holdout import Splits, refuse_thin
 from lora_embed.tune.labelled import LabelledImages
 from lora_embed.tune.propose import Point, Rank, equal, next_point, point_of, references, starts
 from lora_embed.tune.trials import Exam, TrialLog, Tried
+from lora_embed.vectors.metrics import mean_interval
 
 TUNING_SPLITS = 20  # a trial's score is their mean: nearest neighbours cost little beside the vectors
 

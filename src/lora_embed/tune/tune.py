@@ -16,26 +16,25 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from lora_embed import disk
-from lora_embed.config import Recipe
+from lora_embed.config.models import Recipe
 from lora_embed.errors import ConfigError, EncoderError
-from lora_embed.evaluate.cka import cka_relations
-from lora_embed.evaluate.figures import BANK_SHARE
-from lora_embed.evaluate.metrics import split_by_name
+from lora_embed.evaluate.figures import BANK_SHARE, cka_relations
+from lora_embed.evaluate.page.evaluation import write_report
 from lora_embed.evaluate.records import Candidate, Evaluation, Relation, Task, Trial
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.encoder import load_encoder
 from lora_embed.model.merge import METHODS
 from lora_embed.model.refold import BATCH, Refolder
 from lora_embed.model.relate import relate_adapters
-from lora_embed.progress import say
-from lora_embed.report import write_report
+from lora_embed.monitor.progress import say
+from lora_embed.store import local
 from lora_embed.text import in_lines
 from lora_embed.tune.goal import Search
 from lora_embed.tune.holdout import Splits, differences_of, figures_of, refuse_thin
 from lora_embed.tune.labelled import LabelledImages, Reading, Wanted, read_labelled
 from lora_embed.tune.scoring import Scorer, shown_options
 from lora_embed.tune.trials import alone_in
+from lora_embed.vectors.metrics import split_by_name
 
 LEAST_ADAPTERS, MOST_ADAPTERS = 2, 5
 TUNING_SHARE = 0.5  # of the groups; the others are held back
@@ -278,7 +277,7 @@ def _chosen(search: Search, refolder: Refolder, images: LabelledImages, rows: Ro
         started = time.perf_counter()
         refolder.embed(images.pixels, some)
         affordable = len(some) / (time.perf_counter() - started) * 60 * minutes / LEAST_TRIALS
-        disk.replace(
+        local.replace(
             search.work_folder, pinned, json.dumps(max(LEAST_IMAGES, round(min(affordable, search.most_images)))).encode()
         )
     most = int(json.loads(pinned.read_bytes()))

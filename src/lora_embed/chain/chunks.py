@@ -1,0 +1,209 @@
+"""A block of work items → decoded chunks: samples read in order, images decoded, each chunk whole and inside one shard."""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lora_embed.chain.items import WorkItem
+from lora_embed.chain.resume import find_stretches
+from lora_embed.errors import ShardError, StorageError, StoreUnavailable
+from lora_embed.images.arithmetic import check_once
+from lora_embed.images.decode import BadImage, Decode, Prepare, decode_image
+from lora_embed.images.isolate import IsolatedDecoder, decode_or_die, keep_freed_memory
+from lora_embed.images.preprocess import Pixels
+from lora_embed.monitor.stages import Stopwatch
+from lora_embed.schema import ChunkHead, Layout, Sample, Shard, sample_schema, to_ipc
+from lora_embed.shards.fields import typed
+from lora_embed.shards.isolated import read_isolated, read_or_die
+from lora_embed.shards.read import ReadSamples, read_samples
+from lora_embed.store.retry import take_retries
+
+MOST_TEXT = 2**29  # characters of a chunk's keys and carried fields; Arrow takes 2 GiB to a column
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedChunk:
+    """One chunk's samples, of `schema.sample_schema`, and the pixels (good, *shape) of the good ones, in order."""
+
+    head: ChunkHead
+    samples: pa.RecordBatch
+    pixels: Pixels
+
+
+def decode_blocks(
+    batch: dict[str, Any], layout: Layout, preprocessing: Prepare, options: dict[str, Any], was_tried: Callable[[], bool]
+) -> Iterator[dict[str, Any]]:
+    """`decode_items`, but in child processes where a process died of the same task before, or hung with it.
+
+    If an image or a shard killed it, that is the end of a child this time, and a reject or the shard's error; else the
+    children do no harm.
+    Raises EncoderError where this process makes other pixels than the encoder was built with.
+    """
+    check_once(preprocessing)
+    keep_freed_memory()
+    isolated = IsolatedDecoder() if was_tried() else None
+    with isolated or contextlib.nullcontext():
+        decode: Decode = isolated or decode_or_die
+        read = read_or_die if isolated is None else read_isolated
+        yield from decode_items(batch, layout, preprocessing, options, read=read, decode=decode)
+
+
+def decode_items(
+    batch: dict[str, Any],
+    layout: Layout,
+    preprocessing: Prepare,
+    options: dict[str, Any],
+    *,
+    read: ReadSamples = read_samples,
+    decode: Decode = decode_image,
+) -> Iterator[dict[str, Any]]:
+    """Blocks of work items → one row per chunk: `head` (JSON), `samples` (Arrow IPC), `pixels` (1, n, *shape).
+
+    A shard that cannot be read on becomes a row whose head says why; the others go on.
+    """
+    for item in (item for block in batch["block"] for item in block.items):
+        try:
+            for chunk in decode_shard(item, layout, preprocessing, options, read=read, decode=decode):
+                yield _row(chunk.head, chunk.samples, chunk.pixels)
+        except (ShardError, StorageError, StoreUnavailable, OSError) as error:
+            shard = item.shard
+            head = ChunkHead(
+                shard_id=shard.id,
+                shard_name=shard.name,
+                prefix=shard.prefix,
+                error=str(error),
+                may_pass=isinstance(error, StoreUnavailable | OSError),
+                retries=take_retries(),
+            )
+            nothing = pa.RecordBatch.from_pylist([], schema=sample_schema(layout.carry))
+            yield _row(head, nothing, np.empty((0, *preprocessing.shape), np.uint8))
+
+
+def _row(head: ChunkHead, samples: pa.RecordBatch, pixels: Pixels) -> dict[str, Any]:
+    if not len(pixels):  # an empty tensor does not survive Ray's blocks; head.good says that this one holds nothing
+        pixels = np.zeros((1, *pixels.shape[1:]), np.uint8)
+    return {
+        "head": np.array([head.to_json()], dtype=object),
+        "samples": np.array([to_ipc(samples)], dtype=object),
+        "pixels": pixels[np.newaxis],
+    }
+
+
+def decode_shard(
+    item: WorkItem,
+    layout: Layout,
+    preprocessing: Prepare,
+    options: dict[str, Any],
+    *,
+    read: ReadSamples = read_samples,
+    decode: Decode = decode_image,
+) -> Iterator[DecodedChunk]:
+    """Yield a shard's chunks but those that are done, the same bytes at every call.
+
+    A chunk is yielded when the sample after it was seen or the end proven. Chunks count samples, good or bad.
+    Raises ShardError where the shard cannot be read on.
+    """
+    shard, done, size = item.shard, item.done, layout.chunk_size
+    keys: set[str] = set()
+    clock = Stopwatch()
+    for stretch in find_stretches(item, layout):
+        span, held = stretch.span, _Chunk(stretch.span.first // size, layout, preprocessing, decode)
+        keys |= stretch.passed
+        samples = read(shard, layout, options, _Missing(done, size), span)
+        for number, sample in enumerate(clock.timed("read", samples), span.first):
+            if item.limit is not None and number >= item.limit:
+                break
+            if number // size != held.chunk:
+                if held.chunk not in done:
+                    yield held.finish(shard, clock.take(), last=False)
+                held = _Chunk(number // size, layout, preprocessing, decode)
+            if held.chunk not in done:
+                with clock.timing("decode"):
+                    held.add(sample, is_duplicate=sample.key in keys)
+                if held.text > MOST_TEXT:
+                    raise ShardError(
+                        f"{shard.root}/{shard.name}: keys and carried fields of its chunk {held.chunk} have more than "
+                        f"{MOST_TEXT >> 20} MiB. Set chunk_size smaller, or carry fewer fields."
+                    )
+            keys.add(sample.key)
+        if held.chunk not in done:
+            yield held.finish(shard, clock.take(), last=span.end is None)
+
+
+@dataclass(frozen=True)
+class _Missing:
+    """Is a sample of a chunk that is not done? A class, for a reader in another process."""
+
+    done: frozenset[int]
+    chunk_size: int
+
+    def __call__(self, number: int) -> bool:
+        return number // self.chunk_size not in self.done
+
+
+class _Chunk:
+    """A chunk that is being filled; pixels go into one array at once, so that no copy is made at the end."""
+
+    def __init__(self, chunk: int, layout: Layout, preprocessing: Prepare, decode: Decode) -> None:
+        self.chunk = chunk
+        self._layout = layout
+        self._preprocessing = preprocessing
+        self._decode = decode
+        self._pixels: Pixels | None = None
+        self._begin: int | None = None
+        self._end: int | None = None
+        self._good = self._decoded = self._image_bytes = 0
+        self.text = 0  # characters of keys and carried fields
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, sample: Sample, *, is_duplicate: bool) -> None:
+        self._begin, self._end = self._begin if self._rows else sample.begin, sample.end
+        carried = {name: typed(sample.fields.get(name), kind) for name, kind in self._layout.carry}
+        self.text += len(sample.key) + sum(len(value) for value in carried.values() if isinstance(value, str))
+        row = {"key": sample.key, "width": None, "height": None, "sha256": None, "reason": None, "detail": None} | carried
+        try:
+            if sample.excess:
+                raise BadImage("too_many_bytes", f"{sample.excess} bytes, allowed are {self._layout.max_bytes}")
+            if sample.data is None:
+                raise BadImage("no_image", "the sample has no image")
+            row["sha256"] = hashlib.sha256(sample.data).digest()
+            self._image_bytes += len(sample.data)
+            if is_duplicate:
+                raise BadImage("duplicate_id", "an earlier sample of this shard has the same key")
+            self._decoded += 1
+            decoded = self._decode(sample.data, self._preprocessing, self._layout.max_pixels)
+            row |= {"width": decoded.width, "height": decoded.height}
+            self._keep(decoded.pixels)
+        except BadImage as bad:
+            row |= {"reason": bad.reason, "detail": str(bad)}
+        self._rows.append(row)
+
+    def finish(self, shard: Shard, seconds: dict[str, float], *, last: bool) -> DecodedChunk:
+        pixels = np.empty((0, *self._preprocessing.shape), np.uint8) if self._pixels is None else self._pixels[: self._good]
+        samples = pa.RecordBatch.from_pylist(self._rows, schema=sample_schema(self._layout.carry))
+        head = ChunkHead(
+            shard_id=shard.id,
+            shard_name=shard.name,
+            prefix=shard.prefix,
+            chunk=self.chunk,
+            last=last,
+            good=self._good,
+            decoded=self._decoded,
+            begin=self._begin,
+            end=self._end,
+            image_bytes=self._image_bytes,
+            retries=take_retries(),
+            seconds=seconds,
+        )
+        return DecodedChunk(head=head, samples=samples, pixels=pixels)
+
+    def _keep(self, pixels: Pixels) -> None:
+        if self._pixels is None:
+            self._pixels = np.empty((self._layout.chunk_size, *pixels.shape), np.uint8)
+        self._pixels[self._good] = pixels
+        self._good += 1

@@ -1,0 +1,197 @@
+"""The chain on a Ray cluster. Besides `ray_private`, `cluster` and the entry points, the only user of ray."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import ray
+import ray.data
+import ray.data.exceptions
+import ray.exceptions
+
+from lora_embed.chain.actors import EmbedImages, EmbedShards, EncoderSource, Pass, VectorChunk, WriteParts
+from lora_embed.chain.chunks import decode_blocks
+from lora_embed.chain.cluster import MAX_RETRIES, Topology
+from lora_embed.chain.device import Device, inspect_device
+from lora_embed.chain.items import Block, WorkItem
+from lora_embed.chain.ray_private import map_rows, was_tried_before
+from lora_embed.config.models import JobConfig
+from lora_embed.errors import IncompleteRun, LoraEmbedError, WorkersLost, carried_error
+from lora_embed.model.description import Description
+from lora_embed.schema import ChunkStats, Layout, encoder_path
+from lora_embed.store.store import Store
+
+WAVE, BLOCKS_IN_WAVE = 2000, 32  # blocks of one Dataset, which starts its actors anew: at least, and for each that reads
+BLOCK_BYTES, BLOCK_ITEMS = 32 * 2**20, 64  # what small shards are put together to
+BLOCKS_PER_READER = 8  # at least, where there are shards enough, so that none waits long for the last
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What all chunks of a run share."""
+
+    input_options: dict[str, Any] = field(repr=False)
+    store: Store  # where parts go
+    encoder_uri: str
+    encoder_options: dict[str, Any] = field(repr=False)
+    encoder: Description
+    layout: Layout
+    base: str | None = None  # where the base lies, by the user's word, of an encoder that is kept as an adapter
+
+    @property
+    def embedding(self) -> Pass:
+        """What the actors need of it."""
+        encoder = EncoderSource(
+            uri=self.encoder_uri,
+            options=self.encoder_options,
+            dimension=self.encoder.dimension,
+            preprocessing=self.encoder.preprocessing,
+            base=self.base,
+        )
+        return Pass(
+            encoders=(encoder,),
+            layout=self.layout,
+            input_options=self.input_options,
+            store=self.store,
+            space_id=self.encoder.space_id,
+        )
+
+    @classmethod
+    def of(cls, job: JobConfig, store: Store, encoder: Description, layout: Layout, base: str | None = None) -> "Job":
+        """A job whose encoder and parts lie on its table's storage."""
+        return cls(
+            input_options=job.input_storage_options,
+            store=store,
+            encoder_uri=f"{store.uri}/{encoder_path(encoder.space_id)}",
+            encoder_options=store.options,
+            encoder=encoder,
+            layout=layout,
+            base=base,
+        )
+
+
+def embed_items(items: list[WorkItem], job: Job, topology: Topology) -> Iterator[ChunkStats]:
+    """Embed work items and commit their parts; yields what became of each chunk.
+
+    Raises EncoderError when an actor does not reproduce the golden vectors, WorkersLost when Ray gives up.
+    """
+    for row in _run_chain(items, job.embedding, topology):
+        yield ChunkStats.from_json(row["stats"])
+
+
+def embed_with_each(items: list[WorkItem], shared: Pass, topology: Topology) -> Iterator[VectorChunk]:
+    """Read and decode work items once, and give every image to each encoder of the pass; yields their vectors.
+
+    Raises as `embed_items` does.
+    """
+    for row in _run_chain(items, shared, topology):
+        yield VectorChunk.from_row(row)
+
+
+def _run_chain(items: list[WorkItem], shared: Pass, topology: Topology) -> Iterator[dict[str, Any]]:
+    """The chain, in waves: blocks of work items → decoded chunks → vectors → committed parts, where there are any.
+
+    One row is one chunk and goes alone (`batch_size=1`), so that chunks stay whole and inside one shard.
+    """
+    decoding = (shared.layout, shared.prepare, shared.input_options, was_tried_before)
+    for blocks in _waves(items, topology.workers.readers):
+        rows = ray.data.from_items([{"block": block} for block in blocks], override_num_blocks=len(blocks))
+        if topology.decode is None:
+            whole = (shared, topology.kind, was_tried_before)
+            rows = map_rows(rows, EmbedShards, fn_constructor_args=whole, **topology.embed)
+        else:
+            rows = map_rows(rows, decode_blocks, fn_args=decoding, **topology.decode)
+            rows = map_rows(rows, EmbedImages, fn_constructor_args=(shared, topology.kind), **topology.embed)
+            if shared.space_id is not None:
+                rows = map_rows(rows, WriteParts, fn_constructor_args=(shared,), **topology.write)
+        with _own_errors():
+            yield from rows.iter_rows()
+
+
+def _waves(items: list[WorkItem], readers: int) -> Iterator[list[Block]]:
+    blocks, wave = plan_blocks(items, readers), max(WAVE, BLOCKS_IN_WAVE * readers)
+    return (blocks[start : start + wave] for start in range(0, len(blocks), wave))
+
+
+def plan_blocks(items: list[WorkItem], readers: int) -> list[Block]:
+    """One large item to a block, or several small ones in their order, but blocks enough for all that read at a time."""
+    most = max(1, min(BLOCK_ITEMS, len(items) // (readers * BLOCKS_PER_READER)))
+    blocks: list[list[WorkItem]] = []
+    size = 0
+    for item in items:
+        if not blocks or len(blocks[-1]) >= most or size + item.shard.size > BLOCK_BYTES:
+            blocks.append([])
+            size = 0
+        blocks[-1].append(item)
+        size += item.shard.size
+    return [Block(items=tuple(block)) for block in blocks]
+
+
+def ask_device(topology: Topology) -> Device:
+    """The kind of device that actors will get, asked of one."""
+    device: Device = ray.get(ray.remote(inspect_device).options(**topology.device).remote(topology.kind))
+    return device
+
+
+def map_tasks(
+    task: Callable[..., R], shared: tuple[Any, ...], arguments: list[Any], *, each_has: int = 1, here: bool = False
+) -> list[R]:
+    """`task(*shared, argument)` for each argument, results in order: as Ray tasks that take `each_has` arguments each.
+
+    A bounded number runs at a time. `here`: in this process, for what is not worth the seconds that a worker's start takes.
+    """
+
+    # Local, and of no type of this module, so that a worker need not import it, and torch with it.
+    def do(group: list[Any]) -> list[Any]:
+        return [task(*shared, argument) for argument in group]
+
+    if here:
+        return do(arguments)
+    groups = [arguments[start : start + each_has] for start in range(0, len(arguments), each_has)]
+    remote: Any = ray.remote(do).options(num_cpus=1, max_retries=MAX_RETRIES)
+    most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    results: dict[int, list[R]] = {}
+    pending: dict[Any, int] = {}
+    queue = iter(enumerate(groups))
+    with _own_errors():
+        while len(results) < len(groups):
+            while len(pending) < most and (following := next(queue, None)) is not None:
+                pending[remote.remote(following[1])] = following[0]
+            ready, _ = ray.wait(list(pending))
+            for reference in ready:
+                results[pending.pop(reference)] = ray.get(reference)
+    return [result for number in range(len(groups)) for result in results[number]]
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """Bring an error of this package back out of Ray's wrappers; anything else of Ray's ends the run with its cause."""
+    try:
+        yield
+    except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as error:
+        own = _find_own(error)
+        if own is not None:
+            raise own from None
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        if isinstance(error, ray.exceptions.OutOfMemoryError):  # its last line is an address
+            lines = ["a node ran low on memory, so it ended workers there: take fewer actors, smaller chunks or larger nodes"]
+        # An exception stays one, and after half an hour without progress another would be no better.
+        is_final = isinstance(error, ray.exceptions.RayTaskError | ray.data.exceptions.ExecutionTimeoutError)
+        if isinstance(error, ray.data.exceptions.ExecutionTimeoutError):
+            lines = ["no worker has finished anything for too long; has the cluster nodes left, and do they answer?"]
+        kind = IncompleteRun if is_final else WorkersLost
+        raise kind(
+            f"Ray gave the run up: {lines[-1][:300]}. What was embedded is kept, and the same command goes on."
+        ) from error
+
+
+def _find_own(error: BaseException | None) -> LoraEmbedError | None:
+    """The error as it was raised in a task, or as the text in which Ray hands on what an actor's constructor raised."""
+    cause = getattr(error, "cause", None)  # first: Ray's own error is of the cause's class too, with a traceback for text
+    if isinstance(cause, LoraEmbedError):
+        return cause
+    if error is None or isinstance(error, LoraEmbedError):
+        return error
+    return carried_error(str(error)) or _find_own(error.__cause__)

@@ -1,0 +1,112 @@
+"""`lora-embed evaluate` and `jobs/evaluate.py`: options → a request, its evaluation → stdout and a file."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_embed.cli.options import input_of, options_like
+from lora_embed.config.models import JobConfig
+from lora_embed.errors import ConfigError, StorageError
+from lora_embed.monitor.progress import LogFormat, log_as
+
+Many = list[str] | None
+
+
+def evaluate(
+    recipe: Annotated[Many, typer.Option(help="Recipe file or encoder directory; repeat it for several.")] = None,
+    data: Annotated[
+        Many, typer.Option(metavar="INPUT", help="Labelled shards, as `input` of a job, or a job file; repeat it.")
+    ] = None,
+    label: Annotated[Many, typer.Option(metavar="FIELD", help="Field with the class, a task each; repeat it.")] = None,
+    group: Annotated[str | None, typer.Option(metavar="FIELD", help="Images with one value stay on one side.")] = None,
+    split: Annotated[str | None, typer.Option(metavar="FIELD", help="Your own split: bank or train, query or test …")] = None,
+    splits: Annotated[int, typer.Option(help="Seeded splits, two thirds of the images in the bank.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Of the splits.")] = 0,
+    reference: Annotated[str | None, typer.Option(metavar="NAME", help="Candidate that others are held against.")] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Judge the base and each adapter by itself as well.")] = False,
+    heads: Annotated[bool, typer.Option(help="Put the adapters' own heads on every candidate.")] = True,
+    head: Annotated[Many, typer.Option(metavar="ADAPTER=FIELD", help="The task of an adapter's head.")] = None,
+    classes: Annotated[Many, typer.Option(metavar="FIELD=FILE", help="Classes in the order of a head's outputs.")] = None,
+    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    work: Annotated[str | None, typer.Option(metavar="URI", help="Where encoders and vectors are kept.")] = None,
+    shared_filesystem: Annotated[bool, typer.Option("--shared-filesystem", help="All nodes mount the local paths.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the evaluation as JSON.")] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as a page (HTML).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    log_format: Annotated[LogFormat, typer.Option(callback=log_as, help="How stderr is written.")] = LogFormat.TEXT,
+) -> None:
+    """Compare recipes on labelled images: each image decoded once, metrics on seeded splits, paired differences."""
+    if precision not in ("auto", "float32", "bfloat16", "float16"):
+        raise ConfigError(f"--precision is {precision!r}, expected auto, float32, bfloat16 or float16")
+    _check_writable("--out", out)
+    _check_writable("--report", report)
+    from lora_embed.evaluate.assess import Request, assess
+    from lora_embed.evaluate.page.evaluation import write_report
+    from lora_embed.evaluate.show import to_markdown
+
+    job = input_of(data or [])
+    request = Request(
+        recipes=tuple(_absolute(path) for path in recipe or ()),
+        inputs=tuple(_absolute(path) for path in data or ()) if job is None else job.input,
+        labels=tuple(label or ()),
+        group=group,
+        split=split,
+        splits=splits,
+        seed=seed,
+        reference=reference,
+        alone=alone,
+        judges_heads=heads,
+        heads=dict(_pair("--head", "ADAPTER=FIELD", text) for text in head or ()),
+        head_classes=dict(_read_classes(text) for text in classes or ()),
+        precision=precision,
+        work=None if work is None else _absolute(work),
+        shared_filesystem=shared_filesystem,
+        **({} if job is None else _reached_as(job, work or "")),
+    )
+    evaluation = assess(request)
+    if out is not None:
+        out.write_text(evaluation.to_json() + "\n", encoding="utf-8", errors="backslashreplace")
+    if report is not None:
+        write_report(evaluation, report)
+    print(evaluation.to_json() if as_json else to_markdown(evaluation))
+
+
+def _reached_as(job: JobConfig, work: str) -> dict[str, Any]:
+    """What a job says of how its images are read, and how a work folder beside its table is reached."""
+    return {
+        "input_options": job.input_storage_options,
+        "image_column": job.image_column,
+        "key_column": job.key_column,
+        "work_options": options_like(work, (job.table,), job.table_storage_options),
+    }
+
+
+def _pair(option: str, expected: str, text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not (name and separator and value):
+        raise ConfigError(f"{option} {text}: expected {expected}")
+    return name, value
+
+
+def _read_classes(text: str) -> tuple[str, tuple[str, ...]]:
+    """A task, and its classes in the order of a head's outputs: a line each."""
+    name, path = _pair("--classes", "FIELD=FILE", text)
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise ConfigError(f"--classes {text}: {path} cannot be read: {reason}. Give a file with a class a line.") from None
+    return name, tuple(line.strip() for line in lines if line.strip())
+
+
+def _absolute(path: str) -> str:
+    """Workers have other current folders."""
+    return path if "://" in path or not path else os.path.abspath(os.path.expanduser(path))
+
+
+def _check_writable(option: str, path: Path | None) -> None:
+    """Before minutes of work. Raises StorageError."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise StorageError(f"{option} {path}: cannot be written: it is a directory, or lies in none. Name a file.")

@@ -1,0 +1,180 @@
+"""The command line: parse, call, print."""
+
+import enum
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_embed.cli.evaluate import evaluate
+from lora_embed.cli.options import Json, Set, print_result
+from lora_embed.cli.tables import TABLE_COMMANDS
+from lora_embed.cli.tune import tune
+from lora_embed.config.models import load_job, load_recipe
+from lora_embed.errors import ConfigError
+from lora_embed.monitor.ending import end_process, exit_code_of
+from lora_embed.monitor.progress import LogFormat, log_as, note, say
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Merge LoRA adapters into one encoder, and keep its embeddings of many images as a versioned Parquet table.",
+)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
+Log = Annotated[LogFormat, typer.Option("--log-format", callback=log_as, help="How stderr is written.")]
+
+
+class Store(enum.StrEnum):
+    """How an encoder's weights are kept."""
+
+    MODEL = "model"
+    ADAPTER = "adapter"
+
+
+@app.command()
+def build(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")],
+    out: Annotated[Path, typer.Option(help="Directory to write the encoder to.")],
+    store: Annotated[Store, typer.Option(help="Whole weights, or the base's name and one merged LoRA adapter.")] = Store.MODEL,
+    rank: Annotated[int | None, typer.Option(min=1, help="With --store adapter: its largest rank.")] = None,
+    energy: Annotated[float, typer.Option(help="With --store adapter: share of the change's squared norm to keep.")] = 1.0,
+    as_json: Json = False,
+    log_format: Log = LogFormat.TEXT,
+) -> None:
+    """Merge a recipe's adapters into an encoder directory, with its merge report."""
+    from lora_embed.model.build import build_encoder, gather
+    from lora_embed.model.fold import Limit
+
+    if store is Store.MODEL and (rank is not None or energy != 1.0):
+        raise ConfigError("--rank and --energy say how much of the merge an adapter keeps. Add --store adapter.")
+    if not 0 < energy <= 1:
+        raise ConfigError(f"--energy is {energy:g}, expected more than 0 and at most 1")
+    limit = Limit(rank=rank, energy=energy) if store is Store.ADAPTER else None
+    description = build_encoder(gather(load_recipe(recipe)), out, say, limit)
+    result = {"encoder": str(out), "space_id": description.space_id, "dimension": description.dimension}
+    print_result(result, as_json, f"{out}: encoder of space {description.space_id}, {description.dimension} dimensions")
+
+
+@app.command()
+def plan(
+    job: JobFile,
+    set_: Set = None,
+    forecast: Annotated[bool, typer.Option("--forecast", help="Embed a few images on the cluster to say how long.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a run would do, by listing alone; write nothing."""
+    from lora_embed.run.plan import plan_job
+
+    outlook = plan_job(load_job(job, set_), forecasts=forecast)
+    print_result(asdict(outlook), as_json, outlook.describe())
+
+
+@app.command()
+def run(
+    job: JobFile,
+    set_: Set = None,
+    publish: Annotated[bool, typer.Option(help="Publish a version once everything is embedded.")] = True,
+    as_json: Json = False,
+    log_format: Log = LogFormat.TEXT,
+) -> None:
+    """Build the encoder if needed, embed what is missing, verify, publish."""
+    _run(job, set_, as_json, publishes=publish)
+
+
+@app.command()
+def publish(
+    job: JobFile,
+    set_: Set = None,
+    release: Annotated[bool, typer.Option("--release", help="Publish a space that a rollback holds back.")] = False,
+    accept: Annotated[list[str] | None, typer.Option(metavar="GATE", help="Let a failed gate through.")] = None,
+    why: Annotated[str, typer.Option(help="The reason for that, kept in the version.")] = "",
+    as_json: Json = False,
+    log_format: Log = LogFormat.TEXT,
+) -> None:
+    """Publish what is staged as the next version, without embedding anything."""
+    from lora_embed.run.job import publish_job
+
+    if accept and not why.strip():
+        raise ConfigError("--accept lets a failed gate through. Say why with --why: the version keeps the reason.")
+    result = publish_job(load_job(job, set_), releases=release, accepted=dict.fromkeys(accept or [], why))
+    print_result(asdict(result), as_json, result.describe())
+
+
+@app.command()
+def demo(folder: Annotated[Path, typer.Argument(help="Where everything is written.")] = Path("demo-run")) -> None:
+    """All of it on real images, in minutes: merge, embed, publish, compare, search."""
+    from lora_embed.demo.tour import run_demo
+
+    folder.mkdir(parents=True, exist_ok=True)
+    run_demo(folder, say)
+
+
+for command in (*TABLE_COMMANDS, tune, evaluate):
+    app.command()(command)
+
+
+def embed(
+    config: Annotated[Path, typer.Option(help="Job file (YAML).")],
+    set_: Set = None,
+    publish: bool = True,
+    as_json: Json = False,
+    log_format: Log = LogFormat.TEXT,
+) -> None:
+    """Build the encoder if needed, embed what is missing, verify, publish."""
+    _run(config, set_, as_json, publishes=publish)
+
+
+def reembed_nightly(
+    config: Annotated[Path, typer.Option(help="Job file (YAML).")],
+    set_: Set = None,
+    release: Annotated[bool, typer.Option("--release", help="Publish a space that a rollback holds back.")] = False,
+    as_json: Json = False,
+    log_format: Log = LogFormat.TEXT,
+) -> None:
+    """Embed what is stale: new and changed shards, or everything where the recipe makes another space; publish."""
+    _run(config, set_, as_json, replaces=True, releases=release)
+
+
+def embed_job(arguments: list[str]) -> int:
+    """`jobs/embed.py`: `--config JOB [--set KEY=VALUE …] [--no-publish] [--json]`; returns the exit code."""
+    return _exit_code_of_job(embed, arguments)
+
+
+def nightly_job(arguments: list[str]) -> int:
+    """`jobs/reembed_nightly.py`: `--config JOB [--set KEY=VALUE …] [--release] [--json]`; returns the exit code."""
+    return _exit_code_of_job(reembed_nightly, arguments)
+
+
+def evaluate_job(arguments: list[str]) -> int:
+    """`jobs/evaluate.py`, with the options of `lora-embed evaluate`; returns the exit code."""
+    return _exit_code_of_job(evaluate, arguments)
+
+
+def _exit_code_of_job(command: Callable[..., None], arguments: list[str]) -> int:
+    entry = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    entry.command()(command)
+    return exit_code_of(lambda: entry(arguments, prog_name=f"{command.__name__}.py"))
+
+
+def main() -> None:
+    """The `lora-embed` command."""
+    end_process(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """`lora-embed` with these arguments; returns the exit code."""
+    return exit_code_of(lambda: app(arguments, prog_name="lora-embed"))
+
+
+def _run(path: Path, overrides: list[str] | None, as_json: bool, **how: bool) -> None:
+    note(is_run=True)  # from here on a last line says how it ended
+    job = load_job(path, overrides)
+    from lora_embed.run.job import run_job
+
+    result = run_job(job, **how)
+    print_result(asdict(result), as_json, result.describe())

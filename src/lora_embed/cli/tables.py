@@ -1,0 +1,151 @@
+"""The commands that look at a published table, or change what is current in it."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_embed.cli.options import Json, Set, TableOrJob, find_table, print_result
+from lora_embed.errors import ConfigError
+
+
+def rollback(
+    table: TableOrJob,
+    to: Annotated[int, typer.Option(metavar="VERSION", help="The version whose content is to be current again.")],
+    why: Annotated[str, typer.Option(help="The reason, kept in the new version.")],
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Make an earlier version's content the next version, and hold back the space that it replaces."""
+    from lora_embed.table.versions import roll_back
+
+    store = find_table(table, set_).store
+    manifest = roll_back(store, to, _reason(why))
+    held = f"; held back: {', '.join(manifest.held)}" if manifest.held else ""
+    result = {"table": store.uri, "version": manifest.version, "space_id": manifest.space_id, "held": manifest.held}
+    print_result(
+        result, as_json, f"version {manifest.version} has the content of version {to}, space {manifest.space_id}{held}"
+    )
+
+
+def explain(table: TableOrJob, id: str, version: int | None = None, set_: Set = None, as_json: Json = False) -> None:
+    """Say where a row came from: image, shard, encoder, adapters, and the first version that holds it."""
+    from lora_embed.table.lineage import explain_row
+
+    explanation = explain_row(find_table(table, set_).open(version), id)
+    print_result(asdict(explanation), as_json, explanation.describe())
+
+
+def forget(
+    table: TableOrJob,
+    ids: Annotated[list[str], typer.Argument(metavar="ID…", help="Ids of images.")],
+    why: Annotated[str, typer.Option(help="The reason, kept in the new version.")],
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Publish a version without these images, keep them out, and retire the versions that hold them."""
+    from lora_embed.table.lineage import forget as forget_images
+
+    forgotten = forget_images(find_table(table, set_).store, ids, _reason(why))
+    print_result(asdict(forgotten), as_json, forgotten.describe())
+
+
+def gc(
+    table: TableOrJob,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed; write nothing.")] = False,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Retire old versions, and remove what no version has needed for the grace period, as each night does."""
+    from lora_embed.table.retention import collect_garbage
+
+    named = find_table(table, set_)
+    retain = named.job.retain if named.job is not None else None
+    collected = collect_garbage(named.store.uri, named.store.options, retain, is_dry_run=dry_run)
+    print_result(asdict(collected), as_json, collected.describe())
+
+
+def status(
+    table: TableOrJob,
+    metrics: Annotated[bool, typer.Option("--metrics", help="Print gauges for Prometheus on stdout.")] = False,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Show a table's versions, what is staged for the next, the runs that go on and how the last ones ended."""
+    from lora_embed.monitor.runs import describe_runs, read_runs, to_prometheus
+    from lora_embed.table.status import describe_table
+
+    store = find_table(table, set_).store
+    state, runs = describe_table(store.uri, store.options), read_runs(store)
+    described = "\n".join([state.describe(), *describe_runs(runs)])
+    text = to_prometheus(store.uri, state.version, runs) if metrics else described
+    print_result(asdict(state) | {"runs": [run.to_dict() for run in runs]}, as_json, text)
+
+
+def verify(table: TableOrJob, version: int | None = None, set_: Set = None, as_json: Json = False) -> None:
+    """Read a version's files again and check sums, counts, ids and space."""
+    from lora_embed.table.verify import verify_table
+
+    opened = find_table(table, set_).open(version)
+    verify_table(opened)
+    counts = opened.manifest.counts
+    counted = ", ".join(f"{number:,} {name}" for name, number in counts.items())
+    files = len(opened.manifest.files) + len(opened.manifest.rejects)
+    result = {"table": opened.store.uri, "version": opened.version, "files": files, "counts": counts}
+    print_result(result, as_json, f"version {opened.version}: {files} files, {counted}; sums, counts and ids are right")
+
+
+def export(
+    table: TableOrJob,
+    to: Annotated[str, typer.Option(metavar="KIND", help="faiss-flat, faiss-ivf, faiss-hnsw or lance.")],
+    out: Annotated[Path, typer.Option(help="New directory to write the index to.")],
+    version: Annotated[int | None, typer.Option(help="Another version than the current one.")] = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Write a version's vectors as an index for search by cosine."""
+    from lora_embed.search.export import export_index
+
+    about = export_index(find_table(table, set_).open(version), to, out)
+    text = f"{out}: {about.kind} index of {about.count:,} vectors, version {about.version}, space {about.space_id}"
+    print_result({"index": str(out)} | asdict(about), as_json, text)
+
+
+def search(
+    table: TableOrJob,
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="Path or URI of the image to look for.")],
+    k: Annotated[int, typer.Option("-k", "--k", min=1, help="How many to find.")] = 10,
+    index: Annotated[Path | None, typer.Option(help="Search this index, which `export` wrote, not all vectors.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write an HTML page that shows what was found.")] = None,
+    input_: Annotated[
+        list[str] | None,
+        typer.Option("--input", metavar="INPUT", help="Read pictures there, if the table names it as its input."),
+    ] = None,
+    version: Annotated[int | None, typer.Option(help="Another version than the current one.")] = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Find the images of a table that are nearest to one, by the table's own encoder."""
+    from lora_embed.search.search import find_pictures, search_image, write_page
+
+    named = find_table(table, set_)
+    opened = named.open(version)
+    found = search_image(opened, image, k, index, named.options_of(image))
+    text = found.describe()
+    if page is not None:
+        pictures = find_pictures(opened, found.hits, named.input_options, (*named.inputs, *(input_ or ())))
+        write_page(found, pictures, page)
+        text += f"\n{page}: {len(pictures)} of {len(found.hits)} with their pictures"
+    names = ("image", "table", "version", "space_id", "method", "count")
+    result = {name: getattr(found, name) for name in names} | {"hits": [asdict(hit) for hit in found.hits]}
+    print_result(result, as_json, text)
+
+
+def _reason(why: str) -> str:
+    if not why.strip():
+        raise ConfigError("--why is empty. Say why: the version keeps the reason.")
+    return why
+
+
+TABLE_COMMANDS = (rollback, explain, forget, gc, status, verify, export, search)

@@ -1,0 +1,70 @@
+"""`lora-embed tune`: options → a search, its result → stdout."""
+
+import enum
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_embed.cli.options import input_of
+from lora_embed.errors import ConfigError
+from lora_embed.monitor.progress import LogFormat, log_as
+
+
+class Objective(enum.StrEnum):
+    """What a tuned merge is best in."""
+
+    WORST = "worst"
+    MEAN = "mean"
+
+
+def tune(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML): the base and 2 to 5 adapters.")],
+    data: Annotated[
+        list[str], typer.Option(metavar="INPUT", help="Labelled shards: tar, Parquet, pattern; or a job file. Repeatable.")
+    ],
+    label: Annotated[list[str], typer.Option(metavar="[ADAPTER=]FIELD[:IMPORTANCE]", help="A task. Repeatable.")],
+    out: Annotated[Path, typer.Option(help="Recipe file to write.")],
+    minutes: Annotated[float | None, typer.Option(min=0.0, help="Time for trials; 10 unless --evaluations is given.")] = None,
+    evaluations: Annotated[int | None, typer.Option(min=1, help="Merges to try.")] = None,
+    objective: Annotated[
+        Objective, typer.Option(help="The worst task's gain over its adapter, or the mean.")
+    ] = Objective.WORST,
+    methods: Annotated[str | None, typer.Option(metavar="METHOD,…", help="Methods to try; all by default.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="Write the best trial also where its lead is within noise.")] = False,
+    group: Annotated[str | None, typer.Option(metavar="FIELD", help="Images that share it are never split.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Labelled images to use at most, drawn by seed.")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="Of splits and of the search.")] = 0,
+    work: Annotated[Path | None, typer.Option(help="Where trials and pixels are kept; beside --out by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    log_format: Annotated[LogFormat, typer.Option(callback=log_as, help="How stderr is written.")] = LogFormat.TEXT,
+) -> None:
+    """Search weights and method of a merge on labelled images; judge the winner on images that the search never saw."""
+    from lora_embed.config.models import load_recipe
+    from lora_embed.tune.goal import Budget, Search, read_label
+    from lora_embed.tune.tune import tune as tune_recipe
+
+    job = input_of(data)
+    names = tuple(name.strip() for name in (methods or "").split(",") if name.strip())
+    if methods is not None and not names:
+        raise ConfigError(f"--methods is {methods!r}, which names none. Name one or more, or leave the option out for all.")
+    search = Search(
+        recipe=load_recipe(recipe),
+        inputs=tuple(data) if job is None else job.input,
+        tasks=tuple(map(read_label, label)),
+        out=out,
+        budget=Budget(evaluations=evaluations, minutes=10.0 if minutes is None and evaluations is None else minutes),
+        objective=objective.value,
+        methods=names,
+        takes_best=best,
+        group=group,
+        seed=seed,
+        most_images=images,
+        work=work,
+        input_options={} if job is None else job.input_storage_options,
+        image_column=None if job is None else job.image_column,
+        key_column=None if job is None else job.key_column,
+    )
+    tuned = tune_recipe(search)
+    print(json.dumps(tuned.as_json()) if as_json else tuned.describe())

@@ -1,0 +1,1 @@
+"""What users write, checked as it is read, and what tables say, read with suspicion. Imports `store` and the ground."""

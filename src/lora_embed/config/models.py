@@ -1,0 +1,335 @@
+"""Recipes and jobs: what users write, checked when it is read."""
+
+import math
+import os
+import posixpath
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+
+from lora_embed.config.messages import Keys, checked, shown
+from lora_embed.config.yaml import Loader, read_yaml, yaml_problem
+from lora_embed.errors import ConfigError
+from lora_embed.store import hub
+from lora_embed.text import holds_secret, redacted
+
+OWN_COLUMNS = ("id", "embedding", "shard", "key", "width", "height", "sha256", "reason", "detail")
+
+
+class Section(BaseModel):
+    """A frozen piece of configuration that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):  # which would count as 0 or 1
+        raise ValueError("expected a number")
+    return value
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("expected a finite number")
+    return value
+
+
+def _not_empty(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not value:
+        raise ValueError("expected at least one")
+    return value
+
+
+def _without_password(uri: str) -> str:
+    if holds_secret(uri):
+        shown_uri = redacted("".join(uri.split()))
+        raise ValueError(
+            f"{shown_uri} holds a password or a signature, and places are written to tables, logs and reports. Give it in the "
+            "environment or, for input and table, in their storage options."
+        )
+    return uri
+
+
+# Not strict: YAML reads 1e-3, without a point, as text.
+Number = Annotated[float, Field(strict=False), BeforeValidator(_not_bool), AfterValidator(_finite)]
+Share = Annotated[Number, Field(ge=0.0, le=1.0)]
+Text = Annotated[str, Field(min_length=1)]
+Uri = Annotated[Text, AfterValidator(_without_password)]  # or a path; what names a place is written to tables and reports
+
+
+class AdapterSpec(Section):
+    """One adapter of a recipe and its weight in the merge."""
+
+    path: Uri
+    weight: Number = 1.0
+    revision: Text | None = None
+
+
+class Recipe(Section):
+    """What an encoder is built from."""
+
+    base_model: Uri
+    revision: Text | None = None
+    adapters: tuple[AdapterSpec, ...] = Field(default=(), strict=False)
+    merge_method: Text = "weighted_sum"  # `model.merge` knows the methods, and the options of each
+    merge_options: dict[str, Any] = Field(default_factory=dict)
+    pooling: Literal["mean", "patch_mean", "cls", "last_mean", "last_patch_mean", "last_cls"] = "mean"
+    normalize: bool = False
+    image_size: int | None = Field(default=None, ge=8, le=4096)
+    decode: Literal["exact", "fast"] = "exact"
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """What adapters are called: the last part of their paths, or more where that is not distinct."""
+        return distinct_names([spec.path.rstrip("/") for spec in self.adapters])
+
+    @model_validator(mode="after")
+    def _method_fits_adapters(self) -> "Recipe":
+        if self.merge_method == "none" and self.adapters:
+            raise ValueError(
+                f"merge_method is none, which takes the base alone, but adapters names {len(self.adapters)}. "
+                "Remove them, or name a method."
+            )
+        if self.merge_method != "none" and not self.adapters:
+            raise ValueError("adapters is empty. Name at least one, or set merge_method to none for the base alone.")
+        if self.adapters and not any(adapter.weight for adapter in self.adapters):
+            raise ValueError("all weights of adapters are 0, which leaves the base alone. Set merge_method to none for that.")
+        if self.merge_method == "concat" and any(adapter.weight != 1 for adapter in self.adapters):
+            raise ValueError("merge_method is concat, which keeps each adapter whole. Leave out the weights, which would be 1.")
+        return self
+
+
+def distinct_names(paths: list[str]) -> list[str]:
+    """As few last parts of each path as tell them all apart; equal paths stay equal."""
+    names = paths
+    for parts in range(max((path.count("/") for path in paths), default=0) + 1, 0, -1):
+        shorter = [posixpath.join(*path.split("/")[-parts:]) for path in paths]
+        if len(set(shorter)) == len(set(paths)):
+            names = shorter
+    return names
+
+
+class Actors(Section):
+    """Bounds of the actor pool; a pool without GPUs is sized by the cluster's CPUs unless they are set."""
+
+    min: int | None = Field(default=None, ge=1)
+    max: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> "Actors":
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min is {self.min}, more than max, which is {self.max}")
+        return self
+
+
+class Resources(Section):
+    """What the job asks the cluster for."""
+
+    device: Literal["auto", "gpu", "cpu"] = "auto"
+    actors: Actors = Actors()
+    cpus_per_decode: Annotated[Number, Field(gt=0)] = 1.0
+    wait_s: Annotated[Number, Field(ge=0)] | None = None
+
+
+class Retain(Section):
+    """How long a table keeps what its current version does not need."""
+
+    versions: int = Field(default=10, ge=2)
+    grace_days: Annotated[Number, Field(ge=0)] = 7.0
+    runs: int = Field(default=100, ge=1)  # whose states, records and reports are kept
+
+
+class Reembed(Section):
+    """What is embedded again to see whether it still fits: by a new encoder before a full pass, by the same one each night."""
+
+    sample: int = Field(default=2000, ge=0)  # images; 0 goes on without asking
+    skip_overlap: Share | None = 0.98
+    skip_gain: Share = 0.0
+    drift: int = Field(default=64, ge=0)  # unchanged images embedded again beside new ones; 0 embeds none
+
+
+class Prices(Section):
+    """What an hour costs, in any currency, for the forecast of `plan`; what is not given is not counted."""
+
+    gpu_hour: Annotated[Number, Field(ge=0)] | None = None
+    cpu_hour: Annotated[Number, Field(ge=0)] | None = None
+
+
+class CarryField(Section):
+    """A sample field kept as a column of the table."""
+
+    name: Text
+    type: Literal["string", "int64", "float64", "bool"] = "string"
+
+
+def _carry_field(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    name, colon, kind = value.partition(":")
+    return {"name": name, "type": kind if colon else "string"}
+
+
+class JobConfig(Section):
+    """One run: which encoder, which images, which table, and how."""
+
+    recipe: Uri
+    input: Annotated[tuple[Uri, ...], Field(strict=False), AfterValidator(_not_empty)]
+    table: Uri
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    chunk_size: int = Field(default=512, ge=1, le=65536)
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = "auto"
+    max_rejects: Share = 0.01
+    max_removed: Share = 0.05
+    max_pixels: int = Field(default=100_000_000, ge=1)
+    max_bytes: int = Field(default=2**30, ge=1)
+    carry: tuple[CarryField, ...] = Field(default=(), strict=False)
+    image_column: Text | None = None
+    key_column: Text | None = None
+    limit: int | None = Field(default=None, ge=1)
+    vector_type: Literal["float32", "float16"] = "float32"
+    resources: Resources = Resources()
+    reembed: Reembed = Reembed()
+    retain: Retain = Retain()
+    gates: dict[str, Number] = Field(default_factory=dict)  # limits by name: `gates.Limits` has them and their defaults
+    prices: Prices = Prices()
+    shared_filesystem: bool = False
+    follow_folder_links: bool = False  # read what links below a local input lead to, also folders outside of it
+    input_storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+    table_storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _widen_shorthands(cls, data: dict[str, Any]) -> dict[str, Any]:
+        data = dict(data)
+        if isinstance(data.get("input"), str):
+            data["input"] = [data["input"]]
+        if isinstance(data.get("carry"), list):
+            data["carry"] = [_carry_field(value) for value in data["carry"]]
+        return data
+
+    @model_validator(mode="after")
+    def _columns_are_free(self) -> "JobConfig":
+        names = [field.name for field in self.carry]
+        for name in names:
+            if name in OWN_COLUMNS:
+                raise ValueError(f"carry names {name!r}, which is a column of the table itself. Rename that field in the data.")
+            if names.count(name) > 1:
+                raise ValueError(f"carry names {name!r} {names.count(name)} times. Name it once.")
+        return self
+
+    @model_validator(mode="after")
+    def _table_is_no_input(self) -> "JobConfig":
+        """A directory is searched to any depth: the next run would embed the table's own Parquet files."""
+        table = f"{self.table.removeprefix('file://').rstrip('/')}/"
+        for source in self.input:
+            if table.startswith(f"{source.removeprefix('file://').rstrip('/')}/"):
+                raise ValueError(f"table {self.table} lies in the input {source}, which would take it in. Move one of them.")
+        return self
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe file; relative paths in it are made absolute against its folder.
+
+    Raises ConfigError naming the file, the key, what was found and what is allowed.
+    """
+    data = read_yaml(Path(path), "a recipe (YAML)")
+    folder = Path(path).resolve().parent
+    if isinstance(data.get("base_model"), str):
+        data["base_model"] = _base_place(folder, data["base_model"], f"{path}: base_model")
+    adapters = data.get("adapters")
+    for number, adapter in enumerate(adapters if isinstance(adapters, list) else []):
+        if isinstance(adapter, dict) and isinstance(adapter.get("path"), str):
+            adapter["path"] = _local_place(folder, adapter["path"], f"{path}: adapters[{number}].path")
+    return checked(Recipe, data, str(path), {})
+
+
+def recorded_recipe(encoder: Path) -> Recipe:
+    """The recipe in an encoder's directory, whose places are whole already, and may be gone. Raises ConfigError."""
+    path = encoder / "recipe.yaml"
+    return checked(Recipe, read_yaml(path, "a recipe (YAML)"), str(path), {})
+
+
+def check_options(where: str, known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The options of `where`, `known` by name with type and default, as a user sets them.
+
+    Raises ConfigError for one that is not known.
+    """
+    options = create_model("Options", __base__=Section, **known)
+    return checked(options, given, where, {}).model_dump()
+
+
+def load_job(path: str | Path, overrides: list[str] | None = None) -> JobConfig:
+    """Read a job file and apply `key=value` overrides, whose relative paths count from the current folder.
+
+    Raises ConfigError naming the file or the override, the key, what was found and what is allowed.
+    """
+    data = _with_absolute_paths(read_yaml(Path(path), "a job file (YAML)"), Path(path).resolve().parent)
+    overridden: dict[Keys, str] = {}
+    for text in overrides or []:
+        keys, value = _parse_override(text)
+        if len(keys) == 1:
+            value = _with_absolute_paths({keys[0]: value}, Path.cwd())[keys[0]]
+        _section_for(data, keys, text)[keys[-1]] = value
+        overridden[tuple(keys)] = _as_said(text)
+    return checked(JobConfig, data, str(path), overridden)
+
+
+def _as_said(override: str) -> str:
+    """An override as messages give it: without what it sets storage options to, which may be a secret."""
+    key = override.partition("=")[0]
+    return f"{key}=…" if key.partition(".")[0].endswith("_storage_options") else override
+
+
+def _parse_override(text: str) -> tuple[list[str], Any]:
+    key, separator, raw = text.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {text}: expected KEY=VALUE, for example --set chunk_size=256")
+    try:
+        return key.split("."), yaml.load(raw, Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"--set {_as_said(text)}: the value is not valid YAML: {yaml_problem(error)}. Quote it.") from None
+
+
+def _section_for(data: dict[str, Any], keys: list[str], text: str) -> dict[str, Any]:
+    """The section that an override's last key lies in, made where it is not there."""
+    for key in keys[:-1]:
+        if data.get(key) is None:
+            data[key] = {}
+        data = data[key]
+        if not isinstance(data, dict):
+            found = shown(data) if _as_said(text) == text else type(data).__name__
+            raise ConfigError(f"--set {_as_said(text)}: {key!r} is {found}, not a section that holds {keys[-1]!r}")
+    return data
+
+
+def _with_absolute_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    data = dict(data)
+    for key in ("recipe", "table"):
+        if isinstance(data.get(key), str):
+            data[key] = _absolute(folder, data[key])
+    if isinstance(data.get("input"), str):
+        data["input"] = _absolute(folder, data["input"])
+    elif isinstance(data.get("input"), list):
+        data["input"] = [_absolute(folder, value) if isinstance(value, str) else value for value in data["input"]]
+    return data
+
+
+def _absolute(folder: Path, value: str) -> str:
+    return value if "://" in value or not value else os.path.normpath(folder / os.path.expanduser(value))
+
+
+def _base_place(folder: Path, value: str, where: str) -> str:
+    """A base's `owner/name` is a repository of the hub, unless there is an `owner` beside the recipe: then it is a path."""
+    if hub.may_be_repository(value) and not (folder / value.partition("/")[0]).exists():
+        return value
+    return _local_place(folder, value, where)
+
+
+def _local_place(folder: Path, value: str, where: str) -> str:
+    """A path or URI; a path that is not there, and is written as a repository is, may mean either, so it is refused."""
+    path = _absolute(folder, value)
+    if "/" in value and hub.may_be_repository(value) and not os.path.exists(path):
+        raise ConfigError(f"{where} is {value}, but {hub.no_directory(value, folder)}")
+    return path

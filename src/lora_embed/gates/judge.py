@@ -1,0 +1,171 @@
+"""A version about to be created, measured on storage and held against the one before: the gates after compaction."""
+
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from lora_embed.chain import pipeline
+from lora_embed.config.foreign import read_json, taken_as
+from lora_embed.config.models import JobConfig, check_options
+from lora_embed.errors import GateFailed
+from lora_embed.gates import checks
+from lora_embed.gates.checks import Gate, Limits
+from lora_embed.model import golden
+from lora_embed.model.description import DESCRIPTION
+from lora_embed.schema import encoder_path
+from lora_embed.store.store import Store
+from lora_embed.table.manifest import FileEntry, Manifest
+from lora_embed.table.parquet import file_batches, read_rows
+from lora_embed.table.read import Table
+from lora_embed.vectors.health import Figures, Health, combine, measure_rows, seeded_sample
+
+Rows = dict[str, dict[str, Any]]
+SAMPLE_SHARDS, SAMPLE_IMAGES = 200, 2000
+FLOAT16_STEP = 2**-10  # relative, between neighbours: two that are all but equal may be rounded apart
+LABEL = "label"  # the carried field that evaluation takes for an image's class
+
+
+def limits_of(job: JobConfig) -> Limits:
+    """The job's limits, those it does not set at their defaults. Raises ConfigError for a name that is none."""
+    known = {limit.name: (float, limit.default) for limit in fields(Limits)}
+    return Limits(**check_options("gates", known, job.gates))
+
+
+def measure(shared: pipeline.Job, written: list[FileEntry], *, here: bool) -> Figures | None:
+    """Figures of the files written for a version; None where they hold no vector."""
+    parts = pipeline.map_tasks(measure_file, (shared.store,), [entry for entry in written if entry.rows], here=here)
+    health = combine(parts) if parts else None
+    return health.figures() if health is not None and health.count else None
+
+
+def measure_file(store: Store, entry: FileEntry) -> Health:
+    """What one data file's vectors are like; read in batches, of which a sample of each is held."""
+    batches = file_batches(store, entry.path, ["id", "sha256", "embedding"])
+    return combine([measure_rows(pa.Table.from_batches([batch])) for batch in batches])
+
+
+def judge(shared: pipeline.Job, new: Manifest, found: Figures | None, before: Manifest | None, limits: Limits) -> list[Gate]:
+    """The gates of a version whose files are written, of which `found` are the figures.
+
+    `before` is the current version: of the same space, the new rows must be like those that are there; of another, a
+    seeded sample of the images of both is compared.
+    """
+    judged = judge_space(shared.store, before, new.space_id, found, limits)
+    if before is None or before.space_id == new.space_id:
+        return judged
+    compared = compare(shared.store, before, new)
+    return judged + (checks.comparison_gates(compared, limits) if compared is not None else [])
+
+
+def drift(shared: pipeline.Job, before: Manifest, again: list[str], count: int) -> Gate | None:
+    """Do unchanged images still get the vectors that a version has of them? `again` are parts of such, embedded anew.
+
+    The figure is the largest relative L2 difference of a seeded few, its limit that of the golden vectors in the same
+    precision, and the rounding of float16 where vectors are stored so. None where there is nothing to compare.
+    """
+    parts = [read_rows(shared.store, path) for path in again]
+    found = by_id(some_rows(pa.concat_tables(parts).filter(pc.field("reason").is_null()), count)) if parts else {}
+    old, new = align(rows_of(shared.store, before, list(found)), found)[1:]
+    if not len(old):
+        return None
+    value = golden.relative_difference(new, old)
+    limit = golden.BOUNDS[shared.layout.precision] + (FLOAT16_STEP if shared.layout.vector_type == "float16" else 0.0)
+    says = (
+        f"{len(old)} unchanged images, embedded again, differ by up to {value:.1e} from their vectors of version "
+        f"{before.version}; if libraries or device are at fault, mend them and remove "
+        f"{shared.store.uri}/staging/{shared.encoder.space_id} before the next run"
+    )
+    return Gate(name="drift", value=value, limit=limit, direction="at most", says=says)
+
+
+def judge_space(store: Store, before: Manifest | None, space_id: str, found: Figures | None, limits: Limits) -> list[Gate]:
+    """The gates that need no image by image comparison: figures of vectors, and how another space prepares images."""
+    same_space = before is not None and before.space_id == space_id
+    known = before.lineage.get("figures") if before is not None else None
+    figures = taken_as(Figures, known, f"{store.uri}: the `figures` of its current version") if known else None
+    judged = checks.health_gates(found, figures, same_space=same_space, limits=limits) if found is not None else []
+    if before is not None and not same_space:
+        judged.append(checks.processor(_preprocessing(store, before.space_id), _preprocessing(store, space_id)))
+    return judged
+
+
+def compare(store: Store, before: Manifest, new: Manifest) -> checks.Comparison | None:
+    """Two versions on a seeded sample of the images that both hold; None for too few."""
+    ids = _common_ids(store, before, new)
+    return compare_rows(rows_of(store, before, ids), rows_of(store, new, ids))
+
+
+def compare_rows(before: Rows, new: Rows) -> checks.Comparison | None:
+    """Two spaces on the images that both have rows of, with the same bytes; None for too few."""
+    same, old, now = align(before, new)
+    if not same:
+        return None
+    labels = [new[id_].get(LABEL) for id_ in same]
+    return checks.compare(same, old, now, labels if any(label is not None for label in labels) else None)
+
+
+def align(before: Rows, new: Rows) -> tuple[list[str], NDArray[np.float32], NDArray[np.float32]]:
+    """The ids that both have with the same bytes, and the vectors of both, (n, d) each."""
+    same = [id_ for id_ in before if id_ in new and before[id_]["sha256"] == new[id_]["sha256"]]
+    old, now = (np.array([rows[id_]["embedding"] for id_ in same], np.float32) for rows in (before, new))
+    return same, old, now
+
+
+def some_rows(rows: pa.Table, count: int) -> pa.Table:
+    """A seeded few of the rows: whole shards may hold many more than a sample is to."""
+    ids = seeded_sample(rows.column("id").to_pylist(), count)
+    return rows.filter(pc.field("id").isin(pa.array(ids, pa.string())))  # of none, Arrow takes the type for null
+
+
+def rows_of(store: Store, manifest: Manifest, ids: list[str]) -> Rows:
+    """A version's rows of these ids, with what a comparison needs."""
+    return by_id(Table(store, manifest).rows(ids, _columns_of(manifest)))
+
+
+def _columns_of(manifest: Manifest) -> list[str]:
+    return ["id", "sha256", "embedding", *(name for name, _ in manifest.pins["carry"] if name == LABEL)]
+
+
+def _common_ids(store: Store, before: Manifest, new: Manifest) -> list[str]:
+    names = {shard.name for shard in before.shards.values()} & {shard.name for shard in new.shards.values()}
+    chosen = set(seeded_sample(names, SAMPLE_SHARDS))
+    holding = tuple(entry for entry in new.files if any(shard.name in chosen for shard in entry.shards))
+    ids: list[str] = []
+    for batch in Table(store, replace(new, files=holding)).batches(["id", "shard"]):
+        keep = [name in chosen for name in batch.column("shard").to_pylist()]
+        ids += batch.column("id").filter(pa.array(keep, pa.bool_())).to_pylist()
+    return seeded_sample(ids, SAMPLE_IMAGES)
+
+
+def by_id(rows: pa.Table) -> Rows:
+    """Rows as dictionaries, by id."""
+    return {row["id"]: row for row in rows.to_pylist()}
+
+
+def _preprocessing(store: Store, space_id: str) -> dict[str, Any]:
+    where = f"{encoder_path(space_id)}/{DESCRIPTION}"
+    found = read_json(store.read(where) or b"{}", store.name(where))
+    settings = found.get("preprocessing") if isinstance(found, dict) else None
+    return settings if isinstance(settings, dict) else {}
+
+
+def decide(where: str, judged: Iterable[Gate], accepted: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """The gates for the manifest. Raises GateFailed for those that do not hold and that nobody has accepted."""
+    kept = {gate.name: gate.to_dict() for gate in judged}
+    failed = [gate for gate in judged if not gate.holds and gate.name not in accepted]
+    if failed:
+        lines = "".join(
+            f"\n  {gate.name}: {gate.says} ({gate.value:.4g}, {gate.direction} {gate.limit:.4g})" for gate in failed
+        )
+        raise GateFailed(
+            f"{where}: not published, the version before stays. What was embedded is kept. Mend the input or the recipe and "
+            f"run it again, or let it through with `lora-embed publish JOB --accept {failed[0].name} --why …`:{lines}"
+        )
+    for name in accepted.keys() & kept.keys():
+        kept[name]["accepted"] = accepted[name]
+    return kept

@@ -1,0 +1,181 @@
+"""Encoded bytes → uint8 RGB of the encoder's size, or a reject with its reason."""
+
+import contextlib
+import ctypes
+import hashlib
+import io
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
+
+from lora_embed.errors import LoraEmbedError
+from lora_embed.images.preprocess import Box, Joint, Pixels, Preprocessing
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none runs a program or reads another file
+MAX_PIXELS = 100_000_000  # of an image, where nobody says otherwise
+MOST_SCANS = 24  # of an image of `max_pixels`, which take 4 s; of a smaller one more
+_SCAN = b"\xff\xda"  # begins one; within its data, 0 follows each 255
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+# What each does, in this order: width and height change places, left and right, top and bottom.
+_SWAPS, _MIRRORS, _FLIPS = ({_TURNS[n] for n in numbers} for numbers in ((5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)))
+
+# Tests name images here that are to do harm: a real file that kills Pillow does so only until Pillow is mended.
+_HARM = dict(entry.split(":") for entry in os.environ.get("LORA_EMBED_TEST_POISON", "").split(",") if entry)
+
+# Pillow's own limit warns first and raises at twice its value; ours is checked as soon as the size is known.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class BadImage(Exception):
+    """An image that cannot be embedded; `reason` is one of `schema.REASONS`."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["BadImage"], tuple[str, str]]:  # else it would be made anew from the detail alone
+        return type(self), (self.reason, str(self))
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Pixels (H, W, 3) ready for the model, or those of a `Joint`, and the image's own size as it is shown."""
+
+    pixels: Pixels
+    width: int
+    height: int
+
+
+Prepare = Preprocessing | Joint  # for one encoder, or for several
+Decode = Callable[[bytes, Prepare, int], Decoded]  # `decode_image`, or what does the same elsewhere
+
+
+def decode_image(data: bytes, preprocessing: Prepare, max_pixels: int = MAX_PIXELS) -> Decoded:
+    """Decode and prepare one image, the first frame of an animated one. Raises BadImage.
+
+    For tests, the environment variable LORA_EMBED_TEST_POISON makes it do harm instead: entries `<sha256>:segfault`,
+    `:memory` or `:hang`, separated by commas, read when this module is imported.
+    """
+    if not data:
+        raise BadImage("empty", "0 bytes")
+    try:
+        if _HARM:
+            _do_harm(data)
+        return _decode(data, preprocessing, max_pixels)
+    except MemoryError:  # the same reason where the machine kills the process for it
+        raise BadImage("decoder_crashed", "the decoder ran out of memory") from None
+
+
+def _do_harm(data: bytes) -> None:
+    """Stand in for a real image that crashes, fills the memory or never ends: kill the process or take it, for real."""
+    kind = _HARM.get(hashlib.sha256(data).hexdigest())
+    if kind == "segfault":
+        ctypes.string_at(0)
+    while kind == "hang":
+        time.sleep(1)
+    taken = []
+    while kind == "memory":
+        taken.append(np.empty(2**28, np.uint8))  # address space, never touched: other processes keep their memory
+
+
+def _decode(data: bytes, preprocessing: Prepare, max_pixels: int) -> Decoded:
+    Image.MAX_IMAGE_PIXELS = max_pixels  # 43 bytes of GIF take 4 GB in `open` alone, where this is not set
+    image: Image.Image
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise BadImage("too_many_pixels", f"declares more than twice the {max_pixels} pixels that are allowed") from None
+    except (LoraEmbedError, MemoryError):
+        raise
+    except Exception:  # noqa: BLE001  # whatever Pillow raises: its decoders have no list of it
+        raise BadImage("not_an_image", f"{len(data)} bytes that start with {data[:8].hex()}") from None
+    try:
+        _check_area(image.width, image.height, max_pixels, "declares")
+        _check_passes(data, image, max_pixels)
+        image, size, part = _load(image, preprocessing)
+        for one in preprocessing.parts:
+            width, height = one.resized_size(*size)
+            _check_area(width, height, max_pixels, "would be resized to")
+            _check_area(width, image.height, max_pixels, "would be resized by way of")  # Pillow resizes the rows first
+        return Decoded(preprocessing.apply(image, size, part), *size)
+    except (LoraEmbedError, BadImage, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001
+        raise BadImage("corrupt_image", f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
+
+
+def _load(image: Image.Image, preprocessing: Prepare) -> tuple[Image.Image, tuple[int, int], Box | None]:
+    """An opened image → RGB, the (width, height) that it is shown in and, where it was decoded smaller, the part that is it.
+
+    In an eighth of its size, an image of 2,051 pixels has 257, the last of which is less than half there.
+    """
+    whole, drafted = image.size, None
+    if preprocessing.decode == "fast":
+        drafted = image.draft(None, preprocessing.least_size(*whole))  # None of other formats than JPEG
+    rgb = to_rgb(image)
+    if drafted is None or image.size == whole:
+        return rgb, rgb.size, None
+    _, (_, _, width, height) = drafted
+    turn = _turn_of(image)
+    if turn in _SWAPS:
+        whole, width, height = whole[::-1], height, width
+    left = rgb.width - width if turn in _MIRRORS else 0
+    top = rgb.height - height if turn in _FLIPS else 0
+    return rgb, whole, (left, top, left + width, top + height)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB as it is shown: EXIF orientation applied, transparency on white as the Hugging Face processors put it.
+
+    16-bit grey is scaled to 8 bits; Pillow's own conversion would clip it to white.
+    """
+    image.load()
+    turn = _turn_of(image)
+    if turn is not None:  # not by ImageOps.exif_transpose, which also rewrites the data, fails on more of it, and always copies
+        image = image.transpose(turn)
+    if image.mode.startswith("I"):
+        values = np.clip(np.asarray(image) >> 8, 0, 255)
+        image = Image.fromarray(values.astype(np.uint8))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _turn_of(image: Image.Image) -> Image.Transpose | None:
+    """How EXIF says that a loaded image is to be turned."""
+    with contextlib.suppress(Exception):  # damaged EXIF data is no reason to lose the image
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return None
+
+
+def _check_area(width: int, height: int, most: int, verb: str) -> None:
+    if width * height > most:
+        raise BadImage("too_many_pixels", f"{verb} {width}×{height} pixels, allowed are {most}")
+
+
+def _check_passes(data: bytes, image: Image.Image, max_pixels: int) -> None:
+    """What costs more than an image's area: a progressive JPEG's scans, and tiles of a TIFF that are larger than the image.
+
+    Ten scans are usual; 6,000 of them in 1 MB would take minutes. A tile is unpacked as a whole.
+    """
+    if isinstance(image, JpegImageFile) and (scans := data.count(_SCAN)) * image.width * image.height > MOST_SCANS * max_pixels:
+        raise BadImage(
+            "too_many_pixels",
+            f"has {scans} scans of {image.width}×{image.height} pixels, allowed are {MOST_SCANS} times {max_pixels} in all",
+        )
+    if isinstance(image, TiffImageFile) and TILEWIDTH in image.tag_v2:
+        width, height = (image.tag_v2.get(tag) for tag in (TILEWIDTH, TILELENGTH))
+        if not isinstance(width, int) or not isinstance(height, int):
+            raise BadImage("corrupt_image", "its tiles have no size")
+        _check_area(width, height, max_pixels, "has tiles of")

@@ -1,0 +1,138 @@
+"""What a run leaves behind of itself, as plain data: `runs/<run_id>/record.json`, and all that its report shows."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+from lora_embed.config.foreign import parse_record
+from lora_embed.monitor.stages import Bound, Reading, Workers, find_bound
+
+FORMAT = 1
+OPTIONS = (  # keys of a job that a record holds: no storage options, which may hold keys
+    "recipe", "input", "table", "precision", "chunk_size", "batch_size", "max_rejects", "max_removed", "max_pixels",
+    "max_bytes", "carry", "image_column", "key_column", "limit", "vector_type", "resources", "reembed", "gates", "prices",
+    "retain", "shared_filesystem",
+)  # fmt: skip
+MOST_BINS = 48
+Outcome = Literal["running", "published", "current", "not published", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectExample:
+    """One sample that could not be embedded."""
+
+    id: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run of embedding. It holds nothing of the environment, and no storage options."""
+
+    run_id: str
+    started: str  # UTC, ISO 8601
+    seconds: float
+    outcome: Outcome
+    error: str  # why it failed
+    job: dict[str, Any]
+    encoder: dict[str, Any]  # space_id, recipe_id, dimension
+    layout: dict[str, Any]
+    embedded: int  # samples that this run decoded, rejects included
+    rejected: int  # of these
+    stages: dict[str, float]  # the workers' seconds by stage
+    bound: dict[str, str]  # `by` and `says`; empty where nothing was embedded
+    workers: dict[str, float]
+    readings: tuple[Reading, ...]
+    version: int | None = None
+    counts: dict[str, int] = field(default_factory=dict)  # of the version
+    gates: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lineage: dict[str, Any] = field(default_factory=dict)
+    rejects: dict[str, int] = field(default_factory=dict)  # of the version: reason → samples
+    examples: tuple[RejectExample, ...] = ()
+    merge: dict[str, Any] = field(default_factory=dict)  # merge_report.json, without its rows by weight
+    software: dict[str, str] = field(default_factory=dict)  # package → version
+    format: int = FORMAT
+
+    def to_json(self) -> bytes:
+        return (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """How far a run is, or how it ended, in a few hundred bytes: `runs/<run_id>/state.json`."""
+
+    run_id: str
+    host: str
+    started: str  # UTC, ISO 8601
+    seconds: float = 0.0
+    outcome: Outcome = "running"
+    doing: str = ""
+    space_id: str = ""
+    shards: int = 0  # to embed
+    shards_done: int = 0
+    shards_failed: int = 0
+    embedded: int = 0  # samples that this run decoded, rejects included
+    rejected: int = 0  # of these
+    images_per_s: float = 0.0
+    bound: str | None = None
+    last_chunk: str | None = None  # UTC, ISO 8601: when the last one came in
+    version: int | None = None
+    error: str = ""  # why it failed
+    format: int = FORMAT
+
+    def to_json(self) -> bytes:
+        return (json.dumps(asdict(self)) + "\n").encode(errors="backslashreplace")
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "RunState | None":
+        """None for what is no state of this format; what only a newer release knows of a run is left out."""
+        try:
+            state = parse_record(cls, data)
+        except ValueError:
+            return None
+        return state if state.format == FORMAT and min(state.seconds, state.images_per_s) >= 0 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    """A stretch of a run."""
+
+    start_s: float
+    end_s: float
+    samples: int
+    busy: dict[str, float]  # stage → workers that were at it, on average
+    bound: Bound
+
+
+def bins_of(record: RunRecord) -> list[Bin]:
+    """The run in stretches of equal numbers of readings.
+
+    A worker's seconds count when its chunk is done, so a stretch holds a chunk of each worker where there are enough.
+    """
+    readings, workers = record.readings, workers_of(record)
+    count = len(readings) - 1
+    step = max(-(-count // MOST_BINS), min(workers.actors, count // 6), 1)
+    marks = [*range(0, count, step), count] if count > 0 else []
+    return [_bin(readings[one], readings[other], workers) for one, other in pairwise(marks)]
+
+
+def _bin(before: Reading, after: Reading, workers: Workers) -> Bin:
+    took = max(after.elapsed_s - before.elapsed_s, 1e-9)
+    spent = {stage: seconds - before.seconds.get(stage, 0.0) for stage, seconds in after.seconds.items()}
+    return Bin(
+        start_s=before.elapsed_s,
+        end_s=after.elapsed_s,
+        samples=after.samples - before.samples,
+        busy={stage: seconds / took for stage, seconds in spent.items()},
+        bound=find_bound(spent, took, workers),
+    )
+
+
+def workers_of(record: RunRecord) -> Workers:
+    return Workers(
+        actors=int(record.workers["actors"]),
+        decoders=int(record.workers["decoders"]),
+        cpus_per_decoder=record.workers["cpus_per_decoder"],
+    )

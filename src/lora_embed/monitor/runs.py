@@ -1,0 +1,188 @@
+"""The runs of a table, as they tell of themselves on its storage: those that go on, and how the last ones ended."""
+
+import contextlib
+import secrets
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from lora_embed.errors import LoraEmbedError
+from lora_embed.monitor.ending import gist
+from lora_embed.monitor.heartbeat import DEAD_AFTER_S, Heartbeat
+from lora_embed.monitor.progress import span
+from lora_embed.monitor.record import RunState
+from lora_embed.schema import Entry
+from lora_embed.store.store import Store
+from lora_embed.text import printable, without_secrets
+
+MOST_OF_CAUSE = 200  # characters
+SHOWN = 10  # runs that `status` tells of
+KEPT_S = 3600.0  # what was written within that time is of a run that may go on
+SLACK_S = 60.0  # a state may have been on its way to the store for so long
+RETRY_S = 10.0  # no run or command waits long for what only tells of it
+BEAT_RETRY_S = 2.0  # another beat follows
+ENDED_WELL = ("published", "current")
+
+
+def state_path(run_id: str) -> str:
+    return f"runs/{run_id}/state.json"
+
+
+def name_run(started: datetime) -> str:
+    """`<UTC>-<6 hex digits>`, so that names sort by time."""
+    return f"{started:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+
+
+def impatient(store: Store, retry_s: float = RETRY_S) -> Store:
+    """The store, asked for a short time only."""
+    return replace(store, options=store.options | {"retry_s": min(retry_s, store.retry_s)})
+
+
+def prune_runs(store: Store, keep: int) -> None:
+    """Remove what all but the newest `keep` runs left, unless it was written within the last hour of the store's clock."""
+    of_run: dict[str, list[Entry]] = defaultdict(list)
+    for entry in store.list_files("runs"):
+        of_run[entry.path.split("/")[1]].append(entry)
+    now = max((entry.modified for entries in of_run.values() for entry in entries), default=0.0)
+    doomed = []
+    heard = {run_id: max(entry.modified for entry in entries) for run_id, entries in of_run.items()}
+    for run_id in sorted(heard, key=lambda run_id: (heard[run_id], run_id))[:-keep]:
+        if heard[run_id] < now - KEPT_S:
+            doomed += [entry.path for entry in of_run[run_id]]
+    if doomed:
+        store.delete(doomed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run, when it was heard of last by the store's clock, and how long ago that is."""
+
+    state: RunState
+    heard: float
+    silent_s: float
+
+    @property
+    def began(self) -> float:
+        """By the store's clock, or up to `SLACK_S` before: the clock of the run's machine tells only how long it took."""
+        return self.heard - self.state.seconds - SLACK_S
+
+    @property
+    def status(self) -> str:
+        """`running`, `seems dead`, or how it ended."""
+        if self.state.outcome != "running":
+            return self.state.outcome
+        return "running" if self.silent_s <= DEAD_AFTER_S else "seems dead"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self.state) | {"status": self.status, "silent_s": round(self.silent_s, 1)}
+
+    def describe(self) -> str:
+        """For a person, in a line."""
+        state = self.state
+        done = f"{state.embedded:,} embedded, {state.shards_done:,} of {state.shards:,} shards"
+        done += f", {state.shards_failed:,} failed" if state.shards_failed else ""
+        heard = f"last heard of {span(self.silent_s)} ago"
+        if self.status == "running":
+            speed = f", {state.images_per_s:,.1f} images/s, bound by {state.bound}" if state.bound else ""
+            return f"{state.doing} on {state.host} for {span(state.seconds)}: {done}{speed}; {heard}"
+        if self.status == "seems dead":
+            return f"seems dead: {state.doing} on {state.host}, {done}; {heard}"
+        took = f"in {span(state.seconds)}"
+        if state.outcome == "current":
+            return f"version {state.version} stayed current, {took}: {state.embedded:,} embedded"
+        if state.outcome == "published":
+            return f"published version {state.version} {took}: {state.embedded:,} embedded, {state.rejected:,} rejects"
+        if state.outcome == "failed":
+            return f"failed after {span(state.seconds)}, {done}: {gist(state.error)[:MOST_OF_CAUSE]}"
+        return f"embedded {state.embedded:,} {took}, not published"
+
+
+def read_runs(store: Store, most: int = SHOWN) -> list[Run]:
+    """The runs that were heard of last, the latest first: those that go on, then the others by their end."""
+    latest = sorted(_states(store), key=lambda entry: (entry.modified, entry.path), reverse=True)[:most]
+    return list(_read(store, latest, store.now()))
+
+
+def find_live(store: Store, now: float) -> list[Run]:
+    """Runs and commands that may go on: none said how it ended, and all were heard of in the hour before `now`."""
+    lately = [entry for entry in _states(store) if entry.modified >= now - KEPT_S]
+    return [run for run in _read(store, lately, now) if run.state.outcome == "running"]
+
+
+def _states(store: Store) -> list[Entry]:
+    return [entry for entry in store.list_files("runs") if entry.path.endswith("/state.json")]
+
+
+def _read(store: Store, listed: Iterable[Entry], now: float) -> Iterator[Run]:
+    for entry in listed:
+        data = store.read(entry.path)
+        state = RunState.from_json(data) if data is not None else None
+        if state is not None:
+            yield Run(state=state, heard=entry.modified, silent_s=max(0.0, now - entry.modified))
+
+
+@contextlib.contextmanager
+def announced(store: Store, doing: str, space_id: str = "") -> Iterator[None]:
+    """Tell of a command that writes to the table, for as long as it goes on: what it needs is not removed meanwhile.
+
+    Raises StorageError or StoreUnavailable where not even that can be written; later it only tries.
+    """
+    started, moment = datetime.now(UTC), time.monotonic()
+    run_id = name_run(started)
+    begun = RunState(
+        run_id=run_id,
+        host=socket.gethostname(),
+        started=started.isoformat(timespec="seconds"),
+        doing=doing,
+        space_id=space_id,
+    )
+    store.replace(state_path(run_id), begun.to_json())
+
+    def beat() -> None:
+        state = replace(begun, seconds=round(time.monotonic() - moment, 2))
+        with contextlib.suppress(LoraEmbedError, OSError):
+            impatient(store, BEAT_RETRY_S).replace(state_path(run_id), state.to_json())
+
+    try:
+        with Heartbeat(beat):
+            yield
+    finally:
+        with contextlib.suppress(LoraEmbedError, OSError):
+            impatient(store).delete([state_path(run_id)])
+
+
+def describe_runs(runs: list[Run]) -> list[str]:
+    """Lines for a person, as those of `status`."""
+    return [
+        printable(f"{'run' if run.status != 'running' else 'running':<9} {run.state.run_id} {run.describe()}") for run in runs
+    ]
+
+
+def to_prometheus(table: str, version: int | None, runs: list[Run]) -> str:
+    """What a table tells, as gauges for Prometheus: known also between runs and after one that died."""
+    label = _label("table", without_secrets(table))
+    gauges: list[tuple[str, str, str, float | None]] = []
+    gauges += [("lora_embed_table_version", "The current version.", label, version)]
+    succeeded = [run.heard for run in runs if run.status in ENDED_WELL]
+    success = max(succeeded, default=None)
+    gauges += [("lora_embed_last_success_timestamp_seconds", "End of the last run that ended well.", label, success)]
+    if runs:
+        began, status = runs[0].heard - runs[0].state.seconds, runs[0].status
+        gauges += [("lora_embed_last_run_start_timestamp_seconds", "Beginning of the last run.", label, began)]
+        gauges += [("lora_embed_last_run", "1; what the last run is.", f"{label},{_label('status', status)}", 1)]
+    lines = [
+        f"# HELP {name} {help_}\n# TYPE {name} gauge\n{name}{{{labels}}} {value:.15g}"
+        for name, help_, labels, value in gauges
+        if value is not None
+    ]
+    return "\n".join(lines)
+
+
+def _label(name: str, value: str) -> str:
+    """A label as Prometheus reads it, whatever its value holds."""
+    quoted = printable(value).replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}="{quoted}"'

@@ -1,0 +1,199 @@
+"""A job from its file to a published version: encoder → plan → embed → verify → publish."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+from lora_embed.chain import cluster, pipeline
+from lora_embed.config.models import JobConfig
+from lora_embed.errors import GateFailed, IncompleteRun, TableError, VerificationFailed, once_started
+from lora_embed.gates import judge
+from lora_embed.model.description import read_description
+from lora_embed.model.keep import keep_id
+from lora_embed.monitor.runs import impatient
+from lora_embed.run import journal, preview, publish, work
+from lora_embed.run.encoders import prepare_encoder, renew_encoder, store_encoder
+from lora_embed.run.layout import resolve_layout
+from lora_embed.run.open import OpenJob, open_job
+from lora_embed.run.refuse import refuse_local_paths, refuse_space
+from lora_embed.schema import Shard, encoder_path
+from lora_embed.table import retention, staging, versions
+from lora_embed.table.manifest import Manifest
+from lora_embed.table.parts import part_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run did; `version` is None when nothing was published."""
+
+    table: str
+    space_id: str
+    embedded: int  # samples that this run decoded, rejects included
+    version: int | None = None
+    published: bool = False  # by this run
+    counts: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)  # seconds by stage, summed over the workers
+    bound: str | None = None  # the stage that the run had to wait for
+
+    def describe(self) -> str:
+        """For a person, in a line."""
+        counted = ", ".join(f"{number:,} {name}" for name, number in self.counts.items())
+        done = f"embedded {self.embedded:,} samples in {self.seconds:.0f} s"
+        if self.version is None:
+            return f"{self.table}: {done}; not published"
+        return f"{self.table}: version {self.version} {'published' if self.published else 'is current'} ({counted}); {done}"
+
+
+def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, releases: bool = False) -> RunResult:
+    """Run a job to a published version, or to where it must stop.
+
+    With `replaces`, vectors of another space may take the place of the table's: all of them are embedded anew while the
+    current version stays, as the nightly run does; with `releases`, also those that a rollback holds back. Raises a
+    ConfigError before anything is written; IncompleteRun, VerificationFailed or GateFailed afterwards, when what is
+    committed stays and the same call goes on.
+    """
+    beginning = journal.begin(job)
+    judge.limits_of(job)
+    opened = open_job(job)
+    current, known, base = opened.current, opened.encoder, opened.base
+    if known is not None:
+        refuse_space(opened, known, replaces=replaces, releases=releases)
+        if _is_current(opened):
+            return _leave_as_it_is(beginning, opened)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = _build_or_take(opened, Path(scratch)) if known is None else None
+        encoder = known or read_description(cast(Path, folder))
+        refuse_space(opened, encoder, replaces=replaces, releases=releases)
+        cluster.connect()
+        topology = cluster.choose_topology(job.resources)
+        refuse_local_paths(opened, encoder.base)
+        store = versions.claim(opened.store)  # the last that can refuse, and the first that writes
+        with once_started(), journal.recorded(beginning, job, store, encoder.space_id, topology) as recording:
+            if folder is None:
+                renew_encoder(encoder, store, job.retain.grace_days)
+            else:
+                encoder = store_encoder(folder, store)
+            layout = resolve_layout(job, store, encoder, current, topology)
+            recording.shared = shared = pipeline.Job.of(job, store, encoder, layout, base)
+            with _retaining(shared, job, opened.shards, beginning.run_id):
+                result = _carry_out(recording, current, opened.shards, publishes=publishes, releases=releases)
+            recording.version, recording.published = result.version, result.published
+    return replace(result, seconds=beginning.seconds)
+
+
+def _build_or_take(opened: OpenJob, scratch: Path) -> Path:
+    """The directory of an encoder that the table does not have; it keeps the id under which an older release knows it."""
+    folder, current, store = prepare_encoder(opened.source, scratch / "encoder"), opened.current, opened.store
+    if current is None:
+        return folder
+    return keep_id(folder, scratch / "kept", f"{store.uri}/{encoder_path(current.space_id)}", store.options, opened.base)
+
+
+@contextmanager
+def _retaining(shared: pipeline.Job, job: JobConfig, shards: list[Shard], run_id: str = "") -> Iterator[None]:
+    """Retention is enforced whatever becomes of the block: also by nights that publish nothing, however many.
+
+    What was staged for it stays, since the same command goes on with it.
+    """
+    folder = part_path(shared.encoder.space_id, shared.layout.layout_id)
+    needs = retention.Needs(run_id=run_id, shards=frozenset(shard.id for shard in shards), folder=folder)
+    try:
+        yield
+    except (GateFailed, IncompleteRun, VerificationFailed):
+        retention.enforce(impatient(shared.store), job.retain, needs)
+        raise
+    retention.enforce(impatient(shared.store), job.retain, needs)
+
+
+def _carry_out(
+    recording: journal.Journal, current: Manifest | None, shards: list[Shard], *, publishes: bool, releases: bool
+) -> RunResult:
+    """Embed what is missing, a sample first where all of it is, and publish it."""
+    job, shared, topology = recording.job, recording.shared, recording.topology
+    assert shared is not None
+    store, space_id = shared.store, shared.encoder.space_id
+    recording.before = current.version if current is not None else None
+    if current is not None and job.limit is None and versions.newest_of(store, space_id, shared.layout.pins, current) is None:
+        recording.doing = "embedding a sample"
+        if not preview.embed_sample(job, shared, current, shards, topology, recording.effort):
+            embedded, counts = recording.effort.samples, current.counts
+            held, version = current.space_id, current.version
+            return RunResult(table=job.table, space_id=held, embedded=embedded, version=version, counts=counts)
+    recording.doing = "embedding"
+    effort = work.embed_missing(job, shared, shards, topology, recording.effort)
+    result = RunResult(
+        table=job.table,
+        space_id=space_id,
+        embedded=effort.samples,
+        stages={stage: round(seconds, 3) for stage, seconds in effort.seconds.items()},
+        bound=effort.bound.by if effort.bound else None,
+    )
+    if publishes and job.limit is None:
+        recording.doing = "publishing"
+        before = current.space_id if current is not None else None
+        manifest, is_new = publish.publish(job, shared, shards, replaces=before, releases=releases)
+        result = replace(result, version=manifest.version, published=is_new, counts=manifest.counts)
+    return result
+
+
+def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, str] | None = None) -> RunResult:
+    """Publish what is staged, without embedding anything; `accepted` gates are let through, each with a reason.
+
+    Raises ConfigError when nothing was ever embedded for this recipe; IncompleteRun, VerificationFailed or GateFailed.
+    """
+    started = time.monotonic()
+    opened = open_job(job)
+    current, encoder, layout = opened.current, opened.encoder, opened.known_layout()
+    if encoder is None or layout is None:
+        raise TableError(f"{job.table}: nothing was embedded there with this recipe yet. Use `lora-embed run`.")
+    cluster.connect()
+    before = current.space_id if current is not None else None
+    with once_started(), versions.writing(opened.store, "publishing", encoder.space_id) as store:
+        shared = pipeline.Job.of(job, store, encoder, layout, opened.base)
+        with _retaining(shared, job, opened.shards):
+            manifest, is_new = publish.publish(
+                job, shared, opened.shards, replaces=before, releases=releases, accepted=accepted
+            )
+    return RunResult(
+        table=job.table,
+        space_id=encoder.space_id,
+        embedded=0,
+        version=manifest.version,
+        published=is_new,
+        counts=manifest.counts,
+        seconds=round(time.monotonic() - started, 2),
+    )
+
+
+def _is_current(opened: OpenJob) -> bool:
+    """Does the current version hold exactly these shards, made as this job would make them? Then no cluster is needed."""
+    current, encoder = opened.current, opened.encoder
+    if current is None or encoder is None or current.space_id != encoder.space_id:
+        return False
+    layout = opened.known_layout()
+    if layout is None or opened.job.limit is not None or set(current.shards) != {shard.id for shard in opened.shards}:
+        return False
+    staging.clear_absorbed(opened.store, current, layout)
+    return True
+
+
+def _leave_as_it_is(beginning: journal.Beginning, opened: OpenJob) -> RunResult:
+    """A quiet night: nothing to embed, nothing to publish, but the run is recorded and retention is enforced."""
+    current, job, store = opened.current, opened.job, opened.store
+    assert current is not None
+    journal.leave_quiet(beginning, job, store, current)
+    retention.enforce(impatient(store), job.retain, retention.Needs(shards=frozenset(current.shards)))
+    return RunResult(
+        table=job.table,
+        space_id=current.space_id,
+        embedded=0,
+        version=current.version,
+        counts=current.counts,
+        seconds=beginning.seconds,
+    )

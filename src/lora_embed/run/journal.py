@@ -1,0 +1,276 @@
+"""Leaves what a run was with its table: `runs/<run_id>/record.json`, and the same as a page, `report.html`."""
+
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import pyarrow.compute as pc
+
+from lora_embed.chain import cluster, pipeline
+from lora_embed.config.foreign import read_json
+from lora_embed.config.models import JobConfig
+from lora_embed.errors import LoraEmbedError
+from lora_embed.monitor.effort import Effort
+from lora_embed.monitor.heartbeat import Heartbeat
+from lora_embed.monitor.progress import note, say
+from lora_embed.monitor.record import OPTIONS, Outcome, RejectExample, RunRecord, RunState
+from lora_embed.monitor.runs import BEAT_RETRY_S, impatient, name_run, prune_runs, state_path
+from lora_embed.report.run import run_page
+from lora_embed.run.prometheus import Meters
+from lora_embed.schema import encoder_path
+from lora_embed.store.retry import take_retries
+from lora_embed.store.store import Store
+from lora_embed.table import versions
+from lora_embed.table.manifest import Manifest
+from lora_embed.table.parquet import read_rows
+from lora_embed.text import without_secrets
+
+PACKAGES = ("lora-embed", "torch", "transformers", "peft", "ray", "pyarrow", "pillow")
+MOST_REJECT_FILES = 64  # read again for a report
+EXAMPLES = 5  # of each reason
+NOT_READ = "in more files than a report reads"
+FORGOTTEN = "forgotten"  # images that somebody wanted out: they are counted, not shown
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """When a run began, and its name."""
+
+    run_id: str
+    started: datetime
+    moment: float  # monotonic
+
+    @property
+    def seconds(self) -> float:
+        return round(time.monotonic() - self.moment, 2)
+
+
+def begin(job: JobConfig) -> Beginning:
+    """Name a run; from now on what is said bears its name."""
+    started = datetime.now(UTC)
+    run_id = name_run(started)
+    note(run_id=run_id, table=job.table)
+    return Beginning(run_id, started, time.monotonic())
+
+
+@dataclass
+class Journal:
+    """What a run says of itself while it goes on."""
+
+    beginning: Beginning
+    job: JobConfig
+    store: Store
+    space_id: str
+    topology: cluster.Topology
+    shared: pipeline.Job | None = None  # once the encoder is on storage
+    effort: Effort = field(default_factory=Effort)
+    doing: str = "starting"
+    before: int | None = None  # the version that was current when the run began
+    version: int | None = None
+    published: bool = False
+    error: str = ""
+    has_missed: bool = False  # a beat, and said so
+
+    def state(self, outcome: Outcome = "running") -> RunState:
+        """How far the run is."""
+        effort, began = self.effort.now(), self.beginning
+        last = effort.timeline.readings()[-1]
+        return RunState(
+            run_id=began.run_id,
+            host=socket.gethostname(),
+            started=began.started.isoformat(timespec="seconds"),
+            seconds=began.seconds,
+            outcome=outcome,
+            doing=self.doing,
+            space_id=self.space_id,
+            shards=effort.shards,
+            shards_done=effort.shards_done,
+            shards_failed=effort.shards_failed,
+            embedded=effort.samples,
+            rejected=effort.rejects.total(),
+            images_per_s=round(last.samples / last.elapsed_s, 1) if last.samples else 0.0,
+            bound=effort.bound.by if effort.bound is not None else None,
+            last_chunk=_utc(effort.last_chunk) if effort.last_chunk is not None else None,
+            version=self.version,
+            error=without_secrets(self.error),
+        )
+
+
+@contextmanager
+def recorded(
+    beginning: Beginning, job: JobConfig, store: Store, space_id: str, topology: cluster.Topology
+) -> Iterator[Journal]:
+    """Record the run in this block: its state while it goes on and how it ended, and a report once it has embedded something.
+
+    The state is there before the block begins: what a run of this space needs is not removed from then on. A run never
+    fails for what tells of it, and waits little for it: that it could not be written is said, and all.
+    """
+    journal = Journal(beginning, job, store, space_id, topology)
+    cluster.say_where_metrics_are()
+    meters = Meters(job.table, beginning.run_id, beginning.started.timestamp())
+
+    def beat() -> None:
+        journal.effort.add_retries(take_retries())  # the driver's own
+        meters.show(journal.effort.now(), journal.version or journal.before)
+        _leave_state(journal)
+
+    _leave_state(journal)
+    try:
+        with Heartbeat(beat):
+            yield journal
+    except BaseException as error:
+        journal.error = _reason_of(error)
+        raise
+    finally:
+        meters.show(journal.effort.now(), journal.version or journal.before)
+        state = journal.state(outcome_of(journal))
+        note(**asdict(state))
+        is_told = leave_state(state, store, job.retain.runs)  # first: who stops a run may not wait for long
+        if is_told and (journal.effort.samples or journal.published):
+            _leave_report(journal)
+
+
+def _reason_of(error: BaseException) -> str:
+    if isinstance(error, LoraEmbedError):
+        return str(error)
+    return "stopped from outside" if isinstance(error, KeyboardInterrupt | SystemExit) else f"{type(error).__name__}: {error}"
+
+
+def _leave_state(journal: Journal) -> None:
+    """A beat; the first that fails is said, since whoever looks from another machine will take the run for dead."""
+    try:
+        impatient(journal.store, BEAT_RETRY_S).replace(state_path(journal.beginning.run_id), journal.state().to_json())
+    except (LoraEmbedError, OSError) as error:
+        if not journal.has_missed:
+            journal.has_missed = True
+            say(f"the run's state could not be written, so `status` does not see it; the run goes on: {error}", level="warning")
+
+
+def leave_quiet(beginning: Beginning, job: JobConfig, store: Store, current: Manifest) -> None:
+    """What a run leaves that found nothing to do, so that a quiet night is not taken for a night without a run."""
+    state = RunState(
+        run_id=beginning.run_id,
+        host=socket.gethostname(),
+        started=beginning.started.isoformat(timespec="seconds"),
+        seconds=beginning.seconds,
+        outcome="current",
+        space_id=current.space_id,
+        version=current.version,
+    )
+    note(**asdict(state))
+    leave_state(state, store, job.retain.runs)
+
+
+def leave_state(state: RunState, store: Store, keep: int) -> bool:
+    """Write how a run ended, and remove what runs left that are too old; False where the store does not take it."""
+    try:
+        impatient(store).replace(state_path(state.run_id), state.to_json())
+        prune_runs(impatient(store), keep)
+    except (LoraEmbedError, OSError) as error:
+        say(f"how the run ended could not be written to its table, so `status` does not tell it: {error}", level="warning")
+        return False
+    return True
+
+
+def _leave_report(journal: Journal) -> None:
+    store, run_id, began = impatient(journal.store), journal.beginning.run_id, journal.beginning
+    try:
+        record = make_record(journal, store, run_id, began.started.isoformat(timespec="seconds"), began.seconds)
+        store.create(f"runs/{run_id}/report.html", run_page(record).encode(errors="backslashreplace"))
+        store.create(f"runs/{run_id}/record.json", record.to_json())  # last: where it is, the report is
+    except (LoraEmbedError, OSError, ValueError, TypeError, LookupError) as error:  # files of another release, too
+        say(f"the run's report could not be written: {error}")
+    else:
+        say(f"report: {store.uri}/runs/{run_id}/report.html")
+
+
+def _utc(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")
+
+
+def make_record(journal: Journal, store: Store, run_id: str, started: str, seconds: float) -> RunRecord:
+    """The record of a run that has ended."""
+    job, shared, effort, workers = journal.job, journal.shared, journal.effort, journal.topology.workers
+    assert shared is not None, "nothing is embedded before"
+    manifest = versions.read_manifest(store, journal.version) if journal.version is not None else None
+    rejects, examples = find_rejects(store, manifest) if manifest is not None else ({}, ())
+    options = job.model_dump(mode="json")
+    found = {
+        "outcome": outcome_of(journal),
+        "error": journal.error,
+        "job": {key: options[key] for key in OPTIONS},
+        "encoder": {key: getattr(shared.encoder, key) for key in ("space_id", "recipe_id", "dimension")},
+        "layout": asdict(shared.layout) | {"layout_id": shared.layout.layout_id},
+        "stages": {stage: round(spent, 3) for stage, spent in effort.seconds.items()},
+        "bound": {"by": effort.bound.by, "says": effort.bound.says} if effort.bound is not None else {},
+        "workers": asdict(workers),
+        "gates": manifest.gates if manifest is not None else {},
+        "lineage": manifest.lineage if manifest is not None else {},
+        "merge": read_merge(store, shared.encoder.space_id),
+    }
+    return RunRecord(
+        run_id=run_id,
+        started=started,
+        seconds=round(seconds, 2),
+        embedded=effort.samples,
+        rejected=effort.rejects.total(),
+        readings=effort.timeline.readings(),
+        version=journal.version,
+        counts=manifest.counts if manifest is not None else {},
+        rejects=rejects,
+        examples=examples,
+        software=software(),
+        **without_secrets(found),
+    )
+
+
+def outcome_of(journal: Journal) -> Outcome:
+    if journal.error:
+        return "failed"
+    if journal.version is None:
+        return "not published"
+    return "published" if journal.published else "current"
+
+
+def find_rejects(store: Store, manifest: Manifest) -> tuple[dict[str, int], tuple[RejectExample, ...]]:
+    """A version's rejects by reason, and a few of each, from its first files of rejects; what the others hold is counted."""
+    counts: Counter[str] = Counter()
+    shown: dict[str, list[RejectExample]] = {}
+    for entry in manifest.rejects[:MOST_REJECT_FILES]:
+        rows = read_rows(store, entry.path)
+        counts.update(rows["reason"].to_pylist())
+        for reason in [reason for reason in counts if reason != FORGOTTEN and len(shown.setdefault(reason, [])) < EXAMPLES]:
+            of_reason = rows.filter(pc.equal(rows["reason"], reason))
+            some = of_reason.slice(0, EXAMPLES - len(shown[reason])).select(["id", "reason", "detail"]).to_pylist()
+            shown[reason] += [
+                RejectExample(id=row["id"], reason=reason, detail=without_secrets(row["detail"] or "")) for row in some
+            ]
+    if unread := sum(entry.rows for entry in manifest.rejects[MOST_REJECT_FILES:]):
+        counts[NOT_READ] = unread
+    return dict(counts), tuple(example for examples in shown.values() for example in examples)
+
+
+def read_merge(store: Store, space_id: str) -> dict[str, Any]:
+    """The encoder's merge report, without its rows by weight; empty where there is none."""
+    data = store.read(f"{encoder_path(space_id)}/merge_report.json")
+    report = read_json(data, store.name(f"{encoder_path(space_id)}/merge_report.json")) if data is not None else {}
+    for member in report.get("members", []):
+        member["weights_changed"] = len(member.pop("weights", {}))
+    return report
+
+
+def software() -> dict[str, str]:
+    """Installed versions of what makes vectors."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

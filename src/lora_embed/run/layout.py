@@ -1,0 +1,79 @@
+"""The layout of a job's parts: what the job says, and what `auto` becomes on the device of the actors."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from lora_embed.chain import cluster, pipeline
+from lora_embed.config.foreign import DeviceRecord, read_record
+from lora_embed.config.models import JobConfig
+from lora_embed.errors import TableError
+from lora_embed.model.description import Description
+from lora_embed.schema import Layout
+from lora_embed.store.store import Store
+from lora_embed.table.manifest import Manifest
+
+
+def resolve_layout(
+    job: JobConfig, store: Store, encoder: Description, current: Manifest | None, topology: cluster.Topology
+) -> Layout:
+    """The layout, with what `auto` leaves open taken from the table if it was resolved before, else from the device.
+
+    Raises TableError when the current version was made with other settings that all rows share.
+    """
+    if (layout := known_layout(job, store, encoder, current)) is not None:
+        return layout
+    store.create(resolved_path(encoder.space_id), json.dumps(ask_device(topology)).encode())
+    layout = known_layout(job, store, encoder, current)
+    assert layout is not None
+    return layout
+
+
+def known_layout(job: JobConfig, store: Store, encoder: Description, current: Manifest | None) -> Layout | None:
+    """The layout by job and table alone; None where `auto` was never resolved for this table."""
+    resolved: dict[str, Any] = {}
+    if leaves_open(job):
+        device = read_record(store, resolved_path(encoder.space_id), DeviceRecord)
+        if device is None:
+            return None
+        resolved = asdict(device)
+    layout = layout_of(job, resolved)
+    if current is not None and current.pins != layout.pins:
+        differing = [name for name, value in layout.pins.items() if current.pins[name] != value]
+        raise TableError(
+            f"{store.uri}: version {current.version} was made with other settings than this job: "
+            + "; ".join(f"{name} {current.pins[name]!r}, now {layout.pins[name]!r}" for name in differing)
+            + ". All rows of a table share them: set them back, or name another table."
+        )
+    return layout
+
+
+def leaves_open(job: JobConfig) -> bool:
+    """Is precision or batch size up to the device?"""
+    return "auto" in (job.precision, job.batch_size)
+
+
+def ask_device(topology: cluster.Topology) -> dict[str, Any]:
+    """What `auto` is on the device of the actors."""
+    device = pipeline.ask_device(topology)
+    return {"precision": device.precision, "batch_size": device.batch_size}
+
+
+def layout_of(job: JobConfig, resolved: dict[str, Any]) -> Layout:
+    """The job's layout, with `precision` and `batch_size` as resolved where the job leaves them to the device."""
+    return Layout(
+        precision=resolved["precision"] if job.precision == "auto" else job.precision,
+        batch_size=resolved["batch_size"] if job.batch_size == "auto" else job.batch_size,
+        chunk_size=job.chunk_size,
+        vector_type=job.vector_type,
+        carry=tuple((carried.name, carried.type) for carried in job.carry),
+        max_pixels=job.max_pixels,
+        max_bytes=job.max_bytes,
+        image_column=job.image_column,
+        key_column=job.key_column,
+        limit=job.limit,
+    )
+
+
+def resolved_path(space_id: str) -> str:
+    return f"staging/{space_id}/resolved.json"

@@ -1,0 +1,54 @@
+"""A job opened: its input listed, its recipe read, and what its table holds already, before anything is written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_embed.config.models import JobConfig
+from lora_embed.model.description import Description
+from lora_embed.run.encoders import find_encoder, find_source, named_base
+from lora_embed.run.layout import known_layout
+from lora_embed.schema import Layout, Shard
+from lora_embed.shards.listing import list_shards
+from lora_embed.store.store import Store
+from lora_embed.table import versions
+from lora_embed.table.manifest import Manifest
+
+if TYPE_CHECKING:
+    from lora_embed.model.build import Ingredients
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenJob:
+    """A job and what reading tells of it."""
+
+    job: JobConfig
+    store: Store  # the table's
+    shards: list[Shard]
+    source: "Ingredients | Path"  # a recipe's files, read and hashed, or the directory of an encoder
+    current: Manifest | None
+    encoder: Description | None  # that this source was built into before, where the table's storage holds it whole
+
+    @property
+    def base(self) -> str | None:
+        """Where the encoder's base lies, by the user's word. Raises EncoderError for one that lies elsewhere."""
+        return named_base(self.source)
+
+    def known_layout(self) -> Layout | None:
+        """None where the table has no such encoder, or never resolved `auto`. Raises TableError for settings that differ."""
+        return known_layout(self.job, self.store, self.encoder, self.current) if self.encoder is not None else None
+
+
+def open_job(job: JobConfig, *, writes: bool = True) -> OpenJob:
+    """List the job's input, read its recipe and find its table's current version.
+
+    With `writes`, a table that cannot be written to is refused, too. Raises ConfigError and StorageError.
+    """
+    store = Store(job.table, job.table_storage_options)
+    store.check_reachable()
+    shards = list_shards(job.input, job.input_storage_options, follows=job.follow_folder_links)
+    source = find_source(job.recipe)
+    if writes:
+        store.check_writable()
+    current = versions.manifest_to_follow(store)
+    return OpenJob(job=job, store=store, shards=shards, source=source, current=current, encoder=find_encoder(source, store))

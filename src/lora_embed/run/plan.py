@@ -1,0 +1,207 @@
+"""What a run would do, and how long it would take: for a person who is about to start it."""
+
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_embed.chain import cluster, pipeline
+from lora_embed.chain.items import WorkItem
+from lora_embed.config.models import JobConfig
+from lora_embed.errors import ConfigError, IncompleteRun
+from lora_embed.model.description import Description, read_description
+from lora_embed.monitor.stages import Workers, add_seconds, find_bound, seconds_an_image
+from lora_embed.run import work
+from lora_embed.run.encoders import find_encoder, named_base, prepare_encoder
+from lora_embed.run.layout import ask_device, known_layout, layout_of, leaves_open
+from lora_embed.run.open import open_job
+from lora_embed.run.refuse import refuse_other_space
+from lora_embed.schema import ChunkStats, Layout, encoder_path
+from lora_embed.shards.read import count_samples
+from lora_embed.store.store import Store
+from lora_embed.vectors.health import seeded_sample
+
+if TYPE_CHECKING:
+    from lora_embed.model.build import Ingredients
+
+SHARDS_AN_ACTOR, IMAGES_A_SHARD = 3, 32  # what a forecast embeds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """How long a run would take here, by a few images that were embedded for it."""
+
+    images: int  # estimated where only the bytes are known
+    seconds: float  # the start and the embedding; publication takes a few more
+    start_seconds: float
+    images_per_second: float
+    cost: float | None  # in the currency of the job's prices; None without such
+    bound: str  # the sentence
+
+    def describe(self) -> str:
+        """For a person."""
+        cost = f", {self.cost:,.2f} at your prices" if self.cost is not None else ""
+        return (
+            f"forecast  about {self.images:,} images at {self.images_per_second:,.1f} a second and {self.start_seconds:.0f} s "
+            f"to start: {_span(self.seconds)}{cost}\n          {self.bound}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """What a run would do."""
+
+    table: str
+    space_id: str | None  # None: the encoder has yet to be built
+    version: int | None  # current
+    shards: int
+    bytes: int
+    done: int  # shards published or complete in staging
+    partly_done: int
+    to_embed: int
+    to_embed_bytes: int
+    removed: int  # shards of the current version that the input no longer holds
+    forecast: Forecast | None = None
+
+    def describe(self) -> str:
+        """For a person."""
+        encoder = f"space {self.space_id}" if self.space_id else "not built yet"
+        lines = (
+            f"table     {self.table}, {f'version {self.version}' if self.version else 'nothing published'}\n"
+            f"encoder   {encoder}\n"
+            f"input     {self.shards:,} shards, {self.bytes / 1e6:,.1f} MB\n"
+            f"done      {self.done:,} shards, and {self.partly_done:,} in part\n"
+            f"to embed  {self.to_embed:,} shards, {self.to_embed_bytes / 1e6:,.1f} MB\n"
+            f"removed   {self.removed:,} shards of the current version are not in the input"
+        )
+        return lines if self.forecast is None else f"{lines}\n{self.forecast.describe()}"
+
+
+def plan_job(job: JobConfig, *, forecasts: bool = False) -> Outlook:
+    """List input and table and say what a run would do; writes nothing and, unless it `forecasts`, starts no cluster.
+
+    Raises ConfigError as `run_job` does, for what can be seen by reading.
+    """
+    opened = open_job(job, writes=False)
+    store, shards, current, source = opened.store, opened.shards, opened.current, opened.source
+    encoder = read_description(source) if isinstance(source, Path) else opened.encoder
+    if encoder is None and not isinstance(source, Path):
+        from lora_embed.model.build import match_adapters
+
+        match_adapters(source)
+    if encoder is not None:
+        refuse_other_space(opened, encoder)
+    layout = known_layout(job, store, encoder, current) if encoder is not None else None
+    if encoder is not None and layout is not None:
+        items = work.find_work(job, store, encoder, layout, shards)
+    else:
+        items = [WorkItem(shard=shard) for shard in shards]
+    published = set(current.shards) if current is not None else set()
+    return Outlook(
+        table=job.table,
+        space_id=encoder.space_id if encoder else None,
+        version=current.version if current else None,
+        shards=len(shards),
+        bytes=sum(shard.size for shard in shards),
+        done=len(shards) - len(items),
+        partly_done=sum(1 for item in items if item.done),
+        to_embed=len(items),
+        to_embed_bytes=sum(item.shard.size for item in items),
+        removed=len(published - {shard.id for shard in shards}),
+        forecast=forecast(job, store, source, layout, items) if forecasts and items else None,
+    )
+
+
+def forecast(
+    job: JobConfig, store: Store, source: "Ingredients | Path", layout: Layout | None, items: list[WorkItem]
+) -> Forecast:
+    """Embed the first images of a seeded few shards on the cluster, keeping nothing, and reckon from what they took.
+
+    Raises ConfigError where the encoder is not on the table's storage and the cluster's nodes cannot reach it here;
+    IncompleteRun where no image of the sample can be read.
+    """
+    started = time.monotonic()
+    cluster.connect()
+    topology = cluster.choose_topology(job.resources)
+    with tempfile.TemporaryDirectory() as scratch:
+        encoder, uri = _find_or_build(job, store, source, Path(scratch) / "encoder")
+        layout = layout or layout_of(job, ask_device(topology) if leaves_open(job) else {})
+        limit = max(IMAGES_A_SHARD, 2 * layout.batch_size)  # batches that are mostly padding would say nothing
+        layout = replace(layout, limit=limit)
+        sample = _sample(items, SHARDS_AN_ACTOR * topology.workers.actors, limit)
+        shared = replace(
+            pipeline.Job.of(job, Store("memory://forecast"), encoder, layout, named_base(source)),
+            encoder_uri=uri,
+            encoder_options=job.table_storage_options if uri.startswith(store.uri) else {},
+        )
+        found, first = [], 0.0
+        for stats in pipeline.embed_items(sample, shared, topology):
+            first = first or time.monotonic() - started - sum(stats.seconds.values())
+            if not stats.error:
+                found.append(stats)
+    images = _count_images(job, layout, items, sample)
+    return reckon(job, found, images, first, topology.workers)
+
+
+def reckon(job: JobConfig, found: list[ChunkStats], images: int, start_seconds: float, workers: Workers) -> Forecast:
+    """The forecast by what some chunks took; each actor's first, in which caches fill, does not count where there are more."""
+    counted = [stats for stats in (found[workers.actors :] or found) if stats.samples]
+    if not counted:
+        raise IncompleteRun("no image of the sample could be read, so nothing is known of the others")
+    samples = sum(stats.samples for stats in counted)
+    typical = {
+        stage: statistics.median(stats.seconds.get(stage, 0.0) / stats.samples for stats in counted) * samples
+        for stage in {stage for stats in counted for stage in stats.seconds}
+    }
+    spent: dict[str, float] = {}
+    add_seconds(spent, typical)
+    an_image = seconds_an_image(spent, samples, workers)
+    seconds = start_seconds + images * an_image
+    has_prices = job.prices.cpu_hour is not None or job.prices.gpu_hour is not None
+    cpus, gpus = workers.readers * workers.cpus_per_decoder, workers.actors if workers.decoders else 0
+    an_hour = cpus * (job.prices.cpu_hour or 0.0) + gpus * (job.prices.gpu_hour or 0.0)
+    return Forecast(
+        images=images,
+        seconds=round(seconds, 1),
+        start_seconds=round(start_seconds, 1),
+        images_per_second=round(1 / an_image, 2) if an_image else 0.0,
+        cost=round(seconds / 3600 * an_hour, 4) if has_prices else None,
+        bound=find_bound(spent, an_image * samples, workers).says,
+    )
+
+
+def _find_or_build(job: JobConfig, store: Store, source: "Ingredients | Path", out: Path) -> tuple[Description, str]:
+    """The encoder and where actors find it: on the table's storage, or on this machine where that is all there is."""
+    if (known := find_encoder(source, store)) is not None:
+        return known, f"{store.uri}/{encoder_path(known.space_id)}"
+    if cluster.count_nodes() > 1 and not job.shared_filesystem:
+        raise ConfigError(
+            f"{job.table}: the encoder is not there yet, and other nodes cannot reach it on this machine. Run the job once "
+            "with --set limit=1, which puts it there, and ask for the forecast again."
+        )
+    folder = prepare_encoder(source, out)
+    return read_description(folder), str(folder)
+
+
+def _sample(items: list[WorkItem], count: int, limit: int) -> list[WorkItem]:
+    """The first images of a seeded few shards, from the start of each: what of them is done does not matter."""
+    by_name = {item.shard.name: item for item in items}
+    chosen = seeded_sample(by_name, count)
+    return [replace(by_name[name], done=frozenset(), limit=limit) for name in chosen]
+
+
+def _count_images(job: JobConfig, layout: Layout, items: list[WorkItem], sample: list[WorkItem]) -> int:
+    """Images in all, by the bytes of all and the images of the sampled shards; those that are done in part count less."""
+    held = sum(count_samples(item.shard, layout, job.input_storage_options, job.limit or 10**9) for item in sample)
+    size = sum(item.shard.size for item in sample)
+    total = round(held * sum(item.shard.size for item in items) / max(size, 1))
+    done = sum(len(item.done) * layout.chunk_size for item in items)
+    return max(0, (min(total, job.limit) if job.limit is not None else total) - done)
+
+
+def _span(seconds: float) -> str:
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"

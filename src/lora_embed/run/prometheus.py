@@ -1,0 +1,74 @@
+"""What a run counts, for Prometheus, on the metrics endpoint of its Ray node.
+
+Every series bears the table; the run's id stands in `run_info` alone, so that a year of nights is not a year of new series.
+"""
+
+from typing import Any
+
+from lora_embed.chain import cluster
+from lora_embed.monitor.effort import Effort
+from lora_embed.monitor.stages import STAGES
+from lora_embed.text import without_secrets
+
+PREFIX = "lora_embed"  # Ray puts `ray_` before it
+COUNTERS = {  # name, to which Ray adds `_total` → help, further tags
+    "samples": ("Samples embedded or rejected.", ()),
+    "vectors": ("Vectors committed.", ()),
+    "rejects": ("Samples that cannot be embedded.", ("reason",)),
+    "chunks": ("Chunks committed.", ()),
+    "image_bytes": ("Bytes of encoded images read.", ()),
+    "stage_seconds": ("Seconds of workers.", ("stage",)),
+    "storage_retries": ("Requests to a store that were tried again.", ()),
+}
+GAUGES = {
+    "shards": ("Shards of the run that goes on.", ("state",)),
+    "version": ("The table's current version, as the run knows it.", ()),
+    "run_start_timestamp_seconds": ("When the run began.", ()),
+    "last_chunk_timestamp_seconds": ("When the last chunk came in; the run's beginning until then.", ()),
+    "bound": ("1 for what bounds the run, 0 for what does not.", ("by",)),
+    "run_info": ("1; which run it is.", ("run_id",)),
+}
+BOUNDS = (*STAGES, "transfer", "start")
+
+
+class Meters:
+    """The meters of one run, brought up to what it has done by `show`."""
+
+    def __init__(self, table: str, run_id: str, started: float) -> None:
+        self._table, self._run_id, self._started = without_secrets(table), run_id, started
+        self._counters = {name: cluster.counter(f"{PREFIX}_{name}", *about) for name, about in _with_table(COUNTERS)}
+        self._gauges = {name: cluster.gauge(f"{PREFIX}_{name}", *about) for name, about in _with_table(GAUGES)}
+        self._shown: dict[tuple[str, str], float] = {}
+
+    def show(self, effort: Effort, version: int | None) -> None:
+        """Counters grow by what was not shown yet; gauges are as they are now. For one thread at a time."""
+        for name in ("samples", "vectors", "chunks", "image_bytes"):
+            self._count(name, getattr(effort, name))
+        self._count("storage_retries", effort.retries)
+        for reason, count in effort.rejects.items():
+            self._count("rejects", count, reason=reason)
+        for stage, seconds in effort.seconds.items():
+            self._count("stage_seconds", seconds, stage=stage)
+        waiting = max(0, effort.shards - effort.shards_done - effort.shards_failed)
+        for state, count in {"done": effort.shards_done, "failed": effort.shards_failed, "waiting": waiting}.items():
+            self._set("shards", count, state=state)
+        for by in BOUNDS if effort.bound is not None else ():
+            self._set("bound", int(effort.bound is not None and effort.bound.by == by), by=by)
+        if version is not None:
+            self._set("version", version)
+        self._set("run_start_timestamp_seconds", self._started)
+        self._set("last_chunk_timestamp_seconds", effort.last_chunk or self._started)
+        self._set("run_info", 1, run_id=self._run_id)
+
+    def _count(self, name: str, total: float, **tags: str) -> None:
+        key = (name, "".join(tags.values()))
+        if (more := total - self._shown.get(key, 0.0)) > 0:
+            self._counters[name].inc(more, tags={"table": self._table} | tags)
+            self._shown[key] = total
+
+    def _set(self, name: str, value: float, **tags: str) -> None:
+        self._gauges[name].set(value, tags={"table": self._table} | tags)
+
+
+def _with_table(meters: dict[str, tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple[Any, ...]]]:
+    return [(name, (help_, ("table", *tags))) for name, (help_, tags) in meters.items()]

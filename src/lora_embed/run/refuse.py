@@ -1,0 +1,51 @@
+"""What a run refuses before it writes anything: paths that other nodes cannot reach, and vectors of another space."""
+
+import os
+from pathlib import Path
+
+from lora_embed.chain import cluster
+from lora_embed.errors import ConfigError, TableError
+from lora_embed.model.description import BaseReference, Description
+from lora_embed.run.open import OpenJob
+from lora_embed.store.store import Store
+from lora_embed.table import versions
+
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job
+
+
+def refuse_local_paths(opened: OpenJob, base: BaseReference | None) -> None:
+    """Raises ConfigError for a table that goes with the job, and when several nodes would each look on disks of their own."""
+    job, store = opened.job, opened.store
+    if SUBMITTED in os.environ and store.is_local and Path(job.table).is_relative_to(Path.cwd()):
+        raise ConfigError(
+            f"{job.table} lies in Ray's copy of the submitted folder and would be lost with it. Name a table outside of it, "
+            "such as s3://…"
+        )
+    roots = {shard.root for shard in opened.shards if Store(shard.root, job.input_storage_options).is_local}
+    local = [job.table] * store.is_local + sorted(roots)
+    if base is not None and os.path.isabs(base.uri):  # each node rebuilds the encoder from it
+        local.append(base.uri)
+    nodes = cluster.count_nodes()
+    if local and nodes > 1 and not job.shared_filesystem:
+        raise ConfigError(
+            f"{local[0]} is a local path, but this cluster has {nodes} nodes, each with disks of its own. "
+            "Use a URI that all nodes reach, such as s3://…, or set shared_filesystem to true if they all mount it there."
+        )
+
+
+def refuse_space(opened: OpenJob, encoder: Description, *, replaces: bool, releases: bool) -> None:
+    """Raises TableError for a space that this run may not publish: another than the table's, or one that is held back."""
+    if not replaces:
+        refuse_other_space(opened, encoder)
+    versions.refuse_held(opened.current, encoder.space_id, releases=releases)
+
+
+def refuse_other_space(opened: OpenJob, encoder: Description) -> None:
+    """Raises TableError when the table's current version holds vectors of another space than the encoder's."""
+    current = opened.current
+    if current is not None and current.space_id != encoder.space_id:
+        raise TableError(
+            f"{opened.store.uri}: version {current.version} holds vectors of space {current.space_id}, this recipe makes space "
+            f"{encoder.space_id}; vectors of two spaces never mix. Name another table or the recipe that made this one, or "
+            "let jobs/reembed_nightly.py replace them all."
+        )

@@ -1,0 +1,166 @@
+"""What a job has yet to embed, and embedding it, however often it takes."""
+
+from dataclasses import replace
+from typing import Any
+
+from lora_embed.chain import cluster, pipeline
+from lora_embed.chain.items import Staged, WorkItem
+from lora_embed.config.models import JobConfig
+from lora_embed.errors import IncompleteRun, WorkersLost
+from lora_embed.model.description import Description
+from lora_embed.monitor.effort import Effort
+from lora_embed.monitor.progress import Progress, say
+from lora_embed.schema import ChunkStats, Layout, Part, Shard
+from lora_embed.shards.read import count_samples
+from lora_embed.store.store import Store
+from lora_embed.table import staging, versions
+from lora_embed.table.manifest import Manifest, prefixes_of_ids
+from lora_embed.vectors.health import seeded_sample
+
+ATTEMPTS = 3
+MOST_IN_A_ROW = 8  # shards that fail for a store that does not answer, before a run is given up
+
+
+def find_work(job: JobConfig, store: Store, encoder: Description, layout: Layout, shards: list[Shard]) -> list[WorkItem]:
+    """Subtract what is published or staged from the listed shards; a trial run takes the first `limit` samples."""
+    staged = staging.staged_parts(store, encoder.space_id, layout.layout_id)
+    current = versions.read_manifest(store)  # after the listing: another run may publish, and remove its parts, in between
+    before = versions.newest_of(store, encoder.space_id, layout.pins, current)
+    published = set(before.shards) if before is not None else set()
+    items = [
+        _what_is_left(shard, staged.get(shard.id, []), store, encoder)
+        for shard in shards
+        if shard.id not in published and not staging.is_complete(staged.get(shard.id, []))
+    ]
+    if job.limit is not None:
+        items = _first_samples(items, job.limit, layout, job.input_storage_options)
+    return items
+
+
+def _what_is_left(shard: Shard, parts: list[Part], store: Store, encoder: Description) -> WorkItem:
+    last = next((part.chunk for part in parts if part.last), None)
+    staged = Staged(store=store, space_id=encoder.space_id, last=last) if parts else None
+    return WorkItem(shard=shard, done=frozenset(part.chunk for part in parts), staged=staged)
+
+
+def _first_samples(items: list[WorkItem], limit: int, layout: Layout, options: dict[str, Any]) -> list[WorkItem]:
+    chosen = []
+    for item in items:
+        if limit <= 0:
+            break
+        samples = count_samples(item.shard, layout, options, limit)
+        chosen.append(replace(item, limit=min(samples, limit)))
+        limit -= samples
+    return chosen
+
+
+def choose_unchanged(current: Manifest, shards: list[Shard], samples: int, seed: int = 0) -> list[Shard]:
+    """Whole shards that a version holds as they are, in a seeded order, until they hold that many samples.
+
+    Shards that may hold a forgotten image come last: what is embedded to be compared alone may stay staged for long.
+    """
+    unchanged = {shard.name: shard for shard in shards if shard.id in current.shards}
+    apart = prefixes_of_ids(current.forgotten) if current.forgotten else set()
+    last = {name for name, shard in unchanged.items() if shard.prefix in apart}
+    chosen, held = [], 0
+    for name in [*seeded_sample(unchanged.keys() - last, samples, seed), *seeded_sample(last, samples, seed)]:
+        if held >= samples:
+            break
+        chosen.append(unchanged[name])
+        held += current.shards[unchanged[name].id].samples
+    return chosen
+
+
+def choose_again(job: JobConfig, layout: Layout, before: Manifest, shards: list[Shard]) -> list[tuple[Shard, int]]:
+    """A few unchanged shards, another few for each version, and the chunk of each that is embedded again: see `judge.drift`."""
+    if not job.reembed.drift or job.limit is not None:
+        return []
+    chosen = choose_unchanged(before, shards, job.reembed.drift, seed=before.version)
+    full_chunks = [before.shards[shard.id].samples // layout.chunk_size for shard in chosen]
+    return [(shard, before.version % max(1, full)) for shard, full in zip(chosen, full_chunks, strict=True)]
+
+
+def find_drift_work(job: JobConfig, shared: pipeline.Job, shards: list[Shard]) -> list[WorkItem]:
+    """What is embedded again to notice drift, but for chunks of which that was done since the version was committed."""
+    store, layout, space_id = shared.store, shared.layout, shared.encoder.space_id
+    before = versions.newest_of(store, space_id, layout.pins, versions.read_manifest(store))
+    if before is None:
+        return []
+    committed = store.info(versions.manifest_path(before.version))
+    staged = staging.staged_parts(store, space_id, layout.layout_id)
+    items = []
+    for shard, again in choose_again(job, layout, before, shards):
+        parts = [part for part in staged.get(shard.id, []) if part.chunk == again]
+        (path,) = staging.part_paths(space_id, layout, parts) or (None,)
+        written = store.info(path) if path is not None else None
+        if path is not None and written is not None:
+            if committed is not None and written.modified > committed.modified:
+                continue
+            store.delete([path])  # the version was made of it, so that it would be equal
+        chunks = -(-before.shards[shard.id].samples // layout.chunk_size)
+        items.append(WorkItem(shard=shard, done=frozenset(range(chunks)) - {again}))
+    return items
+
+
+def embed_missing(
+    job: JobConfig, shared: pipeline.Job, shards: list[Shard], topology: cluster.Topology, effort: Effort | None = None
+) -> Effort:
+    """Embed what is neither published nor staged.
+
+    Beside it go a few that are published, not counted: their vectors must still be the same. When workers were lost for
+    good or a store did not answer, what is still missing is tried again, up to `ATTEMPTS` times in all. What it takes is
+    counted in `effort` as it goes on, also where it fails. Raises IncompleteRun naming the shards that failed.
+    """
+    effort = effort or Effort()
+    for attempt in range(1, ATTEMPTS + 1):
+        work = find_work(job, shared.store, shared.encoder, shared.layout, shards)
+        done = f"{len(shards) - len(work)} done, " if job.limit is None else ""  # the others of a trial are not asked for
+        say(f"{len(shards)} shards: {done}{len(work)} to embed")
+        if not work:
+            break
+        effort.begin(len(work))
+        failures: dict[str, ChunkStats] = {}
+        with Progress([item.shard for item in work], topology.workers, effort=effort) as progress:
+            try:
+                _embed(work, find_drift_work(job, shared, shards), shared, topology, progress, failures)
+            except WorkersLost as error:
+                if attempt == ATTEMPTS:
+                    raise
+                say(f"{error}\ntrying again what is missing")
+                continue
+        if not failures:
+            break
+        if attempt == ATTEMPTS or not all(failure.may_pass for failure in failures.values()):
+            raise _incomplete(failures, len(work))
+        say(f"{len(failures)} shards could not be read; trying them again")
+    return effort
+
+
+def _embed(
+    work: list[WorkItem],
+    again: list[WorkItem],
+    shared: pipeline.Job,
+    topology: cluster.Topology,
+    progress: Progress,
+    failures: dict[str, ChunkStats],
+) -> None:
+    """Run the chain once, counting what it yields. Raises IncompleteRun where going on would be in vain."""
+    in_a_row = 0
+    uncounted = {item.shard.id for item in again}
+    for stats in pipeline.embed_items([*again, *work], shared, topology):
+        if stats.shard_id in uncounted:  # one that cannot be read any more has its vectors, and says nothing of drift
+            continue
+        progress.add(stats)
+        in_a_row = in_a_row + 1 if stats.may_pass else 0
+        if stats.error:
+            failures[stats.shard_id] = stats
+        if in_a_row >= MOST_IN_A_ROW:
+            raise _incomplete(failures, len(work))
+
+
+def _incomplete(failures: dict[str, ChunkStats], of: int) -> IncompleteRun:
+    first = "\n".join(f"  {message}" for message in sorted(failure.error for failure in failures.values())[:10])
+    return IncompleteRun(
+        f"{len(failures)} of {of} shards are not complete, so nothing was published; "
+        f"what was embedded is kept, and the same command goes on:\n{first}"
+    )

@@ -1,0 +1,211 @@
+"""Nearest images of a query: exact over a table's files or through an index, and a page that shows them."""
+
+import base64
+import io
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from lora_embed.config.foreign import parse_record
+from lora_embed.errors import ConfigError, LoraEmbedError, TableError
+from lora_embed.images.decode import BadImage
+from lora_embed.images.isolate import IsolatedDecoder
+from lora_embed.images.preprocess import Preprocessing
+from lora_embed.monitor.progress import say
+from lora_embed.report.page import Section, escaped, page, picture, write
+from lora_embed.schema import Layout, Shard
+from lora_embed.search.export import HIT_COLUMNS, Hit, open_index, refuse_other_space, unit, unit_queries, vectors_of
+from lora_embed.search.places import refuse_elsewhere
+from lora_embed.shards.listing import list_shards
+from lora_embed.shards.read import read_samples
+from lora_embed.store.store import Store
+from lora_embed.table.read import Table
+from lora_embed.text import in_lines
+
+QUERIES_AT_ONCE = 1024  # each pass over the files: its scores are 4 bytes a query and row of a batch
+THUMBNAIL = Preprocessing(resize=160, resample=3, crop=(160, 160), multiply=(1.0, 1.0, 1.0), add=(0.0, 0.0, 0.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found for one image."""
+
+    image: str
+    table: str
+    version: int  # of the vectors that were searched: the index's own where there is one
+    space_id: str
+    method: str  # `exact`, or the kind of the index
+    count: int  # vectors searched
+    hits: tuple[Hit, ...]  # best first
+    data: bytes = field(repr=False)  # the query's file
+
+    def describe(self) -> str:
+        """For a person: a line for each hit, score and id."""
+        if not self.count:
+            return f"version {self.version} of {self.table} holds no vectors, so nothing is near"
+        head = (
+            f"{len(self.hits)} nearest of {self.count:,} images, version {self.version}, space {self.space_id}, {self.method}"
+        )
+        return in_lines([head, *(f"{hit.score: .6f}  {hit.id}" for hit in self.hits)])
+
+
+def search_table(table: Table, vectors: NDArray[Any], k: int, space_id: str | None = None) -> list[list[Hit]]:
+    """The k nearest of all of a table's vectors for each query (m, d) by cosine, best first, equal scores by id.
+
+    Reads file by file, in memory that does not depend on the table's size. All rows where k is larger than the table.
+    Raises ConfigError for queries of another shape or, where `space_id` says which encoder made them, another space.
+    """
+    if space_id is not None:
+        refuse_other_space(f"{table.store.uri}: version {table.version}", table.space_id, space_id, "It is table.encoder().")
+    queries = unit_queries(vectors, table.dimension, k)
+    blocks = [queries[start : start + QUERIES_AT_ONCE] for start in range(0, len(queries), QUERIES_AT_ONCE)]
+    return [hits for block in blocks for hits in _search_block(table, block, k)]
+
+
+def _search_block(table: Table, queries: NDArray[np.float32], k: int) -> list[list[Hit]]:
+    found: list[list[Hit]] = [[] for _ in queries]
+    for batch in table.batches([*HIT_COLUMNS, "embedding"]):
+        for number, scores in enumerate(queries @ unit(vectors_of(batch)).T):
+            floor = found[number][-1].score if len(found[number]) == k else -np.inf
+            if len(scores) > k:
+                floor = max(floor, np.partition(scores, -k)[-k])
+            rows = np.flatnonzero(scores >= floor)  # with those that tie, so that ids decide and not the order of files
+            near = batch.select(HIT_COLUMNS).take(rows).to_pylist() if len(rows) else []
+            new = [Hit(score=float(score), **row) for score, row in zip(scores[rows], near, strict=True)]
+            found[number] = sorted([*found[number], *new], key=lambda hit: (-hit.score, hit.id))[:k]
+    return found
+
+
+def search_image(
+    table: Table, image: str, k: int = 10, index: Path | None = None, image_options: dict[str, Any] | None = None
+) -> Found:
+    """Embed an image, a path or URI with its storage options, with the table's own encoder, and find the nearest ones.
+
+    Raises ConfigError for an image that cannot be read, and for an index of another space.
+    """
+    data = _read_image(image, image_options)
+    opened = open_index(index) if index is not None else None
+    encoder = table.encoder()
+    try:
+        vectors = encoder.embed([data])
+    except BadImage as error:
+        raise ConfigError(f"{image}: cannot be searched for: {error.reason} ({error}). Give another image.") from None
+    version, count, method = table.version, table.count, "exact"
+    if opened is None:
+        hits = search_table(table, vectors, k, encoder.space_id)[0]
+    else:
+        hits = opened.search(vectors, k, encoder.space_id)[0]
+        version, count, method = opened.description.version, opened.description.count, opened.description.kind
+    return Found(
+        image=image,
+        table=table.store.uri,
+        version=version,
+        space_id=encoder.space_id,
+        method=method,
+        count=count,
+        hits=tuple(hits),
+        data=data,
+    )
+
+
+def _read_image(image: str, options: dict[str, Any] | None) -> bytes:
+    if "://" in image:
+        root, _, name = image.rpartition("/")
+        data = Store(root, options or {}, follows_links=True).read(name)
+    else:
+        path = Path(image)
+        data = Store(str(path.absolute().parent), follows_links=True).read(path.name) if path.name else None
+    if data is None:
+        raise ConfigError(f"{image}: no such file, expected an image. Correct the path.")
+    return data
+
+
+def find_pictures(
+    table: Table, hits: tuple[Hit, ...], input_options: dict[str, Any] | None = None, inputs: tuple[str, ...] = ()
+) -> dict[str, bytes]:
+    """Encoded images of hits by id, read again from the shards that the version was made from.
+
+    Only those that lie in the table's own store or in `inputs`, which whoever asks names: for others nothing is opened, and
+    it is said why. Left out are those of shards that cannot be read now, or are others by now; tars are read up to the last
+    one wanted.
+    """
+    try:
+        lineage = parse_record(_Origin, json.dumps({name: table.manifest.lineage.get(name) for name in ("input", "layout")}))
+    except ValueError:
+        return {}
+    shards = {shard.id: shard for place in lineage.input for shard in _shards_of(table, place, inputs, input_options or {})}
+    published = {shard.name: shard.id for shard in table.manifest.shards.values()}
+    layout = lineage.layout
+    wanted: dict[str, dict[str, str]] = defaultdict(dict)
+    for hit in hits:
+        if published.get(hit.shard) in shards:
+            wanted[published[hit.shard]][hit.key] = hit.id
+    found: dict[str, bytes] = {}
+    for shard_id, ids in wanted.items():
+        left = dict(ids)
+        try:
+            for sample in read_samples(shards[shard_id], layout, input_options or {}, lambda number: True):
+                if sample.data and sample.key in left:
+                    found[left.pop(sample.key)] = sample.data
+                if not left:
+                    break
+        except LoraEmbedError:
+            continue
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Origin:
+    """What a version says of where it comes from."""
+
+    input: tuple[str, ...]
+    layout: Layout
+
+
+def _shards_of(table: Table, place: str, inputs: tuple[str, ...], options: dict[str, Any]) -> list[Shard]:
+    """Of one input that the table names; none where it is not to be opened, or cannot be."""
+    try:
+        refuse_elsewhere(place, table.store.uri, inputs)
+    except TableError as error:
+        say(f"pictures are left out: {error}")
+        return []
+    try:
+        return list_shards((place,), options)
+    except LoraEmbedError:
+        return []
+
+
+def write_page(found: Found, pictures: dict[str, bytes], out: Path) -> None:
+    """One HTML file that needs nothing else: the query, and the hits with their pictures where there are any.
+
+    Raises StorageError when it cannot be written.
+    """
+    with IsolatedDecoder() as decode:
+        figures = [_figure(found.data, "query", found.image, decode)]
+        figures += [_figure(pictures.get(hit.id), f"{hit.score:.4f}", hit.id, decode) for hit in found.hits]
+    lead = f"version {found.version} of {found.table}, space {found.space_id}, {found.method}, cosine"
+    shown = Section(anchor="found", title="Nearest first", content=f'<div class="found">{"".join(figures)}</div>')
+    write(page(f"Nearest of {found.count:,} images", f'<p class="lead">{escaped(lead)}</p>', [shown]), out)
+
+
+def _figure(data: bytes | None, score: str, name: str, decode: IsolatedDecoder) -> str:
+    thumbnail = _thumbnail(data, decode) if data is not None else None
+    shown = picture(base64.b64encode(thumbnail).decode() if thumbnail else None, "")
+    return f"<figure>{shown}<figcaption><b>{escaped(score)}</b><br><bdi>{escaped(name)}</bdi></figcaption></figure>"
+
+
+def _thumbnail(data: bytes, decode: IsolatedDecoder) -> bytes | None:
+    """A square JPEG, or None where the image cannot be decoded."""
+    try:
+        pixels = decode(data, THUMBNAIL).pixels
+    except BadImage:
+        return None
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()

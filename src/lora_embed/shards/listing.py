@@ -1,0 +1,208 @@
+"""Inputs → shards: what a run reads, found by listing alone."""
+
+import fnmatch
+import hashlib
+import itertools
+import math
+import posixpath
+import re
+from collections import defaultdict
+from typing import Any
+
+from lora_embed.errors import ConfigError
+from lora_embed.monitor.progress import say
+from lora_embed.schema import Entry, Shard
+from lora_embed.store.store import Store
+
+TAR, PARQUET = (".tar",), (".parquet", ".pq")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
+IMAGES_PER_GROUP = 1024
+MOST_NAMES = 10_000_000  # that one pattern may name
+NAMED_LINKS = 10  # of those that are passed over
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_WILD, _WILD_OR_BRACE = re.compile(r"[*?\[]"), re.compile(r"[*?\[{]")
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python holds bytes of a local name that are not UTF-8
+
+
+def list_shards(patterns: tuple[str, ...], options: dict[str, Any], *, follows: bool = False) -> list[Shard]:
+    """All shards of the inputs, sorted by name.
+
+    A pattern is a file, a directory (searched to any depth), a glob or a brace range such as `{00..41}` or `{a,b}`. Links
+    to folders outside of an input are followed only where `follows`; else it is said that they are passed over.
+    Raises ConfigError for a pattern that matches nothing, for compressed tars, and for inputs whose samples could get
+    equal ids.
+    """
+    shards = [shard for pattern in patterns for shard in _shards_of(pattern, options, follows)]
+    shards.sort(key=lambda shard: shard.name)
+    _refuse_shared_names(shards)
+    return shards
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a{0..2}b` → a0b, a1b, a2b (zero-padded as written); `{x,y}` → both; several braces multiply."""
+    match = _BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    if (count := math.prod(_values(inside) for inside in _BRACES.findall(pattern))) > MOST_NAMES:
+        raise ConfigError(f"input {pattern[:200]}: its braces name {count:,} files, expected at most {MOST_NAMES:,}. Use *.")
+    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
+    if span:
+        first, last, width = int(span[1]), int(span[2]), len(span[1])
+        values = [f"{number:0{width}d}" for number in range(first, last + 1)]
+    else:
+        values = match[1].split(",")
+    filled = [pattern[: match.start()] + value + pattern[match.end() :] for value in values]
+    return list(dict.fromkeys(expanded for one in filled for expanded in expand_braces(one)))
+
+
+def _values(inside: str) -> int:
+    """How many values a pair of braces stands for."""
+    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", inside)
+    return max(0, int(span[2]) - int(span[1]) + 1) if span else inside.count(",") + 1
+
+
+def _shards_of(pattern: str, options: dict[str, Any], follows: bool) -> list[Shard]:
+    if not _WILD_OR_BRACE.search(pattern):
+        return _shards_at(re.sub(r"(?<=[^/:])/+$", "", pattern), options, follows)
+    root = _folder_of(_WILD_OR_BRACE.split(pattern)[0])  # the longest folder without wildcards
+    wanted = expand_braces(pattern[len(root) :].lstrip("/"))
+    named = frozenset(name for name in wanted if not _WILD.search(name))
+    globs = [name.split("/") for name in wanted if name not in named]
+    store = Store(root, options, follows_links=True)
+    store.check_reachable()
+    listed = _list(store, follows)
+    entries = [e for e in listed if e.path in named or any(_fits(e.path.split("/"), glob) for glob in globs)]
+    missing = sorted(named - {entry.path for entry in entries})
+    if missing and entries:
+        raise ConfigError(
+            f"input {pattern}: {len(missing)} of the {len(named)} files it names are not there, first "
+            f"{root.rstrip('/')}/{missing[0]}. Correct the range, or use * to take what is there."
+        )
+    return _group(root, entries, named, f"input {pattern}", looked_at=len(listed))
+
+
+def _shards_at(uri: str, options: dict[str, Any], follows: bool) -> list[Shard]:
+    """A file's shard, or those of a directory."""
+    store = Store(uri, options, follows_links=True)
+    store.check_reachable()
+    if store.is_directory():
+        entries = _list(store, follows)
+        return _group(uri, entries, frozenset(), f"input {uri}", looked_at=len(entries))
+    root, name = _folder_of(uri), posixpath.basename(uri)
+    entry = Store(root, options, follows_links=True).info(name)
+    if entry is None:
+        raise ConfigError(f"input {uri}: no such file or directory")
+    return _group(root, [entry], frozenset([name]), f"input {uri}", looked_at=1)
+
+
+def _list(store: Store, follows: bool) -> list[Entry]:
+    entries, passed_over = store.list_input(follows=follows)
+    if passed_over:
+        named = ", ".join(f"{path} (to {place})" for path, place in list(passed_over.items())[:NAMED_LINKS])
+        more = f" and {len(passed_over) - NAMED_LINKS} more" if len(passed_over) > NAMED_LINKS else ""
+        say(
+            f"input {store.uri}: links to folders outside of it are passed over: {named}{more}. Set follow_folder_links to "
+            "true in the job to read what they lead to, or name those folders as input."
+        )
+    return entries
+
+
+def _folder_of(uri: str) -> str:
+    folder = uri.rpartition("/")[0]
+    return f"{folder}/" if folder == "" or folder.endswith(":/") else folder  # "/" and "memory://" keep their slashes
+
+
+def _fits(path: list[str], glob: list[str]) -> bool:
+    """Does a glob match a path, folder by folder? `*` stays within a folder; `**` is any number of them, none too."""
+    if not glob or not path:
+        return glob in ([], ["**"]) and not path
+    if glob[0] == "**":
+        return _fits(path, glob[1:]) or _fits(path[1:], glob)
+    return fnmatch.fnmatchcase(path[0], glob[0]) and _fits(path[1:], glob[1:])
+
+
+def _group(root: str, entries: list[Entry], named: frozenset[str], where: str, *, looked_at: int) -> list[Shard]:
+    """Entries → shards. Hidden files and other kinds of file are passed over, unless they are `named` outright."""
+    shards, images = [], []
+    for entry in entries:
+        name = entry.path.lower()
+        if entry.path not in named and posixpath.basename(name).startswith((".", "_")):
+            continue
+        if name.endswith(COMPRESSED_TAR):
+            raise ConfigError(f"{where}: {entry.path} is a compressed tar, which cannot be resumed. Unpack it to .tar.")
+        if name.endswith(TAR):
+            shards.append(_single(root, entry, "tar"))
+        elif name.endswith(PARQUET):
+            shards.append(_single(root, entry, "parquet"))
+        elif name.endswith(IMAGES):
+            images.append(entry)
+        elif entry.path in named:
+            raise ConfigError(f"{where}: {entry.path} is no .tar, .parquet or image file ({', '.join(IMAGES)})")
+    if not shards and not images:
+        raise ConfigError(f"{where}: matches no tar, Parquet or image file ({looked_at} files looked at below {root})")
+    for entry in [*images, *(shard.files[0] for shard in shards)]:
+        if _NOT_UTF8.search(entry.path):
+            raise ConfigError(f"{where}: the name {entry.path!r} is not UTF-8, as ids must be. Rename it.")
+    return shards + _image_groups(root, images)
+
+
+def _single(root: str, entry: Entry, kind: Any) -> Shard:
+    state = _hash(posixpath.basename(root.rstrip("/")), entry.path, entry.size, entry.etag)
+    return Shard(id=state, name=entry.path, prefix=entry.path, kind=kind, root=root, files=(entry,))
+
+
+def _image_groups(root: str, entries: list[Entry]) -> list[Shard]:
+    """Loose images by directory and bucket of their name's hash, so that a new image touches one group.
+
+    A directory's bucket count is a power of two, so groups are dealt anew only when its size doubles.
+    """
+    folders: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        folders[posixpath.dirname(entry.path)].append(entry)
+    shards = []
+    for folder, files in sorted(folders.items()):
+        buckets = 2 ** max(0, math.ceil(math.log2(len(files) / IMAGES_PER_GROUP)))
+        groups: dict[int, list[Entry]] = defaultdict(list)
+        for file in files:
+            groups[int(_hash(posixpath.basename(file.path)), 16) % buckets].append(file)
+        for bucket, group in sorted(groups.items()):
+            name = f"{folder or '.'}/#{bucket:04d}of{buckets:04d}"
+            state = _hash(posixpath.basename(root.rstrip("/")), name, *((f.path, f.size, f.etag) for f in group))
+            shards.append(Shard(id=state, name=name, prefix=folder, kind="images", root=root, files=tuple(group)))
+    return shards
+
+
+def _refuse_shared_names(shards: list[Shard]) -> None:
+    """Ids are name + key: equal names, or one name inside another's, could give two images one id."""
+    for one, other in itertools.pairwise(shards):
+        if one.name == other.name and one.kind == other.kind == "images":
+            raise ConfigError(
+                f"duplicate ids: two inputs hold loose images of one folder, {one.prefix or '.'} below {one.root} and below "
+                f"{other.root}. Give them as one input, a directory or a pattern such as {{a,b}}, or each its own table."
+            )
+        if one.name == other.name and one.root == other.root:
+            raise ConfigError(f"duplicate ids: two inputs both name {one.root}/{one.name}. Name it in one of them.")
+        if one.name == other.name:
+            raise ConfigError(
+                f"duplicate ids: {one.root} and {other.root} both hold {one.name}, whose images would get the same ids. "
+                "Name the folder above both as input, or give each its own table."
+            )
+    images = [file.path for shard in shards if shard.kind == "images" for file in shard.files]
+    if len(set(images)) != len(images):
+        raise ConfigError(
+            "duplicate ids: two inputs hold images of the same relative path; name the folder above both as input"
+        )
+    files = {shard.name: shard.root for shard in shards if shard.kind != "images"}
+    for shard in shards:
+        folder = shard.prefix if shard.kind == "images" else posixpath.dirname(shard.name)
+        for above in itertools.accumulate(folder.split("/"), "{}/{}".format):
+            if above in files:
+                raise ConfigError(
+                    f"duplicate ids: {files[above]}/{above} is a file, and below {shard.root} there is a folder of that name, "
+                    "so that their images could get the same ids. Rename one, or give each its own table."
+                )
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,119 @@
+"""A Parquet file → its samples, to its proven end; lengths are known before values are made."""
+
+import itertools
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lora_embed.errors import ShardError
+from lora_embed.schema import Layout, Sample, Shard, Wanted
+from lora_embed.shards.checked_parquet import ParquetFile, extensions
+from lora_embed.shards.fields import values_of
+
+ROWS = 64  # at a time
+MOST_REPEATED = 2**28  # bytes that the rows of a batch may take beyond what the file has of them
+MOST_AT_ONCE = 2**25  # bytes of images that Python is given at once
+FREE_ROWS, BYTES_PER_ROW = 1_000_000, 64  # a file may say that it has so many rows, or one to so many of its bytes
+_IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "jpg", "png")
+_KEY_COLUMNS = ("key", "__key__", "id", "path", "file_name")
+
+
+def read_parquet(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted) -> Iterator[Sample]:
+    """Each row is a sample. Raises ShardError for what is not fit to be read, and whatever Arrow raises over damage."""
+    where = f"{shard.root}/{shard.name}"
+    source = ParquetFile(file, shard.size, where)
+    image, key = _columns(source.schema, layout, where)
+    carried = [name for name, _ in layout.carry if name in source.schema.names]
+    for name in filter(None, (image, key, *carried)):
+        _check_column(source.schema, name, where)
+    _check_rows(source.num_rows, shard, where)
+    number = 0
+    for group, rows in enumerate(source.rows):
+        _check_rows(number + rows, shard, where)
+        needed = any(wanted(number + row) for row in range(rows))
+        columns = ([key] if key else []) + ([image, *carried] if needed else [])
+        if not columns:
+            yield from (Sample(f"{number + row:010d}") for row in range(rows))
+            number += rows
+            continue
+        for batch in source.batches(group, columns, ROWS, MOST_REPEATED):
+            yield from _rows(batch, image if needed else None, key, carried, number, layout.max_bytes)
+            number += batch.num_rows
+    if number != source.num_rows:
+        raise ShardError(f"{where}: holds {number} rows, its footer says {source.num_rows}. Upload it again.")
+
+
+def _columns(schema: pa.Schema, layout: Layout, where: str) -> tuple[str, str | None]:
+    """The image column and the key column, as configured or by their usual names; no key column: rows are numbered."""
+    holding = {field.name for field in schema if _holds_bytes(field.type)}
+    image = layout.image_column or next((name for name in _IMAGE_COLUMNS if name in holding), None)
+    if image is None or image not in holding:
+        wanted = f"column {layout.image_column!r}" if layout.image_column else f"one of {', '.join(_IMAGE_COLUMNS)}"
+        raise ShardError(
+            f"{where}: has no image bytes: expected {wanted} of binary type, found {schema.names}. Set image_column in the job."
+        )
+    key = layout.key_column or next((name for name in _KEY_COLUMNS if name in schema.names), None)
+    if key is not None and key not in schema.names:
+        raise ShardError(f"{where}: has no column {key!r} to take keys from, found {schema.names}. Set key_column in the job.")
+    return image, key
+
+
+def _check_column(schema: pa.Schema, name: str, where: str) -> None:
+    """Ray gives Arrow a type whose values are pickles, and opening a pickle runs what is in it."""
+    if (count := schema.names.count(name)) > 1:
+        raise ShardError(f"{where}: has {count} columns named {name!r}, expected one. Rename the others.")
+    field = schema.field(name)
+    if foreign := [extension for extension in extensions(field) if extension.startswith("ray.")]:
+        raise ShardError(
+            f"{where}: column {name!r} is of type {foreign[0]}, expected Arrow's own types: values of others may be "
+            "pickles, which are never opened. Write it as text, bytes or numbers."
+        )
+    if pa.types.is_fixed_size_binary(field.type) and field.type.byte_width * ROWS > MOST_REPEATED:
+        raise ShardError(f"{where}: column {name!r} has values of {field.type.byte_width} bytes each. Write it as binary.")
+
+
+def _check_rows(rows: int, shard: Shard, where: str) -> None:
+    if rows > max(FREE_ROWS, shard.size // BYTES_PER_ROW):
+        raise ShardError(
+            f"{where}: says that it has {rows} rows in {shard.size} bytes, allowed are {FREE_ROWS}, or one to "
+            f"{BYTES_PER_ROW} bytes. Leave out the rows that have no image of their own."
+        )
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Binary, or the struct with `bytes` that Hugging Face datasets write."""
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _rows(
+    batch: pa.RecordBatch, image: str | None, key: str | None, carried: list[str], start: int, max_bytes: int
+) -> Iterator[Sample]:
+    """Samples of a batch. An image of more than `max_bytes` is not made."""
+    keys = values_of(batch.column(key)) if key else [None] * batch.num_rows
+    fields = {field: values_of(batch.column(field)) for field in carried} if image else {}
+    images = _images(batch, image) if image else itertools.repeat(None)
+    for row, (name, data) in enumerate(zip(keys, images, strict=False)):
+        if name is None:  # also where a key column holds null
+            name = f"{start + row:010d}"
+        elif isinstance(name, bytes):
+            name = name.decode("utf-8", "backslashreplace")
+        sample = Sample(str(name), fields={field: values[row] for field, values in fields.items()})
+        if data is not None and len(data) > max_bytes:
+            sample.excess = len(data)
+        elif data is not None:
+            sample.data = data if isinstance(data, bytes) else data.to_pybytes()
+        yield sample
+
+
+def _images(batch: pa.RecordBatch, image: str) -> Iterator[bytes | pa.Buffer | None]:
+    """The column's values; as buffers, which are not copied yet, where that would take much memory."""
+    images = batch.column(image)
+    if pa.types.is_struct(images.type):
+        images = pc.struct_field(images, "bytes")  # null where the struct is
+    is_view = pa.types.is_binary_view(images.type)  # of which pyarrow 21 does not know `nbytes`
+    size = images.get_total_buffer_size() if is_view else images.nbytes
+    return iter(images.to_pylist()) if size <= MOST_AT_ONCE else (value.as_buffer() for value in images)

@@ -1,0 +1,130 @@
+"""A shard → its samples in order, to a proven end; whatever else reading it ends in is an error of that shard alone."""
+
+import contextlib
+import itertools
+import posixpath
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from lora_embed.errors import LoraEmbedError, ShardError, StorageError
+from lora_embed.schema import WHOLE, Entry, Layout, Sample, Shard, Span, Wanted
+from lora_embed.shards.parquet import read_parquet
+from lora_embed.shards.tar import read_tar
+from lora_embed.store.retry import LIBRARY_ERRORS
+from lora_embed.store.store import Store, explained
+
+MOST_KEY = 2**16  # bytes of a key; Linux takes paths of 4,096
+MOST_UNPACKED = 2**29  # bytes of a shard's images in all
+TIMES_UNPACKED = 100  # times its own, where that is more
+_CANNOT = {
+    "tar": "incomplete or damaged tar, which cannot be read to its end",
+    "parquet": "cannot be read as Parquet to its end",
+    "images": "cannot be read to its end",
+}
+
+
+class ReadSamples(Protocol):
+    """`read_samples`, or what does the same elsewhere."""
+
+    def __call__(
+        self, shard: Shard, layout: Layout, options: dict[str, Any], wanted: Wanted, span: Span = WHOLE
+    ) -> Iterator[Sample]: ...
+
+
+def read_samples(shard: Shard, layout: Layout, options: dict[str, Any], wanted: Wanted, span: Span = WHOLE) -> Iterator[Sample]:
+    """Yield every sample of a shard, or of a span of it; to run out means that the shard's end is proven, or the span's there.
+
+    Raises ShardError when the shard is cut short, damaged, unpacks to far more than it is, or is another one than was
+    listed; StorageError, StoreUnavailable or an OSError that has a number when its store fails.
+    """
+    assert shard.kind == "tar" or span == WHOLE, (shard.kind, span)
+    store = Store(shard.root, options, follows_links=True)
+    with _errors_of(shard):
+        yield from _bounded(_read(store, shard, layout, wanted, span), shard)
+
+
+def count_samples(shard: Shard, layout: Layout, options: dict[str, Any], most: int) -> int:
+    """Samples of a shard, counted up to `most` without reading their bytes."""
+    samples = read_samples(shard, layout, options, wanted=lambda number: False)
+    return sum(1 for _ in itertools.islice(samples, most))
+
+
+@contextlib.contextmanager
+def _errors_of(shard: Shard) -> Iterator[None]:
+    """The one place where what a reader raises, or a library below it, becomes an error of its shard: whatever it is.
+
+    Libraries raise what they like over a file that was made to have them do so; a list of types would miss some. What
+    the machine or the store has failed in stays what it is.
+    """
+    try:
+        yield
+    except (LoraEmbedError, *LIBRARY_ERRORS):
+        raise
+    except Exception as error:
+        if getattr(error, "errno", None) is not None:  # the disk's or the network's; Arrow's own OSError has no number
+            raise
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")
+        raise ShardError(
+            f"{shard.root}/{shard.name}: {_CANNOT[shard.kind]} ({what}). Upload it again; none of it is published."
+        ) from error
+
+
+def _bounded(samples: Iterator[Sample], shard: Shard) -> Iterator[Sample]:
+    """The samples as long as keys and the sum of images are what such a shard may hold: no small file is work without end."""
+    most = max(MOST_UNPACKED, TIMES_UNPACKED * shard.size)
+    for sample in samples:
+        most -= len(sample.data or b"")
+        if most < 0:
+            raise ShardError(
+                f"{shard.root}/{shard.name}: its {shard.size} bytes unpack to more than {TIMES_UNPACKED} times as many bytes "
+                f"of images, and more than {MOST_UNPACKED >> 20} MiB. Write it with fewer repeated images to a file."
+            )
+        if len(sample.key) > MOST_KEY:
+            raise ShardError(
+                f"{shard.root}/{shard.name}: a sample's key has {len(sample.key)} characters, allowed are {MOST_KEY}. It "
+                f"begins with {sample.key[:40]!r}. Rename it."
+            )
+        yield sample
+
+
+def _read(store: Store, shard: Shard, layout: Layout, wanted: Wanted, span: Span) -> Iterator[Sample]:
+    if shard.kind == "images":
+        yield from _read_images(store, shard, wanted, layout.max_bytes)
+        return
+    entry = shard.files[0]
+    _check_unchanged(store, entry, shard)
+    ahead = (span.end or entry.size) - span.begin
+    try:
+        with explained(store, entry.path), store.open(entry.path, ahead) as file, _errors_of(shard):
+            if shard.kind == "tar":
+                yield from read_tar(file, shard, layout, wanted, span)
+            else:
+                yield from read_parquet(file, shard, layout, wanted)
+    except (ShardError, StorageError):
+        _check_unchanged(store, entry, shard)  # one that is being written looks cut short, or is another one by now
+        raise
+    _check_unchanged(store, entry, shard)
+
+
+def _check_unchanged(store: Store, listed: Entry, shard: Shard) -> None:
+    now = store.info(listed.path)
+    if now != listed:
+        state = "is gone" if now is None else f"has {now.size} bytes and mark {now.etag}"
+        raise ShardError(
+            f"{shard.root}/{listed.path}: changed since it was listed with {listed.size} bytes and mark {listed.etag}: "
+            f"it {state}. Run the same command again."
+        )
+
+
+def _read_images(store: Store, shard: Shard, wanted: Wanted, max_bytes: int) -> Iterator[Sample]:
+    for number, entry in enumerate(shard.files):
+        data = None
+        if wanted(number) and entry.size > max_bytes:
+            yield Sample(posixpath.basename(entry.path), excess=entry.size)
+            continue
+        if wanted(number):
+            _check_unchanged(store, entry, shard)
+            data = store.read(entry.path)
+        if wanted(number) and (data is None or len(data) != entry.size):
+            raise ShardError(f"{shard.root}/{entry.path}: changed while it was read. Run the same command again.")
+        yield Sample(posixpath.basename(entry.path), data)

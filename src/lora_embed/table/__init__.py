@@ -1,0 +1,4 @@
+"""The format of a table: parts, data files, manifests, versions. No Ray.
+
+Imports `model`, `monitor`, `vectors` and what is below them.
+"""

@@ -1,0 +1,199 @@
+"""Where a row came from, and how an image is taken out of a table for good."""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from lora_embed.config.foreign import read_record
+from lora_embed.errors import TableError
+from lora_embed.schema import Layout, encoder_path
+from lora_embed.store.store import Store
+from lora_embed.table import compact, retention, versions
+from lora_embed.table.manifest import Manifest
+from lora_embed.table.read import Table
+from lora_embed.text import in_lines
+
+COLUMNS = ["id", "shard", "key", "width", "height", "sha256"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Base:
+    uri: str = "unknown"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Adapter:
+    uri: str
+    content_hash: str
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    merge_method: str
+    adapters: tuple[_Adapter, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Report:
+    """As much of an encoder's merge report as an explanation says."""
+
+    base: _Base = field(default_factory=_Base)
+    members: tuple[_Member, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What made one row of a table."""
+
+    id: str
+    version: int
+    shard: str
+    shard_id: str  # of the shard's content as it was embedded
+    image_sha256: str
+    width: int
+    height: int
+    space_id: str
+    base: str
+    adapters: tuple[dict[str, Any], ...]  # uri, content hash, weight
+    merge_method: str
+    first_version: int  # of those retained, that holds this row
+
+    def describe(self) -> str:
+        """For a person."""
+        lines = [
+            f"image     {self.id}, {self.width}×{self.height} pixels, sha256 {self.image_sha256}",
+            f"shard     {self.shard} ({self.shard_id})",
+            f"encoder   space {self.space_id}, {self.merge_method} on {self.base}",
+        ]
+        lines += [f"          {a['uri']} × {a['weight']} ({a['content_hash'][:12]})" for a in self.adapters]
+        lines += [f"version   in {self.version}; the first retained one that holds this row is {self.first_version}"]
+        return in_lines(lines)
+
+
+def explain_row(opened: Table, id_: str) -> Explanation:
+    """Trace a row back to image, shard, encoder and adapters. Raises TableError for an id that is not there."""
+    store, manifest = opened.store, opened.manifest
+    rows = opened.rows([id_], COLUMNS)
+    if not rows.num_rows:
+        raise TableError(f"{store.uri}: version {manifest.version} has no vector of {id_!r}; is it among the rejects?")
+    row = rows.to_pylist()[0]
+    shard = next((shard for shard in manifest.shards.values() if shard.name == row["shard"]), None)
+    if shard is None:
+        raise TableError(f"{store.uri}: version {manifest.version} has a row of {row['shard']!r}, which is none of its shards")
+    report = read_record(store, f"{encoder_path(manifest.space_id)}/merge_report.json", _Report) or _Report()
+    holders = [m.version for m in versions.newest_first(store) if m.space_id == manifest.space_id and shard.id in m.shards]
+    members = report.members
+    return Explanation(
+        id=id_,
+        version=manifest.version,
+        shard=shard.name,
+        shard_id=shard.id,
+        image_sha256=(row["sha256"] or b"").hex(),
+        width=row["width"],
+        height=row["height"],
+        space_id=manifest.space_id,
+        base=report.base.uri,
+        adapters=tuple(asdict(adapter) for member in members for adapter in member.adapters),
+        merge_method=members[0].merge_method if members else "unknown",
+        first_version=min(holders, default=manifest.version),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgotten:
+    """What forgetting did."""
+
+    table: str
+    version: int  # the new one, without the images
+    held_by: tuple[int, ...]  # versions that held one of them, retired now
+    images: int
+    grace_days: float
+    files_stay_until: str  # UTC, ISO 8601, by the store's clock
+
+    def describe(self) -> str:
+        """For a person."""
+        held = ", ".join(map(str, self.held_by)) or "none"
+        return (
+            f"{self.table}: version {self.version} is without {self.images} images, and they stay out. Versions that held them "
+            f"are retired: {held}. Their files stay for the grace period of {self.grace_days:g} days, until "
+            f"{self.files_stay_until}; the first night after that removes them, or `lora-embed gc {self.table}`. What "
+            f"`lora-embed gc {self.table} --dry-run` does not list as retired any more is gone."
+        )
+
+
+def forget(store: Store, ids: list[str], why: str) -> Forgotten:
+    """Publish the current version without these images, keep them out of later ones, and retire the versions that hold them.
+
+    A forgotten image stays a sample of its shard: it is a reject with the reason `forgotten`. Raises TableError when an
+    id is in no retained version.
+    """
+    current, held_by = _holders(store, ids)  # refused before anything is written
+    with versions.writing(store, "forgetting") as store:
+        while True:
+            manifest = _without(store, current, ids, why, held_by)
+            versions.refuse_gone(store, manifest)
+            if versions.commit_version(store, manifest):
+                break
+            current, held_by = _holders(store, ids)
+        for version in held_by:
+            versions.move_aside(store, version)
+        grace_days = retention.retain_of(current).grace_days
+        return Forgotten(
+            table=store.uri,
+            version=manifest.version,
+            held_by=held_by,
+            images=len(set(ids)),
+            grace_days=grace_days,
+            files_stay_until=retention.utc(store.now() + grace_days * retention.DAY_S),
+        )
+
+
+def _holders(store: Store, ids: list[str]) -> tuple[Manifest, tuple[int, ...]]:
+    """The current version, and the numbers of all that hold one of these images."""
+    current = versions.manifest_to_follow(store)
+    if current is None:
+        raise TableError(f"{store.uri}: has no published version")
+    holders = {m.version: set(_ids_in(store, m, ids)) for m in versions.newest_first(store)}
+    unknown = sorted(set(ids) - set(current.forgotten) - set().union(*holders.values()))
+    if unknown:
+        raise TableError(
+            f"{store.uri}: no retained version holds {unknown[0]!r}, of {len(unknown)} ids like that. Correct them."
+        )
+    return current, tuple(sorted(version for version, held in holders.items() if held))
+
+
+def _ids_in(store: Store, manifest: Manifest, ids: list[str]) -> list[str]:
+    found: list[str] = Table(store, manifest).rows(ids, ["id"]).column("id").to_pylist()
+    return found
+
+
+def _without(store: Store, current: Manifest, ids: list[str], why: str, held_by: tuple[int, ...]) -> Manifest:
+    """The next version: files that hold none of the images as they are, the others written anew.
+
+    It names the versions that held one: where the forgetting is interrupted, retention goes on with retiring them.
+    """
+    pins = current.pins
+    layout = Layout(
+        precision=pins["precision"],
+        batch_size=1,
+        vector_type=pins["vector_type"],
+        carry=tuple((name, kind) for name, kind in pins["carry"]),
+    )
+    forgotten = tuple(sorted({*current.forgotten, *ids}))
+    reuse = compact.plan_reuse(current, set(current.shards), forgets=ids)
+    tasks = compact.plan_compactions(list(reuse.sources), layout, current.space_id, current.dimension, forgotten)
+    written = [compact.compact(store, task) for task in tasks]
+    manifest = compact.make_manifest(
+        current.version + 1,
+        current.space_id,
+        current.dimension,
+        written,
+        reuse,
+        gates=current.gates,
+        pins=pins,
+        held=current.held,
+        forgotten=forgotten,
+        lineage=current.lineage,
+    )
+    forgot = {"images": len(set(ids)), "why": why, "held_by": list(held_by)}
+    return replace(manifest, lineage=current.lineage | {"forgot": forgot})

@@ -1,0 +1,205 @@
+"""A version of a table as JSON: its files, their shards and counts, and how releases read each other's."""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any, Literal, Required
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from lora_embed.config.foreign import Count, SpaceId, read_json
+from lora_embed.config.messages import first_wrong
+from lora_embed.errors import TableError
+from lora_embed.schema import FORMAT, check_carried
+
+
+class _Counts(TypedDict):
+    shards: int
+    samples: int
+    vectors: int
+    rejects: int
+
+
+class _Gate(TypedDict, total=False):
+    value: Required[float | None]
+    limit: Required[float]
+    direction: str
+    says: str
+    holds: bool
+    accepted: str
+
+
+class _Pins(TypedDict):
+    precision: str
+    vector_type: Literal["float32", "float16"]
+    carry: list[Annotated[list[str], AfterValidator(check_carried)]]
+
+
+class _Forgot(TypedDict, total=False):
+    held_by: list[int]
+
+
+class _Lineage(TypedDict, total=False):
+    input: list[str]
+    layout: dict[str, Any]
+    retain: dict[str, Any]
+    figures: dict[str, Any] | None
+    forgot: _Forgot
+
+
+def _fits(kind: Any) -> AfterValidator:
+    """A dictionary that stays as it is, once the keys of `kind` in it are seen to hold what they are to."""
+    adapter = TypeAdapter(kind)
+
+    def check(value: Any) -> Any:
+        try:
+            adapter.validate_python(value, strict=True)
+        except ValidationError as error:
+            raise ValueError(first_wrong(error)) from None
+        return value
+
+    return AfterValidator(check)
+
+
+HexId = Annotated[str, Field(pattern=r"^[0-9a-f]+$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+DataPath = Annotated[str, Field(pattern=r"^(data|rejects)/[0-9a-f]{12}/[0-9a-f]{32}\.parquet$")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardCounts:
+    """A shard in a manifest, or as much of it as one data file holds; samples = vectors + rejects."""
+
+    id: HexId
+    name: str
+    samples: Count
+    vectors: Count
+    rejects: Count
+    start: Count = 0  # number of the first sample, above 0 where an earlier file holds those before it; written only then
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Tells a shard's records in several files apart."""
+        return self.id, self.start
+
+    def joined(self, other: "ShardCounts") -> "ShardCounts":
+        """This record and another one of the same shard as one."""
+        return ShardCounts(
+            id=self.id,
+            name=self.name,
+            samples=self.samples + other.samples,
+            vectors=self.vectors + other.vectors,
+            rejects=self.rejects + other.rejects,
+            start=min(self.start, other.start),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__ if name != "start" or self.start}
+
+
+def join_records(records: Iterable[ShardCounts]) -> dict[str, ShardCounts]:
+    """By shard id, in the order in which the shards come first."""
+    joined: dict[str, ShardCounts] = {}
+    for record in records:
+        before = joined.get(record.id)
+        joined[record.id] = record if before is None else before.joined(record)
+    return joined
+
+
+def prefix_of(shard_name: str) -> str:
+    """What stands before `/` and key in ids of a shard: its name, or for a group of loose images their folder."""
+    group = re.fullmatch(r"(.*)/#\d+of\d+", shard_name)
+    return shard_name if group is None else group[1] if group[1] != "." else ""
+
+
+def prefixes_of_ids(ids: Iterable[str]) -> set[str]:
+    """All that can stand before `/` and key in these ids, "" included: whose shards may hold one of them."""
+    return {id_[: cut.start()] for id_ in ids for cut in re.finditer("/", id_)} | {""}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """A published Parquet file; `shards` are those whose rows it holds, each once, empty ones included."""
+
+    path: DataPath
+    rows: Count
+    bytes: Count
+    sha256: Sha256
+    shards: Annotated[tuple[ShardCounts, ...], Field(min_length=1)]
+
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self) | {"shards": [shard.to_dict() for shard in self.shards]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """One version of a table."""
+
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
+    version: Annotated[int, Field(ge=1, le=99_999_999)]
+    space_id: SpaceId
+    dimension: Annotated[int, Field(ge=1, le=2**20)]
+    created: str  # UTC, ISO 8601
+    files: tuple[FileEntry, ...]
+    rejects: tuple[FileEntry, ...]
+    counts: Annotated[dict[str, Count], _fits(_Counts)]
+    gates: dict[str, Annotated[dict[str, Any], _fits(_Gate)]]
+    pins: Annotated[dict[str, Any], _fits(_Pins)]
+    lineage: Annotated[dict[str, Any], _fits(_Lineage)]
+    held: dict[SpaceId, str] = field(default_factory=dict)  # spaces that a rollback holds back → why
+    forgotten: tuple[str, ...] = ()  # ids that stay out
+    newer: tuple[str, ...] = ()  # fields that only a newer release knows; not written
+
+    @cached_property
+    def shards(self) -> dict[str, ShardCounts]:
+        """By shard id; one whose rows are spread over several files is there once, with its whole counts."""
+        return join_records(shard for entry in self.files for shard in entry.shards)
+
+    def to_json(self) -> bytes:
+        assert not self.newer, "what a newer release knows would be lost"
+        written = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "newer"}
+        written |= {kind: [entry.to_dict() for entry in written[kind]] for kind in ("files", "rejects")}
+        return (json.dumps(written, indent=1) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> "Manifest":
+        """Raises TableError, naming `where`, for a damaged manifest or one of another format."""
+        try:
+            return _MANIFEST.validate_json(data, strict=True, extra="forbid")
+        except ValidationError as error:
+            newer = {str(item["loc"][-1]) for item in error.errors() if item["type"] == "unexpected_keyword_argument"}
+        found = read_json(data, where, "Remove it to return to the version before.")
+        refuse_other_format(found, where)
+        try:
+            manifest = _MANIFEST.validate_json(data, strict=True, extra="ignore")
+        except ValidationError as error:
+            raise TableError(
+                f"{where}: {first_wrong(error)}. It is damaged, or lora-embed has not written it; find out who has, or remove "
+                "it to return to the version before."
+            ) from None
+        return replace(manifest, newer=tuple(sorted(newer)))
+
+
+_MANIFEST = TypeAdapter(Manifest)
+
+
+def refuse_other_format(found: Any, where: str) -> None:
+    """Raises TableError, naming `where`, unless the JSON found there is of this release's format."""
+    number = found.get("format") if isinstance(found, dict) else None
+    if number != FORMAT:
+        raise TableError(
+            f"{where}: is of format {number}, and this release of lora-embed ({release()}) knows format {FORMAT}. Use a newer "
+            "release, or the one that wrote it."
+        )
+
+
+def release() -> str:
+    """This release's number."""
+    try:
+        return version("lora-embed")
+    except PackageNotFoundError:  # the package alone went to a cluster
+        return "not installed"

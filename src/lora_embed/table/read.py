@@ -1,0 +1,170 @@
+"""A version of a table, open for reading."""
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pds
+import pyarrow.parquet as pq
+
+from lora_embed.errors import TableError, VerificationFailed
+from lora_embed.schema import REJECT_SCHEMA, data_schema, encoder_path
+from lora_embed.store.lend import lend
+from lora_embed.store.store import Store
+from lora_embed.table.manifest import Manifest, prefix_of, prefixes_of_ids
+from lora_embed.table.parquet import BATCH_ROWS, opened_file, read_rows
+from lora_embed.table.versions import read_manifest
+
+if TYPE_CHECKING:
+    from lora_embed.model.encoder import Encoder
+
+
+def _rows_with(file: pq.ParquetFile, ids: set[str], columns: list[str]) -> list[pa.Table]:
+    """Rows of a data file that have one of these ids, from the row groups that can hold one."""
+    ordered, found = sorted(ids), []
+    for group in range(file.num_row_groups):
+        bounds = file.metadata.row_group(group).column(0).statistics  # of the first column, `id`
+        if bounds is not None and bounds.has_min_max:
+            first = bisect_left(ordered, bounds.min)
+            if first == len(ordered) or ordered[first] > bounds.max:
+                continue
+        here = pc.is_in(file.read_row_group(group, columns=["id"]).column("id"), pa.array(ordered, pa.string()))
+        if pc.any(here).as_py():
+            found.append(file.read_row_group(group, columns=columns).select(columns).filter(here))
+    return found
+
+
+@dataclass(frozen=True)
+class Table:
+    """One version of an embedding table, open for reading; other versions may be published meanwhile."""
+
+    store: Store
+    manifest: Manifest
+
+    @property
+    def version(self) -> int:
+        return self.manifest.version
+
+    @property
+    def space_id(self) -> str:
+        """12 hex digits; only the encoder of this space makes vectors to compare with these."""
+        return self.manifest.space_id
+
+    @property
+    def dimension(self) -> int:
+        return self.manifest.dimension
+
+    @property
+    def count(self) -> int:
+        """Vectors, without rejects."""
+        return self.manifest.counts["vectors"]
+
+    def to_dataset(self) -> pds.Dataset:
+        """All data files as one dataset; columns as in `schema.data_schema`. What it reads is tried again as `batches` does."""
+        paths = [self.store.full_path(entry.path) for entry in self.manifest.files]
+        return pds.dataset(paths, schema=self.schema, format="parquet", filesystem=lend(self.store))
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of the data files: `schema.data_schema` of this version."""
+        carry = tuple((name, kind) for name, kind in self.manifest.pins["carry"])
+        return data_schema(self.dimension, self.manifest.pins["vector_type"], carry)
+
+    @property
+    def files(self) -> list[str]:
+        """URIs of all data files, for readers of Parquet."""
+        return [self.store.name(entry.path) for entry in self.manifest.files]
+
+    def batches(self, columns: Sequence[str], rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
+        """These columns of all rows, in batches of up to `rows`: one file open at a time, no other column read.
+
+        Raises TableError for a column that is not there, and VerificationFailed for a file that is gone.
+        """
+        self._check_columns(columns)
+        for entry in self.manifest.files:
+            if entry.rows:
+                with opened_file(self.store, entry.path) as file:
+                    self._check_file(file, columns)
+                    yield from (batch.select(columns) for batch in file.iter_batches(rows, columns=columns))
+
+    def rows(self, ids: Iterable[str], columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of these ids, in their order; an id that this version lacks has none. All columns unless told which.
+
+        Opened are only the files of shards that an id begins with, and read only their row groups whose smallest and
+        largest id lie around one. Raises as `batches` does.
+        """
+        names = list(self.schema.names if columns is None else columns)
+        self._check_columns(names)
+        wanted = list(ids)
+        of_file: dict[int, set[str]] = defaultdict(set)
+        for sample_id in wanted:
+            for number in self._may_hold(sample_id):
+                of_file[number].add(sample_id)
+        found = [self.schema.empty_table().select(names if "id" in names else ["id", *names])]
+        for number, some in sorted(of_file.items()):
+            with opened_file(self.store, self.manifest.files[number].path) as file:
+                self._check_file(file, found[0].column_names)
+                found += _rows_with(file, some, found[0].column_names)
+        rows = pa.concat_tables(found).unify_dictionaries()
+        place = {sample_id: row for row, sample_id in enumerate(rows.column("id").to_pylist())}
+        order = pa.array([place[sample_id] for sample_id in wanted if sample_id in place], pa.int64())
+        return rows.take(order).select(names)
+
+    def _may_hold(self, sample_id: str) -> set[int]:
+        """Numbers of the files that hold a shard whose samples' ids begin as this one does."""
+        return set().union(*(self._files_by_prefix.get(prefix, ()) for prefix in prefixes_of_ids([sample_id])))
+
+    @cached_property
+    def _files_by_prefix(self) -> dict[str, list[int]]:
+        """What stands before the key in ids of a shard → numbers of the files that hold such rows."""
+        found: dict[str, list[int]] = defaultdict(list)
+        for number, entry in enumerate(self.manifest.files):
+            for prefix in {prefix_of(shard.name) for shard in entry.shards if shard.vectors}:
+                found[prefix].append(number)
+        return found
+
+    def _check_columns(self, columns: Sequence[str]) -> None:
+        if unknown := [name for name in columns if name not in self.schema.names]:
+            raise TableError(f"{self.store.uri}: has no column {unknown[0]!r}; it has {', '.join(self.schema.names)}")
+
+    def _check_file(self, file: pq.ParquetFile, columns: Sequence[str]) -> None:
+        """Raises ArrowInvalid for a data file whose columns are not those that the manifest says."""
+        for name in columns:
+            found, expected = file.schema_arrow.field(name).type, self.schema.field(name).type
+            if found != expected:
+                raise pa.ArrowInvalid(f"column {name} is of type {found}, expected {expected}")
+
+    def rejects(self) -> pa.Table:
+        """All rejects: id, shard, key, reason, detail."""
+        tables = [read_rows(self.store, entry.path) for entry in self.manifest.rejects]
+        return pa.concat_tables([REJECT_SCHEMA.empty_table(), *tables]).unify_dictionaries()
+
+    def encoder(self, device: str = "cpu", base: str | None = None) -> "Encoder":
+        """The encoder that made the vectors, in float32: the only one whose queries match them. `base` as of `load_encoder`.
+
+        Raises VerificationFailed where the table holds another one under its space id.
+        """
+        from lora_embed.model.encoder import load_encoder  # torch, which reading a table does not need
+
+        uri = f"{self.store.uri}/{encoder_path(self.space_id)}"
+        encoder = load_encoder(uri, device=device, storage_options=self.store.options, base=base)
+        if encoder.space_id != self.space_id:
+            raise VerificationFailed(
+                f"{uri}: holds an encoder of space {encoder.space_id}, not {self.space_id} as its name says"
+            )
+        return encoder
+
+
+def open_table(uri: str, version: int | None = None, storage_options: dict[str, Any] | None = None) -> Table:
+    """Open a version of a table, by default the current one. Raises TableError where there is none."""
+    store = Store(uri, storage_options or {})
+    manifest = read_manifest(store, version)
+    if manifest is None:
+        wanted = f"version {version}" if version is not None else "published version"
+        raise TableError(f"{uri}: has no {wanted}; `lora-embed status {uri}` says what is there")
+    return Table(store, manifest)

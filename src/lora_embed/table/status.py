@@ -1,0 +1,78 @@
+"""What `status` shows of a table."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from lora_embed.errors import TableError
+from lora_embed.schema import Part
+from lora_embed.store.store import Store
+from lora_embed.table.versions import listed_versions, read_manifest
+from lora_embed.text import in_lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableState:
+    """What `status` shows."""
+
+    table: str
+    version: int | None
+    space_id: str | None
+    created: str | None
+    counts: dict[str, int]
+    versions: list[int]
+    staged: dict[str, int]  # parts, by space and layout
+    held: dict[str, str]  # spaces that a rollback holds back → why
+    forgotten: int  # images that stay out
+    gates: dict[str, dict[str, Any]]  # of the current version, as its manifest has them
+
+    def describe(self) -> str:
+        """For a person."""
+        lines = [f"table     {self.table}"]
+        if self.version is None:
+            lines.append("version   nothing published yet")
+        else:
+            counted = ", ".join(f"{number:,} {name}" for name, number in self.counts.items())
+            lines += [f"version   {self.version} of {self.created}, space {self.space_id}", f"holds     {counted}"]
+            lines += [f"retained  versions {', '.join(map(str, self.versions))}", *_gate_lines(self.gates)]
+        lines += [f"held back space {space}: {why}" for space, why in self.held.items()]
+        lines += [f"forgotten {self.forgotten:,} images"] if self.forgotten else []
+        lines += [f"staged    {parts:,} parts in {layout}" for layout, parts in self.staged.items()] or ["staged    nothing"]
+        return in_lines(lines)
+
+
+def _gate_lines(gates: dict[str, dict[str, Any]]) -> list[str]:
+    """The gates that held, in one line, and a line for each that a person let through."""
+    held, accepted = [], []
+    for name, gate in gates.items():
+        value, limit = "not finite" if gate["value"] is None else f"{gate['value']:.3g}", f"{gate['limit']:.3g}"
+        if gate.get("holds", True):  # the first tables have gates of a figure and a limit alone
+            held.append(f"{name} {value} {'≥' if gate.get('direction') == 'at least' else '≤'} {limit}")
+        else:
+            accepted.append(f"accepted  {name} {value}, {gate['direction']} {limit} ({gate['accepted']}): {gate['says']}")
+    return [f"gates     {len(held)} held: {', '.join(held)}"] * bool(held) + accepted
+
+
+def describe_table(uri: str, storage_options: dict[str, Any] | None = None) -> TableState:
+    """Versions and staged parts of a table. Raises TableError when there is no table at all."""
+    store = Store(uri, storage_options or {})
+    staged: dict[str, int] = defaultdict(int)
+    for entry in store.list_files("staging"):
+        folder, _, name = entry.path.removeprefix("staging/").rpartition("/")
+        if Part.parse(name) is not None:
+            staged[folder] += 1
+    manifest = read_manifest(store)
+    if manifest is None and not staged and not store.list_files("encoders"):
+        raise TableError(f"{uri}: is not a table, or nothing was ever written to it")
+    return TableState(
+        table=uri,
+        version=manifest.version if manifest else None,
+        space_id=manifest.space_id if manifest else None,
+        created=manifest.created if manifest else None,
+        counts=manifest.counts if manifest else {},
+        versions=listed_versions(store),
+        staged=dict(staged),
+        held=manifest.held if manifest else {},
+        forgotten=len(manifest.forgotten) if manifest else 0,
+        gates=manifest.gates if manifest else {},
+    )

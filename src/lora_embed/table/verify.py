@@ -1,0 +1,73 @@
+"""Published files read again and held against their manifest."""
+
+import hashlib
+import io
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from lora_embed.errors import VerificationFailed
+from lora_embed.schema import encoder_path
+from lora_embed.store.store import Store
+from lora_embed.table.manifest import FileEntry
+from lora_embed.table.parquet import damage_named
+from lora_embed.table.read import Table
+from lora_embed.vectors.health import hash_each
+
+
+def verify_file(store: Store, entry: FileEntry, *, is_data: bool) -> NDArray[np.uint64]:
+    """Read a published file again and check its sum, rows per shard and, in a data file, that ids differ; hashes of its ids.
+
+    Raises VerificationFailed with what differs.
+    """
+    where = f"{store.uri}/{entry.path}"
+    data = store.read(entry.path)
+    if data is None:
+        raise VerificationFailed(f"{where}: is gone, though it is referred to")
+    if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise VerificationFailed(f"{where}: {len(data)} bytes that are not the {entry.bytes} it was published with")
+    with damage_named(where):
+        table = pq.read_table(io.BytesIO(data), columns=["id", "shard"])
+        counted = pc.value_counts(table.column("shard").cast(pa.string())).to_pylist()
+        ids = table.column("id").cast(pa.string()).to_pylist()
+    per_shard = {value["values"]: value["counts"] for value in counted}
+    expected = {shard.name: shard.vectors if is_data else shard.rejects for shard in entry.shards}
+    if per_shard != {name: rows for name, rows in expected.items() if rows} or table.num_rows != entry.rows:
+        raise VerificationFailed(f"{where}: rows per shard differ from the manifest's counts")
+    if is_data and (twice := len(ids) - len(set(ids))):
+        raise VerificationFailed(f"{where}: {twice} ids stand there twice")
+    return hash_each(id_.encode() for id_ in ids)
+
+
+def verify_table(opened: Table) -> None:
+    """Check every file of a version against its manifest, and that no id stands in two of them.
+
+    Eight bytes are held of each id. Raises VerificationFailed with the first thing that differs.
+    """
+    manifest = opened.manifest
+    if opened.store.read(f"{encoder_path(manifest.space_id)}/encoder.json") is None:
+        raise VerificationFailed(f"{opened.store.uri}: the encoder of space {manifest.space_id} is gone")
+    hashes = [np.array([], np.uint64)]
+    hashes += [verify_file(opened.store, entry, is_data=True) for entry in manifest.files]
+    for entry in manifest.rejects:
+        verify_file(opened.store, entry, is_data=False)
+    found = np.sort(np.concatenate(hashes))
+    if len(alike := found[1:][found[1:] == found[:-1]]):
+        _refuse_twice(opened, alike)
+    if len(found) != manifest.counts["vectors"]:
+        raise VerificationFailed(f"{opened.store.uri}: holds {len(found)} vectors, its manifest says {manifest.counts}")
+
+
+def _refuse_twice(opened: Table, alike: NDArray[np.uint64]) -> None:
+    """Look the ids of these hashes up: two ids of one hash are no harm, one id in two files is."""
+    counted: Counter[str] = Counter()
+    for batch in opened.batches(["id"]):
+        ids = batch.column("id").to_pylist()
+        is_alike = np.isin(hash_each(id_.encode() for id_ in ids), alike, kind="sort")  # numpy 2.0 subtracts others
+        counted.update(id_ for id_, suspect in zip(ids, is_alike, strict=True) if suspect)
+    if twice := sorted(id_ for id_, times in counted.items() if times > 1):
+        raise VerificationFailed(f"{opened.store.uri}: {len(twice)} ids stand in more than one data file: {twice[0]} …")

@@ -1,0 +1,1 @@
+"""What a set of vectors is like: lengths, neighbours, agreement. NumPy alone; imports nothing of this package but `errors`."""

@@ -1,0 +1,151 @@
+"""Adapters as they should not be, made from real ones: each is refused with the reason, or folded into the right weights."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from crooked import BODY, CASES, LATE, SAME, A, B, Case, Tensors, mapped, tensors
+from jobs import ROOT
+from lora_embed.config.models import AdapterSpec, Recipe
+from lora_embed.errors import AdapterMismatch, ConfigError, StorageError
+from lora_embed.model.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from lora_embed.model.base import Base, load_headless
+from lora_embed.model.build import gather
+from lora_embed.model.match import Adapter, Target, match_adapter, target_of
+from lora_embed.model.member import fold_members
+
+DOCS = ROOT / "docs" / "adapters.md"
+
+
+@pytest.fixture(scope="module")
+def good(real_adapters: dict[str, Path], target: Target) -> Adapter:
+    return match_adapter(read_adapter(str(real_adapters["category10"])), target)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, real_adapters: dict[str, Path]) -> Path:
+    return Path(shutil.copytree(real_adapters["category10"], tmp_path / "ten"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)
+def test_crooked_adapters_are_refused_or_right(case: Case, folder: Path, target: Target, good: Adapter) -> None:
+    case.edit(folder)
+    if case.says is not SAME:
+        with pytest.raises(case.error, match=case.says) as caught:
+            match_adapter(read_adapter(str(folder)), target)
+        assert not (folder / "opened").exists()
+        assert str(folder) in str(caught.value)
+        assert_as_documented(case.what, str(caught.value), folder, target)
+        return
+    found = match_adapter(read_adapter(str(folder)), target)
+    assert found.changes.keys() == good.changes.keys()
+    assert all(torch.equal(delta(found, name), delta(good, name)) for name in good.changes)
+
+
+def delta(adapter: Adapter, name: str) -> torch.Tensor:
+    return adapter.changes[name].delta(torch.zeros(1))
+
+
+def assert_as_documented(what: str, message: str, folder: Path, target: Target) -> None:
+    """A case that docs/adapters.md lists says there what it says here; `…` stands for what was left out."""
+    printed = documented().get(what)
+    if printed is not None:
+        neutral = message.replace(str(folder), "adapters/ten").replace(target.uri, "base")
+        assert re.fullmatch(".*".join(re.escape(part) for part in printed.split("…")), neutral, re.DOTALL), neutral
+
+
+def documented() -> dict[str, str]:
+    """First column of the docs' table of refusals → second, the message."""
+    rows = re.findall(r"^\| ([^|]+) \| (`+) ?(.+?) ?\2 \| [^|]+ \|$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+    return {what: message for what, _, message in rows}
+
+
+def test_the_docs_list_nothing_but_these_cases() -> None:
+    names = {case.what for case in CASES if case.says is not SAME} | {case.what for case in LATE}
+    assert len(documented()) >= 25
+    assert documented().keys() <= names
+    assert len({case.what for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize("case", LATE, ids=lambda case: case.what)
+def test_what_shows_in_the_fold_alone(case: Case, folder: Path, base: Base, target: Target) -> None:
+    case.edit(folder)
+    if "DoRA" in case.what:
+        tensors(lambda found: lengths(found, base))(folder)
+    adapter = match_adapter(read_adapter(str(folder)), target)
+    recipe = Recipe(base_model=base.uri, adapters=(AdapterSpec(path=str(folder)),))
+    with pytest.raises(case.error, match=case.says) as caught:
+        fold_members(base, recipe, [adapter], None)
+    assert_as_documented(case.what, str(caught.value), folder, target)
+
+
+def lengths(found: Tensors, base: Base) -> Tensors:
+    """DoRA's magnitudes as they are before training: the lengths of the base's own rows."""
+    weights = dict(load_headless(base.folder, base.uri).named_parameters())
+    modules = {name.removesuffix(".lora_B.weight") for name in found if name.endswith(".lora_B.weight")}
+    own = {module: weights[f"{module.removeprefix(BODY)}.weight"].detach() for module in modules}
+    return found | {f"{module}.lora_magnitude_vector": weight.norm(dim=1) for module, weight in own.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_folded_as_it_was_saved(folder: Path, target: Target, dtype: torch.dtype) -> None:
+    mapped(lambda tensor: tensor.to(dtype))(folder)
+    adapter, saved = match_adapter(read_adapter(str(folder)), target), load_file(folder / WEIGHTS_NAME)
+    expected = 2.0 * (saved[B].double() @ saved[A].double())
+    assert torch.equal(delta(adapter, "encoder.layer.0.attention.q_proj.weight"), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_size": 768, "num_attention_heads": 12}, "48 of 48 weights that it changes match none of other"),
+        ({"num_hidden_layers": 6}, "24 of 48 weights that it changes match none of other"),
+        ({"num_hidden_layers": 13}, r"has nothing for encoder\.layer\.12\.attention\.q_proj"),
+        ({"model_type": "vit"}, "48 of 48 weights that it changes match none of other"),
+    ],
+)
+def test_another_base_is_refused(folder: Path, base: Base, tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    own = json.loads((base.folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(own | changes))
+    other = target_of(Base(uri="other", folder=tmp_path, content_hash=""))
+    with pytest.raises(AdapterMismatch, match=says):
+        match_adapter(read_adapter(str(folder)), other)
+
+
+def test_a_copy_is_the_same_adapter(folder: Path, base: Base, real_adapters: dict[str, Path]) -> None:
+    specs = (AdapterSpec(path=str(real_adapters["category10"])), AdapterSpec(path=str(folder), weight=0.5))
+    with pytest.raises(ConfigError, match=r"is the same adapter as .*category10; name it once, with the sum of the weights"):
+        gather(Recipe(base_model=base.uri, adapters=specs))
+
+
+@contextmanager
+def ordinary_user() -> Iterator[None]:
+    """Root may read anything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+def test_what_may_not_be_read_is_named(folder: Path, name: str) -> None:
+    (folder / name).chmod(0)
+    with tempfile.TemporaryDirectory() as place:  # which others may enter
+        Path(place).chmod(0o755)
+        moved = shutil.move(folder, Path(place) / "ten")
+        with ordinary_user(), pytest.raises(StorageError, match=f"{name}: cannot be read .Permission denied"):
+            read_adapter(str(moved))

@@ -1,0 +1,94 @@
+"""Where time goes, and the sentence that says what bounds a run."""
+
+import time
+from itertools import pairwise
+
+import pytest
+
+from lora_embed.monitor.stages import MOST_READINGS, Bound, Reading, Stopwatch, Timeline, Workers, find_bound, seconds_an_image
+
+TOGETHER, APART = Workers(actors=2), Workers(actors=2, decoders=8, cpus_per_decoder=1.0)
+
+
+def test_a_stopwatch_adds_up_by_stage() -> None:
+    clock = Stopwatch()
+    for _ in clock.timed("read", (time.sleep(0.01) for _ in range(3))):
+        with clock.timing("decode"):
+            time.sleep(0.02)
+    with pytest.raises(ValueError, match="bad"), clock.timing("write"):
+        raise ValueError("bad")
+    taken = clock.take()
+    assert list(taken) == ["read", "decode", "write"]
+    assert 0.03 <= taken["read"] < taken["decode"]
+    assert taken["decode"] >= 0.06
+    assert clock.seconds == {}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "by"),
+    [
+        ({"read": 2, "decode": 10, "forward": 5, "write": 1}, "decode"),
+        ({"read": 2, "decode": 5, "forward": 10, "write": 1}, "forward"),
+        ({"read": 12, "decode": 5, "forward": 1, "write": 1}, "read"),
+        ({"read": 1, "decode": 5, "forward": 1, "write": 12}, "write"),
+        ({"read": 1, "decode": 2, "forward": 2, "write": 1}, "transfer"),
+        ({}, "start"),
+    ],
+)
+def test_actors_that_do_all_are_bound_by_what_takes_most(seconds: dict[str, float], by: str) -> None:
+    assert find_bound(seconds, 10.0, TOGETHER).by == by
+
+
+@pytest.mark.parametrize(
+    ("seconds", "by", "says"),
+    [
+        ({"read": 5, "decode": 20, "forward": 19}, "forward", "more devices make it faster"),
+        ({"read": 8, "decode": 70, "forward": 6}, "decode", "add 9 CPUs per device; about 13 keep one busy"),
+        ({"read": 60, "decode": 15, "forward": 6}, "read", "storage is slow"),
+        ({"read": 5, "decode": 15, "forward": 6}, "transfer", "neither is busy"),
+    ],
+)
+def test_devices_are_bound_by_what_feeds_them(seconds: dict[str, float], by: str, says: str) -> None:
+    bound = find_bound(seconds, 10.0, APART)
+    assert bound.by == by
+    assert says in bound.says
+
+
+def test_the_sentence_has_the_figures() -> None:
+    bound = find_bound({"read": 1, "decode": 12, "forward": 5, "write": 0.5}, 10.0, TOGETHER)
+    assert bound == Bound(
+        by="decode",
+        shares={"read": 0.05, "decode": 0.6, "forward": 0.25, "write": 0.025, "idle": pytest.approx(0.075)},
+        says="bound by decode (2 actors: read 5%, decode 60%, forward 25%, write 2%, idle 7%): "
+        "more CPUs make it faster in proportion; a GPU hardly",
+    )
+
+
+def test_seconds_an_image() -> None:
+    spent = {"read": 2.0, "decode": 6.0, "forward": 4.0, "write": 1.0}
+    assert seconds_an_image(spent, 100, TOGETHER) == 0.065  # 13 s over 2 actors
+    assert seconds_an_image(spent, 100, APART) == 0.02  # 4 s over 2 devices; 8 s over 8 decoders would be 0.01
+    assert seconds_an_image({}, 0, TOGETHER) == 0.0
+
+
+def test_a_timeline_keeps_few_readings_of_a_long_run_and_its_end() -> None:
+    now = 0.0
+    timeline = Timeline(lambda: now)
+    for _ in range(10_000):
+        now += 1.5
+        timeline.add(100, {"decode": 1.0, "forward": 0.5})
+    readings = timeline.readings()
+    assert MOST_READINGS / 2 < len(readings) <= MOST_READINGS + 1
+    assert readings[0] == Reading(elapsed_s=0.0, samples=0)
+    assert readings[-1] == Reading(elapsed_s=15_000.0, samples=1_000_000, seconds={"decode": 10_000.0, "forward": 5_000.0})
+    gaps = [after.elapsed_s - before.elapsed_s for before, after in pairwise(readings[:-1])]
+    assert max(gaps) < 3 * min(gaps)
+
+
+def test_a_timeline_of_a_short_run_is_its_beginning_and_its_end() -> None:
+    now = 0.0
+    timeline = Timeline(lambda: now)
+    assert timeline.readings() == (Reading(elapsed_s=0.0, samples=0),)
+    now = 0.5
+    timeline.add(12, {"forward": 0.4})
+    assert timeline.readings()[1:] == (Reading(elapsed_s=0.5, samples=12, seconds={"forward": 0.4}),)
