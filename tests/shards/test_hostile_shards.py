@@ -23,9 +23,8 @@ from jobs import read_rows, start_job, tiny_recipe, write_job, write_tars
 from lora_embed.chain.chunks import decode_items
 from lora_embed.chain.items import Block, WorkItem
 from lora_embed.errors import ShardError
-from lora_embed.images import isolate
 from lora_embed.schema import ChunkHead
-from lora_embed.shards import read
+from lora_embed.shards import isolated, read
 from lora_embed.shards.fields import MOST_FIELD, typed
 from lora_embed.shards.isolated import read_isolated, read_or_die
 from lora_embed.shards.listing import list_shards
@@ -316,7 +315,7 @@ def test_what_ends_or_stops_a_reader_is_its_shards_error(tmp_path: Path, monkeyp
     samples = read_isolated(shard, layout(), {"retry_s": 0}, MISSING)
     assert next(samples).key == "a"
     (child,) = [child for child in psutil.Process().children() if "lora_embed.images.isolate" in child.cmdline()]
-    monkeypatch.setattr(isolate, "READ_S", 2.0)
+    monkeypatch.setattr(isolated, "READ_S", 2.0)
     child.send_signal(number)
     with pytest.raises(ShardError, match=f"a.tar: cannot be read, {says}"):
         list(samples)
@@ -327,10 +326,11 @@ def test_a_shard_that_makes_no_progress_ends_the_process_that_reads_it(tmp_path:
     """So that its task is tried again, with a reader in a child."""
     shard_at(tmp_path / "a.tar", tar_of([("a.png", png(1))]))
     code = (
-        "import sys, time; from pathlib import Path; from samples import layout, shard_at; from lora_embed import isolate\n"
-        "isolate.READ_S = 0.5\n"
+        "import sys, time; from pathlib import Path; from samples import layout, shard_at\n"
+        "from lora_embed.shards import isolated\n"
+        "isolated.READ_S = 0.5\n"
         "shard = shard_at(Path(sys.argv[1]))\n"
-        "list(isolate.read_or_die(shard, layout(), {'retry_s': 0}, lambda number: time.sleep(60)))\n"
+        "list(isolated.read_or_die(shard, layout(), {'retry_s': 0}, lambda number: time.sleep(60)))\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.tar")], timeout=300, env=environment, check=False)
