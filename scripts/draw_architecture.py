@@ -1,6 +1,7 @@
 """Write what docs/architecture.md says of the source by itself: the picture of the folders, and the map of the files."""
 
 import ast
+import itertools
 import re
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def opening(path: Path) -> str:
 def folder_imports() -> dict[str, set[str]]:
     """Folder of the package, or `jobs` → folders that its files import, the ground left out."""
     files = {path: path.relative_to(PACKAGE).parts[0] for path in PACKAGE.glob("*/**/*.py")}
-    files |= {path: "jobs" for path in (ROOT / "jobs").glob("*.py")}
+    files |= dict.fromkeys((ROOT / "jobs").glob("*.py"), "jobs")
     imports: dict[str, set[str]] = {folder: set() for folder in files.values()}
     for path, folder in files.items():
         for node in ast.walk(ast.parse(path.read_text())):
@@ -109,7 +110,7 @@ def places(rows: list[list[str]], ways: list[list[str]]) -> dict[str, Point]:
     """A place for each folder and bend: in each row in the order of the means of what they are joined to."""
     joined: dict[str, list[str]] = {name: [] for row in rows for name in row}
     for way in ways:
-        for one, other in zip(way, way[1:], strict=False):
+        for one, other in itertools.pairwise(way):
             joined[one].append(other)
             joined[other].append(one)
     at: dict[str, Point] = {}
