@@ -1,4 +1,4 @@
-"""The package as a wheel, in an environment with the dependencies and no source tree: the README's quickstart, word for word."""
+"""The package as a wheel, in an environment with the dependencies and no source tree: the README's quickstart, literally."""
 
 import os
 import re
