@@ -10,7 +10,7 @@ DAFT := $(LORA_EMBED_CACHE)/peers/daft/ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-long soak readers matrix processors versions shards faults lint policy hashes strangers bench quality clean
+.PHONY: setup demo test test-long soak readers matrix processors versions shards faults lint policy hashes strangers bench quality map wheel clean
 
 setup: $(READY)
 
@@ -82,5 +82,13 @@ $(DAFT): $(READY)
 quality: setup
 	$(BIN)/python benchmarks/quality.py
 
+map: setup
+	$(BIN)/python scripts/draw_architecture.py
+
+wheel: setup
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+	rm -rf build
+
 clean:
-	rm -rf demo-run .cache .mypy_cache .ruff_cache
+	rm -rf dist demo-run .cache .mypy_cache .ruff_cache
