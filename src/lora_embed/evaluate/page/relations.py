@@ -13,7 +13,7 @@ KINDS = {  # heading, and what the figures mean
     ),
     "sign_conflicts": (
         "Sign conflicts",
-        "Share of the weights changed by both that they change in opposite directions: 0.5 is chance",
+        "Of the weights that both change, the share changed in opposite directions: 0.5 is chance",
     ),
     "subspace_overlap": (
         "Overlap of subspaces",
