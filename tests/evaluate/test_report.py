@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
 
 from browser import Tab, axe, started_browser
 from evaluations import evaluation
@@ -19,7 +20,7 @@ from lora_embed.evaluate.page.plots import class_changes, relations, scores, tri
 from lora_embed.evaluate.page.trials import best_of
 from lora_embed.evaluate.records import Evaluation
 from lora_embed.report.charts import scale
-from lora_embed.report.page import environment, page, shortened
+from lora_embed.report.page import PACKAGE, environment, page, render, shortened
 from lora_embed.text import printable
 
 HOSTILE = [
@@ -30,7 +31,7 @@ HOSTILE = [
     "x" * 500,
     "ملف صورة شلوم שלום",
     "\u202egpj.exe\u202c\u2066\x1b[31m\x00\ud800",
-    "&lt;b&gt; &amp; {title} %s $x_1$",
+    "&lt;b&gt; &amp; {title} %s $x_1$ {{ 7 * 7 }} {% raw %}",
 ]
 
 
@@ -193,6 +194,13 @@ def test_names_are_escaped_short_and_keep_their_direction() -> None:
     assert not [attribute for _, attributes in tags for attribute in attributes if attribute.startswith("on")]
     assert {(attributes.get("src") or "")[:22] for tag, attributes in tags if tag == "img"} == {"data:image/jpeg;base64"}
     assert all((attributes["href"] or "").startswith("#") for tag, attributes in tags if tag == "a")
+
+
+def test_only_the_frame_takes_text_as_html_and_a_value_that_is_missing_is_an_error() -> None:
+    templates = [path for path in PACKAGE.rglob("templates/**/*.html") if re.search(r"safe\b|autoescape", path.read_text())]
+    assert [path.name for path in templates] == ["frame.html"]
+    with pytest.raises(UndefinedError, match="'best' is undefined"):
+        render("evaluate/page/templates/search.html", evaluation=evaluation())
 
 
 def test_a_thumbnail_that_is_no_base64_is_left_out() -> None:
