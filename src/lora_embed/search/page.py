@@ -15,17 +15,17 @@ from lora_embed.search.search import Found
 THUMBNAIL = Preprocessing(resize=160, resample=3, crop=(160, 160), multiply=(1.0, 1.0, 1.0), add=(0.0, 0.0, 0.0))
 
 
-def write_page(found: Found, pictures: dict[str, bytes], out: Path) -> None:
+def write_page(result: Found, pictures: dict[str, bytes], out: Path) -> None:
     """One HTML file that needs nothing else: the query, and the hits with their pictures where there are any.
 
     Raises StorageError when it cannot be written.
     """
     with IsolatedDecoder() as decode:
-        query = _thumbnail(found.data, decode)
+        query = _thumbnail(result.data, decode)
         thumbnails = {id_: _thumbnail(data, decode) for id_, data in pictures.items()}
-    lead = [f"version {found.version} of {found.table}", f"space {found.space_id}", found.method, "cosine"]
-    title, sections = f"Nearest of {found.count:,} images", {"found": "Nearest first"}
-    write(page(title, lead, "search/templates", sections, found=found, query=query, thumbnails=thumbnails), out)
+    lead = [f"version {result.version} of {result.table}", f"space {result.space_id}", result.method, "cosine"]
+    title, sections = f"Nearest of {result.count:,} images", {"found": "Nearest first"}
+    write(page(title, lead, "search/templates", sections, result=result, query=query, thumbnails=thumbnails), out)
 
 
 def _thumbnail(data: bytes, decode: IsolatedDecoder) -> str:
