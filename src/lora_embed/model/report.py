@@ -127,7 +127,7 @@ def _member_page(member: dict[str, Any], title: str) -> list[str]:
         ranks = [row["rank"] for row in member["weights"].values()]
         lines += [
             "",
-            f"The change is stored as one adapter of ranks {min(ranks)} to {max(ranks)}; it leaves out {member['cut']:.1e}.",
+            f"One adapter of ranks {min(ranks)} to {max(ranks)} stores the change; it leaves out {member['cut']:.1e} of it.",
         ]
     lines += ["", "| | adapter | weight | norm of its share | weights | trained on |", "| --- | --- | --- | --- | --- | --- |"]
     for number, adapter in enumerate(member["adapters"], 1):
