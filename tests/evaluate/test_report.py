@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
 
 from browser import Tab, axe, started_browser
 from evaluations import evaluation
@@ -19,7 +20,7 @@ from lora_embed.evaluate.page.plots import class_changes, relations, scores, tri
 from lora_embed.evaluate.page.trials import best_of
 from lora_embed.evaluate.records import Evaluation
 from lora_embed.report.charts import scale
-from lora_embed.report.page import escaped, name, page, shortened
+from lora_embed.report.page import PACKAGE, environment, page, render, shortened
 from lora_embed.text import printable
 
 HOSTILE = [
@@ -30,7 +31,7 @@ HOSTILE = [
     "x" * 500,
     "ملف صورة شلوم שלום",
     "\u202egpj.exe\u202c\u2066\x1b[31m\x00\ud800",
-    "&lt;b&gt; &amp; {title} %s $x_1$",
+    "&lt;b&gt; &amp; {title} %s $x_1$ {{ 7 * 7 }} {% raw %}",
 ]
 
 
@@ -108,7 +109,7 @@ def test_before_and_after_has_figures_intervals_and_verdicts_in_words() -> None:
     assert [row[2] for row in rows] == ["–", "+3.1 +2.1 to +4.1", "−1.2 −2.2 to −0.2"]
     assert [row[3] for row in rows] == ["", "▲ better", "▼ worse"]
     assert rows[0][0] == "base reference"
-    assert "group : best is ties with 65.5 %" in plain_text(evaluation_page(evaluation()))
+    assert "group : the best encoder is ties with 65.5 %" in plain_text(evaluation_page(evaluation()))
 
 
 def plain_text(text: str) -> str:
@@ -176,7 +177,8 @@ def test_an_evaluation_of_scores_alone_has_no_empty_sections() -> None:
 
 
 def test_names_are_escaped_short_and_keep_their_direction() -> None:
-    assert name("<b>&\"'") == "<bdi>&lt;b&gt;&amp;&quot;&#x27;</bdi>"
+    name = environment().get_template("report/templates/parts.html").module.name
+    assert name("<b>&\"'") == "<bdi>&lt;b&gt;&amp;&#34;&#39;</bdi>"
     assert "\u202e" not in name("\u202eabc")
     assert "\\u202eabc" in name("\u202eabc")
     long = name("y" * 500)
@@ -184,13 +186,21 @@ def test_names_are_escaped_short_and_keep_their_direction() -> None:
     assert "y" * 500 in long
     assert shortened("ab" * 50, 20) == "ababababababab…babab"
     text = evaluation_page(evaluation(hostile))
-    assert [one for one in HOSTILE if escaped(one) not in text] == []
+    escaped = environment().from_string("{{ text|printable }}")
+    assert [dress for dress in HOSTILE if escaped.render(text=dress) not in text] == []
     assert not re.search("[\u202a-\u202e\u2066-\u2069\x00\x1b\ud800]", text)
     tags = Tables(text).tags
     assert not {tag for tag, _ in tags} & {"script", "iframe", "object", "link", "base", "form"}
     assert not [attribute for _, attributes in tags for attribute in attributes if attribute.startswith("on")]
     assert {(attributes.get("src") or "")[:22] for tag, attributes in tags if tag == "img"} == {"data:image/jpeg;base64"}
     assert all((attributes["href"] or "").startswith("#") for tag, attributes in tags if tag == "a")
+
+
+def test_only_the_frame_takes_text_as_html_and_a_value_that_is_missing_is_an_error() -> None:
+    templates = [path for path in PACKAGE.rglob("templates/**/*.html") if re.search(r"safe\b|autoescape", path.read_text())]
+    assert [path.name for path in templates] == ["frame.html"]
+    with pytest.raises(UndefinedError, match="'best' is undefined"):
+        render("evaluate/page/templates/search.html", evaluation=evaluation())
 
 
 def test_a_thumbnail_that_is_no_base64_is_left_out() -> None:
@@ -282,7 +292,7 @@ def test_what_the_policy_forbids_is_refused_and_seen(written: dict[str, Path], t
 
 
 def test_a_page_of_one_section_has_no_list_of_them() -> None:
-    assert "<nav" not in page("title", "", [])
+    assert "<nav" not in page("title", [], "search/templates", {})
     assert printable("a\u202eb") == "a\\u202eb"
 
 

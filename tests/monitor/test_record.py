@@ -52,7 +52,7 @@ def test_a_run_leaves_its_record_and_a_report(job: JobConfig, capfd: pytest.Capt
     assert not [key for key in record["job"] if "storage_options" in key]
     (page,) = Path(job.table, "runs").glob("*/report.html")
     text = page.read_text()
-    for said in ("Published as version 1", "not_an_image", "&lt;b&gt;no picture", "weighted_sum", "✓ holds", record["run_id"]):
+    for said in ("Published as version 1", "not_an_image", "&lt;b&gt;no picture", "weighted_sum", "✓ passed", record["run_id"]):
         assert said in text
     assert f"report: {job.table}/runs/{record['run_id']}/report.html" in capfd.readouterr().err
 
@@ -128,8 +128,8 @@ def test_the_time_line_is_cut_into_stretches_that_say_what_bounded_them() -> Non
     assert [(one.start_s, one.bound.by) for one in (bins[0], bins[-1])] == [(0.0, "decode"), (bins[-1].start_s, "forward")]
     assert bins[0].busy["decode"] == pytest.approx(1.8)
     text = run_page(record_of(tuple(readings)))
-    assert "Bound by decode until 0:03:" in text
-    assert "then forward until 0:06:38." in text
+    assert "Bound by decode until 3:" in text
+    assert "then forward until 6:38." in text
     assert "<desc>Images per second in" in text
     assert "&lt;table&gt;" in text
     assert bins_of(record_of((Reading(elapsed_s=0.0, samples=0),))) == []

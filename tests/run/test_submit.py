@@ -24,6 +24,7 @@ from lora_embed.model.golden import relative_difference
 from samples import png
 
 CLUSTER_FILE = ROOT / "cluster.yaml"
+SENT = {".py", ".html", ".css"}  # kinds of files of the package that a cluster needs
 PROBE = """
 import json, os, sys
 sys.path.insert(0, "src")  # as jobs/embed.py does
@@ -85,9 +86,10 @@ def test_what_goes_to_a_cluster_is_small_and_complete(tmp_path: Path, folder: st
     excludes = get_runtime_env_default_excludes() if not folder else []
     _zip_files(str(ROOT / folder), excludes, str(package), include_gitignore=True, include_parent_dir=bool(folder))
     names = set(zipfile.ZipFile(package).namelist())
-    modules = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src" / "lora_embed").rglob("*.py")}
+    sources = (ROOT / "src" / "lora_embed").rglob("*.*")
+    modules = {path.relative_to(ROOT / "src").as_posix() for path in sources if path.suffix in SENT}
     assert package.stat().st_size < 1.3e6
-    assert {name for name in names if name.endswith(".py") and name.startswith(f"{prefix}lora_embed/")} == {
+    assert {name for name in names if Path(name).suffix in SENT and name.startswith(f"{prefix}lora_embed/")} == {
         f"{prefix}{module}" for module in modules
     }
     assert folder or "jobs/embed.py" in names

@@ -127,13 +127,15 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find the images of a table that are nearest to one, by the table's own encoder."""
-    from lora_embed.search.search import find_pictures, search_image, write_page
+    from lora_embed.search.search import find_pictures, search_image
 
     named = find_table(table, set_)
     opened = named.open(version)
     found = search_image(opened, image, k, index, named.options_of(image))
     text = found.describe()
     if page is not None:
+        from lora_embed.search.page import write_page
+
         pictures = find_pictures(opened, found.hits, named.input_options, (*named.inputs, *(input_ or ())))
         write_page(found, pictures, page)
         text += f"\n{page}: {len(pictures)} of {len(found.hits)} with their pictures"

@@ -1,4 +1,4 @@
-"""What a build knows of its merge → `merge_report.json`, and the same as a page for people, the encoder's README.md."""
+"""Writes what a build knows of its merge: `merge_report.json`, and the same for people, the encoder's README.md."""
 
 import hashlib
 import html
@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ def write_report(
     notes: list[str],
     vectors_moved: float | None,
 ) -> None:
-    """Write both into an encoder's folder, whose other files are there already.
+    """Write both files into an encoder's folder, whose other files are there already.
 
-    `vectors_moved` is what storing it as an adapter cost, as a relative L2 difference of vectors.
+    `vectors_moved` is the relative L2 difference of vectors that came of storing the encoder as an adapter.
     """
     weights = sorted(folder.rglob("*.safetensors"))
     files = {file.relative_to(folder).as_posix(): file for file in (*weights, *sorted(folder.rglob("adapter_config.json")))}
@@ -101,8 +102,8 @@ def _page(report: dict[str, Any], description: Description) -> str:
 def _store_page(store: dict[str, Any]) -> str:
     kept, saved = store["bytes"] / 1e6, (store["base_bytes"] - store["bytes"]) / 1e6
     return (
-        f"Kept as {kept:,.1f} MB of adapter beside the base, {saved:,.1f} MB less than a model of its own. Against "
-        f"the whole merge that moves the golden images' vectors by up to {store['vectors_moved']:.1e} (relative L2)."
+        f"The encoder is stored as an adapter of {kept:,.1f} MB for the base, {saved:,.1f} MB less than a whole model. The "
+        f"golden images' vectors differ from those of the whole merge by up to {store['vectors_moved']:.1e} (relative L2)."
     )
 
 
@@ -111,27 +112,29 @@ def _member_page(member: dict[str, Any], title: str) -> list[str]:
         return [
             f"## Model{title}",
             "",
-            "The base alone; nothing was merged, and the saved weights equal the base's bit by bit.",
+            "This is the base model alone. Nothing was merged, and the saved weights equal the base's bit by bit.",
         ]
     options = ", ".join(f"{key} {value}" for key, value in member["merge_options"].items())
     lines = [
         f"## Merge{title}: {member['merge_method']}" + (f" ({options})" if options else ""),
         "",
-        f"{len(member['weights'])} weights changed, by {member['relative_change']:.2%} of their norm. The saved files were "
-        "opened again and held against the change computed anew from the adapter files: the largest error of a weight's "
-        f"change is {member['largest_error']:.1e} of that change{_unexplained(member['largest_error_beyond_rounding'])}. All "
-        "other weights equal the base's bit by bit.",
+        f"{len(member['weights'])} weights changed, by {member['relative_change']:.2%} of their norm. After saving, the "
+        "change of each weight was computed again from the adapter files and compared with the saved files. The largest error "
+        f"is {member['largest_error']:.1e} of the change; {_unexplained(member['largest_error_beyond_rounding'])}. All other "
+        "weights equal the base's bit by bit.",
     ]
     if member["cut"] is not None:
         ranks = [row["rank"] for row in member["weights"].values()]
         lines += [
             "",
-            f"Kept as one adapter of ranks {min(ranks)} to {max(ranks)}: that cut off {member['cut']:.1e} of the change.",
+            f"One adapter of ranks {min(ranks)} to {max(ranks)} stores the change; it leaves out {member['cut']:.1e} of it.",
         ]
     lines += ["", "| | adapter | weight | norm of its share | weights | trained on |", "| --- | --- | --- | --- | --- | --- |"]
     for number, adapter in enumerate(member["adapters"], 1):
         figures = f"{adapter['weight']} | {adapter['norm']:.3g} | {adapter['weights_changed']}"
-        lines.append(f"| {number} | `{_code(adapter['uri'])}` | {figures} | {_words(adapter['trained_on'] or 'not said')} |")
+        lines.append(
+            f"| {number} | `{_code(adapter['uri'])}` | {figures} | {_words(adapter['trained_on'] or 'not recorded')} |"
+        )
     if len(member["adapters"]) > 1:
         lines += _relations_page(member["relations"])
     lines += ["", "<details><summary>Weight by weight</summary>", ""]
@@ -143,13 +146,13 @@ def _member_page(member: dict[str, Any], title: str) -> list[str]:
 
 
 def _words(text: str) -> str:
-    """Words that may be somebody else's, such as what an adapter calls its base: no HTML, link or picture comes of them."""
+    """Text that may come from others, such as an adapter's name for its base, so that it becomes no HTML, link or picture."""
     escaped = html.escape(_line(text), quote=False).replace("://", ":&#47;/")
     return re.sub(r"([\\`\[\]|!])", r"\\\1", escaped)
 
 
 def _code(text: str) -> str:
-    """The same within backticks, where only these and a table's bars mean anything."""
+    """The same for text within backticks, where only backticks and the bars of a table have a meaning."""
     return _line(text).replace("`", "'").replace("|", "\\|")
 
 
@@ -158,8 +161,8 @@ def _line(text: str) -> str:
 
 
 def _unexplained(error: float) -> str:
-    """What rounding the weights to float32 does not account for."""
-    return f", of which {error:.1e} is not due to rounding to float32" if error else ", all of it due to rounding to float32"
+    """How much of an error rounding the weights to float32 explains."""
+    return f"rounding to float32 does not explain {error:.1e} of it" if error else "rounding to float32 explains all of it"
 
 
 def _relations_page(relations: dict[str, Any]) -> list[str]:
@@ -167,16 +170,15 @@ def _relations_page(relations: dict[str, Any]) -> list[str]:
     names = {"cosine": "cosine", "sign_conflicts": "sign conflicts", "subspace_overlap": "overlap of subspaces"}
     lines = ["", f"| adapters | {' | '.join(names.values())} |", "| --- " * 4 + "|"]
     count = len(relations["cosine"])
-    for one in range(count):
-        for other in range(one + 1, count):
-            cells = [relations[key][one][other] for key in names]
-            shown = " | ".join("–" if cell is None else f"{cell:.3f}" for cell in cells)
-            lines.append(f"| {one + 1}, {other + 1} | {shown} |")
+    for first, second in combinations(range(count), 2):
+        cells = [relations[key][first][second] for key in names]
+        shown = " | ".join("–" if cell is None else f"{cell:.3f}" for cell in cells)
+        lines.append(f"| {first + 1}, {second + 1} | {shown} |")
     return [
         *lines,
         "",
-        "Cosine of their changes; share of the entries that both change, but in opposite directions (0.5 for unrelated ones); "
-        "share of the smaller output space that lies in the other's.",
+        "Cosine: of the changes to the weights. Sign conflicts: of the weights that both change, the share changed in opposite "
+        "directions; 0.5 is chance. Overlap of subspaces: the share of the smaller output space that lies in the other one.",
     ]
 
 

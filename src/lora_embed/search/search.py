@@ -1,7 +1,5 @@
 """Nearest images of a query: exact over a table's files or through an index, and a page that shows them."""
 
-import base64
-import io
 import json
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -10,15 +8,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from lora_embed.config.foreign import parse_record
 from lora_embed.errors import ConfigError, LoraEmbedError, TableError
 from lora_embed.images.decode import BadImage
-from lora_embed.images.isolate import IsolatedDecoder
-from lora_embed.images.preprocess import Preprocessing
 from lora_embed.monitor.progress import say
-from lora_embed.report.page import Section, escaped, page, picture, write
 from lora_embed.schema import Layout, Shard
 from lora_embed.search.export import HIT_COLUMNS, Hit, open_index, refuse_other_space, unit, unit_queries, vectors_of
 from lora_embed.search.places import refuse_elsewhere
@@ -29,7 +23,6 @@ from lora_embed.table.read import Table
 from lora_embed.text import in_lines
 
 QUERIES_AT_ONCE = 1024  # each pass over the files: its scores are 4 bytes a query and row of a batch
-THUMBNAIL = Preprocessing(resize=160, resample=3, crop=(160, 160), multiply=(1.0, 1.0, 1.0), add=(0.0, 0.0, 0.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,33 +172,3 @@ def _shards_of(table: Table, place: str, inputs: tuple[str, ...], options: dict[
         return list_shards((place,), options)
     except LoraEmbedError:
         return []
-
-
-def write_page(found: Found, pictures: dict[str, bytes], out: Path) -> None:
-    """One HTML file that needs nothing else: the query, and the hits with their pictures where there are any.
-
-    Raises StorageError when it cannot be written.
-    """
-    with IsolatedDecoder() as decode:
-        figures = [_figure(found.data, "query", found.image, decode)]
-        figures += [_figure(pictures.get(hit.id), f"{hit.score:.4f}", hit.id, decode) for hit in found.hits]
-    lead = f"version {found.version} of {found.table}, space {found.space_id}, {found.method}, cosine"
-    shown = Section(anchor="found", title="Nearest first", content=f'<div class="found">{"".join(figures)}</div>')
-    write(page(f"Nearest of {found.count:,} images", f'<p class="lead">{escaped(lead)}</p>', [shown]), out)
-
-
-def _figure(data: bytes | None, score: str, name: str, decode: IsolatedDecoder) -> str:
-    thumbnail = _thumbnail(data, decode) if data is not None else None
-    shown = picture(base64.b64encode(thumbnail).decode() if thumbnail else None, "")
-    return f"<figure>{shown}<figcaption><b>{escaped(score)}</b><br><bdi>{escaped(name)}</bdi></figcaption></figure>"
-
-
-def _thumbnail(data: bytes, decode: IsolatedDecoder) -> bytes | None:
-    """A square JPEG, or None where the image cannot be decoded."""
-    try:
-        pixels = decode(data, THUMBNAIL).pixels
-    except BadImage:
-        return None
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()

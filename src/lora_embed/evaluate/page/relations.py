@@ -1,92 +1,84 @@
-"""How adapters lie to each other: a matrix for each measure, and the same layer by layer."""
+"""How adapters lie to each other: a matrix for each measure, and the same measure layer by layer."""
+
+from dataclasses import dataclass
 
 from lora_embed.evaluate.records import Evaluation, Relation
-from lora_embed.report.charts import Axis, Point, Series, plain, xy_chart
-from lora_embed.report.page import Column, Section, brief, escaped, folded, name, shortened, table
+from lora_embed.report.charts import Axis, Chart, Point, Series
+from lora_embed.report.page import shortened
 
-KINDS = {  # title, and what its figures mean
-    "cosine": ("Cosine", "of the changes to the weights: 1 is the same direction, 0 unrelated, below 0 against each other"),
-    "sign_conflicts": ("Sign conflicts", "share of entries that both change, in opposite directions: 0.5 is chance"),
-    "subspace_overlap": ("Overlap of subspaces", "share of the smaller output space that lies in the other's: 1 is all of it"),
-    "cka": ("CKA", "likeness of the vectors of the same images: 1 is the same space up to rotation and length"),
+KINDS = {  # heading, and what the figures mean
+    "cosine": (
+        "Cosine",
+        "Cosine of the changes to the weights: 1 is the same direction, 0 unrelated, −1 the opposite direction",
+    ),
+    "sign_conflicts": (
+        "Sign conflicts",
+        "Of the weights that both change, the share changed in opposite directions: 0.5 is chance",
+    ),
+    "subspace_overlap": (
+        "Overlap of subspaces",
+        "Share of the smaller output space that lies in the other one: 1 is all of it",
+    ),
+    "cka": ("CKA", "CKA, the likeness of the vectors of the same images: 1 is the same space up to rotation and length"),
 }
-SHADES = 6  # classes h1 … h6 of the style
 MOST_PAIRS = 8  # lines of a chart
+Pair = tuple[str, str]
 
 
-def relatedness(found: Evaluation) -> Section:
-    """For each kind that was measured a matrix, and a chart and a table by layer where there are layers."""
-    kinds = [kind for kind in KINDS if any(relation.kind == kind for relation in found.relations)]
-    parts = [_kind(kind, [relation for relation in found.relations if relation.kind == kind]) for kind in kinds]
-    about = (
-        "<p>Adapters that change the same weights in opposite directions lose by merging; those that are alike or keep out of "
-        "each other's way lose little. These figures need no labels.</p>"
-    )
-    return Section(anchor="relations", title="Relatedness", content=about + "".join(parts) if parts else "")
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One kind of relation: values by pair over all layers, in both orders, and values by layer and pair."""
 
+    title: str
+    about: str
+    whole: dict[Pair, float]
+    layers: dict[str, dict[Pair, float]]
 
-def _kind(kind: str, relations: list[Relation]) -> str:
-    title, about = KINDS[kind]
-    whole = [relation for relation in relations if relation.layer is None]
-    layered = [relation for relation in relations if relation.layer is not None]
-    matrix = _matrix(f"{title}: {about}", whole) if whole else ""
-    chart, listed = _by_layer(title, layered) if layered else ("", "")
-    return f'<h3>{title}</h3><div class="beside">{matrix}{chart}</div>{listed}'
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(end for pair in self.whole for end in pair))
 
+    @property
+    def pairs(self) -> list[Pair]:
+        return list(dict.fromkeys(pair for values in self.layers.values() for pair in values))
 
-def _matrix(caption: str, relations: list[Relation]) -> str:
-    names = list(dict.fromkeys(end for relation in relations for end in (relation.one, relation.other)))
-    values = {(relation.one, relation.other): relation.value for relation in relations}
-    values |= {(other, one): value for (one, other), value in values.items() if (other, one) not in values}
-    head = "".join(f'<th scope="col">{brief(one)}</th>' for one in names)
-    rows = []
-    for one in names:
-        cells = "".join(_cell(values.get((one, other)), is_self=one == other) for other in names)
-        rows.append(f'<tr><th scope="row">{name(one)}</th>{cells}</tr>')
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escaped(caption)}"><table class="heat">'
-        f"<caption><span>{escaped(caption)}</span></caption><thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _cell(value: float | None, *, is_self: bool) -> str:
-    if value is None:
-        return "<td>–</td>"
-    shade = min(SHADES, round(abs(value) * SHADES))
-    shown = f"{value:.3f}".replace("-", "−")
-    return f"<td>{shown}</td>" if is_self or not shade else f'<td class="h{shade}">{shown}</td>'
-
-
-def _by_layer(title: str, relations: list[Relation]) -> tuple[str, str]:
-    """A chart, and all of its figures, folded."""
-    layers = list(dict.fromkeys(relation.layer or "" for relation in relations))
-    pairs = list(dict.fromkeys((relation.one, relation.other) for relation in relations))
-    values = {(relation.one, relation.other, relation.layer): relation.value for relation in relations}
-    series = [
-        Series(
-            name=_pair(pair),
-            points=tuple(
-                Point(x=place, y=values[(*pair, layer)], says=f"{layer}: {values[(*pair, layer)]:.3f}")
-                for place, layer in enumerate(layers, 1)
-                if (*pair, layer) in values
+    @property
+    def chart(self) -> Chart:
+        """A line for each pair over the layers."""
+        return Chart(
+            title=f"{self.title} by layer",
+            says=f"{self.title} of {len(self.pairs)} pairs over {len(self.layers)} layers, in the order of the model.",
+            x=Axis(name="layer, in the model's order"),
+            y=Axis(name=self.title),
+            series=tuple(
+                Series(name=name_pair(pair), points=self._points(pair), is_joined=True) for pair in self.pairs[:MOST_PAIRS]
             ),
-            shade=shade,
-            is_joined=True,
         )
-        for shade, pair in enumerate(pairs[:MOST_PAIRS])
-    ]
-    about = f"{title} of {len(pairs)} pairs over {len(layers)} layers, in the order of the model."
-    chart = xy_chart(
-        f"{title} by layer", about, series, Axis(name="layer, in the model's order"), Axis(name=title, shows=plain)
-    )
-    columns = [Column(head="Layer"), *(Column(head=brief(_pair(pair), 40), is_number=True) for pair in pairs)]
-    rows = [
-        [name(layer), *(f"{values[(*pair, layer)]:.3f}" if (*pair, layer) in values else "–" for pair in pairs)]
-        for layer in layers
-    ]
-    listed = table(f"{escaped(title)} by layer", columns, rows)
-    return chart, folded(f"{escaped(title)} of all {len(layers):,} layers", listed)
+
+    def _points(self, pair: Pair) -> tuple[Point, ...]:
+        numbered = [(place, layer, values) for place, (layer, values) in enumerate(self.layers.items(), 1) if pair in values]
+        return tuple(Point(x=place, y=values[pair], says=f"{layer}: {values[pair]:.3f}") for place, layer, values in numbered)
 
 
-def _pair(pair: tuple[str, str]) -> str:
+def measures_of(evaluation: Evaluation) -> list[Measure]:
+    """For each kind of relation that was measured."""
+    measures = [measure_of(kind, [relation for relation in evaluation.relations if relation.kind == kind]) for kind in KINDS]
+    return [measure for measure in measures if measure.whole or measure.layers]
+
+
+def measure_of(kind: str, relations: list[Relation]) -> Measure:
+    title, about = KINDS[kind]
+    whole: dict[Pair, float] = {}
+    layers: dict[str, dict[Pair, float]] = {}
+    for relation in relations:
+        if relation.layer is None:
+            whole[relation.one, relation.other] = relation.value
+        else:
+            layers.setdefault(relation.layer, {})[relation.one, relation.other] = relation.value
+    whole |= {(other, one): value for (one, other), value in whole.items() if (other, one) not in whole}
+    return Measure(title=title, about=about, whole=whole, layers=layers)
+
+
+def name_pair(pair: Pair) -> str:
+    """As text, both ends short."""
     return " · ".join(shortened(end, 24) for end in pair)
