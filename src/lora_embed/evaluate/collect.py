@@ -22,9 +22,10 @@ from lora_embed.errors import ConfigError, IncompleteRun
 from lora_embed.images.preprocess import decoding
 from lora_embed.monitor.progress import Progress, say
 from lora_embed.monitor.stages import add_seconds
-from lora_embed.schema import FORMAT, ChunkStats, Layout, Shard, from_ipc, to_ipc
+from lora_embed.schema import FORMAT, Layout, Shard, from_ipc, to_ipc
 from lora_embed.shards.read import read_samples
 from lora_embed.store.store import Store
+from lora_embed.table.parts import reasons_of
 
 LOOK_AT = 16  # samples of a shard in which a field is looked for before anything is embedded
 MOST_LOOKED_AT = 64  # shards
@@ -157,9 +158,8 @@ def _watched(source: Source, shared: Pass, topology: Topology) -> Iterator[Vecto
     """The chain's rows, counted on the way."""
     with Progress(list(source.shards), topology.workers) as progress:
         for chunk in pipeline.embed_with_each([WorkItem(shard=shard) for shard in source.shards], shared, topology):
-            head, samples = chunk.head, chunk.samples.num_rows
-            stats = ChunkStats(shard_id=head.shard_id, chunk=head.chunk, samples=samples, vectors=head.good, error=head.error)
-            progress.add(replace(stats, rejects=samples - head.good, last=head.last, seconds=chunk.seconds))
+            samples, reasons = chunk.samples.num_rows, reasons_of(chunk.samples)
+            progress.add(replace(chunk.head, samples=samples, reasons=reasons, seconds=chunk.seconds))
             yield chunk
 
 

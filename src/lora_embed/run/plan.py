@@ -18,7 +18,7 @@ from lora_embed.run.encoders import find_encoder, named_base, prepare_encoder
 from lora_embed.run.layout import ask_device, known_layout, layout_of, leaves_open
 from lora_embed.run.open import open_job
 from lora_embed.run.refuse import refuse_other_space
-from lora_embed.schema import ChunkStats, Layout, encoder_path
+from lora_embed.schema import ChunkHead, Layout, encoder_path
 from lora_embed.shards.read import count_samples
 from lora_embed.store.store import Store
 from lora_embed.vectors.health import seeded_sample
@@ -145,7 +145,7 @@ def forecast(
     return reckon(job, found, images, first, topology.workers)
 
 
-def reckon(job: JobConfig, found: list[ChunkStats], images: int, start_seconds: float, workers: Workers) -> Forecast:
+def reckon(job: JobConfig, found: list[ChunkHead], images: int, start_seconds: float, workers: Workers) -> Forecast:
     """The forecast by what some chunks took; each actor's first, in which caches fill, does not count where there are more."""
     counted = [stats for stats in (found[workers.actors :] or found) if stats.samples]
     if not counted:

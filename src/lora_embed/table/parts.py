@@ -40,8 +40,8 @@ def part_path(space_id: str, layout_id: str, part: Part | None = None) -> str:
     return f"staging/{space_id}/{layout_id}/{part.name if part else ''}".rstrip("/")
 
 
-def reasons_of(part: pa.Table) -> dict[str, int]:
-    """How many of a part's rows are rejects of each reason."""
+def reasons_of(part: pa.Table | pa.RecordBatch) -> dict[str, int]:
+    """How many of the rows of a part, or of a chunk's samples, are rejects of each reason."""
     counted = part.column("reason").drop_null().value_counts().to_pylist()
     return {value["values"]: value["counts"] for value in counted}
 
