@@ -1,4 +1,4 @@
-"""Text made safe: what is printed steers no terminal and forges no line, and URIs tell no credentials."""
+"""Text made safe: what is printed steers no terminal and forges no line, and URIs tell no credentials. And times in words."""
 
 import re
 from collections.abc import Iterable
@@ -27,6 +27,19 @@ def _escape(character: str) -> str:
 def in_lines(lines: Iterable[str]) -> str:
     """These lines and no others, whatever a name in one of them holds."""
     return "\n".join(map(printable, lines))
+
+
+def span(seconds: float) -> str:
+    """Minutes and seconds, and hours where there are any."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def rough_span(seconds: float) -> str:
+    """For an estimate: seconds, minutes or hours."""
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
 
 
 def redacted(text: str) -> str:

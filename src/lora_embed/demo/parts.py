@@ -25,6 +25,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from lora_embed.errors import LoraEmbedError
+from lora_embed.store.aside import file_aside, folder_aside
 
 Say = Callable[[str], None]
 BASE_MODEL_NAME = "vit-small-focus"
@@ -142,12 +143,10 @@ def write_pngs(samples: Sequence[tuple[Path, str, dict[str, Any]]], folder: Path
     paths = []
     for number, start in enumerate(range(0, len(samples), per_shard)):
         path = folder / f"{name}-{number:05d}.tar"
-        aside = path.with_suffix(".tar.part")
-        with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with file_aside(path) as aside, tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
             for png, key, labels in samples[start : start + per_shard]:
                 _add_member(tar, f"{key}.json", json.dumps(labels, ensure_ascii=False).encode())
                 _add_member(tar, f"{key}.png", png.read_bytes())
-        os.replace(aside, path)
         paths.append(path)
     return paths
 
@@ -202,15 +201,12 @@ def _check_sha256(path: Path, archive: Archive) -> None:
 @contextmanager
 def _made_whole(final: Path) -> Iterator[Path]:
     """Give a directory to fill, which becomes `final` in one step; whoever comes second keeps the first one's."""
-    with TemporaryDirectory(dir=final.parent, prefix=".making-") as scratch:
-        making = Path(scratch) / final.name
-        making.mkdir()
-        yield making
-        try:
-            making.rename(final)
-        except OSError:
-            if not final.is_dir():
-                raise
+    try:
+        with folder_aside(final) as making:
+            yield making
+    except OSError:
+        if not final.is_dir():
+            raise
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from lora_embed.evaluate.figures import Labelled, Scored, cka_relations
 from lora_embed.evaluate.records import Difference, Evaluation, Figure, QueryChange, Relation, Retention, Task
 from lora_embed.evaluate.thumbnails import thumbnails
 from lora_embed.monitor.progress import say
+from lora_embed.run.refuse import local_places, refuse_unshared
 from lora_embed.schema import Layout
 from lora_embed.shards.listing import list_shards
 from lora_embed.store.fetch import private_folder
@@ -167,14 +168,11 @@ def open_source(request: Request) -> tuple[Source, cluster.Topology]:
     store.check_writable()
     cluster.connect()
     topology = cluster.choose_topology(request.resources)
-    nodes = cluster.count_nodes()
-    local = [store.uri] * store.is_local + sorted(
-        {shard.root for shard in shards if Store(shard.root, request.input_options).is_local}
-    )
-    if local and nodes > 1 and not request.shared_filesystem:
-        raise ConfigError(
-            f"{local[0]} is a local path, but this cluster has {nodes} nodes, each with disks of its own. Use URIs that "
-            "all nodes reach for --data and --work, such as s3://…, or add --shared-filesystem if they all mount it there."
+    if not request.shared_filesystem:
+        refuse_unshared(
+            local_places(store, shards, request.input_options),
+            "Use URIs that all nodes reach for --data and --work, such as s3://…, or add --shared-filesystem if they all "
+            "mount it there.",
         )
     device = pipeline.ask_device(topology)
     precision = device.precision if request.precision == "auto" else request.precision

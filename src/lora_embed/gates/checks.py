@@ -13,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_embed.vectors.health import Figures, Vectors, unit
+from lora_embed.vectors.health import Figures, Vectors
 from lora_embed.vectors.metrics import knn_accuracy, split_by_name
+from lora_embed.vectors.rows import unit
 
 MIN_ROWS = 64  # of fewer vectors the figures say little, and no gate is made of them
 SPLITS = 5
@@ -194,7 +195,7 @@ def neighbour_overlap(old: NDArray[Any], new: NDArray[Any], k: int = 10) -> floa
 def _nearest(vectors: NDArray[Any], k: int) -> NDArray[np.intp]:
     if not 1 <= k < len(vectors):
         raise ValueError(f"k is {k}, expected from 1 to {len(vectors) - 1}, one less than the {len(vectors)} vectors")
-    directions = unit(vectors)
+    directions = unit(np.asarray(vectors, np.float64))
     similarity = directions @ directions.T
     np.fill_diagonal(similarity, -np.inf)
     return np.argpartition(-similarity, k - 1, axis=1)[:, :k]
@@ -216,7 +217,7 @@ def accuracy_change(
     if takes_part.sum() < MIN_ROWS or len(set(classes[takes_part])) < 2:
         return None
     classes, ids = classes[takes_part].astype(np.int64), [ids[int(row)] for row in np.flatnonzero(takes_part)]
-    spaces = [unit(vectors[takes_part]).astype(np.float32) for vectors in (old, new)]
+    spaces = [unit(np.asarray(vectors[takes_part], np.float64)).astype(np.float32) for vectors in (old, new)]
     banks = [split_by_name(ids, BANK_SHARE, seed + number) for number in range(SPLITS)]
     figures = np.array([[_accuracy(space, classes, bank, k) for bank in banks] for space in spaces])
     deviation = float((figures[1] - figures[0]).std(ddof=1))

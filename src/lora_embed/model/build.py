@@ -4,8 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,6 +31,7 @@ from lora_embed.model.pooling import find_tap
 from lora_embed.model.report import write_report
 from lora_embed.model.space import VERSION, space_id_of
 from lora_embed.store import hub
+from lora_embed.store.aside import folder_aside
 
 Say = Callable[[str], None]
 MOST_LARGE = 8192  # pixels, an edge of the large golden image
@@ -110,7 +109,7 @@ def build_encoder(ingredients: Ingredients, out: Path, say: Say, limit: Limit | 
     Raises AdapterMismatch, EncoderError, ConfigError, or ChangedMeanwhile.
     """
     _check_out(out)
-    with _written_aside(out) as folder, _unchanged(ingredients):
+    with folder_aside(out) as folder, _unchanged(ingredients):
         _build(ingredients, folder, say, limit)
     description = read_description(out)
     say(f"encoder {description.space_id}: {description.dimension}-d vectors, pooling {description.pooling}")
@@ -170,26 +169,6 @@ def _check_out(out: Path) -> None:
     nearest = next(parent for parent in out.absolute().parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ConfigError(f"{out}: cannot be written: {nearest} is not a directory that this user may write to")
-
-
-@contextlib.contextmanager
-def _written_aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when all went well, and is gone when not, with those made to hold it."""
-    made = [above for above in out.parents if not above.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
-            folder = Path(aside) / "encoder"
-            folder.mkdir()
-            yield folder
-            if out.is_dir():
-                out.rmdir()
-            shutil.move(folder, out)
-    except BaseException:
-        for above in made:
-            with contextlib.suppress(OSError):  # somebody else's files are in it by now
-                above.rmdir()
-        raise
 
 
 def _vectors(

@@ -24,7 +24,7 @@ from rich.text import Text
 from lora_embed.monitor.effort import Effort
 from lora_embed.monitor.stages import Bound, Workers, find_bound
 from lora_embed.schema import ChunkHead, Shard
-from lora_embed.text import in_lines, redacted, without_secrets
+from lora_embed.text import in_lines, redacted, span, without_secrets
 
 LOG_EVERY_S = 10.0
 MOST_NAMED = 10  # failed shards that a log for persons names as they fail; the run's end names as many
@@ -241,9 +241,3 @@ class Progress:
     def _log(self) -> None:
         while not self._ended.wait(LOG_EVERY_S):
             self._show(self.line() if logs_json() else f"{time.strftime('%H:%M:%S')} {self.line()}")
-
-
-def span(seconds: float) -> str:
-    """Minutes and seconds, and hours where there are any."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

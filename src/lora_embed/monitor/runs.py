@@ -13,11 +13,10 @@ from typing import Any
 from lora_embed.errors import LoraEmbedError
 from lora_embed.monitor.ending import gist
 from lora_embed.monitor.heartbeat import DEAD_AFTER_S, Heartbeat
-from lora_embed.monitor.progress import span
 from lora_embed.monitor.record import RunState
 from lora_embed.schema import Entry
 from lora_embed.store.store import Store
-from lora_embed.text import printable, without_secrets
+from lora_embed.text import printable, span, without_secrets
 
 MOST_OF_CAUSE = 200  # characters
 SHOWN = 10  # runs that `status` tells of

@@ -21,6 +21,7 @@ from lora_embed.run.refuse import refuse_other_space
 from lora_embed.schema import ChunkHead, Layout, encoder_path
 from lora_embed.shards.read import count_samples
 from lora_embed.store.store import Store
+from lora_embed.text import rough_span
 from lora_embed.vectors.health import seeded_sample
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Forecast:
         cost = f", {self.cost:,.2f} at your prices" if self.cost is not None else ""
         return (
             f"forecast  about {self.images:,} images at {self.images_per_second:,.1f} a second and {self.start_seconds:.0f} s "
-            f"to start: {_span(self.seconds)}{cost}\n          {self.bound}"
+            f"to start: {rough_span(self.seconds)}{cost}\n          {self.bound}"
         )
 
 
@@ -199,9 +200,3 @@ def _count_images(job: JobConfig, layout: Layout, items: list[WorkItem], sample:
     total = round(held * sum(item.shard.size for item in items) / max(size, 1))
     done = sum(len(item.done) * layout.chunk_size for item in items)
     return max(0, (min(total, job.limit) if job.limit is not None else total) - done)
-
-
-def _span(seconds: float) -> str:
-    if seconds < 90:
-        return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"

@@ -2,8 +2,6 @@
 
 import json
 import math
-import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +17,9 @@ from lora_embed.config.foreign import Count, parse_record
 from lora_embed.errors import ConfigError, LoraEmbedError, StorageError, VerificationFailed
 from lora_embed.schema import carry_fields
 from lora_embed.search.index_files import check_faiss, check_ids, check_lance, check_plain
+from lora_embed.store.aside import folder_aside
 from lora_embed.store.store import Store
+from lora_embed.vectors.rows import unit, vectors_of
 
 if TYPE_CHECKING:
     from lora_embed.table.read import Table
@@ -114,18 +114,6 @@ def unit_queries(vectors: NDArray[Any], dimension: int, k: int) -> Vectors:
     return unit(queries)
 
 
-def unit(vectors: Vectors) -> Vectors:
-    """Rows (n, d) scaled to length 1, in float32; a row of zeros stays as it is, and its cosine to everything is 0."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.where(norms == 0, 1, norms), np.float32)
-
-
-def vectors_of(batch: pa.RecordBatch) -> Vectors:
-    """The embedding column of a batch as float32 (n, d)."""
-    values = batch.column("embedding").flatten().to_numpy(zero_copy_only=False)
-    return np.asarray(values.reshape(batch.num_rows, -1), np.float32)
-
-
 def export_index(table: "Table", kind: str, out: Path, seed: int = 0) -> IndexDescription:
     """Write an index of a table's version into a new directory, which is there only once it is whole.
 
@@ -141,30 +129,26 @@ def export_index(table: "Table", kind: str, out: Path, seed: int = 0) -> IndexDe
     if not table.count:
         raise ConfigError(f"{table.store.uri}: version {table.version} holds no vectors, so there is nothing to index")
     Store(str(out.parent)).check_writable()
-    aside = out.with_name(f"{out.name}.writing-{uuid.uuid4().hex[:8]}")
-    aside.mkdir(parents=True)
     try:
-        write = _write_lance if kind == "lance" else _write_faiss
-        count, parameters = write(library, table, kind, aside, seed)
-        if count != table.count:
-            raise VerificationFailed(f"{table.store.uri}: its files hold {count} vectors, its manifest says {table.count}")
-        description = IndexDescription(
-            kind=kind,
-            table=table.store.uri,
-            version=table.version,
-            space_id=table.space_id,
-            dimension=table.dimension,
-            count=count,
-            library=name,
-            library_version=library.__version__,
-            parameters=parameters,
-        )
-        (aside / DESCRIPTION).write_text(json.dumps(asdict(description), indent=1) + "\n")
-        aside.rename(out)
+        with folder_aside(out) as aside:
+            write = _write_lance if kind == "lance" else _write_faiss
+            count, parameters = write(library, table, kind, aside, seed)
+            if count != table.count:
+                raise VerificationFailed(f"{table.store.uri}: its files hold {count} vectors, its manifest says {table.count}")
+            description = IndexDescription(
+                kind=kind,
+                table=table.store.uri,
+                version=table.version,
+                space_id=table.space_id,
+                dimension=table.dimension,
+                count=count,
+                library=name,
+                library_version=library.__version__,
+                parameters=parameters,
+            )
+            (aside / DESCRIPTION).write_text(json.dumps(asdict(description), indent=1) + "\n")
     except OSError as error:
-        raise StorageError(f"{out}: cannot be written: {' '.join(str(error).split())}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        raise StorageError(f"{out}: cannot be written: {_line(error)}") from None
     return description
 
 

@@ -1,7 +1,5 @@
 """Nearest images of a query: exact over a table's files or through an index, and a page that shows them."""
 
-import base64
-import io
 import json
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -10,26 +8,26 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from lora_embed.config.foreign import parse_record
 from lora_embed.errors import ConfigError, LoraEmbedError, TableError
 from lora_embed.images.decode import BadImage
 from lora_embed.images.isolate import IsolatedDecoder
-from lora_embed.images.preprocess import Preprocessing
+from lora_embed.images.thumbnail import thumbnail
 from lora_embed.monitor.progress import say
 from lora_embed.report.page import Section, escaped, page, picture, write
 from lora_embed.schema import Layout, Shard
-from lora_embed.search.export import HIT_COLUMNS, Hit, open_index, refuse_other_space, unit, unit_queries, vectors_of
+from lora_embed.search.export import HIT_COLUMNS, Hit, open_index, refuse_other_space, unit_queries
 from lora_embed.search.places import refuse_elsewhere
 from lora_embed.shards.listing import list_shards
 from lora_embed.shards.read import read_samples
 from lora_embed.store.store import Store
 from lora_embed.table.read import Table
 from lora_embed.text import in_lines
+from lora_embed.vectors.rows import unit, vectors_of
 
 QUERIES_AT_ONCE = 1024  # each pass over the files: its scores are 4 bytes a query and row of a batch
-THUMBNAIL = Preprocessing(resize=160, resample=3, crop=(160, 160), multiply=(1.0, 1.0, 1.0), add=(0.0, 0.0, 0.0))
+SIDE = 160  # pixels of a picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,17 +193,5 @@ def write_page(found: Found, pictures: dict[str, bytes], out: Path) -> None:
 
 
 def _figure(data: bytes | None, score: str, name: str, decode: IsolatedDecoder) -> str:
-    thumbnail = _thumbnail(data, decode) if data is not None else None
-    shown = picture(base64.b64encode(thumbnail).decode() if thumbnail else None, "")
+    shown = picture(thumbnail(data, SIDE, decode) if data is not None else None, "")
     return f"<figure>{shown}<figcaption><b>{escaped(score)}</b><br><bdi>{escaped(name)}</bdi></figcaption></figure>"
-
-
-def _thumbnail(data: bytes, decode: IsolatedDecoder) -> bytes | None:
-    """A square JPEG, or None where the image cannot be decoded."""
-    try:
-        pixels = decode(data, THUMBNAIL).pixels
-    except BadImage:
-        return None
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()

@@ -4,7 +4,6 @@ import datetime
 import importlib.util
 import json
 import math
-import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from lora_embed.model.refold import BATCH, Refolder
 from lora_embed.model.relate import relate_adapters
 from lora_embed.monitor.progress import say
 from lora_embed.store import local
+from lora_embed.store.aside import file_aside
 from lora_embed.text import in_lines
 from lora_embed.tune.goal import Search
 from lora_embed.tune.holdout import Splits, differences_of, figures_of, refuse_thin
@@ -298,13 +298,8 @@ def _write(search: Search, tuned: Tuned) -> None:
         f"# Written by `lora-embed tune`; all figures: {search.evidence.name}",
         *(f"# {line}" for line in tuned.describe().splitlines()),
     ]
-    _replace(search.evidence, (json.dumps(tuned.as_json(), ensure_ascii=False, indent=1) + "\n"))
+    with file_aside(search.evidence) as aside:
+        aside.write_text(json.dumps(tuned.as_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     write_report(tuned.evaluation, search.report)
-    _replace(search.out, "\n".join(notes) + "\n" + body)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file in one step."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    with file_aside(search.out) as aside:
+        aside.write_text("\n".join(notes) + "\n" + body, encoding="utf-8")
