@@ -134,19 +134,14 @@ def write_shards(images: Sequence[LabelledImage], folder: Path, per_shard: int) 
     if per_shard < 1:
         raise ValueError(f"per_shard is {per_shard}, expected 1 or more")
     in_order = sorted(images, key=lambda image: image.key)
-    return write_pngs([(image.path, image.key, _labels(image)) for image in in_order], folder, "emoji", per_shard)
-
-
-def write_pngs(samples: Sequence[tuple[Path, str, dict[str, Any]]], folder: Path, name: str, per_shard: int) -> list[Path]:
-    """Write files with their keys and labels as WebDataset tars `NAME-00000.tar` …; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for number, start in enumerate(range(0, len(samples), per_shard)):
-        path = folder / f"{name}-{number:05d}.tar"
+    for number, start in enumerate(range(0, len(in_order), per_shard)):
+        path = folder / f"emoji-{number:05d}.tar"
         with file_aside(path) as aside, tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for png, key, labels in samples[start : start + per_shard]:
-                _add_member(tar, f"{key}.json", json.dumps(labels, ensure_ascii=False).encode())
-                _add_member(tar, f"{key}.png", png.read_bytes())
+            for image in in_order[start : start + per_shard]:
+                _add_member(tar, f"{image.key}.json", json.dumps(_labels(image), ensure_ascii=False).encode())
+                _add_member(tar, f"{image.key}.png", image.path.read_bytes())
         paths.append(path)
     return paths
 
