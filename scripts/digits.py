@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from lora_embed.demo.parts import Archive, fetch_archive
+from lora_embed.demo.archives import Archive, fetch_archive
 from lora_embed.store.aside import folder_aside
 
 Say = Callable[[str], None]

@@ -11,7 +11,7 @@ from lora_embed.chain import cluster
 from lora_embed.cli.main import run_command
 from lora_embed.config.models import load_job, load_recipe
 from lora_embed.errors import ConfigError, StorageError
-from lora_embed.evaluate.assess import Request, check_request
+from lora_embed.evaluate.request import Request, check_request
 from lora_embed.monitor.stages import Workers
 from lora_embed.run.plan import reckon
 from lora_embed.schema import ChunkHead

@@ -9,7 +9,8 @@ from PIL import Image
 
 from digits import TRAIN_PER_DIGIT, Digit, fetch_digits
 from lora_embed.model.adapter import read_adapter
-from lora_embed.model.match import Target, match_adapter
+from lora_embed.model.match import match_adapter
+from lora_embed.model.whole import Target
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ import yaml
 
 from lora_embed.config.models import load_job
 from lora_embed.demo import parts
-from lora_embed.evaluate.assess import Request, assess
+from lora_embed.evaluate.assess import assess
 from lora_embed.evaluate.page.evaluation import write_report
+from lora_embed.evaluate.request import Request
 from lora_embed.evaluate.show import to_markdown
 from lora_embed.run.job import run_job
 from lora_embed.search.search import find_pictures, search_image, write_page

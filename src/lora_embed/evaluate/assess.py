@@ -1,24 +1,22 @@
 """An evaluation from recipes and labelled shards to its record: build → embed in one pass → figures, heads, relations."""
 
-import importlib.util
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_embed.chain import cluster, pipeline
-from lora_embed.config.models import Resources
 from lora_embed.errors import ConfigError
 from lora_embed.evaluate import candidates, figures
 from lora_embed.evaluate.candidates import AdapterHead, Built, Entrant
 from lora_embed.evaluate.collect import Collected, Source, check_fields, collect
-from lora_embed.evaluate.figures import Labelled, Scored, cka_relations
-from lora_embed.evaluate.records import Difference, Evaluation, Figure, QueryChange, Relation, Retention, Task
+from lora_embed.evaluate.figures import Labelled, Scored, cka_relations, tasks_of
+from lora_embed.evaluate.records import ClassChange, Difference, Evaluation, Figure, QueryChange, Relation, Retention
+from lora_embed.evaluate.request import Request, check_request
 from lora_embed.evaluate.thumbnails import thumbnails
 from lora_embed.monitor.progress import say
 from lora_embed.run.refuse import local_places, refuse_unshared
@@ -27,34 +25,7 @@ from lora_embed.shards.listing import list_shards
 from lora_embed.store.fetch import private_folder
 from lora_embed.store.store import Store
 
-_OPTIONS = {"recipes": "recipe", "inputs": "data", "labels": "label"}  # as the command calls them
 MOST_ALIGNED = 2000  # images whose vectors two spaces are compared by
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What is to be evaluated, and how."""
-
-    recipes: tuple[str, ...]  # recipe files, or directories of encoders
-    inputs: tuple[str, ...]
-    labels: tuple[str, ...]  # fields, one a task
-    group: str | None = None  # field: images with the same value are on one side
-    split: str | None = None  # field of the user's own split
-    splits: int = 5
-    seed: int = 0
-    reference: str | None = None  # a candidate's name; the first
-    alone: bool = False  # judge the base and each adapter by itself as well
-    judges_heads: bool = True
-    heads: dict[str, str] = field(default_factory=dict)  # adapter → task, where the classes do not tell
-    head_classes: dict[str, tuple[str, ...]] = field(default_factory=dict)  # task → names in the order of a head's outputs
-    precision: str = "auto"
-    work: str | None = None  # where encoders and vectors are kept
-    shared_filesystem: bool = False
-    resources: Resources = field(default_factory=Resources)
-    input_options: dict[str, Any] = field(default_factory=dict, repr=False)  # storage options; they may hold keys
-    work_options: dict[str, Any] = field(default_factory=dict, repr=False)
-    image_column: str | None = None  # of Parquet input
-    key_column: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,47 +75,17 @@ def assess(request: Request) -> Evaluation:
         splits=len(labelled.banks),
         bank_share=float(np.mean([bank.mean() for bank in labelled.banks])),
         seed=request.seed,
-        tasks=tuple(
-            Task(name=task, label=task, classes=classes, images=int((labelled.labels[task] >= 0).sum()))
-            for task, classes in labelled.classes.items()
-        ),
+        tasks=tasks_of(labelled.classes, labelled.labels),
         candidates=tuple(candidates.candidate_of(one, collected.embedded[one.encoder.space_id].forward_s) for one in built),
         reference=reference,
         figures=_figures(labelled, scored),
         differences=_differences(labelled, scored, reference),
         retention=_retention(prepared, built),
-        classes=tuple(
-            change
-            for task, name, other in _pairs(labelled, scored, reference)
-            for change in figures.class_changes(labelled, task, (name, reference), scored[name][task], other[task])
-        ),
+        classes=_class_changes(labelled, scored, reference),
         relations=relations,
         queries=changed,
         thumbnails=thumbnails(changed, source),
     )
-
-
-def check_request(request: Request) -> None:
-    """Raises ConfigError for options that do not go together."""
-    for option, given in (("--recipe", request.recipes), ("--data", request.inputs), ("--label", request.labels)):
-        if not given:
-            raise ConfigError(f"{option} is missing. Name at least one.")
-    for option in ("recipes", "inputs", "labels", "group", "split", "reference", "work"):
-        value = getattr(request, option)
-        if "" in (value if isinstance(value, tuple) else (value,)):
-            raise ConfigError(f"--{_OPTIONS.get(option, option)} is empty. Give a value, or leave the option out.")
-    if request.seed < 0:
-        raise ConfigError(f"--seed is {request.seed}, expected 0 or more")
-    if importlib.util.find_spec("sklearn") is None:
-        raise ConfigError("scikit-learn is not installed. Run: pip install 'lora-embed[evaluation]', on every node.")
-    for label in request.labels:
-        if request.labels.count(label) > 1:
-            raise ConfigError(f"--label {label} is given {request.labels.count(label)} times. Name it once.")
-    if request.split is None and request.splits < 2:
-        raise ConfigError(f"--splits is {request.splits}, expected 2 or more: one says nothing of noise")
-    for task in [*request.heads.values(), *request.head_classes]:
-        if task not in request.labels:
-            raise ConfigError(f"{task!r} is given for a head, but is no --label. Those are {', '.join(request.labels)}.")
 
 
 def open_source(request: Request) -> tuple[Source, cluster.Topology]:
@@ -272,6 +213,14 @@ def _differences(labelled: Labelled, scored: dict[str, dict[str, Scored]], refer
         difference
         for task, name, other in _pairs(labelled, scored, reference)
         for difference in figures.differences_of(labelled, task, (name, reference), scored[name][task], other[task])
+    )
+
+
+def _class_changes(labelled: Labelled, scored: dict[str, dict[str, Scored]], reference: str) -> tuple[ClassChange, ...]:
+    return tuple(
+        change
+        for task, name, other in _pairs(labelled, scored, reference)
+        for change in figures.class_changes(labelled, task, (name, reference), scored[name][task], other[task])
     )
 
 

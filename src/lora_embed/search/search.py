@@ -17,7 +17,8 @@ from lora_embed.images.thumbnail import thumbnail
 from lora_embed.monitor.progress import say
 from lora_embed.report.page import Section, escaped, page, picture, write
 from lora_embed.schema import Layout, Shard
-from lora_embed.search.export import HIT_COLUMNS, Hit, open_index, refuse_other_space, unit_queries
+from lora_embed.search.export import open_index
+from lora_embed.search.index import HIT_COLUMNS, Hit, refuse_other_space, unit_queries
 from lora_embed.search.places import refuse_elsewhere
 from lora_embed.shards.listing import list_shards
 from lora_embed.shards.read import read_samples
