@@ -1,7 +1,8 @@
 """Text made safe: what is printed steers no terminal and forges no line, and URIs tell no credentials. And times in words."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote
 
@@ -27,6 +28,22 @@ def _escape(character: str) -> str:
 def in_lines(lines: Iterable[str]) -> str:
     """These lines and no others, whatever a name in one of them holds."""
     return "\n".join(map(printable, lines))
+
+
+def in_one_line(text: object, most: int = 200) -> str:
+    """What a library says, such as an error, without its line breaks and cut to `most` characters."""
+    return " ".join(str(text).split())[:most]
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """`1,000 samples, 2 rejects`."""
+    return ", ".join(f"{number:,} {name}" for name, number in counts.items())
+
+
+def utc(moment: float | None = None) -> str:
+    """A moment, in seconds since 1970, or now: ISO 8601, to the second."""
+    when = datetime.now(UTC) if moment is None else datetime.fromtimestamp(moment, UTC)
+    return when.isoformat(timespec="seconds")
 
 
 def span(seconds: float) -> str:

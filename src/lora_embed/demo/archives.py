@@ -74,6 +74,6 @@ def _check_sha256(path: Path, archive: Archive) -> None:
     if not path.exists():
         raise PartError(f"{archive.source} downloaded {archive.package} but left no {archive.file_name}")
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != archive.sha256:
-        raise PartError(f"{path}: sha256 is {found}, expected {archive.sha256}; delete the file and run again")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != archive.sha256:
+        raise PartError(f"{path}: sha256 is {digest}, expected {archive.sha256}; delete the file and run again")

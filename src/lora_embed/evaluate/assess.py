@@ -4,7 +4,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,7 @@ from lora_embed.schema import Layout
 from lora_embed.shards.listing import list_shards
 from lora_embed.store.fetch import private_folder
 from lora_embed.store.store import Store
+from lora_embed.text import utc
 
 MOST_ALIGNED = 2000  # images whose vectors two spaces are compared by
 
@@ -54,19 +54,18 @@ def assess(request: Request) -> Evaluation:
     source, topology = open_source(request)
     prepared = prepare(request, entrants, source, topology)
     built = prepared.built[: len(entrants)]
-    vectors = [prepared.vectors(one) for one in built]
+    vectors = [prepared.vectors(candidate) for candidate in built]
     clock = time.perf_counter()
     scored = dict(zip(names, pipeline.map_tasks(figures.score, (prepared.labelled,), vectors), strict=True))
     metrics_s = time.perf_counter() - clock
     reference = request.reference or names[0]
     clock = time.perf_counter()
-    alone = {one.entrant.name: prepared.vectors(one)[:MOST_ALIGNED] for one in built if len(one.entrant.recipe.adapters) <= 1}
-    relations = relate(entrants) + cka_relations(alone)
+    relations = relate(entrants) + cka_relations(_alone(prepared, built))
     relate_s = time.perf_counter() - clock
     changed = _changed(prepared.labelled, scored, reference)
     labelled, collected = prepared.labelled, prepared.collected
     return Evaluation(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=utc(),
         inputs=request.inputs,
         samples=collected.samples.num_rows,
         decoded=collected.decoded,
@@ -76,7 +75,9 @@ def assess(request: Request) -> Evaluation:
         bank_share=float(np.mean([bank.mean() for bank in labelled.banks])),
         seed=request.seed,
         tasks=tasks_of(labelled.classes, labelled.labels),
-        candidates=tuple(candidates.candidate_of(one, collected.embedded[one.encoder.space_id].forward_s) for one in built),
+        candidates=tuple(
+            candidates.candidate_of(candidate, collected.embedded[candidate.encoder.space_id].forward_s) for candidate in built
+        ),
         reference=reference,
         figures=_figures(labelled, scored),
         differences=_differences(labelled, scored, reference),
@@ -148,13 +149,13 @@ def label(request: Request, collected: Collected) -> Labelled:
         raise ConfigError(f"none of the {collected.samples.num_rows} samples could be embedded: {collected.rejects}")
     columns = {name: good.column(name).to_pylist() for name in good.column_names}
     ids = columns["id"]
-    twice = [one for one, count in Counter(ids).items() if count > 1]
+    twice = [sample_id for sample_id, count in Counter(ids).items() if count > 1]
     if twice:
         raise ConfigError(f"{len(twice)} ids are held by several images, first {twice[0]}")
     names = (
         ids
         if request.group is None
-        else [one if name is None else name for one, name in zip(ids, columns[request.group], strict=True)]
+        else [sample_id if name is None else name for sample_id, name in zip(ids, columns[request.group], strict=True)]
     )
     classes = {task: figures.classes_of(columns[task]) for task in request.labels}
     if request.split is not None:
@@ -164,8 +165,8 @@ def label(request: Request, collected: Collected) -> Labelled:
     place = {name: number for number, name in enumerate(sorted(set(names)))}
     labelled = Labelled(
         ids=tuple(ids),
-        classes={task: found for task, (found, _) in classes.items()},
-        labels={task: found for task, (_, found) in classes.items()},
+        classes={task: encoded for task, (encoded, _) in classes.items()},
+        labels={task: encoded for task, (_, encoded) in classes.items()},
         groups=np.array([place[name] for name in names], np.int64),
         banks=banks,
         bank_share=None if request.split else figures.BANK_SHARE,
@@ -176,7 +177,7 @@ def label(request: Request, collected: Collected) -> Labelled:
 
 def _with_tasks(request: Request, heads: Sequence[AdapterHead], labelled: Labelled) -> list[tuple[AdapterHead, str, list[str]]]:
     """Each head with the task that it is for: the one named for it, else the only one whose classes it can have."""
-    found = []
+    judged = []
     for head in heads:
         named = request.heads.get(head.adapter)
         orders = {}
@@ -186,14 +187,14 @@ def _with_tasks(request: Request, heads: Sequence[AdapterHead], labelled: Labell
             if order is not None:
                 orders[task] = order
         if len(orders) == 1:
-            found += [(head, task, order) for task, order in orders.items()]
+            judged += [(head, task, order) for task, order in orders.items()]
             continue
         why = f"may be that of {', '.join(orders)}" if orders else f"has {head.head.classes} outputs, as no task has classes"
         say(
             f"note: {head.adapter}: its head is not judged: it {why}. Say with --head {head.adapter}=FIELD which it is for, "
             "and with --classes FIELD=FILE in which order its outputs are."
         )
-    return found
+    return judged
 
 
 def _pairs(
@@ -204,8 +205,10 @@ def _pairs(
 
 
 def _figures(labelled: Labelled, scored: dict[str, dict[str, Scored]]) -> tuple[Figure, ...]:
-    found = [figures.figures_of(labelled, task, name, by[task]) for task in labelled.labels for name, by in scored.items()]
-    return tuple(figure for some in found for figure in some)
+    by_candidate = [
+        figures.figures_of(labelled, task, name, by[task]) for task in labelled.labels for name, by in scored.items()
+    ]
+    return tuple(figure for some in by_candidate for figure in some)
 
 
 def _differences(labelled: Labelled, scored: dict[str, dict[str, Scored]], reference: str) -> tuple[Difference, ...]:
@@ -231,18 +234,22 @@ def _retention(prepared: Prepared, built: Sequence[Built]) -> tuple[Retention, .
         for space_id, embedded in prepared.collected.embedded.items()
         for head_id, classes in embedded.classes.items()
     }
-    alone = {one.entrant.ingredients.recipe_id: one.encoder.space_id for one in prepared.built if one.entrant.ingredients}
-    found = []
+    alone = {
+        candidate.entrant.ingredients.recipe_id: candidate.encoder.space_id
+        for candidate in prepared.built
+        if candidate.entrant.ingredients
+    }
+    kept_heads = []
     for head, task, order in prepared.heads:
         ingredients = head.entrant.ingredients
         assert ingredients is not None
         own = said[alone[ingredients.recipe_id], head.head_id]
-        for one in built:
-            kept = said.get((one.encoder.space_id, head.head_id))
+        for candidate in built:
+            kept = said.get((candidate.encoder.space_id, head.head_id))
             if kept is not None:
-                names = (task, head.adapter, one.entrant.name)
-                found.append(figures.retention_of(prepared.labelled, names, order, own, kept))
-    return tuple(found)
+                names = (task, head.adapter, candidate.entrant.name)
+                kept_heads.append(figures.retention_of(prepared.labelled, names, order, own, kept))
+    return tuple(kept_heads)
 
 
 def _changed(labelled: Labelled, scored: dict[str, dict[str, Scored]], reference: str) -> tuple[QueryChange, ...]:
@@ -253,13 +260,22 @@ def _changed(labelled: Labelled, scored: dict[str, dict[str, Scored]], reference
     )
 
 
+def _alone(prepared: Prepared, built: Sequence[Built]) -> dict[str, NDArray[np.float32]]:
+    """Vectors of the base and of single adapters, by name."""
+    return {
+        candidate.entrant.name: prepared.vectors(candidate)[:MOST_ALIGNED]
+        for candidate in built
+        if len(candidate.entrant.recipe.adapters) <= 1
+    }
+
+
 def relate(entrants: Sequence[Entrant]) -> tuple[Relation, ...]:
     """How all adapters of one base lie to each other by their weights, over all layers and by layer."""
     from lora_embed.model.relate import relate_adapters
 
-    found = []
+    relations = []
     for ingredients, adapters in candidates.related(entrants).values():
         names = list(adapters)
-        for kind, one, other, layer, value in relate_adapters(ingredients.base, list(adapters.values())):
-            found.append(Relation(kind=kind, one=names[one], other=names[other], layer=layer, value=value))
-    return tuple(found)
+        for kind, first, second, layer, value in relate_adapters(ingredients.base, list(adapters.values())):
+            relations.append(Relation(kind=kind, one=names[first], other=names[second], layer=layer, value=value))
+    return tuple(relations)

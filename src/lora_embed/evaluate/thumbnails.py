@@ -13,8 +13,8 @@ SIDE = 96  # pixels of a picture
 
 def thumbnails(changed: Iterable[QueryChange], source: Source) -> dict[str, str]:
     """Small JPEGs in base64 of the images that are shown, by id; their shards are read once more for them."""
-    shown = {id_ for query in changed for id_ in (query.id, *(one.id for one in (*query.before, *query.after)))}
-    found: dict[str, str] = {}
+    shown = {id_ for query in changed for id_ in (query.id, *(neighbour.id for neighbour in (*query.before, *query.after)))}
+    by_id: dict[str, str] = {}
     with IsolatedDecoder() as decode:
         for shard in source.shards:
             front = f"{shard.prefix}/" if shard.prefix else ""
@@ -22,10 +22,10 @@ def thumbnails(changed: Iterable[QueryChange], source: Source) -> dict[str, str]
             if not left:
                 continue
             for sample in read_samples(shard, source.layout, source.options, lambda number: True):
-                if sample.data and (id_ := f"{front}{sample.key}") in left and id_ not in found:
+                if sample.data and (id_ := f"{front}{sample.key}") in left and id_ not in by_id:
                     left.discard(id_)
                     if (picture := thumbnail(sample.data, SIDE, decode)) is not None:
-                        found[id_] = picture
+                        by_id[id_] = picture
                 if not left:
                     break
-    return found
+    return by_id

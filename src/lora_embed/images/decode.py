@@ -13,6 +13,7 @@ from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from lora_embed.errors import LoraEmbedError
 from lora_embed.images.preprocess import Box, Joint, Pixels, Preprocessing
+from lora_embed.text import in_one_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none runs a program or reads another file
 MAX_PIXELS = 100_000_000  # of an image, where nobody says otherwise
@@ -87,7 +88,7 @@ def _decode(data: bytes, preprocessing: Prepare, max_pixels: int) -> Decoded:
     except (LoraEmbedError, BadImage, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001
-        raise BadImage("corrupt_image", f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
+        raise BadImage("corrupt_image", f"{type(error).__name__}: {in_one_line(error, 120)}") from None
 
 
 def _load(image: Image.Image, preprocessing: Prepare) -> tuple[Image.Image, tuple[int, int], Box | None]:

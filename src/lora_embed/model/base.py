@@ -36,6 +36,7 @@ from lora_embed.model.files import (
 from lora_embed.model.follow import ADVICE
 from lora_embed.store import hub
 from lora_embed.store.fetch import fetch_directory
+from lora_embed.text import in_one_line
 
 MODEL_FILES = (MODEL_CONFIG, *PROCESSOR_FILES, "*.safetensors", MODEL_INDEX)  # patterns of what is copied of a model elsewhere
 # What transformers and torch raise for a configuration or weights that nobody saved so.
@@ -147,7 +148,7 @@ def _load(folder: Path, where: str, config: PretrainedConfig) -> tuple[Any, list
                 **without_pooler(config),
             )
     except _LIBRARY_ERRORS as error:
-        raise EncoderError(f"{where}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise EncoderError(f"{where}: cannot be loaded: {in_one_line(error, 300)}") from None
     return model, sorted(info["missing_keys"])
 
 
@@ -160,7 +161,7 @@ def read_model_config(folder: Path, where: str) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # else it asks whoever sits at the terminal
     except _LIBRARY_ERRORS as error:
-        raise EncoderError(f"{where}: config.json is not a known model's: {' '.join(str(error).split())[:200]}") from None
+        raise EncoderError(f"{where}: config.json is not a known model's: {in_one_line(error)}") from None
     vision = getattr(config, "vision_config", None)
     if isinstance(vision, PretrainedConfig):
         config = vision
@@ -248,7 +249,7 @@ def read_processor(folder: Path) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     except _LIBRARY_ERRORS as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error)
         raise EncoderError(f"{folder}/preprocessor_config.json: is not a known image processor's: {reason}") from None
 
 

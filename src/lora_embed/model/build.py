@@ -32,6 +32,7 @@ from lora_embed.model.report import write_report
 from lora_embed.model.space import VERSION, space_id_of
 from lora_embed.store import hub
 from lora_embed.store.aside import folder_aside
+from lora_embed.text import in_one_line
 
 Say = Callable[[str], None]
 
@@ -233,7 +234,7 @@ def _describe(
         height, width = preprocessing.size
         raise EncoderError(
             f"{base.uri}: {type(model).__name__} does not take images of {height}×{width} pixels "
-            f"({' '.join(str(error).split())[:160]}). Correct image_size in the recipe, or leave it out."
+            f"({in_one_line(error, 160)}). Correct image_size in the recipe, or leave it out."
         ) from None
     reference = BaseReference(uri=base.uri, revision=recipe.revision, content_hash=base.content_hash)
     return Description(

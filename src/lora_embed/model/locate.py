@@ -35,12 +35,12 @@ def locate(config: PretrainedConfig, shapes: dict[str, torch.Size]) -> dict[str,
         dtype=torch.float32,
         **without_pooler(config),
     )
-    found: dict[str, list[str]] = {name: [] for name in names}
+    targets_of: dict[str, list[str]] = {name: [] for name in names}
     for target, weight in model.named_parameters():
         number = int(weight.detach().flatten()[0]) - _FIRST if weight.numel() else -1
         if 0 <= number < len(names) and torch.equal(weight, probe[names[number]]):
-            found[names[number]].append(target)
-    return {name: targets[0] if len(targets) == 1 else None for name, targets in found.items()}
+            targets_of[names[number]].append(target)
+    return {name: targets[0] if len(targets) == 1 else None for name, targets in targets_of.items()}
 
 
 def _ramp(number: int, shape: torch.Size) -> torch.Tensor:
@@ -73,8 +73,8 @@ def _trained_classes(config: PretrainedConfig) -> list[tuple[Any, PretrainedConf
     if outer is not None:
         whole = outer(vision_config=whole.to_dict())
         classes.append((MODEL_MAPPING[outer], whole))
-    found: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(whole), ())
-    return classes + [(one, whole) for one in (found if isinstance(found, tuple) else (found,))]
+    classifiers: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(whole), ())
+    return classes + [(classifier, whole) for classifier in (classifiers if isinstance(classifiers, tuple) else (classifiers,))]
 
 
 def weight_shapes(config: PretrainedConfig) -> dict[str, torch.Size]:

@@ -56,7 +56,7 @@ def shown(message: str) -> str:
     return in_lines(redacted(message).split("\n"))
 
 
-def log_as(wanted: LogFormat) -> None:
+def log_as(chosen: LogFormat) -> None:
     """Speak in that way from now on, about no run yet."""
     _FACTS.clear()
     logging.raiseExceptions = False  # Ray keeps logs of its own, and prints a traceback where their disk is full
@@ -64,7 +64,7 @@ def log_as(wanted: LogFormat) -> None:
     warnings.showwarning = _say_warning
     sys.excepthook = _say_uncaught
     threading.excepthook = lambda ended: _say_uncaught(ended.exc_type, ended.exc_value, ended.exc_traceback)
-    if wanted is LogFormat.TEXT:
+    if chosen is LogFormat.TEXT:
         _IS_JSON.clear()
         return
     if not logs_json():

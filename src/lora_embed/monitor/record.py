@@ -113,7 +113,7 @@ def bins_of(record: RunRecord) -> list[Bin]:
     count = len(readings) - 1
     step = max(-(-count // MOST_BINS), min(workers.actors, count // 6), 1)
     marks = [*range(0, count, step), count] if count > 0 else []
-    return [_bin(readings[one], readings[other], workers) for one, other in pairwise(marks)]
+    return [_bin(readings[first], readings[second], workers) for first, second in pairwise(marks)]
 
 
 def _bin(before: Reading, after: Reading, workers: Workers) -> Bin:

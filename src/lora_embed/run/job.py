@@ -24,6 +24,7 @@ from lora_embed.schema import Shard, encoder_path
 from lora_embed.table import retention, staging, versions
 from lora_embed.table.manifest import Manifest
 from lora_embed.table.parts import part_path
+from lora_embed.text import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +53,11 @@ class RunResult:
 
     def describe(self) -> str:
         """For a person, in a line."""
-        counted = ", ".join(f"{number:,} {name}" for name, number in self.counts.items())
         done = f"embedded {self.embedded:,} samples in {self.seconds:.0f} s"
         if self.version is None:
             return f"{self.table}: {done}; not published"
-        return f"{self.table}: version {self.version} {'published' if self.published else 'is current'} ({counted}); {done}"
+        became = "published" if self.published else "is current"
+        return f"{self.table}: version {self.version} {became} ({counted(self.counts)}); {done}"
 
 
 def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, releases: bool = False) -> RunResult:

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -27,7 +26,7 @@ from lora_embed.store.store import Store
 from lora_embed.table import versions
 from lora_embed.table.manifest import Manifest
 from lora_embed.table.parquet import read_rows
-from lora_embed.text import without_secrets
+from lora_embed.text import utc, without_secrets
 
 PACKAGES = ("lora-embed", "torch", "transformers", "peft", "ray", "pyarrow", "pillow")
 MOST_REJECT_FILES = 64  # read again for a report
@@ -75,7 +74,7 @@ class Journal:
             rejected=effort.rejects.total(),
             images_per_s=effort.images_per_s,
             bound=effort.bound.by if effort.bound is not None else None,
-            last_chunk=_utc(effort.last_chunk) if effort.last_chunk is not None else None,
+            last_chunk=utc(effort.last_chunk) if effort.last_chunk is not None else None,
             version=self.version,
             error=without_secrets(self.error),
         )
@@ -161,10 +160,6 @@ def _leave_report(journal: Journal, state: RunState) -> None:
         say(f"report: {store.uri}/runs/{run_id}/report.html")
 
 
-def _utc(moment: float) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")
-
-
 def make_record(journal: Journal, state: RunState, store: Store) -> RunRecord:
     """The record of a run that has ended with this state."""
     job, shared, effort, workers = journal.job, journal.shared, journal.effort, journal.topology.workers
@@ -172,7 +167,7 @@ def make_record(journal: Journal, state: RunState, store: Store) -> RunRecord:
     manifest = versions.read_manifest(store, journal.version) if journal.version is not None else None
     rejects, examples = find_rejects(store, manifest) if manifest is not None else ({}, ())
     options = job.model_dump(mode="json")
-    found = {
+    facts = {
         "job": {key: options[key] for key in OPTIONS},
         "encoder": {key: getattr(shared.encoder, key) for key in ("space_id", "recipe_id", "dimension")},
         "layout": asdict(shared.layout) | {"layout_id": shared.layout.layout_id},
@@ -190,7 +185,7 @@ def make_record(journal: Journal, state: RunState, store: Store) -> RunRecord:
         rejects=rejects,
         examples=examples,
         software=software(),
-        **without_secrets(found),
+        **without_secrets(facts),
     )
 
 
@@ -231,10 +226,10 @@ def read_merge(store: Store, space_id: str) -> dict[str, Any]:
 
 def software() -> dict[str, str]:
     """Installed versions of what makes vectors."""
-    found = {}
+    versions_of = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions_of[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions_of

@@ -137,18 +137,18 @@ def forecast(
             encoder_uri=uri,
             encoder_options=job.table_storage_options if uri.startswith(store.uri) else {},
         )
-        found, first = [], 0.0
+        chunks, first = [], 0.0
         for stats in pipeline.embed_items(sample, shared, topology):
             first = first or time.monotonic() - started - sum(stats.seconds.values())
             if not stats.error:
-                found.append(stats)
+                chunks.append(stats)
     images = _count_images(job, layout, items, sample)
-    return reckon(job, found, images, first, topology.workers)
+    return reckon(job, chunks, images, first, topology.workers)
 
 
-def reckon(job: JobConfig, found: list[ChunkHead], images: int, start_seconds: float, workers: Workers) -> Forecast:
+def reckon(job: JobConfig, chunks: list[ChunkHead], images: int, start_seconds: float, workers: Workers) -> Forecast:
     """The forecast by what some chunks took; each actor's first, in which caches fill, does not count where there are more."""
-    counted = [stats for stats in (found[workers.actors :] or found) if stats.samples]
+    counted = [stats for stats in (chunks[workers.actors :] or chunks) if stats.samples]
     if not counted:
         raise IncompleteRun("no image of the sample could be read, so nothing is known of the others")
     samples = sum(stats.samples for stats in counted)

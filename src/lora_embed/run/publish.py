@@ -106,7 +106,7 @@ def _next_version(
     compactions = compact.plan_compactions([*reuse.sources, *sources], layout, encoder.space_id, encoder.dimension, forgotten)
     light = few and sum(task.vector_bytes for task in compactions) <= BYTES_HERE
     written = pipeline.map_tasks(compact.compact, (store,), compactions, here=light)
-    found = judge.measure(shared, [data for data, _ in written], here=light)
+    health = judge.measure(shared, [data for data, _ in written], here=light)
     known = before.lineage.get("figures") if before is not None else None
     manifest = compact.make_manifest(
         _version(current) + 1,
@@ -118,9 +118,9 @@ def _next_version(
         pins=layout.pins,
         forgotten=forgotten,
         held={space: why for space, why in (current.held if current else {}).items() if space != encoder.space_id},
-        lineage=_lineage_of(job, shared) | {"figures": known or (found.to_dict() if found is not None else None)},
+        lineage=_lineage_of(job, shared) | {"figures": known or (health.to_dict() if health is not None else None)},
     )
-    judged = [*shares, *judge.judge(shared, manifest, found, current, judge.limits_of(job))]
+    judged = [*shares, *judge.judge(shared, manifest, health, current, judge.limits_of(job))]
     return replace(manifest, gates=judge.decide(job.table, judged, accepted))
 
 

@@ -13,12 +13,12 @@ from lora_embed.search.index import (
     FORMAT,
     Index,
     IndexDescription,
-    line_of,
 )
 from lora_embed.search.index_files import check_plain
 from lora_embed.search.lance_index import open_lance, write_lance
 from lora_embed.store.aside import folder_aside
 from lora_embed.store.store import Store
+from lora_embed.text import in_one_line
 
 if TYPE_CHECKING:
     from lora_embed.table.read import Table
@@ -60,7 +60,7 @@ def export_index(table: "Table", kind: str, out: Path, seed: int = 0) -> IndexDe
             )
             (aside / DESCRIPTION).write_text(json.dumps(asdict(description), indent=1) + "\n")
     except OSError as error:
-        raise StorageError(f"{out}: cannot be written: {line_of(error)}") from None
+        raise StorageError(f"{out}: cannot be written: {in_one_line(error, 300)}") from None
     return description
 
 

@@ -20,9 +20,9 @@ from lora_embed.search.index import (
     IndexDescription,
     Nearest,
     Vectors,
-    line_of,
 )
 from lora_embed.search.index_files import check_faiss, check_ids
+from lora_embed.text import in_one_line
 from lora_embed.vectors.rows import unit, vectors_of
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def open_faiss(faiss: Any, folder: Path, about: IndexDescription) -> Nearest:
         ids = pq.ParquetFile(folder / IDS_FILE, read_dictionary=HIT_COLUMNS)  # so that one long value stays one in memory
         index = faiss.read_index(str(folder / FAISS_FILE))
     except (RuntimeError, OSError, ValueError, pa.ArrowException) as error:
-        raise ConfigError(f"{folder}: the index cannot be read ({line_of(error)}). Export it again.") from None
+        raise ConfigError(f"{folder}: the index cannot be read ({in_one_line(error, 300)}). Export it again.") from None
     if not index.ntotal == ids.metadata.num_rows == about.count or index.d != about.dimension:
         raise ConfigError(
             f"{folder}: holds {index.ntotal} vectors of {index.d} dimensions and {ids.metadata.num_rows} ids, its "
@@ -109,12 +109,12 @@ def open_faiss(faiss: Any, folder: Path, about: IndexDescription) -> Nearest:
 
 def _rows_at(ids: pq.ParquetFile, ends: NDArray[np.int64], positions: set[int]) -> dict[int, dict[str, str]]:
     """Id, shard and key at each position, from the row groups that hold one."""
-    found: dict[int, dict[str, str]] = {}
+    rows_at: dict[int, dict[str, str]] = {}
     places = np.array(sorted(positions), np.int64)
     groups = np.searchsorted(ends, places, side="right")
     for group in np.unique(groups).tolist():
         here = places[groups == group]
         start = int(ends[group - 1]) if group else 0
         rows = ids.read_row_group(group).take(pa.array(here - start)).to_pylist()
-        found |= dict(zip(here.tolist(), rows, strict=True))
-    return found
+        rows_at |= dict(zip(here.tolist(), rows, strict=True))
+    return rows_at

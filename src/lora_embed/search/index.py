@@ -12,6 +12,7 @@ from pydantic import Field
 
 from lora_embed.config.foreign import Count
 from lora_embed.errors import ConfigError
+from lora_embed.text import in_one_line
 from lora_embed.vectors.rows import unit
 
 DESCRIPTION, FAISS_FILE, IDS_FILE, LANCE_NAME = "index.json", "index.faiss", "ids.parquet", "vectors"
@@ -70,11 +71,9 @@ class Index:
         try:
             return self.nearest(unit_queries(vectors, about.dimension, k), k)
         except (RuntimeError, OSError, ValueError, pa.ArrowException) as error:
-            raise ConfigError(f"{self.folder}: the index cannot be read ({line_of(error)}). Export it again.") from None
-
-
-def line_of(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"{self.folder}: the index cannot be read ({in_one_line(error, 300)}). Export it again."
+            ) from None
 
 
 def refuse_other_space(where: str, space_id: str, query_space: str, remedy: str) -> None:

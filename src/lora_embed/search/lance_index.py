@@ -17,9 +17,9 @@ from lora_embed.search.index import (
     IndexDescription,
     Nearest,
     Vectors,
-    line_of,
 )
 from lora_embed.search.index_files import check_lance
+from lora_embed.text import in_one_line
 from lora_embed.vectors.rows import vectors_of
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 def write_lance(lance: Any, table: "Table", kind: str, folder: Path, seed: int) -> tuple[int, dict[str, Any]]:
     """A Lance dataset of id, vector (float32, as they are in the table), shard, key and carried fields."""
-    carried = carry_fields(tuple((name, kind) for name, kind in table.manifest.pins["carry"]))
-    if any(one.name == "vector" for one in carried):
+    carried = carry_fields(table.manifest.carry)
+    if any(field.name == "vector" for field in carried):
         raise ConfigError(f"{table.store.uri}: carries a field `vector`, the name of the index's own column; choose FAISS")
     vector = pa.field("vector", pa.list_(pa.float32(), table.dimension))
     schema = pa.schema([IDS.field("id"), vector, IDS.field("shard"), IDS.field("key"), *carried])
-    columns = ["id", "embedding", "shard", "key", *(one.name for one in carried)]
+    columns = ["id", "embedding", "shard", "key", *(field.name for field in carried)]
     failed: list[LoraEmbedError] = []  # Lance makes an OSError of its own of what goes wrong while it reads
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -56,7 +56,7 @@ def _lance_batches(table: "Table", columns: list[str], schema: pa.Schema) -> Ite
     for batch in table.batches(columns):
         arrays = [batch.column(name) for name in columns]
         arrays[1] = pa.FixedSizeListArray.from_arrays(pa.array(vectors_of(batch).reshape(-1)), table.dimension)
-        yield pa.record_batch([one.cast(to) for one, to in zip(arrays, schema.types, strict=True)], schema=schema)
+        yield pa.record_batch([array.cast(to) for array, to in zip(arrays, schema.types, strict=True)], schema=schema)
 
 
 def open_lance(lance: Any, folder: Path, about: IndexDescription) -> Nearest:
@@ -68,16 +68,16 @@ def open_lance(lance: Any, folder: Path, about: IndexDescription) -> Nearest:
         if [(of.name, of.type) for of in dataset.schema][: len(expected)] != [(of.name, of.type) for of in expected]:
             raise ValueError(f"its columns are {dataset.schema.names}, expected those that were exported")
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{folder}: the index cannot be read ({line_of(error)}). Export it again.") from None
+        raise ConfigError(f"{folder}: the index cannot be read ({in_one_line(error, 300)}). Export it again.") from None
     if count != about.count:
         raise ConfigError(f"{folder}: holds {count} vectors, its {DESCRIPTION} says {about.count}. Export it again.")
 
     def nearest(queries: Vectors, k: int) -> list[list[Hit]]:
-        found = []
+        hits = []
         for query in queries:
             how = {"column": "vector", "q": query, "k": min(k, count), "metric": about.metric}
             rows = dataset.to_table(columns=[*HIT_COLUMNS, "_distance"], nearest=how).to_pylist()
-            found.append([Hit(score=1 - row.pop("_distance"), **row) for row in rows])
-        return found
+            hits.append([Hit(score=1 - row.pop("_distance"), **row) for row in rows])
+        return hits
 
     return nearest

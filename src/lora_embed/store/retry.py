@@ -14,7 +14,7 @@ import aiohttp
 import botocore.exceptions as boto  # type: ignore[import-untyped]
 
 from lora_embed.errors import StorageError, StoreUnavailable
-from lora_embed.text import redacted
+from lora_embed.text import in_one_line, redacted
 
 LONGEST_PAUSE_S = 15.0
 SAY_AFTER_S = 3.0  # what is over sooner needs no word
@@ -125,7 +125,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def describe(error: BaseException) -> str:
     """An error in one line."""
-    return redacted(" ".join(str(error).split()))[:200] or type(error).__name__
+    return in_one_line(redacted(str(error))) or type(error).__name__
 
 
 @contextlib.contextmanager

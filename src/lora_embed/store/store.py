@@ -113,10 +113,10 @@ class Store:
         if self.is_local:
             self.full_path(prefix)
             with self.explained(prefix):
-                found = [local.entry(path, state) for path, state in local.walk(self.full_path(""), prefix)]
+                entries = [local.entry(path, state) for path, state in local.walk(self.full_path(""), prefix)]
         else:
-            found = self._retried(prefix, lambda: self._find(prefix))
-        return sorted((e for e in found if not e.path.startswith(f"{local.TEMPORARY}/")), key=lambda entry: entry.path)
+            entries = self._retried(prefix, lambda: self._find(prefix))
+        return sorted((e for e in entries if not e.path.startswith(f"{local.TEMPORARY}/")), key=lambda entry: entry.path)
 
     def list_input(self, *, follows: bool) -> tuple[list[Entry], dict[str, str]]:
         """All files of an input, sorted by path, and the links to folders elsewhere that were passed over → where they lead.
@@ -127,9 +127,9 @@ class Store:
         if not self.is_local:
             return self.list_files(), {}
         with self.explained(""):
-            found = dict(local.walk_input(self.full_path(""), follows=follows))
-        passed_over = {path: state for path, state in sorted(found.items()) if isinstance(state, str)}
-        files = [local.entry(path, state) for path, state in sorted(found.items()) if not isinstance(state, str)]
+            states = dict(local.walk_input(self.full_path(""), follows=follows))
+        passed_over = {path: state for path, state in sorted(states.items()) if isinstance(state, str)}
+        files = [local.entry(path, state) for path, state in sorted(states.items()) if not isinstance(state, str)]
         return [entry for entry in files if not entry.path.startswith(f"{local.TEMPORARY}/")], passed_over
 
     def open(self, path: str, ahead: int = READ_AHEAD) -> BinaryIO:
@@ -163,10 +163,10 @@ class Store:
                     state = os.stat(full)
                 return local.entry(path, state) if stat.S_ISREG(state.st_mode) else None
             fs.invalidate_cache()
-            found = self._retried(path, lambda: fs.info(full))
+            answer = self._retried(path, lambda: fs.info(full))
         except FileNotFoundError:
             return None
-        return remote.entry(path, found) if found["type"] == "file" else None
+        return remote.entry(path, answer) if answer["type"] == "file" else None
 
     def is_directory(self, path: str = "") -> bool:
         fs = self.filesystem
@@ -276,8 +276,8 @@ class Store:
         bucket, _, prefix = self.full_path("").partition("/")
         try:
             if remote.is_s3(self.uri):
-                asked = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": 1}
-                return cast(dict[str, Any], self._retried("", lambda: fs.call_s3("list_objects_v2", **asked), limit_s))
+                request = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": 1}
+                return cast(dict[str, Any], self._retried("", lambda: fs.call_s3("list_objects_v2", **request), limit_s))
             self._retried("", lambda: fs.exists(self.full_path("")), limit_s)
             return {}
         except FileNotFoundError:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
@@ -17,9 +16,10 @@ from lora_embed.schema import FORMAT, REJECT_SCHEMA, Layout, Shard, data_schema
 from lora_embed.store.store import Store
 from lora_embed.table.data_file import DataFile
 from lora_embed.table.manifest import FileEntry, Manifest, ShardCounts, join_records, prefix_of, prefixes_of_ids
-from lora_embed.table.parquet import damage_named, file_batches, read_rows
+from lora_embed.table.parquet import count_values, damage_named, file_batches, read_rows
 from lora_embed.table.parts import to_parquet
 from lora_embed.table.staging import VerifiedShard
+from lora_embed.text import utc
 
 DATA_FILE_BYTES = 128 * 2**20  # of vectors, about; a file has at most twice as many
 ROW_GROUP_BYTES, ROW_GROUP_ROWS = 4 * 2**20, 65536  # of vectors, at most: what is read to look one row up
@@ -185,8 +185,7 @@ def _published(store: Store, source: Source) -> Iterator[pa.Table]:
 
 
 def _rows_by_shard(table: pa.Table) -> Counter[str]:
-    counted = table.column("shard").cast(pa.string()).value_counts().to_pylist()
-    return Counter({value["values"]: value["counts"] for value in counted})
+    return count_values(table.column("shard").cast(pa.string()))
 
 
 def _check_counts(store: Store, source: Source, good: Counter[str], bad: Counter[str]) -> None:
@@ -260,7 +259,7 @@ def make_manifest(
         "vectors": sum(shard.vectors for shard in shards),
         "rejects": sum(shard.rejects for shard in shards),
     }
-    created = datetime.now(UTC).isoformat(timespec="seconds")
+    created = utc()
     return Manifest(
         format=FORMAT,
         version=version,

@@ -1,6 +1,5 @@
 """Encoders on the images that a search never saw: embedded, judged, and the winner proven."""
 
-import datetime
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from lora_embed.model.encoder import load_encoder
 from lora_embed.model.refold import BATCH, Refolder
 from lora_embed.model.relate import relate_adapters
 from lora_embed.monitor.progress import say
+from lora_embed.text import utc
 from lora_embed.tune.goal import Search
 from lora_embed.tune.holdout import Splits, differences_of, figures_of, refuse_thin
 from lora_embed.tune.labelled import LabelledImages
@@ -73,13 +73,13 @@ class Held:
         with tempfile.TemporaryDirectory(dir=self._search.work_folder) as scratch:
             description = build_encoder(gather(recipe), Path(scratch) / "encoder", lambda line: None)
             built = load_encoder(Path(scratch) / "encoder", device=device, batch_size=BATCH[device])
-            found = built.embed_pixels(self._images.pixels[self._rows[:PROVEN]])
+            vectors = built.embed_pixels(self._images.pixels[self._rows[:PROVEN]])
         expected = self._vectors[TUNED][:PROVEN]
-        if description.space_id != self._candidates[TUNED].space_id or not np.array_equal(found, expected):
+        if description.space_id != self._candidates[TUNED].space_id or not np.array_equal(vectors, expected):
             raise EncoderError(
                 f"the built winner is of space {description.space_id} and its vectors differ by up to "
-                f"{np.abs(found - expected).max():.2g}, expected space {self._candidates[TUNED].space_id} and the same vectors "
-                "as in the search. This is a fault of this program: please report it with the recipe."
+                f"{np.abs(vectors - expected).max():.2g}, expected space {self._candidates[TUNED].space_id} and the same "
+                "vectors as in the search. This is a fault of this program: please report it with the recipe."
             )
 
     def evaluation(self, trials: tuple[Trial, ...], own: dict[str, str], seconds: dict[str, float]) -> Evaluation:
@@ -91,7 +91,7 @@ class Held:
         pairs += [(TUNED, name) for name in order if name not in (EQUAL, TUNED)]
         images = self._images
         return Evaluation(
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            created=utc(),
             inputs=self._search.inputs,
             samples=images.samples,
             decoded=len(images.ids),
@@ -116,6 +116,6 @@ def _relations(refolder: Refolder, recipe: Recipe) -> tuple[Relation, ...]:
     called = dict(zip((spec.path for spec in recipe.adapters), recipe.adapter_names, strict=True))
     names = [called[path] for path in refolder.adapters]
     return tuple(
-        Relation(kind=kind, one=names[one], other=names[other], layer=layer, value=value)
-        for kind, one, other, layer, value in relate_adapters(refolder.ingredients.base, list(refolder.adapters.values()))
+        Relation(kind=kind, one=names[first], other=names[second], layer=layer, value=value)
+        for kind, first, second, layer, value in relate_adapters(refolder.ingredients.base, list(refolder.adapters.values()))
     )

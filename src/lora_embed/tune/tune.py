@@ -66,15 +66,16 @@ class Tuned:
             figures = [figure for figure in self.evaluation.figures if figure.task == task]
             lines.append(f"  {task}: " + " · ".join(f"{figure.candidate} {100 * figure.mean:.1f}" for figure in figures))
             for reference in (EQUAL, own):
-                (found,) = (
+                (difference,) = (
                     apart for apart in self.evaluation.differences
                     if (apart.task, apart.candidate, apart.reference) == (task, TUNED, reference)
                 )  # fmt: skip
-                lines.append(f"    tuned less {reference}: {_points(found.mean, found.low, found.high)}, {found.verdict}")
+                points = _points(difference.mean, difference.low, difference.high)
+                lines.append(f"    tuned less {reference}: {points}, {difference.verdict}")
         return in_lines(lines)
 
     def _found(self, name: str) -> Candidate:
-        return next(found for found in self.evaluation.candidates if found.name == name)
+        return next(candidate for candidate in self.evaluation.candidates if candidate.name == name)
 
 
 def tune(search: Search) -> Tuned:
