@@ -21,7 +21,7 @@ ADAPTERS = Path(__file__).parent / "adapters"
 WEIGHTS = {"category10": 0.5, "group27": 0.5}
 CARRY = ["category:int64", "category_name", "group:int64", "group_name", "split"]
 VENDOR = "google"  # one of the two drawings of each emoji: half the images, and the demo ends in time
-QUERY = "twitter-1f34e"  # the other drawing of an apple
+QUERY = "twitter-1f34e"  # of the drawings that are not in the table: an apple
 Say = Callable[[str], None]
 
 
@@ -54,9 +54,10 @@ def run_demo(folder: Path, say: Say) -> None:
     write_report(evaluation, folder / "comparison.html")
     print(to_markdown(evaluation))
 
-    say("\nSearching for an image that is not in the table")
-    table = open_table(result.table)
-    found = search_image(table, str(images[QUERY].path))
+    table, query = open_table(result.table), folder / "query.png"
+    say(f"\nSearching for {query}, another drawing of an apple than the table's")
+    query.write_bytes(images[QUERY].path.read_bytes())
+    found = search_image(table, str(query))
     write_page(found, find_pictures(table, found.hits, inputs=(str(shards),)), folder / "nearest.html")
     print(found.describe())
 
