@@ -15,9 +15,10 @@ import yaml
 
 from lora_embed.demo import parts
 from lora_embed.demo.tour import ADAPTERS
-from lora_embed.evaluate.assess import Request, assess
+from lora_embed.evaluate.assess import assess
 from lora_embed.evaluate.figures import BANK_SHARE
 from lora_embed.evaluate.records import Evaluation
+from lora_embed.evaluate.request import Request
 from lora_embed.evaluate.show import to_markdown
 from lora_embed.monitor import ending
 from lora_embed.monitor.progress import say

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import lora_embed.demo
-from lora_embed.demo.digits import Digit, fetch_digits
+from digits import Digit, fetch_digits
 from lora_embed.demo.parts import BASE_MODEL_NAME, LabelledImage, fetch_base_model, fetch_images
 from lora_embed.store.fetch import cache_root
 

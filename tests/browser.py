@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_embed.demo.parts import Archive, fetch_archive
+from lora_embed.demo.archives import Archive, fetch_archive
 from lora_embed.monitor.progress import say
 from lora_embed.store.fetch import cache_root
 

@@ -15,7 +15,8 @@ from lora_embed import demo
 from lora_embed.chain import cluster as ray_cluster
 from lora_embed.demo import parts
 from lora_embed.model.base import Base, find_base
-from lora_embed.model.match import Target, target_of
+from lora_embed.model.match import target_of
+from lora_embed.model.whole import Target
 from lora_embed.monitor.progress import say
 from lora_embed.store.fetch import cache_root
 from s3 import S3Server, s3_server

@@ -21,7 +21,7 @@ from lora_embed.chain.actors import EmbedShards
 from lora_embed.chain.items import WorkItem
 from lora_embed.config.models import JobConfig, load_job
 from lora_embed.monitor.stages import Workers
-from lora_embed.schema import ChunkStats
+from lora_embed.schema import ChunkHead
 from models import save_adapter, save_base
 from samples import png, tar_of
 
@@ -75,12 +75,12 @@ def job_of(folder: Path, recipe: Path, source: Path | list[Path], **options: Any
     return load_job(write_job(folder, recipe, source, **options))
 
 
-def embed_here(items: list[WorkItem], job: pipeline.Job, topology: cluster.Topology) -> Iterator[ChunkStats]:
+def embed_here(items: list[WorkItem], job: pipeline.Job, topology: cluster.Topology) -> Iterator[ChunkHead]:
     """The chain in this process: the actor without its cluster."""
     actor = EmbedShards(job.embedding, "cpu", lambda: False)
     for block in pipeline.plan_blocks(items, 1):
         for row in actor({"block": np.array([block], dtype=object)}):
-            yield ChunkStats.from_json(row["stats"][0])
+            yield ChunkHead.from_json(row["head"][0])
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from lora_embed.model.change import LowRank
 from lora_embed.model.encoder import load_encoder
 from lora_embed.model.fold import Limit
 from lora_embed.run.job import run_job
-from lora_embed.schema import ChunkStats
+from lora_embed.schema import ChunkHead
 
 EQUAL_METHODS = ("weighted_sum", "linear", "ties", "magnitude_prune")  # give the same bits on every processor
 
@@ -81,7 +81,7 @@ def run(folder: Path) -> dict[str, Any]:
 def run_and_die(folder: Path, chunks: str) -> dict[str, Any]:
     """The job, in a process that is killed once it has committed this many chunks."""
 
-    def embed(*arguments: Any) -> Iterator[ChunkStats]:
+    def embed(*arguments: Any) -> Iterator[ChunkHead]:
         for committed, stats in enumerate(embed_here(*arguments), start=1):
             if committed == int(chunks):
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -18,6 +18,7 @@ from lora_embed.schema import Layout, Sample, Shard
 from lora_embed.shards.listing import list_shards
 from lora_embed.shards.read import read_samples
 
+POISON = Path(__file__).parent / "poison"
 PREPROCESSING = Preprocessing(resize=10, resample=3, crop=(8, 8), multiply=(1.0, 1.0, 1.0), add=(0.0, 0.0, 0.0))
 
 
@@ -86,7 +87,10 @@ def samples_of(shard: Shard, **changes: Any) -> list[Sample]:
     return list(read_samples(shard, layout(**changes), {}, lambda number: True))
 
 
-def poisoned(monkeypatch: pytest.MonkeyPatch, **kinds: bytes) -> None:
-    """Make these images do harm, in every process that is started from now on."""
-    entries = [f"{hashlib.sha256(data).hexdigest()}:{kind}" for kind, data in kinds.items()]
-    monkeypatch.setenv("LORA_EMBED_TEST_POISON", ",".join(entries))
+def poisoned(monkeypatch: pytest.MonkeyPatch, **kinds: bytes | list[bytes]) -> None:
+    """Make these images do harm (`segfault`, `memory` or `hang`), in every process that is started from now on."""
+    images = [(kind, data) for kind, some in kinds.items() for data in (some if isinstance(some, list) else [some])]
+    entries = [f"{hashlib.sha256(data).hexdigest()}:{kind}" for kind, data in images]
+    monkeypatch.setenv("POISONED_IMAGES", ",".join(entries))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(POISON), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
+    monkeypatch.syspath_prepend(POISON)  # a decoder's child gets the path of its parent

@@ -124,7 +124,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkHead:
-    """Which chunk a row of the pipeline is; with `error`, why its shard cannot go on."""
+    """Which chunk a row of the chain is and what has become of it; with `error`, why its shard cannot go on."""
 
     shard_id: str
     shard_name: str
@@ -135,11 +135,17 @@ class ChunkHead:
     decoded: int = 0  # images given to the decoder, good or bad
     begin: int | None = None  # bytes [begin, end) of a tar, where reading can begin at them
     end: int | None = None
+    samples: int = 0  # good and bad, once they are counted at the chain's end
+    reasons: dict[str, int] = field(default_factory=dict)  # of the rejects, counted with `samples`
     image_bytes: int = 0  # of the samples' images, as they were read
     retries: int = 0  # of requests to a store, until here
     error: str = ""
     may_pass: bool = False  # the error: another try may get further
     seconds: dict[str, float] = field(default_factory=dict, compare=False)  # that it took, by stage
+
+    @property
+    def rejects(self) -> int:
+        return sum(self.reasons.values())
 
     @property
     def part(self) -> Part:
@@ -153,31 +159,6 @@ class ChunkHead:
 
     @classmethod
     def from_json(cls, text: str) -> "ChunkHead":
-        return cls(**json.loads(text))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChunkStats:
-    """What became of one chunk, or why its shard cannot go on (`error`)."""
-
-    shard_id: str
-    chunk: int
-    samples: int = 0
-    vectors: int = 0
-    rejects: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)  # of the rejects
-    image_bytes: int = 0
-    retries: int = 0
-    last: bool = False
-    error: str = ""
-    may_pass: bool = False
-    seconds: dict[str, float] = field(default_factory=dict, compare=False)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "ChunkStats":
         return cls(**json.loads(text))
 
 

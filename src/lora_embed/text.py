@@ -1,7 +1,8 @@
-"""Text made safe: what is printed steers no terminal and forges no line, and URIs tell no credentials."""
+"""Text made safe: what is printed steers no terminal and forges no line, and URIs tell no credentials. And times in words."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote
 
@@ -27,6 +28,35 @@ def _escape(character: str) -> str:
 def in_lines(lines: Iterable[str]) -> str:
     """These lines and no others, whatever a name in one of them holds."""
     return "\n".join(map(printable, lines))
+
+
+def in_one_line(text: object, most: int = 200) -> str:
+    """What a library says, such as an error, without its line breaks and cut to `most` characters."""
+    return " ".join(str(text).split())[:most]
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """`1,000 samples, 2 rejects`."""
+    return ", ".join(f"{number:,} {name}" for name, number in counts.items())
+
+
+def utc(moment: float | None = None) -> str:
+    """A moment, in seconds since 1970, or now: ISO 8601, to the second."""
+    when = datetime.now(UTC) if moment is None else datetime.fromtimestamp(moment, UTC)
+    return when.isoformat(timespec="seconds")
+
+
+def span(seconds: float) -> str:
+    """Minutes and seconds, and hours where there are any."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def rough_span(seconds: float) -> str:
+    """For an estimate: seconds, minutes or hours."""
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
 
 
 def redacted(text: str) -> str:

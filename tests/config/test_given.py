@@ -11,10 +11,10 @@ from lora_embed.chain import cluster
 from lora_embed.cli.main import run_command
 from lora_embed.config.models import load_job, load_recipe
 from lora_embed.errors import ConfigError, StorageError
-from lora_embed.evaluate.assess import Request, check_request
+from lora_embed.evaluate.request import Request, check_request
 from lora_embed.monitor.stages import Workers
 from lora_embed.run.plan import reckon
-from lora_embed.schema import ChunkStats
+from lora_embed.schema import ChunkHead
 from lora_embed.store.store import RETRY_S, Store
 from lora_embed.tune.goal import Budget, read_label
 from lora_embed.tune.tune import tune
@@ -160,7 +160,7 @@ def test_what_a_recipe_cannot_mean_is_refused(tmp_path: Path, text: str, message
 )
 def test_a_price_of_nothing_is_a_price(tmp_path: Path, prices: dict[str, float], cost: float | None) -> None:
     job = job_of(tmp_path, tmp_path / "recipe.yaml", tmp_path, table=str(tmp_path.parent / "table"), prices=prices)
-    chunk = ChunkStats(shard_id="a", chunk=0, samples=10, vectors=10, seconds={"forward": 10.0})
+    chunk = ChunkHead(shard_id="a", shard_name="a", prefix="a", samples=10, seconds={"forward": 10.0})
     assert reckon(job, [chunk], 72, 0.0, Workers(actors=1)).cost == cost
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lora_embed.demo import parts
-from lora_embed.demo.parts import LabelledImage, PartError
+from lora_embed.demo.archives import PartError
+from lora_embed.demo.parts import LabelledImage
 
 BASE_MODEL_SHA256 = "8b38fc0f3652d5a3cd0a5f3b71eb3b0b68a34460a68814528cb1e25177fe6e30"  # of the converted weights
 

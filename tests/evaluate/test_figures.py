@@ -27,7 +27,8 @@ from lora_embed.evaluate.figures import (
 )
 from lora_embed.evaluate.records import METRICS
 from lora_embed.vectors.metrics import cluster_nmi, knn_accuracy, mean_interval, probe, score_interval
-from lora_embed.vectors.rank import rank, unit
+from lora_embed.vectors.rank import rank
+from lora_embed.vectors.rows import unit
 
 RNG = np.random.default_rng(7)
 LABELS = np.concatenate([np.arange(5), RNG.integers(0, 5, 235)])

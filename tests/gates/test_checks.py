@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
 from lora_embed.gates import checks
-from lora_embed.gates.checks import Comparison, Gate, Limits, Policy, compare, comparison_gates, re_embed_decision
+from lora_embed.gates.checks import Comparison, Gate, Limits, compare, comparison_gates
+from lora_embed.gates.reembed import Policy, re_embed_decision
 from lora_embed.vectors.health import Figures, measure
 from lora_embed.vectors.metrics import knn_accuracy, paired_difference, split_by_name
 

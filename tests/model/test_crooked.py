@@ -21,8 +21,9 @@ from lora_embed.errors import AdapterMismatch, ConfigError, StorageError
 from lora_embed.model.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from lora_embed.model.base import Base, load_headless
 from lora_embed.model.build import gather
-from lora_embed.model.match import Adapter, Target, match_adapter, target_of
+from lora_embed.model.match import Adapter, match_adapter, target_of
 from lora_embed.model.member import fold_members
+from lora_embed.model.whole import Target
 
 DOCS = ROOT / "docs" / "adapters.md"
 

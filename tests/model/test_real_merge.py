@@ -10,7 +10,8 @@ import torch
 from lora_embed.model.adapter import read_adapter
 from lora_embed.model.base import Base, load_headless
 from lora_embed.model.fold import Merge, fold
-from lora_embed.model.match import Adapter, Target, match_adapter
+from lora_embed.model.match import Adapter, match_adapter
+from lora_embed.model.whole import Target
 from models import edit_tensors
 
 Weights = dict[str, torch.Tensor]

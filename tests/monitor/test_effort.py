@@ -15,15 +15,16 @@ from lora_embed.monitor import heartbeat
 from lora_embed.monitor.effort import Effort
 from lora_embed.monitor.stages import Workers
 from lora_embed.run import journal
-from lora_embed.schema import ChunkStats
+from lora_embed.schema import ChunkHead
 from lora_embed.store import retry
 from lora_embed.store.store import Store
 from samples import PREPROCESSING, layout
 
 CHUNKS = 4_000
-STATS = ChunkStats(
-    shard_id="a", chunk=0, samples=3, vectors=2, rejects=1, reasons={"empty": 1}, retries=1, last=True, seconds={"read": 1.0}
+CHUNK = ChunkHead(
+    shard_id="a", shard_name="a", prefix="a", samples=3, reasons={"empty": 1}, retries=1, last=True, seconds={"read": 1.0}
 )
+FAILED = ChunkHead(shard_id="b", shard_name="b", prefix="b", error="gone", retries=1)
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_no_retry_is_lost_between_driver_and_heartbeat(tmp_path: Path, monkeypat
     with journal.recorded(journal.begin(job), job, shared.store, encoder.space_id, topology) as recording:
         recording.shared = shared
         for _ in range(CHUNKS):
-            recording.effort.add(STATS)
+            recording.effort.add(CHUNK)
         for _ in range(CHUNKS):
             retry._count_retry()
         ended.set()
@@ -74,7 +75,7 @@ def test_what_others_read_is_of_one_moment() -> None:
     def count() -> None:
         for number in range(CHUNKS):
             effort.begin(1)
-            effort.add(STATS if number % 5 else ChunkStats(shard_id="b", chunk=0, error="gone", retries=1))
+            effort.add(CHUNK if number % 5 else FAILED)
         ended.set()
 
     driver = threading.Thread(target=count)

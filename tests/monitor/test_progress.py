@@ -13,7 +13,7 @@ from rich.console import Console
 from lora_embed.monitor import progress
 from lora_embed.monitor.progress import Progress, say
 from lora_embed.monitor.stages import Workers
-from lora_embed.schema import ChunkStats, Entry, Shard
+from lora_embed.schema import ChunkHead, Entry, Shard
 
 
 def shards(*sizes: int) -> list[Shard]:
@@ -25,9 +25,9 @@ def shards(*sizes: int) -> list[Shard]:
     return found
 
 
-def chunk(shard: int, samples: int, rejects: int = 0, *, last: bool = False) -> ChunkStats:
-    vectors = samples - rejects
-    return ChunkStats(shard_id=f"s{shard}", chunk=0, samples=samples, vectors=vectors, rejects=rejects, last=last)
+def chunk(shard: int, samples: int, rejects: int = 0, *, last: bool = False) -> ChunkHead:
+    reasons = {"empty": rejects} if rejects else {}
+    return ChunkHead(shard_id=f"s{shard}", shard_name=f"{shard}.tar", prefix="", samples=samples, reasons=reasons, last=last)
 
 
 def a_console(*, terminal: bool, width: int = 160) -> tuple[Console, io.StringIO]:
@@ -87,10 +87,10 @@ def test_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Progress(shards(300, 100, 0), Workers(actors=1), a_console(terminal=False)[0])
     shown.add(chunk(0, 1500, rejects=20))
     shown.add(chunk(0, 500, last=True))
-    shown.add(ChunkStats(shard_id="s1", chunk=0, error="shards/1.tar: incomplete tar"))
+    shown.add(ChunkHead(shard_id="s1", shard_name="1.tar", prefix="", error="shards/1.tar: incomplete tar"))
     shown.add(chunk(2, 0, last=True))
-    assert (shown.samples, shown.vectors, shown.rejects) == (2000, 1980, 20)
-    assert (shown.shards_done, shown.shards_failed) == (2, 1)
+    assert (shown.here.samples, shown.here.vectors, shown.here.rejects.total()) == (2000, 1980, 20)
+    assert (shown.here.shards_done, shown.here.shards_failed) == (2, 1)
     clock_at(monkeypatch, 100.0)
     line = shown.line()
     assert line == "2,000 samples · 20.0 images/s · 2/3 shards, 1 failed · 20 rejects · 1:40 elapsed · about 0:33 left"

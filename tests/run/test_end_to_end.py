@@ -10,7 +10,6 @@ import struct
 import threading
 import time
 import zlib
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +45,7 @@ from lora_embed.model.golden import relative_difference
 from lora_embed.run.job import run_job
 from lora_embed.run.plan import plan_job
 from lora_embed.table.verify import verify_table
-from samples import encoded, noise, png, tar_of
+from samples import encoded, noise, png, poisoned, tar_of
 
 
 @pytest.mark.usefixtures("cluster")
@@ -303,10 +302,10 @@ def test_both_topologies_end_with_the_same_vectors(tmp_path: Path, tiny: Path, c
 def test_an_image_that_kills_its_decoder_is_one_reject(
     tmp_path: Path, tiny: Path, gpus: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hook in the decoder stands in for a real image that crashes Pillow: none is known."""
+    """A decoder that tests have poisoned stands in for a real image that crashes Pillow: none is known."""
     source = write_tars(tmp_path / "shards", shards=4, images=10)
     poison = {"0001.tar/000013": png(13), "0003.tar/000039": png(39)}
-    monkeypatch.setenv("LORA_EMBED_TEST_POISON", ",".join(f"{sha256(data).hexdigest()}:segfault" for data in poison.values()))
+    poisoned(monkeypatch, segfault=list(poison.values()))
     job = job_of(tmp_path, tiny / "recipe.yaml", source, chunk_size=4, max_rejects=0.1)
     ray.shutdown()
     cluster.connect(num_cpus=2, num_gpus=gpus)

@@ -10,7 +10,7 @@ from lora_embed.errors import IncompleteRun
 from lora_embed.monitor.stages import Workers
 from lora_embed.run.job import run_job
 from lora_embed.run.plan import Forecast, plan_job, reckon
-from lora_embed.schema import ChunkStats
+from lora_embed.schema import ChunkHead
 
 
 @pytest.fixture
@@ -49,9 +49,9 @@ def test_a_trial_run_is_forecast_as_one(job: JobConfig) -> None:
     assert outlook.forecast.images == 50
 
 
-def took(samples: int, factor: float = 1.0) -> ChunkStats:
+def took(samples: int, factor: float = 1.0) -> ChunkHead:
     seconds = {"read": 0.1 * factor, "decode": 0.4 * factor, "forward": 1.0 * factor, "write": 0.1 * factor}
-    return ChunkStats(shard_id="s", chunk=0, samples=samples, seconds=seconds)
+    return ChunkHead(shard_id="s", shard_name="s", prefix="s", chunk=0, samples=samples, seconds=seconds)
 
 
 def test_the_reckoning(job: JobConfig) -> None:

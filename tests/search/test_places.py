@@ -12,7 +12,7 @@ import pytest
 from listener import Listener, listening
 from lora_embed.cli import main
 from lora_embed.errors import ConfigError
-from lora_embed.search.export import Hit
+from lora_embed.search.index import Hit
 from lora_embed.search.places import lies_within
 from lora_embed.search.search import find_pictures
 from lora_embed.shards.listing import expand_braces, list_shards

@@ -19,9 +19,11 @@ from lora_embed.demo.parts import LabelledImage
 from lora_embed.errors import ConfigError
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.encoder import load_encoder
-from lora_embed.search.export import KINDS, Hit, Index, export_index, open_index, unit
+from lora_embed.search.export import KINDS, export_index, open_index
+from lora_embed.search.index import Hit, Index
 from lora_embed.search.search import search_table
 from lora_embed.table.read import Table
+from lora_embed.vectors.rows import unit
 from tables import publish_vectors, spread
 
 EVERY = 3  # of the demo's images: about 1,270

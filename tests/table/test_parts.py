@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_embed.chain.actors import EncoderSource, Pass, WriteParts
-from lora_embed.schema import ChunkHead, ChunkStats, Layout, Part, part_schema, sample_schema, to_ipc
+from lora_embed.schema import ChunkHead, Layout, Part, part_schema, sample_schema, to_ipc
 from lora_embed.store.store import Store
 from lora_embed.table.parts import make_part, part_path, read_footer, to_parquet, write_part
 from samples import PREPROCESSING, layout
@@ -111,9 +112,9 @@ def test_parts_without_vectors_and_without_rows(tmp_path: Path) -> None:
     shape, store = layout(), Store(str(tmp_path))
     for reasons in (["empty", "no_image"], []):
         head = ChunkHead(shard_id=f"{len(reasons)}" * 16, shard_name="s", prefix="s", last=True)
-        (stats,) = writer(store, shape)(row_of(head, samples(reasons, shape), vectors(1)))["stats"]
-        stats = ChunkStats.from_json(stats)
-        assert (stats.samples, stats.vectors, stats.rejects, stats.last) == (len(reasons), 0, len(reasons), True)
+        (row,) = writer(store, shape)(row_of(head, samples(reasons, shape), vectors(1)))["head"]
+        counted = ChunkHead.from_json(row)
+        assert (counted.samples, counted.rejects, counted.last) == (len(reasons), len(reasons), True)
         read = pq.read_table(tmp_path / part_path("space", shape.layout_id, head.part))
         assert read.schema.equals(part_schema(5, "float32", ()))
         assert read.column("reason").to_pylist() == reasons
@@ -126,14 +127,12 @@ def test_write_parts_goes_batch_to_batch(tmp_path: Path) -> None:
     head = ChunkHead(shard_id="a" * 16, shard_name="s", prefix="s", chunk=1, good=3)
     batch = row_of(head, samples([None, "empty", None, None], shape), values)
     write = writer(store, shape)
-    for _ in range(2):  # again by a task that was retried: the same stats, nothing new
-        (stats,) = write(batch)["stats"]
-        reasons = {"empty": 1, "non_finite_vector": 1}
-        expected = ChunkStats(shard_id="a" * 16, chunk=1, samples=4, vectors=2, rejects=2, reasons=reasons)
-        assert ChunkStats.from_json(stats) == expected
+    for _ in range(2):  # again by a task that was retried: the same counts, nothing new
+        (row,) = write(batch)["head"]
+        assert ChunkHead.from_json(row) == replace(head, samples=4, reasons={"empty": 1, "non_finite_vector": 1})
     failed = ChunkHead(shard_id="b" * 16, shard_name="t", prefix="t", error="t: cut short")
-    (stats,) = write(row_of(failed, samples([], shape), vectors(1)))["stats"]
-    assert ChunkStats.from_json(stats) == ChunkStats(shard_id="b" * 16, chunk=0, error="t: cut short")
+    (row,) = write(row_of(failed, samples([], shape), vectors(1)))["head"]
+    assert ChunkHead.from_json(row) == failed
     assert [entry.path for entry in store.list_files()] == [part_path("space", shape.layout_id, head.part)]
 
 

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from documented import bits, documented, expected_ids, run_documented
-from lora_embed.search.export import vectors_of
 from lora_embed.search.search import search_table
 from lora_embed.table.read import read_rows
+from lora_embed.vectors.rows import vectors_of
 from tables import noise_vectors, publish_vectors, spread
 
 

@@ -18,7 +18,7 @@ from jobs import job_of, run_here, snapshot, tiny_recipe, vectors_by_id, write_t
 from lora_embed.cli.main import run_command
 from lora_embed.config.models import JobConfig, Retain
 from lora_embed.errors import GateFailed, IncompleteRun, TableError
-from lora_embed.gates.checks import Decision
+from lora_embed.gates.reembed import Decision
 from lora_embed.monitor import heartbeat, runs
 from lora_embed.monitor.record import RunState
 from lora_embed.monitor.runs import announced, find_live, read_runs, state_path
@@ -116,7 +116,7 @@ def test_what_was_forgotten_is_gone_after_nights_that_publish_nothing(
     before, error = NIGHTS[night]
     tonight = before(job)
     skipped = Decision(action="skip", says="the change is below your threshold")
-    monkeypatch.setattr("lora_embed.gates.checks.re_embed_decision", lambda *_, **__: skipped)
+    monkeypatch.setattr("lora_embed.gates.reembed.re_embed_decision", lambda *_, **__: skipped)
     for day in range(9):
         if error is None:
             assert not run_job(tonight, replaces=True).published

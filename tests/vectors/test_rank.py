@@ -8,7 +8,8 @@ from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from lora_embed.vectors import rank as ranking
-from lora_embed.vectors.rank import Ranked, cosine_blocks, nearest, rank, unit, vote
+from lora_embed.vectors.rank import Ranked, cosine_blocks, nearest, rank, vote
+from lora_embed.vectors.rows import unit
 
 CLASSES = 6
 

@@ -14,7 +14,7 @@ from lora_embed.errors import carries_errors
 from lora_embed.images.decode import Prepare
 from lora_embed.images.preprocess import Joint, Pixels, Preprocessing
 from lora_embed.monitor.stages import Stopwatch
-from lora_embed.schema import ChunkHead, ChunkStats, Layout, from_ipc
+from lora_embed.schema import ChunkHead, Layout, from_ipc
 from lora_embed.store.retry import take_retries
 from lora_embed.store.store import Store
 from lora_embed.table.parts import make_part, reasons_of, write_part
@@ -133,7 +133,8 @@ class EmbedImages:
                     vectors.append(encoder.embed_pixels(pixels[source.preprocessing]))
                     logits = [on_body.take(head.good) for on_body in self._heads[number]]
                     classes += [values.argmax(axis=1).astype(np.int32)[:, None] for values in logits]
-        head = replace(head, seconds=head.seconds | clock.seconds | {"forward": sum(clock.seconds.values())})
+        if not head.error:
+            head = replace(head, seconds=head.seconds | clock.seconds | {"forward": sum(clock.seconds.values())})
         arrays = {"vectors": np.concatenate(vectors, axis=1), "classes": np.concatenate(classes, axis=1)}
         # As bytes: Ray's blocks hold no tensor without elements, and most chunks have no classes.
         packed = {name: np.array([values.tobytes()], dtype=object) for name, values in arrays.items()}
@@ -162,23 +163,19 @@ class WriteParts:
         self._space_id = shared.space_id
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Rows of `EmbedImages` → committed parts, and for each a row `stats` (JSON of `ChunkStats`)."""
+        """Rows of `EmbedImages` → committed parts, and for each a row with its `head`, counted."""
         assert len(batch["head"]) == 1, "chunks go one by one: batch_size=1"
         chunk = VectorChunk.from_row({name: values[0] for name, values in batch.items()})
         head = chunk.head
-        stats = ChunkStats(shard_id=head.shard_id, chunk=head.chunk, error=head.error, may_pass=head.may_pass)
         if not head.error:
             clock = Stopwatch()
             with clock.timing("write"):
                 vectors = chunk.vectors.reshape(head.good, self._dimension)
                 part = make_part(head, chunk.samples, vectors, self._layout)
                 write_part(self._store, self._space_id, self._layout, head, part)
-            samples, rejects = part.num_rows, part.num_rows - part.column("reason").null_count
-            stats = replace(stats, samples=samples, vectors=samples - rejects, rejects=rejects, last=head.last)
-            stats = replace(stats, reasons=reasons_of(part), image_bytes=head.image_bytes)
-            stats = replace(stats, seconds=chunk.seconds | clock.seconds)
-        stats = replace(stats, retries=head.retries + take_retries())
-        return {"stats": np.array([stats.to_json()], dtype=object)}
+            head = replace(head, samples=part.num_rows, reasons=reasons_of(part), seconds=chunk.seconds | clock.seconds)
+        head = replace(head, retries=head.retries + take_retries())
+        return {"head": np.array([head.to_json()], dtype=object)}
 
 
 class EmbedShards:
@@ -190,7 +187,7 @@ class EmbedShards:
         self._decoding = (shared.layout, shared.prepare, shared.input_options, was_tried)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Blocks of work items → rows `stats` of the parts, or rows of `VectorChunk`; one per chunk."""
+        """Blocks of work items → rows `head` of the parts, or rows of `VectorChunk`; one per chunk."""
         for row in decode_blocks(batch, *self._decoding):
             embedded = self._embed(row)
             yield embedded if self._write is None else self._write(embedded)

@@ -19,7 +19,7 @@ from lora_embed.chain.ray_private import map_rows, was_tried_before
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import IncompleteRun, LoraEmbedError, WorkersLost, carried_error
 from lora_embed.model.description import Description
-from lora_embed.schema import ChunkStats, Layout, encoder_path
+from lora_embed.schema import ChunkHead, Layout, encoder_path
 from lora_embed.store.store import Store
 
 WAVE, BLOCKS_IN_WAVE = 2000, 32  # blocks of one Dataset, which starts its actors anew: at least, and for each that reads
@@ -72,13 +72,13 @@ class Job:
         )
 
 
-def embed_items(items: list[WorkItem], job: Job, topology: Topology) -> Iterator[ChunkStats]:
+def embed_items(items: list[WorkItem], job: Job, topology: Topology) -> Iterator[ChunkHead]:
     """Embed work items and commit their parts; yields what became of each chunk.
 
     Raises EncoderError when an actor does not reproduce the golden vectors, WorkersLost when Ray gives up.
     """
     for row in _run_chain(items, job.embedding, topology):
-        yield ChunkStats.from_json(row["stats"])
+        yield ChunkHead.from_json(row["head"])
 
 
 def embed_with_each(items: list[WorkItem], shared: Pass, topology: Topology) -> Iterator[VectorChunk]:

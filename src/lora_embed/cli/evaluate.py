@@ -2,23 +2,25 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_embed.cli.options import input_of, options_like
+from lora_embed.cli.options import Json, input_of, options_like
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import ConfigError, StorageError
 from lora_embed.monitor.progress import LogFormat, log_as
 
+if TYPE_CHECKING:
+    from lora_embed.evaluate.request import Request
+
 Many = list[str] | None
+Data = Annotated[Many, typer.Option(metavar="INPUT", help="Labelled shards, as `input` of a job, or a job file; repeat it.")]
 
 
 def evaluate(
     recipe: Annotated[Many, typer.Option(help="Recipe file or encoder directory; repeat it for several.")] = None,
-    data: Annotated[
-        Many, typer.Option(metavar="INPUT", help="Labelled shards, as `input` of a job, or a job file; repeat it.")
-    ] = None,
+    data: Data = None,
     label: Annotated[Many, typer.Option(metavar="FIELD", help="Field with the class, a task each; repeat it.")] = None,
     group: Annotated[str | None, typer.Option(metavar="FIELD", help="Images with one value stay on one side.")] = None,
     split: Annotated[str | None, typer.Option(metavar="FIELD", help="Your own split: bank or train, query or test …")] = None,
@@ -34,17 +36,12 @@ def evaluate(
     shared_filesystem: Annotated[bool, typer.Option("--shared-filesystem", help="All nodes mount the local paths.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the evaluation as JSON.")] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as a page (HTML).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    as_json: Json = False,
     log_format: Annotated[LogFormat, typer.Option(callback=log_as, help="How stderr is written.")] = LogFormat.TEXT,
 ) -> None:
     """Compare recipes on labelled images: each image decoded once, metrics on seeded splits, paired differences."""
-    if precision not in ("auto", "float32", "bfloat16", "float16"):
-        raise ConfigError(f"--precision is {precision!r}, expected auto, float32, bfloat16 or float16")
-    _check_writable("--out", out)
-    _check_writable("--report", report)
-    from lora_embed.evaluate.assess import Request, assess
-    from lora_embed.evaluate.page.evaluation import write_report
-    from lora_embed.evaluate.show import to_markdown
+    _check_options(precision, out, report)
+    from lora_embed.evaluate.request import Request
 
     job = input_of(data or [])
     request = Request(
@@ -65,12 +62,29 @@ def evaluate(
         shared_filesystem=shared_filesystem,
         **({} if job is None else _reached_as(job, work or "")),
     )
+    _evaluate(request, out, report, as_json)
+
+
+def _evaluate(request: "Request", out: Path | None, report: Path | None, as_json: bool) -> None:
+    from lora_embed.evaluate.assess import assess
+    from lora_embed.evaluate.page.evaluation import write_report
+    from lora_embed.evaluate.show import to_markdown
+
     evaluation = assess(request)
     if out is not None:
         out.write_text(evaluation.to_json() + "\n", encoding="utf-8", errors="backslashreplace")
     if report is not None:
         write_report(evaluation, report)
     print(evaluation.to_json() if as_json else to_markdown(evaluation))
+
+
+def _check_options(precision: str, out: Path | None, report: Path | None) -> None:
+    """Before minutes of work. Raises ConfigError, and StorageError for files that cannot be written."""
+    if precision not in ("auto", "float32", "bfloat16", "float16"):
+        raise ConfigError(f"--precision is {precision!r}, expected auto, float32, bfloat16 or float16")
+    for option, path in (("--out", out), ("--report", report)):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise StorageError(f"{option} {path}: cannot be written: it is a directory, or lies in none. Name a file.")
 
 
 def _reached_as(job: JobConfig, work: str) -> dict[str, Any]:
@@ -104,9 +118,3 @@ def _read_classes(text: str) -> tuple[str, tuple[str, ...]]:
 def _absolute(path: str) -> str:
     """Workers have other current folders."""
     return path if "://" in path or not path else os.path.abspath(os.path.expanduser(path))
-
-
-def _check_writable(option: str, path: Path | None) -> None:
-    """Before minutes of work. Raises StorageError."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise StorageError(f"{option} {path}: cannot be written: it is a directory, or lies in none. Name a file.")

@@ -8,6 +8,7 @@ import typer
 
 from lora_embed.cli.options import Json, Set, TableOrJob, find_table, print_result
 from lora_embed.errors import ConfigError
+from lora_embed.text import counted
 
 
 def rollback(
@@ -90,10 +91,9 @@ def verify(table: TableOrJob, version: int | None = None, set_: Set = None, as_j
     opened = find_table(table, set_).open(version)
     verify_table(opened)
     counts = opened.manifest.counts
-    counted = ", ".join(f"{number:,} {name}" for name, number in counts.items())
     files = len(opened.manifest.files) + len(opened.manifest.rejects)
     result = {"table": opened.store.uri, "version": opened.version, "files": files, "counts": counts}
-    print_result(result, as_json, f"version {opened.version}: {files} files, {counted}; sums, counts and ids are right")
+    print_result(result, as_json, f"version {opened.version}: {files} files, {counted(counts)}; sums, counts and ids are right")
 
 
 def export(

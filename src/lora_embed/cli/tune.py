@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lora_embed.cli.options import input_of
+from lora_embed.cli.options import Json, input_of
 from lora_embed.errors import ConfigError
 from lora_embed.monitor.progress import LogFormat, log_as
 
@@ -19,25 +19,27 @@ class Objective(enum.StrEnum):
     MEAN = "mean"
 
 
+Data = Annotated[
+    list[str], typer.Option(metavar="INPUT", help="Labelled shards: tar, Parquet, pattern; or a job file. Repeatable.")
+]
+Best = Annotated[Objective, typer.Option(help="The worst task's gain over its adapter, or the mean.")]
+
+
 def tune(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML): the base and 2 to 5 adapters.")],
-    data: Annotated[
-        list[str], typer.Option(metavar="INPUT", help="Labelled shards: tar, Parquet, pattern; or a job file. Repeatable.")
-    ],
+    data: Data,
     label: Annotated[list[str], typer.Option(metavar="[ADAPTER=]FIELD[:IMPORTANCE]", help="A task. Repeatable.")],
     out: Annotated[Path, typer.Option(help="Recipe file to write.")],
     minutes: Annotated[float | None, typer.Option(min=0.0, help="Time for trials; 10 unless --evaluations is given.")] = None,
     evaluations: Annotated[int | None, typer.Option(min=1, help="Merges to try.")] = None,
-    objective: Annotated[
-        Objective, typer.Option(help="The worst task's gain over its adapter, or the mean.")
-    ] = Objective.WORST,
+    objective: Best = Objective.WORST,
     methods: Annotated[str | None, typer.Option(metavar="METHOD,…", help="Methods to try; all by default.")] = None,
     best: Annotated[bool, typer.Option("--best", help="Write the best trial also where its lead is within noise.")] = False,
     group: Annotated[str | None, typer.Option(metavar="FIELD", help="Images that share it are never split.")] = None,
     images: Annotated[int, typer.Option(min=1, help="Labelled images to use at most, drawn by seed.")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, help="Of splits and of the search.")] = 0,
     work: Annotated[Path | None, typer.Option(help="Where trials and pixels are kept; beside --out by default.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    as_json: Json = False,
     log_format: Annotated[LogFormat, typer.Option(callback=log_as, help="How stderr is written.")] = LogFormat.TEXT,
 ) -> None:
     """Search weights and method of a merge on labelled images; judge the winner on images that the search never saw."""

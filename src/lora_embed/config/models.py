@@ -1,62 +1,20 @@
 """Recipes and jobs: what users write, checked when it is read."""
 
-import math
 import os
 import posixpath
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import AfterValidator, Field, create_model, model_validator
 
 from lora_embed.config.messages import Keys, checked, shown
+from lora_embed.config.values import Number, Section, Share, Text, Uri, not_empty
 from lora_embed.config.yaml import Loader, read_yaml, yaml_problem
 from lora_embed.errors import ConfigError
 from lora_embed.store import hub
-from lora_embed.text import holds_secret, redacted
 
 OWN_COLUMNS = ("id", "embedding", "shard", "key", "width", "height", "sha256", "reason", "detail")
-
-
-class Section(BaseModel):
-    """A frozen piece of configuration that refuses keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):  # which would count as 0 or 1
-        raise ValueError("expected a number")
-    return value
-
-
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError("expected a finite number")
-    return value
-
-
-def _not_empty(value: tuple[str, ...]) -> tuple[str, ...]:
-    if not value:
-        raise ValueError("expected at least one")
-    return value
-
-
-def _without_password(uri: str) -> str:
-    if holds_secret(uri):
-        shown_uri = redacted("".join(uri.split()))
-        raise ValueError(
-            f"{shown_uri} holds a password or a signature, and places are written to tables, logs and reports. Give it in the "
-            "environment or, for input and table, in their storage options."
-        )
-    return uri
-
-
-# Not strict: YAML reads 1e-3, without a point, as text.
-Number = Annotated[float, Field(strict=False), BeforeValidator(_not_bool), AfterValidator(_finite)]
-Share = Annotated[Number, Field(ge=0.0, le=1.0)]
-Text = Annotated[str, Field(min_length=1)]
-Uri = Annotated[Text, AfterValidator(_without_password)]  # or a path; what names a place is written to tables and reports
 
 
 class AdapterSpec(Section):
@@ -175,7 +133,7 @@ class JobConfig(Section):
     """One run: which encoder, which images, which table, and how."""
 
     recipe: Uri
-    input: Annotated[tuple[Uri, ...], Field(strict=False), AfterValidator(_not_empty)]
+    input: Annotated[tuple[Uri, ...], Field(strict=False), AfterValidator(not_empty)]
     table: Uri
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     chunk_size: int = Field(default=512, ge=1, le=65536)

@@ -8,6 +8,7 @@ import yaml
 
 from lora_embed.config.messages import shown
 from lora_embed.errors import ConfigError
+from lora_embed.text import in_one_line
 
 MOST_VALUES = 1_000_000
 
@@ -59,5 +60,5 @@ def _is_finite(data: Any) -> bool:
 def yaml_problem(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     if mark is None:
-        return " ".join(str(error).split())
+        return in_one_line(error, 10**6)
     return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None)}"

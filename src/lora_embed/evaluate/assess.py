@@ -1,59 +1,31 @@
 """An evaluation from recipes and labelled shards to its record: build → embed in one pass → figures, heads, relations."""
 
-import importlib.util
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_embed.chain import cluster, pipeline
-from lora_embed.config.models import Resources
 from lora_embed.errors import ConfigError
 from lora_embed.evaluate import candidates, figures
 from lora_embed.evaluate.candidates import AdapterHead, Built, Entrant
 from lora_embed.evaluate.collect import Collected, Source, check_fields, collect
-from lora_embed.evaluate.figures import Labelled, Scored, cka_relations
-from lora_embed.evaluate.records import Difference, Evaluation, Figure, QueryChange, Relation, Retention, Task
+from lora_embed.evaluate.figures import Labelled, Scored, cka_relations, tasks_of
+from lora_embed.evaluate.records import ClassChange, Difference, Evaluation, Figure, QueryChange, Relation, Retention
+from lora_embed.evaluate.request import Request, check_request
 from lora_embed.evaluate.thumbnails import thumbnails
 from lora_embed.monitor.progress import say
+from lora_embed.run.refuse import local_places, refuse_unshared
 from lora_embed.schema import Layout
 from lora_embed.shards.listing import list_shards
 from lora_embed.store.fetch import private_folder
 from lora_embed.store.store import Store
+from lora_embed.text import utc
 
-_OPTIONS = {"recipes": "recipe", "inputs": "data", "labels": "label"}  # as the command calls them
 MOST_ALIGNED = 2000  # images whose vectors two spaces are compared by
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What is to be evaluated, and how."""
-
-    recipes: tuple[str, ...]  # recipe files, or directories of encoders
-    inputs: tuple[str, ...]
-    labels: tuple[str, ...]  # fields, one a task
-    group: str | None = None  # field: images with the same value are on one side
-    split: str | None = None  # field of the user's own split
-    splits: int = 5
-    seed: int = 0
-    reference: str | None = None  # a candidate's name; the first
-    alone: bool = False  # judge the base and each adapter by itself as well
-    judges_heads: bool = True
-    heads: dict[str, str] = field(default_factory=dict)  # adapter → task, where the classes do not tell
-    head_classes: dict[str, tuple[str, ...]] = field(default_factory=dict)  # task → names in the order of a head's outputs
-    precision: str = "auto"
-    work: str | None = None  # where encoders and vectors are kept
-    shared_filesystem: bool = False
-    resources: Resources = field(default_factory=Resources)
-    input_options: dict[str, Any] = field(default_factory=dict, repr=False)  # storage options; they may hold keys
-    work_options: dict[str, Any] = field(default_factory=dict, repr=False)
-    image_column: str | None = None  # of Parquet input
-    key_column: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,19 +54,18 @@ def assess(request: Request) -> Evaluation:
     source, topology = open_source(request)
     prepared = prepare(request, entrants, source, topology)
     built = prepared.built[: len(entrants)]
-    vectors = [prepared.vectors(one) for one in built]
+    vectors = [prepared.vectors(candidate) for candidate in built]
     clock = time.perf_counter()
     scored = dict(zip(names, pipeline.map_tasks(figures.score, (prepared.labelled,), vectors), strict=True))
     metrics_s = time.perf_counter() - clock
     reference = request.reference or names[0]
     clock = time.perf_counter()
-    alone = {one.entrant.name: prepared.vectors(one)[:MOST_ALIGNED] for one in built if len(one.entrant.recipe.adapters) <= 1}
-    relations = relate(entrants) + cka_relations(alone)
+    relations = relate(entrants) + cka_relations(_alone(prepared, built))
     relate_s = time.perf_counter() - clock
     changed = _changed(prepared.labelled, scored, reference)
     labelled, collected = prepared.labelled, prepared.collected
     return Evaluation(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=utc(),
         inputs=request.inputs,
         samples=collected.samples.num_rows,
         decoded=collected.decoded,
@@ -103,47 +74,19 @@ def assess(request: Request) -> Evaluation:
         splits=len(labelled.banks),
         bank_share=float(np.mean([bank.mean() for bank in labelled.banks])),
         seed=request.seed,
-        tasks=tuple(
-            Task(name=task, label=task, classes=classes, images=int((labelled.labels[task] >= 0).sum()))
-            for task, classes in labelled.classes.items()
+        tasks=tasks_of(labelled.classes, labelled.labels),
+        candidates=tuple(
+            candidates.candidate_of(candidate, collected.embedded[candidate.encoder.space_id].forward_s) for candidate in built
         ),
-        candidates=tuple(candidates.candidate_of(one, collected.embedded[one.encoder.space_id].forward_s) for one in built),
         reference=reference,
         figures=_figures(labelled, scored),
         differences=_differences(labelled, scored, reference),
         retention=_retention(prepared, built),
-        classes=tuple(
-            change
-            for task, name, other in _pairs(labelled, scored, reference)
-            for change in figures.class_changes(labelled, task, (name, reference), scored[name][task], other[task])
-        ),
+        classes=_class_changes(labelled, scored, reference),
         relations=relations,
         queries=changed,
         thumbnails=thumbnails(changed, source),
     )
-
-
-def check_request(request: Request) -> None:
-    """Raises ConfigError for options that do not go together."""
-    for option, given in (("--recipe", request.recipes), ("--data", request.inputs), ("--label", request.labels)):
-        if not given:
-            raise ConfigError(f"{option} is missing. Name at least one.")
-    for option in ("recipes", "inputs", "labels", "group", "split", "reference", "work"):
-        value = getattr(request, option)
-        if "" in (value if isinstance(value, tuple) else (value,)):
-            raise ConfigError(f"--{_OPTIONS.get(option, option)} is empty. Give a value, or leave the option out.")
-    if request.seed < 0:
-        raise ConfigError(f"--seed is {request.seed}, expected 0 or more")
-    if importlib.util.find_spec("sklearn") is None:
-        raise ConfigError("scikit-learn is not installed. Run: pip install 'lora-embed[evaluation]', on every node.")
-    for label in request.labels:
-        if request.labels.count(label) > 1:
-            raise ConfigError(f"--label {label} is given {request.labels.count(label)} times. Name it once.")
-    if request.split is None and request.splits < 2:
-        raise ConfigError(f"--splits is {request.splits}, expected 2 or more: one says nothing of noise")
-    for task in [*request.heads.values(), *request.head_classes]:
-        if task not in request.labels:
-            raise ConfigError(f"{task!r} is given for a head, but is no --label. Those are {', '.join(request.labels)}.")
 
 
 def open_source(request: Request) -> tuple[Source, cluster.Topology]:
@@ -167,14 +110,11 @@ def open_source(request: Request) -> tuple[Source, cluster.Topology]:
     store.check_writable()
     cluster.connect()
     topology = cluster.choose_topology(request.resources)
-    nodes = cluster.count_nodes()
-    local = [store.uri] * store.is_local + sorted(
-        {shard.root for shard in shards if Store(shard.root, request.input_options).is_local}
-    )
-    if local and nodes > 1 and not request.shared_filesystem:
-        raise ConfigError(
-            f"{local[0]} is a local path, but this cluster has {nodes} nodes, each with disks of its own. Use URIs that "
-            "all nodes reach for --data and --work, such as s3://…, or add --shared-filesystem if they all mount it there."
+    if not request.shared_filesystem:
+        refuse_unshared(
+            local_places(store, shards, request.input_options),
+            "Use URIs that all nodes reach for --data and --work, such as s3://…, or add --shared-filesystem if they all "
+            "mount it there.",
         )
     device = pipeline.ask_device(topology)
     precision = device.precision if request.precision == "auto" else request.precision
@@ -209,13 +149,13 @@ def label(request: Request, collected: Collected) -> Labelled:
         raise ConfigError(f"none of the {collected.samples.num_rows} samples could be embedded: {collected.rejects}")
     columns = {name: good.column(name).to_pylist() for name in good.column_names}
     ids = columns["id"]
-    twice = [one for one, count in Counter(ids).items() if count > 1]
+    twice = [sample_id for sample_id, count in Counter(ids).items() if count > 1]
     if twice:
         raise ConfigError(f"{len(twice)} ids are held by several images, first {twice[0]}")
     names = (
         ids
         if request.group is None
-        else [one if name is None else name for one, name in zip(ids, columns[request.group], strict=True)]
+        else [sample_id if name is None else name for sample_id, name in zip(ids, columns[request.group], strict=True)]
     )
     classes = {task: figures.classes_of(columns[task]) for task in request.labels}
     if request.split is not None:
@@ -225,8 +165,8 @@ def label(request: Request, collected: Collected) -> Labelled:
     place = {name: number for number, name in enumerate(sorted(set(names)))}
     labelled = Labelled(
         ids=tuple(ids),
-        classes={task: found for task, (found, _) in classes.items()},
-        labels={task: found for task, (_, found) in classes.items()},
+        classes={task: encoded for task, (encoded, _) in classes.items()},
+        labels={task: encoded for task, (_, encoded) in classes.items()},
         groups=np.array([place[name] for name in names], np.int64),
         banks=banks,
         bank_share=None if request.split else figures.BANK_SHARE,
@@ -237,7 +177,7 @@ def label(request: Request, collected: Collected) -> Labelled:
 
 def _with_tasks(request: Request, heads: Sequence[AdapterHead], labelled: Labelled) -> list[tuple[AdapterHead, str, list[str]]]:
     """Each head with the task that it is for: the one named for it, else the only one whose classes it can have."""
-    found = []
+    judged = []
     for head in heads:
         named = request.heads.get(head.adapter)
         orders = {}
@@ -247,14 +187,14 @@ def _with_tasks(request: Request, heads: Sequence[AdapterHead], labelled: Labell
             if order is not None:
                 orders[task] = order
         if len(orders) == 1:
-            found += [(head, task, order) for task, order in orders.items()]
+            judged += [(head, task, order) for task, order in orders.items()]
             continue
         why = f"may be that of {', '.join(orders)}" if orders else f"has {head.head.classes} outputs, as no task has classes"
         say(
             f"note: {head.adapter}: its head is not judged: it {why}. Say with --head {head.adapter}=FIELD which it is for, "
             "and with --classes FIELD=FILE in which order its outputs are."
         )
-    return found
+    return judged
 
 
 def _pairs(
@@ -265,8 +205,10 @@ def _pairs(
 
 
 def _figures(labelled: Labelled, scored: dict[str, dict[str, Scored]]) -> tuple[Figure, ...]:
-    found = [figures.figures_of(labelled, task, name, by[task]) for task in labelled.labels for name, by in scored.items()]
-    return tuple(figure for some in found for figure in some)
+    by_candidate = [
+        figures.figures_of(labelled, task, name, by[task]) for task in labelled.labels for name, by in scored.items()
+    ]
+    return tuple(figure for some in by_candidate for figure in some)
 
 
 def _differences(labelled: Labelled, scored: dict[str, dict[str, Scored]], reference: str) -> tuple[Difference, ...]:
@@ -277,6 +219,14 @@ def _differences(labelled: Labelled, scored: dict[str, dict[str, Scored]], refer
     )
 
 
+def _class_changes(labelled: Labelled, scored: dict[str, dict[str, Scored]], reference: str) -> tuple[ClassChange, ...]:
+    return tuple(
+        change
+        for task, name, other in _pairs(labelled, scored, reference)
+        for change in figures.class_changes(labelled, task, (name, reference), scored[name][task], other[task])
+    )
+
+
 def _retention(prepared: Prepared, built: Sequence[Built]) -> tuple[Retention, ...]:
     """Every head on every candidate that it was put on, against the same head on its own adapter."""
     said = {
@@ -284,18 +234,22 @@ def _retention(prepared: Prepared, built: Sequence[Built]) -> tuple[Retention, .
         for space_id, embedded in prepared.collected.embedded.items()
         for head_id, classes in embedded.classes.items()
     }
-    alone = {one.entrant.ingredients.recipe_id: one.encoder.space_id for one in prepared.built if one.entrant.ingredients}
-    found = []
+    alone = {
+        candidate.entrant.ingredients.recipe_id: candidate.encoder.space_id
+        for candidate in prepared.built
+        if candidate.entrant.ingredients
+    }
+    kept_heads = []
     for head, task, order in prepared.heads:
         ingredients = head.entrant.ingredients
         assert ingredients is not None
         own = said[alone[ingredients.recipe_id], head.head_id]
-        for one in built:
-            kept = said.get((one.encoder.space_id, head.head_id))
+        for candidate in built:
+            kept = said.get((candidate.encoder.space_id, head.head_id))
             if kept is not None:
-                names = (task, head.adapter, one.entrant.name)
-                found.append(figures.retention_of(prepared.labelled, names, order, own, kept))
-    return tuple(found)
+                names = (task, head.adapter, candidate.entrant.name)
+                kept_heads.append(figures.retention_of(prepared.labelled, names, order, own, kept))
+    return tuple(kept_heads)
 
 
 def _changed(labelled: Labelled, scored: dict[str, dict[str, Scored]], reference: str) -> tuple[QueryChange, ...]:
@@ -306,13 +260,22 @@ def _changed(labelled: Labelled, scored: dict[str, dict[str, Scored]], reference
     )
 
 
+def _alone(prepared: Prepared, built: Sequence[Built]) -> dict[str, NDArray[np.float32]]:
+    """Vectors of the base and of single adapters, by name."""
+    return {
+        candidate.entrant.name: prepared.vectors(candidate)[:MOST_ALIGNED]
+        for candidate in built
+        if len(candidate.entrant.recipe.adapters) <= 1
+    }
+
+
 def relate(entrants: Sequence[Entrant]) -> tuple[Relation, ...]:
     """How all adapters of one base lie to each other by their weights, over all layers and by layer."""
     from lora_embed.model.relate import relate_adapters
 
-    found = []
+    relations = []
     for ingredients, adapters in candidates.related(entrants).values():
         names = list(adapters)
-        for kind, one, other, layer, value in relate_adapters(ingredients.base, list(adapters.values())):
-            found.append(Relation(kind=kind, one=names[one], other=names[other], layer=layer, value=value))
-    return tuple(found)
+        for kind, first, second, layer, value in relate_adapters(ingredients.base, list(adapters.values())):
+            relations.append(Relation(kind=kind, one=names[first], other=names[second], layer=layer, value=value))
+    return tuple(relations)

@@ -72,7 +72,7 @@ def find_entrants(recipes: Sequence[str], *, alone: bool) -> list[Entrant]:
             if entrant.ingredients.recipe_id not in known:
                 known.add(entrant.ingredients.recipe_id)
                 entrants.append(entrant)
-    twice = {entrant.name for entrant in entrants if [one.name for one in entrants].count(entrant.name) > 1}
+    twice = {entrant.name for entrant in entrants if [other.name for other in entrants].count(entrant.name) > 1}
     if twice:
         raise ConfigError(f"two candidates are called {min(twice)!r}. Rename one of the recipe files.")
     return entrants
@@ -144,27 +144,27 @@ def build(entrant: Entrant, store: Store) -> Built:
 
 def find_heads(entrants: Sequence[Entrant]) -> tuple[list[AdapterHead], list[str]]:
     """The heads of all adapters that entrants name, each once, and a note for each adapter without."""
-    found: dict[str, AdapterHead] = {}
+    heads: dict[str, AdapterHead] = {}
     notes: dict[str, str] = {}
     for entrant in entrants:
         if entrant.ingredients is None:
             continue
         for number, (name, adapter) in enumerate(zip(entrant.recipe.adapter_names, entrant.adapters, strict=True)):
             key = f"{entrant.ingredients.base.content_hash} {adapter.content_hash} {entrant.recipe.image_size}"
-            if key in found or key in notes:
+            if key in heads or key in notes:
                 continue
             head = find_head(entrant.ingredients.base, adapter)
             if isinstance(head, str):
                 notes[key] = f"{name}: its head is not judged: {head}"
                 continue
-            found[key] = AdapterHead(
+            heads[key] = AdapterHead(
                 adapter=name,
                 head_id=hashlib.sha256(head.to_bytes()).hexdigest()[:12],
                 head=head,
                 names=class_names(adapter.saved.folder),
                 entrant=single(entrant, number),
             )
-    return list(found.values()), list(notes.values())
+    return list(heads.values()), list(notes.values())
 
 
 def want(built: Built, heads: Sequence[AdapterHead], store: Store) -> Wanted:
@@ -224,13 +224,13 @@ def candidate_of(built: Built, forward_s: float) -> Candidate:
 
 def related(entrants: Sequence[Entrant]) -> dict[str, tuple[Ingredients, dict[str, Adapter]]]:
     """Bases that several adapters are for: content hash → one recipe's ingredients, and all its adapters by name."""
-    found: dict[str, tuple[Ingredients, dict[str, Adapter]]] = {}
+    by_base: dict[str, tuple[Ingredients, dict[str, Adapter]]] = {}
     for entrant in entrants:
         if entrant.ingredients is not None:
             base = entrant.ingredients.base.content_hash
-            adapters = found.setdefault(base, (entrant.ingredients, {}))[1]
+            adapters = by_base.setdefault(base, (entrant.ingredients, {}))[1]
             known = {adapter.content_hash for adapter in adapters.values()}
             for name, adapter in zip(entrant.recipe.adapter_names, entrant.adapters, strict=True):
                 if adapter.content_hash not in known:
                     adapters[name if name not in adapters else adapter.uri] = adapter
-    return {base: pair for base, pair in found.items() if len(pair[1]) > 1}
+    return {base: pair for base, pair in by_base.items() if len(pair[1]) > 1}

@@ -22,9 +22,10 @@ from lora_embed.errors import ConfigError, IncompleteRun
 from lora_embed.images.preprocess import decoding
 from lora_embed.monitor.progress import Progress, say
 from lora_embed.monitor.stages import add_seconds
-from lora_embed.schema import FORMAT, ChunkStats, Layout, Shard, from_ipc, to_ipc
+from lora_embed.schema import FORMAT, Layout, Shard, from_ipc, to_ipc
 from lora_embed.shards.read import read_samples
 from lora_embed.store.store import Store
+from lora_embed.table.parts import reasons_of
 
 LOOK_AT = 16  # samples of a shard in which a field is looked for before anything is embedded
 MOST_LOOKED_AT = 64  # shards
@@ -90,8 +91,8 @@ class Source:
     def samples_path(self) -> str:
         return f"{self.folder}/samples-{_hash(self.layout.carry)}.arrow"
 
-    def vectors_path(self, wanted: Wanted) -> str:
-        return f"{self.folder}/{wanted.space_id}-{_hash(wanted.heads)}.npz"
+    def vectors_path(self, encoder: Wanted) -> str:
+        return f"{self.folder}/{encoder.space_id}-{_hash(encoder.heads)}.npz"
 
 
 def check_fields(source: Source, options: Sequence[tuple[str, str]]) -> None:
@@ -120,15 +121,17 @@ def collect(source: Source, wanted: Sequence[Wanted], topology: Topology) -> Col
     """
     raw = source.store.read(source.samples_path)
     samples = None if raw is None else pa.Table.from_batches([from_ipc(raw)])
-    kept = {one.space_id: _read_kept(source, one) for one in wanted}
-    missing = [one for one in wanted if kept[one.space_id] is None] or (list(wanted[:1]) if samples is None else [])
+    kept = {encoder_wanted.space_id: _read_kept(source, encoder_wanted) for encoder_wanted in wanted}
+    missing = [encoder_wanted for encoder_wanted in wanted if kept[encoder_wanted.space_id] is None] or (
+        list(wanted[:1]) if samples is None else []
+    )
     seconds: dict[str, float] = {}
     decoded = 0
     for _, group in itertools.groupby(sorted(missing, key=_decoding), key=_decoding):
         some = list(group)
         say(f"{len(source.shards)} shards: embedding with {len(some)} encoders in one pass")
         shared = Pass(
-            encoders=tuple(one.encoder for one in some),
+            encoders=tuple(encoder_wanted.encoder for encoder_wanted in some),
             store=source.store,
             input_options=source.options,
             layout=source.layout,
@@ -140,37 +143,36 @@ def collect(source: Source, wanted: Sequence[Wanted], topology: Topology) -> Col
         if not any(chunk.samples.num_rows for chunk in chunks):
             raise ConfigError(f"{len(source.shards)} shards hold no sample at all, first {source.shards[0].name}")
         samples = _samples(chunks) if samples is None else _with_rejects(samples, _samples(chunks))
-        for one, found in zip(some, _embedded(chunks, some), strict=True):
-            kept[one.space_id] = found
-            source.store.replace(source.vectors_path(one), _to_bytes(found))
+        for encoder_wanted, found in zip(some, _embedded(chunks, some), strict=True):
+            kept[encoder_wanted.space_id] = found
+            source.store.replace(source.vectors_path(encoder_wanted), _to_bytes(found))
         source.store.replace(source.samples_path, to_ipc(samples.combine_chunks().to_batches()[0]))
     assert samples is not None
     embedded = {space_id: found for space_id, found in kept.items() if found is not None}
     return Collected(samples=_mark_unsound(samples, embedded), embedded=embedded, decoded=decoded, seconds=seconds)
 
 
-def _decoding(wanted: Wanted) -> str:
-    return repr(decoding(wanted.encoder.preprocessing))
+def _decoding(encoder_wanted: Wanted) -> str:
+    return repr(decoding(encoder_wanted.encoder.preprocessing))
 
 
 def _watched(source: Source, shared: Pass, topology: Topology) -> Iterator[VectorChunk]:
     """The chain's rows, counted on the way."""
     with Progress(list(source.shards), topology.workers) as progress:
         for chunk in pipeline.embed_with_each([WorkItem(shard=shard) for shard in source.shards], shared, topology):
-            head, samples = chunk.head, chunk.samples.num_rows
-            stats = ChunkStats(shard_id=head.shard_id, chunk=head.chunk, samples=samples, vectors=head.good, error=head.error)
-            progress.add(replace(stats, rejects=samples - head.good, last=head.last, seconds=chunk.seconds))
+            samples, reasons = chunk.samples.num_rows, reasons_of(chunk.samples)
+            progress.add(replace(chunk.head, samples=samples, reasons=reasons, seconds=chunk.seconds))
             yield chunk
 
 
 def _in_order(chunks: Iterable[VectorChunk], source: Source) -> list[VectorChunk]:
     """All chunks by shard and place."""
     place = {shard.id: number for number, shard in enumerate(source.shards)}
-    found = sorted(chunks, key=lambda chunk: (place[chunk.head.shard_id], chunk.head.chunk))
-    failed = [chunk.head.error for chunk in found if chunk.head.error]
+    in_order = sorted(chunks, key=lambda chunk: (place[chunk.head.shard_id], chunk.head.chunk))
+    failed = [chunk.head.error for chunk in in_order if chunk.head.error]
     if failed:
         raise IncompleteRun(f"{len(failed)} of {len(place)} shards cannot be read to their end:\n" + "\n".join(failed[:10]))
-    return found
+    return in_order
 
 
 def _samples(chunks: list[VectorChunk]) -> pa.Table:
@@ -191,26 +193,26 @@ def _with_rejects(samples: pa.Table, others: pa.Table) -> pa.Table:
 def _embedded(chunks: list[VectorChunk], wanted: Sequence[Wanted]) -> list[Embedded]:
     """The chunks' rows, dealt to the encoders in their order."""
     good = np.concatenate([np.array(c.samples.column("reason").is_null().to_numpy(zero_copy_only=False), bool) for c in chunks])
-    found, column, place = [], 0, 0
-    for number, one in enumerate(wanted):
-        width, heads = one.encoder.dimension, {}
+    dealt, column, place = [], 0, 0
+    for number, encoder_wanted in enumerate(wanted):
+        width, heads = encoder_wanted.encoder.dimension, {}
         vectors = np.full((len(good), width), np.nan, np.float32)
         if good.any():
             vectors[good] = np.concatenate([chunk.vectors[:, column : column + width] for chunk in chunks if chunk.head.good])
         column += width
-        for head in one.heads:
+        for head in encoder_wanted.heads:
             heads[head] = np.full(len(good), -1, np.int32)
             if good.any():
                 heads[head][good] = np.concatenate([chunk.classes[:, place] for chunk in chunks if chunk.head.good])
             place += 1
         took = sum(chunk.head.seconds.get(f"forward {number}", 0.0) for chunk in chunks)
-        found.append(Embedded(vectors=vectors, classes=heads, forward_s=took))
-    return found
+        dealt.append(Embedded(vectors=vectors, classes=heads, forward_s=took))
+    return dealt
 
 
 def _mark_unsound(samples: pa.Table, embedded: dict[str, Embedded]) -> pa.Table:
     """A vector that is not finite under any encoder is a reject under all, as in a table."""
-    sound = np.logical_and.reduce([np.isfinite(one.vectors).all(axis=1) for one in embedded.values()])
+    sound = np.logical_and.reduce([np.isfinite(encoded.vectors).all(axis=1) for encoded in embedded.values()])
     reasons = [
         reason if reason or fine else "non_finite_vector"
         for reason, fine in zip(samples.column("reason").to_pylist(), sound, strict=True)
@@ -218,19 +220,19 @@ def _mark_unsound(samples: pa.Table, embedded: dict[str, Embedded]) -> pa.Table:
     return samples.set_column(samples.schema.get_field_index("reason"), "reason", pa.array(reasons, pa.string()))
 
 
-def _to_bytes(found: Embedded) -> bytes:
+def _to_bytes(embedded: Embedded) -> bytes:
     buffer = io.BytesIO()
-    heads = {f"head-{name}": classes for name, classes in found.classes.items()}
-    np.savez(buffer, allow_pickle=False, vectors=found.vectors, forward_s=np.float64(found.forward_s), **heads)
+    heads = {f"head-{name}": classes for name, classes in embedded.classes.items()}
+    np.savez(buffer, allow_pickle=False, vectors=embedded.vectors, forward_s=np.float64(embedded.forward_s), **heads)
     return buffer.getvalue()
 
 
-def _read_kept(source: Source, wanted: Wanted) -> Embedded | None:
-    raw = source.store.read(source.vectors_path(wanted))
+def _read_kept(source: Source, encoder_wanted: Wanted) -> Embedded | None:
+    raw = source.store.read(source.vectors_path(encoder_wanted))
     if raw is None:
         return None
     arrays = np.load(io.BytesIO(raw), allow_pickle=False)
-    classes = {name: arrays[f"head-{name}"] for name in wanted.heads}
+    classes = {name: arrays[f"head-{name}"] for name in encoder_wanted.heads}
     return Embedded(vectors=arrays["vectors"], classes=classes, forward_s=float(arrays["forward_s"]))
 
 

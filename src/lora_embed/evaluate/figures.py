@@ -10,7 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_embed.errors import ConfigError
-from lora_embed.evaluate.records import METRICS, ClassChange, Difference, Figure, Neighbour, QueryChange, Relation, Retention
+from lora_embed.evaluate.records import (
+    METRICS,
+    ClassChange,
+    Difference,
+    Figure,
+    Neighbour,
+    QueryChange,
+    Relation,
+    Retention,
+    Task,
+)
 from lora_embed.vectors.cka import linear_cka
 from lora_embed.vectors.metrics import cluster_nmi, mean_interval, probe, score_interval, split_by_name
 from lora_embed.vectors.rank import Ranked, rank, vote
@@ -78,6 +88,13 @@ def classes_of(values: Sequence[str | None]) -> tuple[tuple[str, ...], Classes]:
     names = tuple(sorted(found, key=lambda name: (int(name) if are_numbers else 0, name)))
     place = {name: number for number, name in enumerate(names)}
     return names, np.array([-1 if value is None else place[value] for value in values], np.int64)
+
+
+def tasks_of(classes: Mapping[str, tuple[str, ...]], labels: Mapping[str, Classes]) -> tuple[Task, ...]:
+    """Each task with its classes and how many images have a label of it (−1: none)."""
+    return tuple(
+        Task(name=task, label=task, classes=classes[task], images=int((of_task >= 0).sum())) for task, of_task in labels.items()
+    )
 
 
 def check_sides(labelled: Labelled) -> None:

@@ -21,13 +21,13 @@ def _about(evaluation: Evaluation) -> str:
 
 
 def _task_table(evaluation: Evaluation, task: str) -> str:
-    figures = {(one.candidate, one.metric): one for one in evaluation.figures if one.task == task}
-    differences = {(one.candidate, one.metric): one for one in evaluation.differences if one.task == task}
-    about = next(one for one in evaluation.tasks if one.name == task)
+    figures = {(row.candidate, row.metric): row for row in evaluation.figures if row.task == task}
+    differences = {(row.candidate, row.metric): row for row in evaluation.differences if row.task == task}
+    about = next(row for row in evaluation.tasks if row.name == task)
     lines = [["candidate", *(TITLES[metric] for metric in METRICS)]]
-    for one in evaluation.candidates:
-        cells = [_cell(figures[one.name, metric], differences.get((one.name, metric))) for metric in METRICS]
-        lines.append([one.name, *cells])
+    for row in evaluation.candidates:
+        cells = [_cell(figures[row.name, metric], differences.get((row.name, metric))) for metric in METRICS]
+        lines.append([row.name, *cells])
     return f"{task}: {len(about.classes)} classes, {about.images:,} images\n\n{_table(lines)}"
 
 
@@ -47,35 +47,42 @@ def _retention(evaluation: Evaluation) -> str:
     if not evaluation.retention:
         return ""
     lines = [["head of", "task", "on", "right", "on its own adapter", "difference, points", "images"]]
-    for one in evaluation.retention:
-        points = [f"{100 * value:+.1f}".replace("-", "−") for value in (one.kept - one.own, one.low, one.high)]
+    for head in evaluation.retention:
+        points = [f"{100 * value:+.1f}".replace("-", "−") for value in (head.kept - head.own, head.low, head.high)]
         difference = f"{points[0]} [{points[1]}, {points[2]}]"
-        own, kept = f"{100 * one.own:.1f}", f"{100 * one.kept:.1f}"
-        lines.append([one.adapter, one.task, one.candidate, kept, own, difference, f"{one.images:,}"])
+        own, kept = f"{100 * head.own:.1f}", f"{100 * head.kept:.1f}"
+        lines.append([head.adapter, head.task, head.candidate, kept, own, difference, f"{head.images:,}"])
     return f"Adapters' own heads: percent of labelled images that they get right\n\n{_table(lines)}"
 
 
 def _relations(evaluation: Evaluation) -> str:
     kinds = ("cosine", "sign_conflicts", "subspace_overlap", "cka")
     over_all: dict[tuple[str, str, str], float] = {
-        (one.one, one.other, one.kind): one.value for one in evaluation.relations if one.layer is None
+        (relation.one, relation.other, relation.kind): relation.value
+        for relation in evaluation.relations
+        if relation.layer is None
     }
     if not over_all:
         return ""
-    pairs = list(dict.fromkeys((one, other) for one, other, _ in over_all))
-    found = [kind for kind in kinds if any(kind == key[2] for key in over_all)]
-    lines = [["adapters", *(kind.replace("_", " ") for kind in found)]]
-    for one, other in pairs:
-        cells = [over_all.get((one, other, kind)) for kind in found]
-        lines.append([f"{one}, {other}", *("–" if value is None else f"{value:.3f}" for value in cells)])
+    pairs = list(dict.fromkeys((first, second) for first, second, _ in over_all))
+    shown = [kind for kind in kinds if any(kind == key[2] for key in over_all)]
+    lines = [["adapters", *(kind.replace("_", " ") for kind in shown)]]
+    for first, second in pairs:
+        cells = [over_all.get((first, second, kind)) for kind in shown]
+        lines.append([f"{first}, {second}", *("–" if value is None else f"{value:.3f}" for value in cells)])
     return f"How the adapters' changes lie to each other, over all layers\n\n{_table(lines)}"
 
 
 def _cost(evaluation: Evaluation) -> str:
     lines = [["candidate", "space", "dimensions", "MB", "build, s", "forward, s"]]
-    for one in evaluation.candidates:
-        sizes = [f"{one.dimension:,}", f"{one.encoder_bytes / 1e6:.1f}", f"{one.build_s:.1f}", f"{one.forward_s:.1f}"]
-        lines.append([one.name, one.space_id, *sizes])
+    for candidate in evaluation.candidates:
+        sizes = [
+            f"{candidate.dimension:,}",
+            f"{candidate.encoder_bytes / 1e6:.1f}",
+            f"{candidate.build_s:.1f}",
+            f"{candidate.forward_s:.1f}",
+        ]
+        lines.append([candidate.name, candidate.space_id, *sizes])
     return _table(lines)
 
 

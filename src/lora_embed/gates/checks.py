@@ -13,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_embed.vectors.health import Figures, Vectors, unit
+from lora_embed.vectors.health import Figures, Vectors
 from lora_embed.vectors.metrics import knn_accuracy, split_by_name
+from lora_embed.vectors.rows import unit
 
 MIN_ROWS = 64  # of fewer vectors the figures say little, and no gate is made of them
 SPLITS = 5
@@ -194,7 +195,7 @@ def neighbour_overlap(old: NDArray[Any], new: NDArray[Any], k: int = 10) -> floa
 def _nearest(vectors: NDArray[Any], k: int) -> NDArray[np.intp]:
     if not 1 <= k < len(vectors):
         raise ValueError(f"k is {k}, expected from 1 to {len(vectors) - 1}, one less than the {len(vectors)} vectors")
-    directions = unit(vectors)
+    directions = unit(np.asarray(vectors, np.float64))
     similarity = directions @ directions.T
     np.fill_diagonal(similarity, -np.inf)
     return np.argpartition(-similarity, k - 1, axis=1)[:, :k]
@@ -216,7 +217,7 @@ def accuracy_change(
     if takes_part.sum() < MIN_ROWS or len(set(classes[takes_part])) < 2:
         return None
     classes, ids = classes[takes_part].astype(np.int64), [ids[int(row)] for row in np.flatnonzero(takes_part)]
-    spaces = [unit(vectors[takes_part]).astype(np.float32) for vectors in (old, new)]
+    spaces = [unit(np.asarray(vectors[takes_part], np.float64)).astype(np.float32) for vectors in (old, new)]
     banks = [split_by_name(ids, BANK_SHARE, seed + number) for number in range(SPLITS)]
     figures = np.array([[_accuracy(space, classes, bank, k) for bank in banks] for space in spaces])
     deviation = float((figures[1] - figures[0]).std(ddof=1))
@@ -249,50 +250,6 @@ def comparison_gates(compared: Comparison, limits: Limits) -> list[Gate]:
         least = -limits.accuracy - 2 * accuracy.error
         gates.append(Gate(name="accuracy", value=accuracy.change, limit=least, direction="at least", says=says))
     return gates
-
-
-@dataclass(frozen=True, kw_only=True)
-class Policy:
-    """When a new encoder is worth a full pass.
-
-    `skip_overlap`: neighbours beyond chance from which on a change is too small, unless labels show a gain of more than
-    `skip_gain` and two errors; None never skips. Measured: bfloat16 for float32 0.987, adapters with a tenth of noise 0.96,
-    one merge with other random masks 0.79.
-    """
-
-    skip_overlap: float | None = 0.98
-    skip_gain: float = 0.0
-    limits: Limits = Limits()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What to do about a new encoder, and the sentence that says why."""
-
-    action: Literal["go on", "skip", "ask"]
-    says: str
-
-
-def re_embed_decision(compared: Comparison | None, policy: Policy, hours: float, extra: Sequence[Gate] = ()) -> Decision:
-    """Decide on a full pass from a sample: "ask" where a gate fails, "skip" where too little changes, else "go on".
-
-    `hours` is what the pass would take; `extra` are further gates of the sample (`health_gates`, `processor`). Of a sample
-    that is too small to compare only those speak.
-    """
-    cost = f"about {hours:.1f} hours" if hours >= 1 else f"about {max(hours * 60, 1):.0f} minutes"
-    gates = [*extra, *(comparison_gates(compared, policy.limits) if compared is not None else [])]
-    if failed := [gate for gate in gates if not gate.holds]:
-        reasons = "; ".join(f"{gate.name}: {gate.says}" for gate in failed)
-        return Decision(action="ask", says=f"{reasons}. A person is to decide before {cost} are spent.")
-    if compared is None:
-        return Decision(action="go on", says=f"too few images to compare; embedding them anew takes {cost}")
-    kept = f"{compared.overlap:.1%} of neighbours stay the same"
-    accuracy = compared.accuracy
-    gains = accuracy is not None and accuracy.change > policy.skip_gain + 2 * accuracy.error
-    if policy.skip_overlap is not None and compared.overlap >= policy.skip_overlap and not gains:
-        threshold = f"the change is below your threshold: {kept}, {policy.skip_overlap:.1%} or more is skipped"
-        return Decision(action="skip", says=f"{threshold}; it would have cost {cost}")
-    return Decision(action="go on", says=f"{kept}; embedding all images anew takes {cost}")
 
 
 def _ratio(value: float, of: float) -> float:

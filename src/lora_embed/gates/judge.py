@@ -128,7 +128,7 @@ def rows_of(store: Store, manifest: Manifest, ids: list[str]) -> Rows:
 
 
 def _columns_of(manifest: Manifest) -> list[str]:
-    return ["id", "sha256", "embedding", *(name for name, _ in manifest.pins["carry"] if name == LABEL)]
+    return ["id", "sha256", "embedding", *(name for name, _ in manifest.carry if name == LABEL)]
 
 
 def _common_ids(store: Store, before: Manifest, new: Manifest) -> list[str]:

@@ -1,11 +1,7 @@
 """Encoded bytes → uint8 RGB of the encoder's size, or a reject with its reason."""
 
 import contextlib
-import ctypes
-import hashlib
 import io
-import os
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +13,7 @@ from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from lora_embed.errors import LoraEmbedError
 from lora_embed.images.preprocess import Box, Joint, Pixels, Preprocessing
+from lora_embed.text import in_one_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none runs a program or reads another file
 MAX_PIXELS = 100_000_000  # of an image, where nobody says otherwise
@@ -29,9 +26,6 @@ _TURNS = {
 }  # fmt: skip
 # What each does, in this order: width and height change places, left and right, top and bottom.
 _SWAPS, _MIRRORS, _FLIPS = ({_TURNS[n] for n in numbers} for numbers in ((5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)))
-
-# Tests name images here that are to do harm: a real file that kills Pillow does so only until Pillow is mended.
-_HARM = dict(entry.split(":") for entry in os.environ.get("LORA_EMBED_TEST_POISON", "").split(",") if entry)
 
 # Pillow's own limit warns first and raises at twice its value; ours is checked as soon as the size is known.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -62,31 +56,13 @@ Decode = Callable[[bytes, Prepare, int], Decoded]  # `decode_image`, or what doe
 
 
 def decode_image(data: bytes, preprocessing: Prepare, max_pixels: int = MAX_PIXELS) -> Decoded:
-    """Decode and prepare one image, the first frame of an animated one. Raises BadImage.
-
-    For tests, the environment variable LORA_EMBED_TEST_POISON makes it do harm instead: entries `<sha256>:segfault`,
-    `:memory` or `:hang`, separated by commas, read when this module is imported.
-    """
+    """Decode and prepare one image, the first frame of an animated one. Raises BadImage."""
     if not data:
         raise BadImage("empty", "0 bytes")
     try:
-        if _HARM:
-            _do_harm(data)
         return _decode(data, preprocessing, max_pixels)
     except MemoryError:  # the same reason where the machine kills the process for it
         raise BadImage("decoder_crashed", "the decoder ran out of memory") from None
-
-
-def _do_harm(data: bytes) -> None:
-    """Stand in for a real image that crashes, fills the memory or never ends: kill the process or take it, for real."""
-    kind = _HARM.get(hashlib.sha256(data).hexdigest())
-    if kind == "segfault":
-        ctypes.string_at(0)
-    while kind == "hang":
-        time.sleep(1)
-    taken = []
-    while kind == "memory":
-        taken.append(np.empty(2**28, np.uint8))  # address space, never touched: other processes keep their memory
 
 
 def _decode(data: bytes, preprocessing: Prepare, max_pixels: int) -> Decoded:
@@ -112,7 +88,7 @@ def _decode(data: bytes, preprocessing: Prepare, max_pixels: int) -> Decoded:
     except (LoraEmbedError, BadImage, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001
-        raise BadImage("corrupt_image", f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
+        raise BadImage("corrupt_image", f"{type(error).__name__}: {in_one_line(error, 120)}") from None
 
 
 def _load(image: Image.Image, preprocessing: Prepare) -> tuple[Image.Image, tuple[int, int], Box | None]:

@@ -1,10 +1,8 @@
 """A base model's directory → a headless model in float32, and where a checkpoint's tensors belong in it."""
 
 import contextlib
-import copy
 import hashlib
 import inspect
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -16,7 +14,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoImageProcessor,
@@ -37,12 +34,11 @@ from lora_embed.model.files import (
     weight_files,
 )
 from lora_embed.model.follow import ADVICE
-from lora_embed.model.transformers_private import dual_encoder_of
 from lora_embed.store import hub
 from lora_embed.store.fetch import fetch_directory
+from lora_embed.text import in_one_line
 
 MODEL_FILES = (MODEL_CONFIG, *PROCESSOR_FILES, "*.safetensors", MODEL_INDEX)  # patterns of what is copied of a model elsewhere
-_USUAL_HEADS = {"classifier", "head", "score"}
 # What transformers and torch raise for a configuration or weights that nobody saved so.
 _LIBRARY_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
@@ -54,7 +50,6 @@ _COUNTS = re.compile(r"layer|depth|stage|block|repeat|labels")
 MOST_COUNTED = 100_000  # labels, layers and the like of any model
 MOST_LAYERS = 1000  # where the files hold fewer tensors
 MOST_BUFFERS = 2**28  # numbers that a model computes for itself when it is made
-_FIRST = 1024  # of the numbers that `locate` loads: no weight begins as one of them
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -144,16 +139,16 @@ def _load(folder: Path, where: str, config: PretrainedConfig) -> tuple[Any, list
                 tensors = opened.enter_context(safe_open(file, "pt"))
                 state |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
             _check_size(config, state, where)
-            model, info = _model_class(config).from_pretrained(
+            model, info = model_class(config).from_pretrained(
                 None,
                 config=config,
                 state_dict=state,
                 output_loading_info=True,
                 dtype=torch.float32,
-                **_without_pooler(config),
+                **without_pooler(config),
             )
     except _LIBRARY_ERRORS as error:
-        raise EncoderError(f"{where}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise EncoderError(f"{where}: cannot be loaded: {in_one_line(error, 300)}") from None
     return model, sorted(info["missing_keys"])
 
 
@@ -166,13 +161,13 @@ def read_model_config(folder: Path, where: str) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # else it asks whoever sits at the terminal
     except _LIBRARY_ERRORS as error:
-        raise EncoderError(f"{where}: config.json is not a known model's: {' '.join(str(error).split())[:200]}") from None
+        raise EncoderError(f"{where}: config.json is not a known model's: {in_one_line(error)}") from None
     vision = getattr(config, "vision_config", None)
     if isinstance(vision, PretrainedConfig):
         config = vision
     if type(config) not in MODEL_MAPPING:
         raise EncoderError(f"{where}: model type {config.model_type!r} has no AutoModel in this version of transformers")
-    _check_takes_images(_model_class(config), where)
+    _check_takes_images(model_class(config), where)
     if config.model_type.startswith("siglip"):  # its attention pooling; a field since transformers 5.22, obeyed before as well
         config.vision_use_head = False
     # As saved, these would make every forward pass keep all layers' states, or give tuples.
@@ -225,7 +220,7 @@ def _check_size(config: PretrainedConfig, tensors: dict[str, torch.Tensor], wher
                 "different models, or were changed. Bring together those of one."
             )
     with torch.device("meta"):
-        model = _model_class(config)(config, **_without_pooler(config))
+        model = model_class(config)(config, **without_pooler(config))
     needed, held = (sum(weight.numel() for weight in some) for some in (model.parameters(), tensors.values()))
     if needed > max(2 * held, 2**20) or sum(buffer.numel() for buffer in model.buffers()) > MOST_BUFFERS:
         raise EncoderError(
@@ -254,81 +249,15 @@ def read_processor(folder: Path) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     except _LIBRARY_ERRORS as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error)
         raise EncoderError(f"{folder}/preprocessor_config.json: is not a known image processor's: {reason}") from None
 
 
-def locate(config: PretrainedConfig, shapes: dict[str, torch.Size]) -> dict[str, str | None]:
-    """Ask transformers' checkpoint loader which weight of the headless model takes each named tensor.
-
-    The loader knows base prefixes and the modules renamed between transformers 4 and 5. Each name is loaded as a
-    tensor of numbers that no other has; the weight that holds exactly those afterwards is where it belongs. A name maps
-    to None when it fits no weight, one of another shape, several, or a part of one.
-    """
-    names = sorted(shapes)
-    probe = {name: _ramp(number, shapes[name]) for number, name in enumerate(names)}
-    model = _model_class(config).from_pretrained(
-        None,
-        config=config,
-        state_dict=dict(probe),
-        ignore_mismatched_sizes=True,
-        dtype=torch.float32,
-        **_without_pooler(config),
-    )
-    found: dict[str, list[str]] = {name: [] for name in names}
-    for target, weight in model.named_parameters():
-        number = int(weight.detach().flatten()[0]) - _FIRST if weight.numel() else -1
-        if 0 <= number < len(names) and torch.equal(weight, probe[names[number]]):
-            found[names[number]].append(target)
-    return {name: targets[0] if len(targets) == 1 else None for name, targets in found.items()}
-
-
-def _ramp(number: int, shape: torch.Size) -> torch.Tensor:
-    """Numbers that rise from `_FIRST + number` by less than one: what is split, joined, turned or shuffled differs."""
-    return torch.linspace(0, 0.5, math.prod(shape)).add_(_FIRST + number).reshape(shape)
-
-
-def head_names(config: PretrainedConfig) -> frozenset[str]:
-    """Top-level module names that belong to a task: classifiers, poolers, the other half of a dual encoder.
-
-    They are the children of the classes that people train, less those of the headless model.
-    """
-    body = _model_class(config)
-    with torch.device("meta"):
-        headless = body(config, **_without_pooler(config))
-        trained = [whole_class(whole) for whole_class, whole in _trained_classes(config)]
-    own = {name for name, _ in headless.named_children()} | {headless.base_model_prefix}
-    children = [(name, child) for model in trained for name, child in model.named_children()]
-    heads = {name for name, child in children if not isinstance(child, body)} - own
-    return frozenset(heads | {"pooler"} | (_USUAL_HEADS if len(trained) == 1 else set()))
-
-
-def _trained_classes(config: PretrainedConfig) -> list[tuple[Any, PretrainedConfig]]:
-    """The plain model with its pooler, a dual encoder that it is part of, and the image classification models."""
-    whole = copy.deepcopy(config)
-    if config.model_type.startswith("siglip"):
-        whole.vision_use_head = True
-    classes = [(_model_class(config), whole)]
-    outer = dual_encoder_of(config)
-    if outer is not None:
-        whole = outer(vision_config=whole.to_dict())
-        classes.append((MODEL_MAPPING[outer], whole))
-    found: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(whole), ())
-    return classes + [(one, whole) for one in (found if isinstance(found, tuple) else (found,))]
-
-
-def weight_shapes(config: PretrainedConfig) -> dict[str, torch.Size]:
-    """The shapes of all weights of the headless model, by name; none is allocated."""
-    with torch.device("meta"):
-        model = _model_class(config)(config, **_without_pooler(config))
-    return {name: weight.shape for name, weight in model.named_parameters()}
-
-
-def _model_class(config: PretrainedConfig) -> Any:
+def model_class(config: PretrainedConfig) -> Any:
     return MODEL_MAPPING[type(config)]
 
 
-def _without_pooler(config: PretrainedConfig) -> dict[str, bool]:
+def without_pooler(config: PretrainedConfig) -> dict[str, bool]:
     """Some families would otherwise add a pooler with random weights."""
-    accepted = inspect.signature(_model_class(config)).parameters
+    accepted = inspect.signature(model_class(config)).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in accepted else {}

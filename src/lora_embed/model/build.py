@@ -4,8 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,12 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from PIL import Image
 from transformers import PreTrainedModel
 
 from lora_embed.config.models import Recipe
 from lora_embed.errors import ConfigError, EncoderError
-from lora_embed.images.arithmetic import name_arithmetic, with_golden
+from lora_embed.images.arithmetic import with_golden
 from lora_embed.images.preprocess import Preprocessing, from_processor
 from lora_embed.model import golden, merge
 from lora_embed.model.adapter import PROCESSOR_NAME, SavedAdapter, check_adapter, read_adapter, some
@@ -30,13 +27,14 @@ from lora_embed.model.fold import Limit
 from lora_embed.model.match import Adapter, match_adapter, target_of
 from lora_embed.model.member import Member, fold_members, prove_members, write_member
 from lora_embed.model.pooling import find_tap
+from lora_embed.model.prepare import checked_preprocessing, golden_images
 from lora_embed.model.report import write_report
 from lora_embed.model.space import VERSION, space_id_of
 from lora_embed.store import hub
+from lora_embed.store.aside import folder_aside
+from lora_embed.text import in_one_line
 
 Say = Callable[[str], None]
-MOST_LARGE = 8192  # pixels, an edge of the large golden image
-MOST_MOVED = 4.0  # of 255: 0.3 is usual, 2.3 was seen with images of 32 pixels, 4.7 where the filter is none (nearest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +108,7 @@ def build_encoder(ingredients: Ingredients, out: Path, say: Say, limit: Limit | 
     Raises AdapterMismatch, EncoderError, ConfigError, or ChangedMeanwhile.
     """
     _check_out(out)
-    with _written_aside(out) as folder, _unchanged(ingredients):
+    with folder_aside(out) as folder, _unchanged(ingredients):
         _build(ingredients, folder, say, limit)
     description = read_description(out)
     say(f"encoder {description.space_id}: {description.dimension}-d vectors, pooling {description.pooling}")
@@ -122,11 +120,11 @@ def _build(ingredients: Ingredients, folder: Path, say: Say, limit: Limit | None
     if limit is not None and not recipe.adapters:
         raise ConfigError("there is no adapter to store: merge_method is none. Name adapters, or store the model.")
     adapters = match_adapters(ingredients)
-    preprocessing, processor = _checked_preprocessing(base, recipe)
+    preprocessing, processor = checked_preprocessing(base, recipe)
     notes = _notes(ingredients, preprocessing)
     for note in notes:
         say(f"note: {note}")
-    images = _golden_images(preprocessing, base)
+    images = golden_images(preprocessing, base)
     pixels = golden_pixels(images, preprocessing)
     preprocessing = with_golden(preprocessing, dict(zip(images, pixels, strict=True)))
     whole = None
@@ -158,8 +156,8 @@ def open_base(ingredients: Ingredients) -> tuple[PreTrainedModel, Description]:
     """
     base, recipe = ingredients.base, ingredients.recipe
     alone = recipe.model_copy(update={"adapters": (), "merge_method": "none", "merge_options": {}})
-    preprocessing, _ = _checked_preprocessing(base, recipe)
-    pixels = golden_pixels(_golden_images(preprocessing, base), preprocessing)
+    preprocessing, _ = checked_preprocessing(base, recipe)
+    pixels = golden_pixels(golden_images(preprocessing, base), preprocessing)
     model = load_headless(base.folder, base.uri)
     return model, _describe([model], preprocessing, with_recipe(ingredients, alone), None, pixels)
 
@@ -170,26 +168,6 @@ def _check_out(out: Path) -> None:
     nearest = next(parent for parent in out.absolute().parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ConfigError(f"{out}: cannot be written: {nearest} is not a directory that this user may write to")
-
-
-@contextlib.contextmanager
-def _written_aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when all went well, and is gone when not, with those made to hold it."""
-    made = [above for above in out.parents if not above.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
-            folder = Path(aside) / "encoder"
-            folder.mkdir()
-            yield folder
-            if out.is_dir():
-                out.rmdir()
-            shutil.move(folder, out)
-    except BaseException:
-        for above in made:
-            with contextlib.suppress(OSError):  # somebody else's files are in it by now
-                above.rmdir()
-        raise
 
 
 def _vectors(
@@ -240,44 +218,6 @@ def _notes(ingredients: Ingredients, preprocessing: Preprocessing) -> list[str]:
     return notes
 
 
-def _checked_preprocessing(base: Base, recipe: Recipe) -> tuple[Preprocessing, dict[str, Any]]:
-    """The geometry read from the base's processor, proven equal to it on images of awkward sizes, with its arithmetic named."""
-    original = read_processor(base.folder)
-    preprocessing, settings = from_processor(original.to_dict(), recipe.image_size, recipe.decode)
-    processor = type(original)(**settings)
-    multiply, add = (np.array(values, np.float32).reshape(3, 1, 1) for values in (preprocessing.multiply, preprocessing.add))
-    rng = np.random.default_rng(0)
-    for height, width in ((375, 500), (500, 333), (64, 64), (31, 200), (223, 225), (1, 7)):
-        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        expected = np.asarray(processor(image)["pixel_values"][0])
-        ours = preprocessing.apply(image).transpose(2, 0, 1).astype(np.float32) * multiply + add
-        if expected.shape != ours.shape or np.abs(expected - ours).max() > 1e-5:
-            raise EncoderError(
-                f"{base.uri}: its {type(original).__name__} prepares a {width}×{height} image in another way than resize, "
-                "crop, rescale and normalise; that processor is not supported"
-            )
-    return name_arithmetic(preprocessing), settings
-
-
-def _golden_images(preprocessing: Preprocessing, base: Base) -> dict[str, bytes]:
-    """The golden images; `fast` has a JPEG more, decoded at a quarter and here held against its exact pixels."""
-    images = golden.make_images()
-    if preprocessing.decode == "exact":
-        return images
-    edge = 4 * max(preprocessing.least_size(1, 1))
-    if preprocessing.resize is None or edge > MOST_LARGE:
-        raise EncoderError(f"{base.uri}: its image processor leaves nothing for decode: fast to save. Set exact in the recipe.")
-    large = golden.make_large(edge)
-    exact = golden_pixels(large, replace(preprocessing, decode="exact")).astype(int)
-    moved = float(np.abs(golden_pixels(large, preprocessing) - exact).mean())
-    if not 0 < moved < MOST_MOVED:
-        raise EncoderError(
-            f"{base.uri}: decoded fast, the pixels of a JPEG of {edge}×{edge} differ from exact ones by {moved:.2f} of 255, "
-            f"expected more than 0 and less than {MOST_MOVED:g}. Set decode: exact in the recipe."
-        )
-    return dict(sorted((images | large).items()))
-
-
 @torch.inference_mode()
 def _describe(
     models: list[PreTrainedModel],
@@ -294,7 +234,7 @@ def _describe(
         height, width = preprocessing.size
         raise EncoderError(
             f"{base.uri}: {type(model).__name__} does not take images of {height}×{width} pixels "
-            f"({' '.join(str(error).split())[:160]}). Correct image_size in the recipe, or leave it out."
+            f"({in_one_line(error, 160)}). Correct image_size in the recipe, or leave it out."
         ) from None
     reference = BaseReference(uri=base.uri, revision=recipe.revision, content_hash=base.content_hash)
     return Description(

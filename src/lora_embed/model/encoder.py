@@ -24,6 +24,7 @@ from lora_embed.model.pooling import FROM_LAST_HIDDEN_STATE, HiddenState, pooler
 from lora_embed.model.space import VERSION, space_id_of
 from lora_embed.model.torch_private import is_out_of_memory
 from lora_embed.store.fetch import fetch_directory
+from lora_embed.text import in_one_line
 
 cuda: Any = torch.cuda  # partly untyped
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,7 +96,7 @@ class Encoder:
                 raise
             raise IncompleteRun(
                 f"{self.device}: memory does not suffice for batches of {self.batch_size} images in {self.precision} "
-                f"({' '.join(str(error).split())[:160]}). Set batch_size lower, or free memory there."
+                f"({in_one_line(error, 160)}). Set batch_size lower, or free memory there."
             ) from None
 
     def check_golden(self, folder: Path) -> float:

@@ -1,41 +1,26 @@
 """A saved adapter + the base's architecture → the change of each weight, named as the base names it; or a refusal.
 
-transformers' own checkpoint loader says which weight of the base each tensor belongs to (`base.locate`), PEFT's
+transformers' own checkpoint loader says which weight of the base each tensor belongs to (`locate.locate`), PEFT's
 pattern rules which rank and alpha hold there.
 """
 
 import math
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from lora_embed.errors import AdapterMismatch
-from lora_embed.model.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, SavedAdapter, residual_kind, some
-from lora_embed.model.base import Base, head_names, locate, read_model_config, weight_shapes
+from lora_embed.model.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, SavedAdapter, residual_kind
+from lora_embed.model.base import Base, read_model_config
 from lora_embed.model.change import Change, LowRank, Normed, Replaced, Residual, Shift
-from lora_embed.model.endless import Expression, problem_with
-from lora_embed.model.peft_private import expressions_of_names, expressions_of_targets, named_by, targeting
+from lora_embed.model.locate import head_names, locate, weight_shapes
+from lora_embed.model.peft_private import expressions_of_names, named_by
+from lora_embed.model.whole import Target, check_biases, check_effect, check_patterns, check_places, check_whole, shape_of
 
-# Names of tensors → for each, the base weight that takes it, or None; as `base.locate` finds it.
-Locate = Callable[[dict[str, torch.Size]], dict[str, str | None]]
 _HALVES = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
 # PEFT saves bias="all" of a module in modules_to_save three times: the trained one, beside its wrapper's two.
 _COPIES = (".modules_to_save.", ".original_module.")
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer
 _KINDS = (*_HALVES, "lora_B.bias", "lora_magnitude_vector", "lora_magnitude_vector.weight")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """The architecture that adapters are matched to."""
-
-    uri: str  # of the base, for messages
-    locate: Locate
-    head_names: frozenset[str]  # modules of a task's own head, which an encoder does without
-    shapes: dict[str, torch.Size]  # of all weights of the headless model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +96,11 @@ def match_adapter(saved: SavedAdapter, target: Target) -> Adapter:
     shapes |= {name: tensor.shape for name, tensor in others.items()}
     found = target.locate(shapes)
     heads = {name for name, place in found.items() if place is None and _is_of_head(name, target)}
-    _check_places(saved, target, shapes, {name: place for name, place in found.items() if name not in heads})
+    check_places(saved, target, shapes, {name: place for name, place in found.items() if name not in heads})
     places = {name: place for name, place in found.items() if place is not None}
     adapted = {name: places[name] for name in (f"{module.name}.weight" for module in modules) if name in places}
-    _check_whole(saved, target, adapted)
-    _check_biases(saved, target, set(adapted.values()), {places[name] for name in others if name in places})
+    check_whole(saved, target, adapted)
+    check_biases(saved, target, set(adapted.values()), {places[name] for name in others if name in places})
     changes: dict[str, Change] = {places[name]: Replaced(trained=others[name]) for name in others if name in places}
     for module in modules:
         if f"{module.name}.weight" in places:
@@ -123,7 +108,7 @@ def match_adapter(saved: SavedAdapter, target: Target) -> Adapter:
         if module.bias is not None and f"{module.name}.bias" in places:
             whole = others.get(f"{module.name}.bias")
             changes[places[f"{module.name}.bias"]] = _bias_change(module.lora.scale, module.bias, whole)
-    _check_effect(saved, changes, heads)
+    check_effect(saved, changes, heads)
     own = sorted(key.removeprefix(PREFIX) for key in saved.tensors)
     dropped = tuple(key for key in own if _is_below(key, heads))
     return Adapter(saved=saved, changes=changes, places=places, head_keys=dropped)
@@ -151,14 +136,8 @@ def _split(saved: SavedAdapter) -> tuple[list[_Module], dict[str, torch.Tensor]]
     if not found:
         raise AdapterMismatch(f"{saved.uri}: {WEIGHTS_NAME} holds no LoRA tensors, so it would change nothing. Leave it out.")
     patterns = [expressions_of_names(saved.config.get(field) or {}) for field in ("rank_pattern", "alpha_pattern")]
-    _check_patterns(saved, patterns, list(found))
+    check_patterns(saved, patterns, list(found))
     return [_module(saved, name, tensors) for name, tensors in found.items()], others
-
-
-def _check_patterns(saved: SavedAdapter, patterns: list[list[Expression]], names: list[str]) -> None:
-    """Patterns are regular expressions by whoever wrote the adapter: one that has no end would hang the build."""
-    if (problem := problem_with(patterns, names)) is not None:
-        raise AdapterMismatch(f"{saved.uri}: a pattern of {CONFIG_NAME} cannot be used: {problem}. Save the adapter again.")
 
 
 def _module(saved: SavedAdapter, name: str, tensors: dict[str, torch.Tensor]) -> _Module:
@@ -238,83 +217,6 @@ def _is_below(key: str, heads: set[str]) -> bool:
     return any(key.replace(".base_layer.", ".").startswith(f"{module}.") for module in modules) or key in heads
 
 
-def _check_places(saved: SavedAdapter, target: Target, shapes: dict[str, torch.Size], places: dict[str, str | None]) -> None:
-    unused = [name for name in places if places[name] is None]
-    if not unused:
-        return
-    alone = target.locate({name: shapes[name] for name in unused})
-    for name, place in alone.items():
-        if place is not None and place in places.values():
-            other = next(own for own, taken in places.items() if taken == place)
-            raise AdapterMismatch(
-                f"{saved.uri}: {other} and {name} are both names of {place}, so it is saved twice. Save the adapter again."
-            )
-    kernels = any(len(shapes[name]) > 2 for name in unused)
-    hint = " A convolution in groups cannot be folded: its LoRA mixes channels that its weight keeps apart." if kernels else ""
-    raise AdapterMismatch(
-        f"{saved.uri}: {len(unused)} of {len(places)} weights that it changes match none of {target.uri}: "
-        f"{some([f'{name} {_shape_of(shapes[name])}' for name in unused])}. "
-        f"It was trained on {saved.config.get('base_model_name_or_path')!r}; name that base in the recipe.{hint}"
-    )
-
-
-def _check_whole(saved: SavedAdapter, target: Target, adapted: dict[str, str]) -> None:
-    """All modules that the configuration targets, by PEFT's own rule, are there; a gap is a lost tensor."""
-    named = saved.config.get("target_modules")
-    if not named:
-        return
-    absent = {place: own for place, own in _own_names(target, adapted).items() if place not in adapted.values()}
-    _check_patterns(saved, expressions_of_targets(saved.config), list(absent.values()))
-    is_targeted = targeting(saved.config)
-    missing = sorted(place for place, own in absent.items() if is_targeted(own))
-    if missing:
-        raise AdapterMismatch(
-            f"{saved.uri}: {CONFIG_NAME} targets {some(sorted([named] if isinstance(named, str) else named), 6)}, but "
-            f"{WEIGHTS_NAME} has nothing for {some(missing)}; the file is not whole. Save it again."
-        )
-
-
-def _own_names(target: Target, adapted: dict[str, str]) -> dict[str, str]:
-    """Weights of the base → what the adapter calls their modules, as far as the names in its file show that."""
-    weights = [name for name, shape in target.shapes.items() if name.endswith(".weight") and len(shape) > 1]
-    fronts = {own.removesuffix(place) if own.endswith(place) else None for own, place in adapted.items()}
-    if len(fronts) == 1 and None not in fronts:
-        return {place: f"{fronts.copy().pop()}{place}".removesuffix(".weight") for place in weights}
-    templates = {}  # other names in other layers differ by numbers alone
-    for own, place in adapted.items():
-        template = _NUMBER.sub("{}", own)
-        if template.format(*_NUMBER.findall(place), *[""] * template.count("{}")) == own:
-            templates[_NUMBER.sub("#", place)] = template.removesuffix(".weight")
-    kinds = {place: templates.get(_NUMBER.sub("#", place)) for place in weights}
-    return {place: template.format(*_NUMBER.findall(place)) for place, template in kinds.items() if template}
-
-
-def _check_biases(saved: SavedAdapter, target: Target, adapted: set[str], whole: set[str]) -> None:
-    """The biases that `bias` in the configuration had trained are all there; old versions of PEFT left them out."""
-    kind = saved.config.get("bias")
-    biases = {name for name in target.shapes if name.endswith(".bias")}
-    owners = {"all": biases, "lora_only": {f"{name.removesuffix('.weight')}.bias" for name in adapted} & biases}
-    missing = sorted(owners.get(str(kind), set()) - whole)
-    if missing:
-        raise AdapterMismatch(
-            f"{saved.uri}: was trained with bias={kind!r}, but {WEIGHTS_NAME} does not hold {some(missing)}, so what it "
-            'learned there is lost. Save it with a version of PEFT that keeps them, or train it with bias="none".'
-        )
-
-
-def _check_effect(saved: SavedAdapter, changes: dict[str, Change], heads: set[str]) -> None:
-    if not changes:
-        raise AdapterMismatch(
-            f"{saved.uri}: changes {some(sorted(heads))} alone, a task's own head, which an encoder does without. "
-            "Leave it out of the recipe."
-        )
-    if all(isinstance(change, LowRank) and not change.norm() for change in changes.values()):
-        raise AdapterMismatch(
-            f"{saved.uri}: all of its LoRA products are zero, so it would change nothing. "
-            "Was it saved before training? Train it, or leave it out of the recipe."
-        )
-
-
 def _scale(saved: SavedAdapter, module: str, rank: int) -> float:
     """`alpha / rank`, or `alpha / sqrt(rank)` for rank-stabilised LoRA (arXiv 2312.03732), patterns respected."""
     config = saved.config
@@ -330,8 +232,4 @@ def _scale(saved: SavedAdapter, module: str, rank: int) -> float:
 
 
 def _shape(tensor: torch.Tensor) -> str:
-    return _shape_of(tensor.shape)
-
-
-def _shape_of(shape: Any) -> str:
-    return "×".join(map(str, shape)) or "scalar"
+    return shape_of(tensor.shape)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from lora_embed.errors import LoraEmbedError, lack_of_machine
-from lora_embed.monitor.progress import LogFormat, log_as, logs_json, noted, say, span
+from lora_embed.monitor.progress import LogFormat, log_as, logs_json, noted, say
+from lora_embed.text import span
 
 MOST_CHARACTERS, MOST_OF_TABLE = 200, 40
 WORDS = {0: "done", 1: "not done", 2: "refused"}  # by exit code

@@ -22,9 +22,9 @@ from rich.live import Live
 from rich.text import Text
 
 from lora_embed.monitor.effort import Effort
-from lora_embed.monitor.stages import Bound, Workers, add_seconds, find_bound
-from lora_embed.schema import ChunkStats, Shard
-from lora_embed.text import in_lines, redacted, without_secrets
+from lora_embed.monitor.stages import Bound, Workers, find_bound
+from lora_embed.schema import ChunkHead, Shard
+from lora_embed.text import in_lines, redacted, span, without_secrets
 
 LOG_EVERY_S = 10.0
 MOST_NAMED = 10  # failed shards that a log for persons names as they fail; the run's end names as many
@@ -56,7 +56,7 @@ def shown(message: str) -> str:
     return in_lines(redacted(message).split("\n"))
 
 
-def log_as(wanted: LogFormat) -> None:
+def log_as(chosen: LogFormat) -> None:
     """Speak in that way from now on, about no run yet."""
     _FACTS.clear()
     logging.raiseExceptions = False  # Ray keeps logs of its own, and prints a traceback where their disk is full
@@ -64,7 +64,7 @@ def log_as(wanted: LogFormat) -> None:
     warnings.showwarning = _say_warning
     sys.excepthook = _say_uncaught
     threading.excepthook = lambda ended: _say_uncaught(ended.exc_type, ended.exc_value, ended.exc_traceback)
-    if wanted is LogFormat.TEXT:
+    if chosen is LogFormat.TEXT:
         _IS_JSON.clear()
         return
     if not logs_json():
@@ -128,21 +128,22 @@ def _write(fields: dict[str, Any]) -> None:
 
 
 class Progress:
-    """Counts what the chain reports; a context manager that shows the counts while it is open."""
+    """Counts what the chain reports of one try; a context manager that shows the counts while it is open.
+
+    `effort` counts the same over all tries of the run.
+    """
 
     def __init__(
         self, shards: list[Shard], workers: Workers, console: Console | None = None, effort: Effort | None = None
     ) -> None:
         self._workers = workers
-        self._effort = effort or Effort()
-        self.seconds: dict[str, float] = {}  # by stage, summed over the workers
-        self._shards = {shard.id: shard for shard in shards}
-        self._size = sum(shard.size for shard in shards)
+        self._run = effort or Effort()
+        self.here = Effort(shards=len(shards))
+        self._bytes = {shard.id: shard.size for shard in shards}
         self._console = console or _STDERR
         self._started = time.monotonic()
         self._first: float | None = None
         self._ended = threading.Event()
-        self.samples = self.vectors = self.rejects = self.shards_done = self.shards_failed = 0
         self._bytes_done = 0
         self._is_live = self._console.is_terminal and not logs_json()
         self._live = Live(get_renderable=self._text, console=self._console, refresh_per_second=4, transient=True)
@@ -156,87 +157,76 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._effort.bound = self.bound()
+        self._run.bound = self.bound()
         self._ended.set()
         if self._is_live:
             self._live.stop()
         else:
             self._logger.join()
         self._show(self.line())
-        if self.seconds and not logs_json():
+        if self.here.seconds and not logs_json():
             self._console.print(self.bound().says)
 
-    def add(self, stats: ChunkStats) -> None:
+    def add(self, chunk: ChunkHead) -> None:
         """Count one row of the chain's end."""
-        self._first = self._first or time.monotonic() - sum(stats.seconds.values())  # when the first worker began
-        self.seconds = add_seconds(dict(self.seconds), stats.seconds)  # anew: the thread of the live line may be reading it
-        self._effort.add(stats)
-        self._effort.bound = self.bound()
-        if stats.error:
-            self.shards_failed += 1
-            self._tell_failure(stats)
+        self._first = self._first or time.monotonic() - sum(chunk.seconds.values())  # when the first worker began
+        self.here.add(chunk)
+        self._run.add(chunk)
+        self._run.bound = self.bound()
+        if chunk.error:
+            self._tell_failure(chunk)
             return
-        self.samples += stats.samples
-        self.vectors += stats.vectors
-        self.rejects += stats.rejects
-        if stats.rejects:
-            self._tell_rejects(stats)
-        if stats.last:
-            self.shards_done += 1
-            self._bytes_done += self._shards[stats.shard_id].size if stats.shard_id in self._shards else 0
+        if chunk.reasons:
+            self._tell_rejects(chunk)
+        if chunk.last:
+            self._bytes_done += self._bytes.get(chunk.shard_id, 0)
 
-    def _tell_failure(self, stats: ChunkStats) -> None:
-        level = "warning" if self.shards_failed <= MOST_NAMED else "debug"
-        facts = {"shard": self._name(stats), "chunk": stats.chunk, "may_pass": stats.may_pass}
-        say(f"shard failed: {stats.error}", level=level, event="shard_failed", **facts)
+    def _tell_failure(self, chunk: ChunkHead) -> None:
+        level = "warning" if self.here.shards_failed <= MOST_NAMED else "debug"
+        facts = {"shard": chunk.shard_name, "chunk": chunk.chunk, "may_pass": chunk.may_pass}
+        say(f"shard failed: {chunk.error}", level=level, event="shard_failed", **facts)
 
-    def _tell_rejects(self, stats: ChunkStats) -> None:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in stats.reasons.items())
-        said = f"{self._name(stats)}: chunk {stats.chunk} has {stats.rejects} rejects: {reasons}"
-        say(said, level="debug", event="rejects", shard=self._name(stats), chunk=stats.chunk, rejects=stats.reasons)
-
-    def _name(self, stats: ChunkStats) -> str:
-        return self._shards[stats.shard_id].name if stats.shard_id in self._shards else stats.shard_id
+    def _tell_rejects(self, chunk: ChunkHead) -> None:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in chunk.reasons.items())
+        said = f"{chunk.shard_name}: chunk {chunk.chunk} has {chunk.rejects} rejects: {reasons}"
+        say(said, level="debug", event="rejects", shard=chunk.shard_name, chunk=chunk.chunk, rejects=chunk.reasons)
 
     def bound(self) -> Bound:
         """What bounds the run, from when its first worker began."""
         began = self._first or time.monotonic()
-        return find_bound(self.seconds, time.monotonic() - began, self._workers)
+        return find_bound(self.here.seconds, time.monotonic() - began, self._workers)
 
     def line(self) -> str:
         """Samples, images/s, shards, rejects and the time left, as one line."""
-        elapsed = time.monotonic() - self._started
-        failed = f", {self.shards_failed} failed" if self.shards_failed else ""
+        said = self._figures()
+        failed = f", {said['shards_failed']} failed" if said["shards_failed"] else ""
+        left = f" · about {span(said['left_s'])} left" if said["left_s"] is not None else ""
+        bound = f" · bound by {said['bound']}" if said["bound"] else ""
         return (
-            f"{self.samples:,} samples · {self.samples / max(elapsed, 1e-9):,.1f} images/s · "
-            f"{self.shards_done}/{len(self._shards)} shards{failed} · {self.rejects:,} rejects · "
-            f"{span(elapsed)} elapsed{self._time_left(elapsed)}{f' · bound by {self.bound().by}' if self.seconds else ''}"
+            f"{said['samples']:,} samples · {said['images_per_s']:,.1f} images/s · "
+            f"{said['shards_done']}/{said['shards']} shards{failed} · {said['rejects']:,} rejects · "
+            f"{span(said['elapsed_s'])} elapsed{left}{bound}"
         )
 
-    def _time_left(self, elapsed: float) -> str:
-        left = self._seconds_left(elapsed)
-        return f" · about {span(left)} left" if left is not None else ""
-
     def _seconds_left(self, elapsed: float) -> float | None:
-        if not self._bytes_done or self._bytes_done >= self._size:
-            return None
-        return elapsed * (self._size - self._bytes_done) / self._bytes_done
+        left = sum(self._bytes.values()) - self._bytes_done
+        return elapsed * left / self._bytes_done if self._bytes_done and left > 0 else None
 
     def _figures(self) -> dict[str, Any]:
         """What the line says, as numbers."""
-        elapsed = time.monotonic() - self._started
+        elapsed, here = time.monotonic() - self._started, self.here
         left = self._seconds_left(elapsed)
         return {
-            "samples": self.samples,
-            "vectors": self.vectors,
-            "rejects": self.rejects,
-            "images_per_s": round(self.samples / max(elapsed, 1e-9), 1),
-            "shards": len(self._shards),
-            "shards_done": self.shards_done,
-            "shards_failed": self.shards_failed,
+            "samples": here.samples,
+            "vectors": here.vectors,
+            "rejects": here.rejects.total(),
+            "images_per_s": round(here.samples / max(elapsed, 1e-9), 1),
+            "shards": here.shards,
+            "shards_done": here.shards_done,
+            "shards_failed": here.shards_failed,
             "elapsed_s": round(elapsed, 1),
             "left_s": None if left is None else round(left, 1),
-            "bound": self.bound().by if self.seconds else None,
+            "bound": self.bound().by if here.seconds else None,
         }
 
     def _show(self, line: str) -> None:
@@ -251,9 +241,3 @@ class Progress:
     def _log(self) -> None:
         while not self._ended.wait(LOG_EVERY_S):
             self._show(self.line() if logs_json() else f"{time.strftime('%H:%M:%S')} {self.line()}")
-
-
-def span(seconds: float) -> str:
-    """Minutes and seconds, and hours where there are any."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

@@ -28,24 +28,30 @@ class RejectExample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """One run of embedding. It holds nothing of the environment, and no storage options."""
+class RunSummary:
+    """What state and record of a run have in common."""
 
     run_id: str
     started: str  # UTC, ISO 8601
-    seconds: float
-    outcome: Outcome
-    error: str  # why it failed
+    seconds: float = 0.0
+    outcome: Outcome = "running"
+    error: str = ""  # why it failed
+    embedded: int = 0  # samples that this run decoded, rejects included
+    rejected: int = 0  # of these
+    version: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(RunSummary):
+    """One run of embedding. It holds nothing of the environment, and no storage options."""
+
     job: dict[str, Any]
     encoder: dict[str, Any]  # space_id, recipe_id, dimension
     layout: dict[str, Any]
-    embedded: int  # samples that this run decoded, rejects included
-    rejected: int  # of these
     stages: dict[str, float]  # the workers' seconds by stage
     bound: dict[str, str]  # `by` and `says`; empty where nothing was embedded
     workers: dict[str, float]
     readings: tuple[Reading, ...]
-    version: int | None = None
     counts: dict[str, int] = field(default_factory=dict)  # of the version
     gates: dict[str, dict[str, Any]] = field(default_factory=dict)
     lineage: dict[str, Any] = field(default_factory=dict)
@@ -60,26 +66,18 @@ class RunRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunState:
+class RunState(RunSummary):
     """How far a run is, or how it ended, in a few hundred bytes: `runs/<run_id>/state.json`."""
 
-    run_id: str
     host: str
-    started: str  # UTC, ISO 8601
-    seconds: float = 0.0
-    outcome: Outcome = "running"
     doing: str = ""
     space_id: str = ""
     shards: int = 0  # to embed
     shards_done: int = 0
     shards_failed: int = 0
-    embedded: int = 0  # samples that this run decoded, rejects included
-    rejected: int = 0  # of these
     images_per_s: float = 0.0
     bound: str | None = None
     last_chunk: str | None = None  # UTC, ISO 8601: when the last one came in
-    version: int | None = None
-    error: str = ""  # why it failed
     format: int = FORMAT
 
     def to_json(self) -> bytes:
@@ -115,7 +113,7 @@ def bins_of(record: RunRecord) -> list[Bin]:
     count = len(readings) - 1
     step = max(-(-count // MOST_BINS), min(workers.actors, count // 6), 1)
     marks = [*range(0, count, step), count] if count > 0 else []
-    return [_bin(readings[one], readings[other], workers) for one, other in pairwise(marks)]
+    return [_bin(readings[first], readings[second], workers) for first, second in pairwise(marks)]
 
 
 def _bin(before: Reading, after: Reading, workers: Workers) -> Bin:

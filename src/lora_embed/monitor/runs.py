@@ -13,11 +13,10 @@ from typing import Any
 from lora_embed.errors import LoraEmbedError
 from lora_embed.monitor.ending import gist
 from lora_embed.monitor.heartbeat import DEAD_AFTER_S, Heartbeat
-from lora_embed.monitor.progress import span
 from lora_embed.monitor.record import RunState
 from lora_embed.schema import Entry
 from lora_embed.store.store import Store
-from lora_embed.text import printable, without_secrets
+from lora_embed.text import printable, span, without_secrets
 
 MOST_OF_CAUSE = 200  # characters
 SHOWN = 10  # runs that `status` tells of
@@ -125,34 +124,54 @@ def _read(store: Store, listed: Iterable[Entry], now: float) -> Iterator[Run]:
             yield Run(state=state, heard=entry.modified, silent_s=max(0.0, now - entry.modified))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """When a run or a command began, and its name."""
+
+    run_id: str
+    started: datetime
+    moment: float  # monotonic
+
+    @classmethod
+    def now(cls) -> "Beginning":
+        started = datetime.now(UTC)
+        return cls(run_id=name_run(started), started=started, moment=time.monotonic())
+
+    @property
+    def seconds(self) -> float:
+        """Since then."""
+        return round(time.monotonic() - self.moment, 2)
+
+    def state(self, **facts: Any) -> RunState:
+        """What is known of it by now, for others to read."""
+        started = self.started.isoformat(timespec="seconds")
+        return RunState(run_id=self.run_id, host=socket.gethostname(), started=started, seconds=self.seconds, **facts)
+
+
 @contextlib.contextmanager
 def announced(store: Store, doing: str, space_id: str = "") -> Iterator[None]:
     """Tell of a command that writes to the table, for as long as it goes on: what it needs is not removed meanwhile.
 
     Raises StorageError or StoreUnavailable where not even that can be written; later it only tries.
     """
-    started, moment = datetime.now(UTC), time.monotonic()
-    run_id = name_run(started)
-    begun = RunState(
-        run_id=run_id,
-        host=socket.gethostname(),
-        started=started.isoformat(timespec="seconds"),
-        doing=doing,
-        space_id=space_id,
-    )
-    store.replace(state_path(run_id), begun.to_json())
+    beginning = Beginning.now()
+    path = state_path(beginning.run_id)
+
+    def tell(store: Store) -> None:
+        store.replace(path, beginning.state(doing=doing, space_id=space_id).to_json())
 
     def beat() -> None:
-        state = replace(begun, seconds=round(time.monotonic() - moment, 2))
         with contextlib.suppress(LoraEmbedError, OSError):
-            impatient(store, BEAT_RETRY_S).replace(state_path(run_id), state.to_json())
+            tell(impatient(store, BEAT_RETRY_S))
+
+    tell(store)
 
     try:
         with Heartbeat(beat):
             yield
     finally:
         with contextlib.suppress(LoraEmbedError, OSError):
-            impatient(store).delete([state_path(run_id)])
+            impatient(store).delete([path])
 
 
 def describe_runs(runs: list[Run]) -> list[str]:

@@ -60,22 +60,22 @@ class Timeline:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._began = clock, clock()
         self._every_s = READING_EVERY_S
-        self._now = Reading(elapsed_s=0.0, samples=0)
-        self._kept = [self._now]
+        self.now = Reading(elapsed_s=0.0, samples=0)
+        self._kept = [self.now]
 
     def add(self, samples: int, seconds: Mapping[str, float]) -> None:
         """Count what a worker has finished."""
-        spent = dict(self._now.seconds)
+        spent = dict(self.now.seconds)
         add_seconds(spent, seconds)
-        self._now = Reading(elapsed_s=self._clock() - self._began, samples=self._now.samples + samples, seconds=spent)
-        if self._now.elapsed_s - self._kept[-1].elapsed_s >= self._every_s:
-            self._kept = [*self._kept, self._now]  # anew: a copy of this timeline keeps its own
+        self.now = Reading(elapsed_s=self._clock() - self._began, samples=self.now.samples + samples, seconds=spent)
+        if self.now.elapsed_s - self._kept[-1].elapsed_s >= self._every_s:
+            self._kept = [*self._kept, self.now]  # anew: a copy of this timeline keeps its own
         if len(self._kept) > MOST_READINGS:
             self._kept, self._every_s = self._kept[::2], self._every_s * 2
 
     def readings(self) -> tuple[Reading, ...]:
         """From zero to what was added last."""
-        last = () if self._kept[-1] is self._now else (self._now,)
+        last = () if self._kept[-1] is self.now else (self.now,)
         return (*self._kept, *last)
 
 

@@ -1,7 +1,6 @@
 """A job from its file to a published version: encoder → plan → embed → verify → publish."""
 
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,8 @@ from lora_embed.errors import GateFailed, IncompleteRun, TableError, Verificatio
 from lora_embed.gates import judge
 from lora_embed.model.description import read_description
 from lora_embed.model.keep import keep_id
-from lora_embed.monitor.runs import impatient
+from lora_embed.monitor.effort import Effort
+from lora_embed.monitor.runs import Beginning, impatient
 from lora_embed.run import journal, preview, publish, work
 from lora_embed.run.encoders import prepare_encoder, renew_encoder, store_encoder
 from lora_embed.run.layout import resolve_layout
@@ -24,6 +24,7 @@ from lora_embed.schema import Shard, encoder_path
 from lora_embed.table import retention, staging, versions
 from lora_embed.table.manifest import Manifest
 from lora_embed.table.parts import part_path
+from lora_embed.text import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +41,23 @@ class RunResult:
     stages: dict[str, float] = field(default_factory=dict)  # seconds by stage, summed over the workers
     bound: str | None = None  # the stage that the run had to wait for
 
+    @classmethod
+    def of(cls, table: str, space_id: str, effort: Effort) -> "RunResult":
+        """What this effort came to; nothing is published yet."""
+        bound = effort.bound.by if effort.bound else None
+        return cls(table=table, space_id=space_id, embedded=effort.samples, stages=effort.rounded_seconds, bound=bound)
+
+    def at(self, manifest: Manifest, *, published: bool = False) -> "RunResult":
+        """The same, of a table whose current version is this one."""
+        return replace(self, space_id=manifest.space_id, version=manifest.version, counts=manifest.counts, published=published)
+
     def describe(self) -> str:
         """For a person, in a line."""
-        counted = ", ".join(f"{number:,} {name}" for name, number in self.counts.items())
         done = f"embedded {self.embedded:,} samples in {self.seconds:.0f} s"
         if self.version is None:
             return f"{self.table}: {done}; not published"
-        return f"{self.table}: version {self.version} {'published' if self.published else 'is current'} ({counted}); {done}"
+        became = "published" if self.published else "is current"
+        return f"{self.table}: version {self.version} {became} ({counted(self.counts)}); {done}"
 
 
 def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, releases: bool = False) -> RunResult:
@@ -122,23 +133,15 @@ def _carry_out(
     if current is not None and job.limit is None and versions.newest_of(store, space_id, shared.layout.pins, current) is None:
         recording.doing = "embedding a sample"
         if not preview.embed_sample(job, shared, current, shards, topology, recording.effort):
-            embedded, counts = recording.effort.samples, current.counts
-            held, version = current.space_id, current.version
-            return RunResult(table=job.table, space_id=held, embedded=embedded, version=version, counts=counts)
+            return RunResult.of(job.table, current.space_id, recording.effort).at(current)
     recording.doing = "embedding"
     effort = work.embed_missing(job, shared, shards, topology, recording.effort)
-    result = RunResult(
-        table=job.table,
-        space_id=space_id,
-        embedded=effort.samples,
-        stages={stage: round(seconds, 3) for stage, seconds in effort.seconds.items()},
-        bound=effort.bound.by if effort.bound else None,
-    )
+    result = RunResult.of(job.table, space_id, effort)
     if publishes and job.limit is None:
         recording.doing = "publishing"
         before = current.space_id if current is not None else None
         manifest, is_new = publish.publish(job, shared, shards, replaces=before, releases=releases)
-        result = replace(result, version=manifest.version, published=is_new, counts=manifest.counts)
+        result = result.at(manifest, published=is_new)
     return result
 
 
@@ -147,7 +150,7 @@ def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, s
 
     Raises ConfigError when nothing was ever embedded for this recipe; IncompleteRun, VerificationFailed or GateFailed.
     """
-    started = time.monotonic()
+    beginning = Beginning.now()
     opened = open_job(job)
     current, encoder, layout = opened.current, opened.encoder, opened.known_layout()
     if encoder is None or layout is None:
@@ -160,15 +163,8 @@ def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, s
             manifest, is_new = publish.publish(
                 job, shared, opened.shards, replaces=before, releases=releases, accepted=accepted
             )
-    return RunResult(
-        table=job.table,
-        space_id=encoder.space_id,
-        embedded=0,
-        version=manifest.version,
-        published=is_new,
-        counts=manifest.counts,
-        seconds=round(time.monotonic() - started, 2),
-    )
+    result = RunResult(table=job.table, space_id=encoder.space_id, embedded=0, seconds=beginning.seconds)
+    return result.at(manifest, published=is_new)
 
 
 def _is_current(opened: OpenJob) -> bool:
@@ -183,17 +179,11 @@ def _is_current(opened: OpenJob) -> bool:
     return True
 
 
-def _leave_as_it_is(beginning: journal.Beginning, opened: OpenJob) -> RunResult:
+def _leave_as_it_is(beginning: Beginning, opened: OpenJob) -> RunResult:
     """A quiet night: nothing to embed, nothing to publish, but the run is recorded and retention is enforced."""
     current, job, store = opened.current, opened.job, opened.store
     assert current is not None
     journal.leave_quiet(beginning, job, store, current)
     retention.enforce(impatient(store), job.retain, retention.Needs(shards=frozenset(current.shards)))
-    return RunResult(
-        table=job.table,
-        space_id=current.space_id,
-        embedded=0,
-        version=current.version,
-        counts=current.counts,
-        seconds=beginning.seconds,
-    )
+    result = RunResult(table=job.table, space_id=current.space_id, embedded=0, seconds=beginning.seconds)
+    return result.at(current)

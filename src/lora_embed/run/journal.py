@@ -1,12 +1,9 @@
 """Leaves what a run was with its table: `runs/<run_id>/record.json`, and the same as a page, `report.html`."""
 
-import socket
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -19,8 +16,8 @@ from lora_embed.errors import LoraEmbedError
 from lora_embed.monitor.effort import Effort
 from lora_embed.monitor.heartbeat import Heartbeat
 from lora_embed.monitor.progress import note, say
-from lora_embed.monitor.record import OPTIONS, Outcome, RejectExample, RunRecord, RunState
-from lora_embed.monitor.runs import BEAT_RETRY_S, impatient, name_run, prune_runs, state_path
+from lora_embed.monitor.record import OPTIONS, Outcome, RejectExample, RunRecord, RunState, RunSummary
+from lora_embed.monitor.runs import BEAT_RETRY_S, Beginning, impatient, prune_runs, state_path
 from lora_embed.report.run import run_page
 from lora_embed.run.prometheus import Meters
 from lora_embed.schema import encoder_path
@@ -29,7 +26,7 @@ from lora_embed.store.store import Store
 from lora_embed.table import versions
 from lora_embed.table.manifest import Manifest
 from lora_embed.table.parquet import read_rows
-from lora_embed.text import without_secrets
+from lora_embed.text import utc, without_secrets
 
 PACKAGES = ("lora-embed", "torch", "transformers", "peft", "ray", "pyarrow", "pillow")
 MOST_REJECT_FILES = 64  # read again for a report
@@ -38,25 +35,11 @@ NOT_READ = "in more files than a report reads"
 FORGOTTEN = "forgotten"  # images that somebody wanted out: they are counted, not shown
 
 
-@dataclass(frozen=True)
-class Beginning:
-    """When a run began, and its name."""
-
-    run_id: str
-    started: datetime
-    moment: float  # monotonic
-
-    @property
-    def seconds(self) -> float:
-        return round(time.monotonic() - self.moment, 2)
-
-
 def begin(job: JobConfig) -> Beginning:
     """Name a run; from now on what is said bears its name."""
-    started = datetime.now(UTC)
-    run_id = name_run(started)
-    note(run_id=run_id, table=job.table)
-    return Beginning(run_id, started, time.monotonic())
+    beginning = Beginning.now()
+    note(run_id=beginning.run_id, table=job.table)
+    return beginning
 
 
 @dataclass
@@ -79,13 +62,8 @@ class Journal:
 
     def state(self, outcome: Outcome = "running") -> RunState:
         """How far the run is."""
-        effort, began = self.effort.now(), self.beginning
-        last = effort.timeline.readings()[-1]
-        return RunState(
-            run_id=began.run_id,
-            host=socket.gethostname(),
-            started=began.started.isoformat(timespec="seconds"),
-            seconds=began.seconds,
+        effort = self.effort.now()
+        return self.beginning.state(
             outcome=outcome,
             doing=self.doing,
             space_id=self.space_id,
@@ -94,9 +72,9 @@ class Journal:
             shards_failed=effort.shards_failed,
             embedded=effort.samples,
             rejected=effort.rejects.total(),
-            images_per_s=round(last.samples / last.elapsed_s, 1) if last.samples else 0.0,
+            images_per_s=effort.images_per_s,
             bound=effort.bound.by if effort.bound is not None else None,
-            last_chunk=_utc(effort.last_chunk) if effort.last_chunk is not None else None,
+            last_chunk=utc(effort.last_chunk) if effort.last_chunk is not None else None,
             version=self.version,
             error=without_secrets(self.error),
         )
@@ -133,7 +111,7 @@ def recorded(
         note(**asdict(state))
         is_told = leave_state(state, store, job.retain.runs)  # first: who stops a run may not wait for long
         if is_told and (journal.effort.samples or journal.published):
-            _leave_report(journal)
+            _leave_report(journal, state)
 
 
 def _reason_of(error: BaseException) -> str:
@@ -154,15 +132,7 @@ def _leave_state(journal: Journal) -> None:
 
 def leave_quiet(beginning: Beginning, job: JobConfig, store: Store, current: Manifest) -> None:
     """What a run leaves that found nothing to do, so that a quiet night is not taken for a night without a run."""
-    state = RunState(
-        run_id=beginning.run_id,
-        host=socket.gethostname(),
-        started=beginning.started.isoformat(timespec="seconds"),
-        seconds=beginning.seconds,
-        outcome="current",
-        space_id=current.space_id,
-        version=current.version,
-    )
+    state = beginning.state(outcome="current", space_id=current.space_id, version=current.version)
     note(**asdict(state))
     leave_state(state, store, job.retain.runs)
 
@@ -178,10 +148,10 @@ def leave_state(state: RunState, store: Store, keep: int) -> bool:
     return True
 
 
-def _leave_report(journal: Journal) -> None:
-    store, run_id, began = impatient(journal.store), journal.beginning.run_id, journal.beginning
+def _leave_report(journal: Journal, state: RunState) -> None:
+    store, run_id = impatient(journal.store), state.run_id
     try:
-        record = make_record(journal, store, run_id, began.started.isoformat(timespec="seconds"), began.seconds)
+        record = make_record(journal, state, store)
         store.create(f"runs/{run_id}/report.html", run_page(record).encode(errors="backslashreplace"))
         store.create(f"runs/{run_id}/record.json", record.to_json())  # last: where it is, the report is
     except (LoraEmbedError, OSError, ValueError, TypeError, LookupError) as error:  # files of another release, too
@@ -190,24 +160,18 @@ def _leave_report(journal: Journal) -> None:
         say(f"report: {store.uri}/runs/{run_id}/report.html")
 
 
-def _utc(moment: float) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")
-
-
-def make_record(journal: Journal, store: Store, run_id: str, started: str, seconds: float) -> RunRecord:
-    """The record of a run that has ended."""
+def make_record(journal: Journal, state: RunState, store: Store) -> RunRecord:
+    """The record of a run that has ended with this state."""
     job, shared, effort, workers = journal.job, journal.shared, journal.effort, journal.topology.workers
     assert shared is not None, "nothing is embedded before"
     manifest = versions.read_manifest(store, journal.version) if journal.version is not None else None
     rejects, examples = find_rejects(store, manifest) if manifest is not None else ({}, ())
     options = job.model_dump(mode="json")
-    found = {
-        "outcome": outcome_of(journal),
-        "error": journal.error,
+    facts = {
         "job": {key: options[key] for key in OPTIONS},
         "encoder": {key: getattr(shared.encoder, key) for key in ("space_id", "recipe_id", "dimension")},
         "layout": asdict(shared.layout) | {"layout_id": shared.layout.layout_id},
-        "stages": {stage: round(spent, 3) for stage, spent in effort.seconds.items()},
+        "stages": effort.rounded_seconds,
         "bound": {"by": effort.bound.by, "says": effort.bound.says} if effort.bound is not None else {},
         "workers": asdict(workers),
         "gates": manifest.gates if manifest is not None else {},
@@ -215,18 +179,13 @@ def make_record(journal: Journal, store: Store, run_id: str, started: str, secon
         "merge": read_merge(store, shared.encoder.space_id),
     }
     return RunRecord(
-        run_id=run_id,
-        started=started,
-        seconds=round(seconds, 2),
-        embedded=effort.samples,
-        rejected=effort.rejects.total(),
+        **{summed.name: getattr(state, summed.name) for summed in fields(RunSummary)},
         readings=effort.timeline.readings(),
-        version=journal.version,
         counts=manifest.counts if manifest is not None else {},
         rejects=rejects,
         examples=examples,
         software=software(),
-        **without_secrets(found),
+        **without_secrets(facts),
     )
 
 
@@ -267,10 +226,10 @@ def read_merge(store: Store, space_id: str) -> dict[str, Any]:
 
 def software() -> dict[str, str]:
     """Installed versions of what makes vectors."""
-    found = {}
+    versions_of = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions_of[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions_of

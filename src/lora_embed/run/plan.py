@@ -18,9 +18,10 @@ from lora_embed.run.encoders import find_encoder, named_base, prepare_encoder
 from lora_embed.run.layout import ask_device, known_layout, layout_of, leaves_open
 from lora_embed.run.open import open_job
 from lora_embed.run.refuse import refuse_other_space
-from lora_embed.schema import ChunkStats, Layout, encoder_path
+from lora_embed.schema import ChunkHead, Layout, encoder_path
 from lora_embed.shards.read import count_samples
 from lora_embed.store.store import Store
+from lora_embed.text import rough_span
 from lora_embed.vectors.health import seeded_sample
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Forecast:
         cost = f", {self.cost:,.2f} at your prices" if self.cost is not None else ""
         return (
             f"forecast  about {self.images:,} images at {self.images_per_second:,.1f} a second and {self.start_seconds:.0f} s "
-            f"to start: {_span(self.seconds)}{cost}\n          {self.bound}"
+            f"to start: {rough_span(self.seconds)}{cost}\n          {self.bound}"
         )
 
 
@@ -136,18 +137,18 @@ def forecast(
             encoder_uri=uri,
             encoder_options=job.table_storage_options if uri.startswith(store.uri) else {},
         )
-        found, first = [], 0.0
+        chunks, first = [], 0.0
         for stats in pipeline.embed_items(sample, shared, topology):
             first = first or time.monotonic() - started - sum(stats.seconds.values())
             if not stats.error:
-                found.append(stats)
+                chunks.append(stats)
     images = _count_images(job, layout, items, sample)
-    return reckon(job, found, images, first, topology.workers)
+    return reckon(job, chunks, images, first, topology.workers)
 
 
-def reckon(job: JobConfig, found: list[ChunkStats], images: int, start_seconds: float, workers: Workers) -> Forecast:
+def reckon(job: JobConfig, chunks: list[ChunkHead], images: int, start_seconds: float, workers: Workers) -> Forecast:
     """The forecast by what some chunks took; each actor's first, in which caches fill, does not count where there are more."""
-    counted = [stats for stats in (found[workers.actors :] or found) if stats.samples]
+    counted = [stats for stats in (chunks[workers.actors :] or chunks) if stats.samples]
     if not counted:
         raise IncompleteRun("no image of the sample could be read, so nothing is known of the others")
     samples = sum(stats.samples for stats in counted)
@@ -199,9 +200,3 @@ def _count_images(job: JobConfig, layout: Layout, items: list[WorkItem], sample:
     total = round(held * sum(item.shard.size for item in items) / max(size, 1))
     done = sum(len(item.done) * layout.chunk_size for item in items)
     return max(0, (min(total, job.limit) if job.limit is not None else total) - done)
-
-
-def _span(seconds: float) -> str:
-    if seconds < 90:
-        return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"

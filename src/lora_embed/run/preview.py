@@ -9,8 +9,8 @@ from lora_embed.chain import cluster, pipeline
 from lora_embed.config.foreign import SampleRecord, read_record
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import GateFailed
-from lora_embed.gates import checks, judge
-from lora_embed.gates.checks import Decision, Policy
+from lora_embed.gates import judge, reembed
+from lora_embed.gates.reembed import Decision, Policy
 from lora_embed.monitor.effort import Effort
 from lora_embed.monitor.progress import say
 from lora_embed.monitor.stages import Workers, seconds_an_image
@@ -58,7 +58,7 @@ def _decide(job: JobConfig, shared: pipeline.Job, current: Manifest, sample: lis
     embedded = pa.concat_tables(parts).filter(pc.field("reason").is_null()) if parts else None
     rows = judge.by_id(judge.some_rows(embedded, job.reembed.sample)) if embedded is not None else {}
     compared = judge.compare_rows(judge.rows_of(shared.store, current, list(rows)), rows)
-    return checks.re_embed_decision(compared, policy, hours, extra)
+    return reembed.re_embed_decision(compared, policy, hours, extra)
 
 
 def _seconds_an_image(shared: pipeline.Job, effort: Effort, workers: Workers) -> float:

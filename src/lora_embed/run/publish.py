@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from typing import Any
 
 from lora_embed.chain import pipeline
 from lora_embed.config.models import JobConfig
@@ -105,7 +106,7 @@ def _next_version(
     compactions = compact.plan_compactions([*reuse.sources, *sources], layout, encoder.space_id, encoder.dimension, forgotten)
     light = few and sum(task.vector_bytes for task in compactions) <= BYTES_HERE
     written = pipeline.map_tasks(compact.compact, (store,), compactions, here=light)
-    found = judge.measure(shared, [data for data, _ in written], here=light)
+    health = judge.measure(shared, [data for data, _ in written], here=light)
     known = before.lineage.get("figures") if before is not None else None
     manifest = compact.make_manifest(
         _version(current) + 1,
@@ -117,16 +118,20 @@ def _next_version(
         pins=layout.pins,
         forgotten=forgotten,
         held={space: why for space, why in (current.held if current else {}).items() if space != encoder.space_id},
-        lineage={
-            "recipe_id": encoder.recipe_id,
-            "input": list(job.input),
-            "layout": asdict(layout),
-            "retain": job.retain.model_dump(),
-            "figures": known or (found.to_dict() if found is not None else None),
-        },
+        lineage=_lineage_of(job, shared) | {"figures": known or (health.to_dict() if health is not None else None)},
     )
-    judged = [*shares, *judge.judge(shared, manifest, found, current, judge.limits_of(job))]
+    judged = [*shares, *judge.judge(shared, manifest, health, current, judge.limits_of(job))]
     return replace(manifest, gates=judge.decide(job.table, judged, accepted))
+
+
+def _lineage_of(job: JobConfig, shared: pipeline.Job) -> dict[str, Any]:
+    """Where a version comes from, and how long what it leaves behind is kept."""
+    return {
+        "recipe_id": shared.encoder.recipe_id,
+        "input": list(job.input),
+        "layout": asdict(shared.layout),
+        "retain": job.retain.model_dump(),
+    }
 
 
 def _verified_sources(

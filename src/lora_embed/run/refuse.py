@@ -1,12 +1,15 @@
 """What a run refuses before it writes anything: paths that other nodes cannot reach, and vectors of another space."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from lora_embed.chain import cluster
 from lora_embed.errors import ConfigError, TableError
 from lora_embed.model.description import BaseReference, Description
 from lora_embed.run.open import OpenJob
+from lora_embed.schema import Shard
 from lora_embed.store.store import Store
 from lora_embed.table import versions
 
@@ -21,15 +24,28 @@ def refuse_local_paths(opened: OpenJob, base: BaseReference | None) -> None:
             f"{job.table} lies in Ray's copy of the submitted folder and would be lost with it. Name a table outside of it, "
             "such as s3://…"
         )
-    roots = {shard.root for shard in opened.shards if Store(shard.root, job.input_storage_options).is_local}
-    local = [job.table] * store.is_local + sorted(roots)
+    local = local_places(store, opened.shards, job.input_storage_options)
     if base is not None and os.path.isabs(base.uri):  # each node rebuilds the encoder from it
         local.append(base.uri)
+    if not job.shared_filesystem:
+        refuse_unshared(
+            local,
+            "Use a URI that all nodes reach, such as s3://…, or set shared_filesystem to true if they all mount it there.",
+        )
+
+
+def local_places(store: Store, shards: Iterable[Shard], input_options: dict[str, Any]) -> list[str]:
+    """Which of a store and the roots of these shards lie on a disk."""
+    roots = {shard.root for shard in shards if Store(shard.root, input_options).is_local}
+    return [store.uri] * store.is_local + sorted(roots)
+
+
+def refuse_unshared(local: list[str], remedy: str) -> None:
+    """Raises ConfigError for local paths where several nodes would each look on disks of their own."""
     nodes = cluster.count_nodes()
-    if local and nodes > 1 and not job.shared_filesystem:
+    if local and nodes > 1:
         raise ConfigError(
-            f"{local[0]} is a local path, but this cluster has {nodes} nodes, each with disks of its own. "
-            "Use a URI that all nodes reach, such as s3://…, or set shared_filesystem to true if they all mount it there."
+            f"{local[0]} is a local path, but this cluster has {nodes} nodes, each with disks of its own. {remedy}"
         )
 
 

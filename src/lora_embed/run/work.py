@@ -10,7 +10,7 @@ from lora_embed.errors import IncompleteRun, WorkersLost
 from lora_embed.model.description import Description
 from lora_embed.monitor.effort import Effort
 from lora_embed.monitor.progress import Progress, say
-from lora_embed.schema import ChunkStats, Layout, Part, Shard
+from lora_embed.schema import ChunkHead, Layout, Part, Shard
 from lora_embed.shards.read import count_samples
 from lora_embed.store.store import Store
 from lora_embed.table import staging, versions
@@ -119,7 +119,7 @@ def embed_missing(
         if not work:
             break
         effort.begin(len(work))
-        failures: dict[str, ChunkStats] = {}
+        failures: dict[str, ChunkHead] = {}
         with Progress([item.shard for item in work], topology.workers, effort=effort) as progress:
             try:
                 _embed(work, find_drift_work(job, shared, shards), shared, topology, progress, failures)
@@ -142,7 +142,7 @@ def _embed(
     shared: pipeline.Job,
     topology: cluster.Topology,
     progress: Progress,
-    failures: dict[str, ChunkStats],
+    failures: dict[str, ChunkHead],
 ) -> None:
     """Run the chain once, counting what it yields. Raises IncompleteRun where going on would be in vain."""
     in_a_row = 0
@@ -158,7 +158,7 @@ def _embed(
             raise _incomplete(failures, len(work))
 
 
-def _incomplete(failures: dict[str, ChunkStats], of: int) -> IncompleteRun:
+def _incomplete(failures: dict[str, ChunkHead], of: int) -> IncompleteRun:
     first = "\n".join(f"  {message}" for message in sorted(failure.error for failure in failures.values())[:10])
     return IncompleteRun(
         f"{len(failures)} of {of} shards are not complete, so nothing was published; "

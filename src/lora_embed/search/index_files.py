@@ -97,8 +97,8 @@ class _File:
 
     def header(self, count: int, dimension: int) -> None:
         """What follows the four letters of every index."""
-        found = self.take("i"), self.take("q")
-        self.expect(found == (dimension, count), f"holds {found[1]} vectors of {found[0]}, expected {count} of {dimension}")
+        held = self.take("i"), self.take("q")
+        self.expect(held == (dimension, count), f"holds {held[1]} vectors of {held[0]}, expected {count} of {dimension}")
         self.bytes(16)  # not used
         self.expect((self.take("B"), self.take("i")) == (1, 0), "is not trained, or not for inner products")
 
@@ -134,14 +134,14 @@ def _check_ivf(file: _File, count: int, dimension: int) -> None:
 def _list_sizes(file: _File, lists: int) -> list[int]:
     """In the order of the lists: all of them, or each that holds something behind its number."""
     form = file.take("4s")
-    found: list[int] = file.array("<u8").tolist()
+    values: list[int] = file.array("<u8").tolist()
     if form == b"full":
-        file.expect(len(found) == lists, "does not say the sizes of its lists")
-        return found
-    numbers = found[::2]
-    file.expect(form == b"sprs" and len(found) % 2 == 0, "does not say the sizes of its lists")
+        file.expect(len(values) == lists, "does not say the sizes of its lists")
+        return values
+    numbers = values[::2]
+    file.expect(form == b"sprs" and len(values) % 2 == 0, "does not say the sizes of its lists")
     file.expect(numbers == sorted(set(numbers)) and (not numbers or numbers[-1] < lists), "names lists that it does not have")
-    return found[1::2]
+    return values[1::2]
 
 
 def _check_hnsw(file: _File, count: int, dimension: int) -> None:
@@ -168,10 +168,10 @@ def _check_hnsw(file: _File, count: int, dimension: int) -> None:
 
 def _fields(message: bytes, name: str) -> set[int]:
     """Numbers of the fields of a protobuf message."""
-    found, place = set(), 0
+    numbers, place = set(), 0
     while place < len(message):
         tag, place = _varint(message, place, name)
-        found.add(tag >> 3)
+        numbers.add(tag >> 3)
         kind = tag & 7
         if kind == 0:
             place = _varint(message, place, name)[1]
@@ -182,7 +182,7 @@ def _fields(message: bytes, name: str) -> set[int]:
             place += 8 if kind == 1 else 4
         else:
             raise ValueError(f"{name} is no manifest of Lance")
-    return found
+    return numbers
 
 
 def _varint(message: bytes, place: int, name: str) -> tuple[int, int]:

@@ -14,13 +14,15 @@ from lora_embed.errors import ConfigError, LoraEmbedError, TableError
 from lora_embed.images.decode import BadImage
 from lora_embed.monitor.progress import say
 from lora_embed.schema import Layout, Shard
-from lora_embed.search.export import HIT_COLUMNS, Hit, open_index, refuse_other_space, unit, unit_queries, vectors_of
+from lora_embed.search.export import open_index
+from lora_embed.search.index import HIT_COLUMNS, Hit, refuse_other_space, unit_queries
 from lora_embed.search.places import refuse_elsewhere
 from lora_embed.shards.listing import list_shards
 from lora_embed.shards.read import read_samples
 from lora_embed.store.store import Store
 from lora_embed.table.read import Table
 from lora_embed.text import in_lines
+from lora_embed.vectors.rows import unit, vectors_of
 
 QUERIES_AT_ONCE = 1024  # each pass over the files: its scores are 4 bytes a query and row of a batch
 
@@ -62,17 +64,17 @@ def search_table(table: Table, vectors: NDArray[Any], k: int, space_id: str | No
 
 
 def _search_block(table: Table, queries: NDArray[np.float32], k: int) -> list[list[Hit]]:
-    found: list[list[Hit]] = [[] for _ in queries]
+    best: list[list[Hit]] = [[] for _ in queries]
     for batch in table.batches([*HIT_COLUMNS, "embedding"]):
         for number, scores in enumerate(queries @ unit(vectors_of(batch)).T):
-            floor = found[number][-1].score if len(found[number]) == k else -np.inf
+            floor = best[number][-1].score if len(best[number]) == k else -np.inf
             if len(scores) > k:
                 floor = max(floor, np.partition(scores, -k)[-k])
             rows = np.flatnonzero(scores >= floor)  # with those that tie, so that ids decide and not the order of files
             near = batch.select(HIT_COLUMNS).take(rows).to_pylist() if len(rows) else []
             new = [Hit(score=float(score), **row) for score, row in zip(scores[rows], near, strict=True)]
-            found[number] = sorted([*found[number], *new], key=lambda hit: (-hit.score, hit.id))[:k]
-    return found
+            best[number] = sorted([*best[number], *new], key=lambda hit: (-hit.score, hit.id))[:k]
+    return best
 
 
 def search_image(
@@ -135,22 +137,22 @@ def find_pictures(
     shards = {shard.id: shard for place in lineage.input for shard in _shards_of(table, place, inputs, input_options or {})}
     published = {shard.name: shard.id for shard in table.manifest.shards.values()}
     layout = lineage.layout
-    wanted: dict[str, dict[str, str]] = defaultdict(dict)
+    keys_of_shard: dict[str, dict[str, str]] = defaultdict(dict)
     for hit in hits:
         if published.get(hit.shard) in shards:
-            wanted[published[hit.shard]][hit.key] = hit.id
-    found: dict[str, bytes] = {}
-    for shard_id, ids in wanted.items():
+            keys_of_shard[published[hit.shard]][hit.key] = hit.id
+    pictures: dict[str, bytes] = {}
+    for shard_id, ids in keys_of_shard.items():
         left = dict(ids)
         try:
             for sample in read_samples(shards[shard_id], layout, input_options or {}, lambda number: True):
                 if sample.data and sample.key in left:
-                    found[left.pop(sample.key)] = sample.data
+                    pictures[left.pop(sample.key)] = sample.data
                 if not left:
                     break
         except LoraEmbedError:
             continue
-    return found
+    return pictures
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ from lora_embed.schema import WHOLE, Entry, Layout, Sample, Shard, Span, Wanted
 from lora_embed.shards.parquet import read_parquet
 from lora_embed.shards.tar import read_tar
 from lora_embed.store.retry import LIBRARY_ERRORS
-from lora_embed.store.store import Store, explained
+from lora_embed.store.store import Store
+from lora_embed.text import in_one_line
 
 MOST_KEY = 2**16  # bytes of a key; Linux takes paths of 4,096
 MOST_UNPACKED = 2**29  # bytes of a shard's images in all
@@ -63,7 +64,7 @@ def _errors_of(shard: Shard) -> Iterator[None]:
     except Exception as error:
         if getattr(error, "errno", None) is not None:  # the disk's or the network's; Arrow's own OSError has no number
             raise
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")
+        what = f"{type(error).__name__}: {in_one_line(error)}".removesuffix(": ")
         raise ShardError(
             f"{shard.root}/{shard.name}: {_CANNOT[shard.kind]} ({what}). Upload it again; none of it is published."
         ) from error
@@ -95,7 +96,7 @@ def _read(store: Store, shard: Shard, layout: Layout, wanted: Wanted, span: Span
     _check_unchanged(store, entry, shard)
     ahead = (span.end or entry.size) - span.begin
     try:
-        with explained(store, entry.path), store.open(entry.path, ahead) as file, _errors_of(shard):
+        with store.explained(entry.path), store.open(entry.path, ahead) as file, _errors_of(shard):
             if shard.kind == "tar":
                 yield from read_tar(file, shard, layout, wanted, span)
             else:

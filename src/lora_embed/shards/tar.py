@@ -27,8 +27,7 @@ def read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted, span:
     A member that the sample already has begins a sample of the same key, so that no image goes uncounted. Raises
     ShardError for a tar that is cut short or has too many headers, and whatever `tarfile` raises on damaged ones.
     """
-    where = f"{shard.root}/{shard.name}"
-    size = shard.files[0].size
+    where, size = f"{shard.root}/{shard.name}", shard.files[0].size
     if size == 0:
         raise ShardError(f"{where}: is an empty file, not a tar; an empty tar has an end of its own")
     current: Sample | None = None

@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from lora_embed.errors import StorageError
+from lora_embed.text import in_one_line
 
 SCHEME = "hf://"
 _OTHER_KINDS = ("hf://datasets/", "hf://spaces/", "hf://buckets/")  # which fsspec reads
@@ -70,6 +71,6 @@ def download(repository: Repository, patterns: tuple[str, ...], refusal: str, *,
             repository.name, revision=repository.revision, allow_patterns=within, local_files_only=not asks_hub
         )
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error)
         raise StorageError(f"{refusal} ({reason}). Check the name, log in, or give a directory or URI.") from None
     return Path(copied, repository.folder)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_embed.schema import Entry
+
 TEMPORARY = "_tmp"  # below a root: files being written, hidden from listings
 # What a file system without hard links answers: exFAT and vfat the first, which otherwise means that access is denied.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -224,6 +226,11 @@ def _written_aside(root: Path, target: Path, data: bytes) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def entry(path: str, state: os.stat_result) -> Entry:
+    """What a file's state says of it."""
+    return Entry(path=path, size=state.st_size, etag=str(state.st_mtime_ns), modified=state.st_mtime)
 
 
 def _sync_folder(folder: Path) -> None:

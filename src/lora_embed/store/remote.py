@@ -3,8 +3,10 @@
 Also all of fsspec and s3fs that is used and is not public; `tests/model/test_private.py` takes each part away.
 """
 
+import io
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Any
@@ -16,6 +18,7 @@ from fsspec.spec import AbstractFileSystem
 
 from lora_embed.errors import StorageError
 from lora_embed.libraries import part
+from lora_embed.schema import Entry
 
 SILENCE_S = 15.0  # without a byte, of a store that is told no `read_timeout`; s3fs's own for reading
 MOST_PAGES_IN_VAIN = 10  # of a listing, in a row, that name no new key
@@ -105,11 +108,6 @@ def date_of(answer: Mapping[str, Any]) -> float:
     return parsedate_to_datetime(date).timestamp() if date else time.time()
 
 
-def is_unknown_option(error: TypeError) -> bool:
-    """An option that a library's function does not take: Python tells that from other mistakes in its words alone."""
-    return "unexpected keyword argument" in str(error)
-
-
 def put(fs: Any, path: str, data: bytes, silence_s: float, **options: Any) -> None:
     """Write an object; TimeoutError once the store has been silent for too long to be still receiving it.
 
@@ -172,3 +170,52 @@ def _walk(fs: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, info
         elif name != folder.rstrip("/"):  # some list the folder itself too
             yield from _walk(fs, name)
+
+
+def entry(path: str, info: dict[str, Any]) -> Entry:
+    """What a listing, or an answer about one object, says of it."""
+    etag = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or info.get("created")
+    if isinstance(etag, datetime):  # some give a number when they list, and a date when they are asked for one object
+        etag = etag.timestamp()
+    modified = info.get("LastModified") or info.get("mtime") or info.get("created") or 0.0
+    if isinstance(modified, datetime):
+        modified = modified.timestamp()
+    return Entry(path=path, size=int(info["size"] or 0), etag=str(etag).strip('"'), modified=float(modified))
+
+
+def delete_at_once(fs: Any, paths: list[str]) -> None:
+    """Up to a thousand objects of one bucket in one request. Not by `fs.rm`, which does not tell what it could not remove."""
+    objects = {"Objects": [{"Key": path.partition("/")[2]} for path in paths], "Quiet": True}
+    answer = fs.call_s3("delete_objects", Bucket=paths[0].partition("/")[0], Delete=objects)
+    for error in answer.get("Errors", []):
+        kind = PermissionError if error.get("Code") == "AccessDenied" else ConnectionError
+        raise kind(f"{error.get('Key')} could not be removed: {error.get('Message') or error.get('Code')}")
+
+
+class RetriedFile(io.RawIOBase):
+    """A remote file whose reads are tried again; its position moves only when a read succeeds."""
+
+    def __init__(self, file: Any, retried: Callable[[Callable[[], bytes]], bytes]) -> None:
+        self._file, self._retried = file, retried
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._retried(lambda: self._file.read(len(buffer)))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()

@@ -1,5 +1,6 @@
 """Transient errors of object stores: which ones they are, and trying again with jittered back-off up to a limit."""
 
+import contextlib
 import http.client
 import itertools
 import logging
@@ -7,13 +8,13 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 import botocore.exceptions as boto  # type: ignore[import-untyped]
 
-from lora_embed.errors import StoreUnavailable
-from lora_embed.text import redacted
+from lora_embed.errors import StorageError, StoreUnavailable
+from lora_embed.text import in_one_line, redacted
 
 LONGEST_PAUSE_S = 15.0
 SAY_AFTER_S = 3.0  # what is over sooner needs no word
@@ -124,4 +125,37 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def describe(error: BaseException) -> str:
     """An error in one line."""
-    return redacted(" ".join(str(error).split()))[:200] or type(error).__name__
+    return in_one_line(redacted(str(error))) or type(error).__name__
+
+
+@contextlib.contextmanager
+def explained(where: str, options: dict[str, Any], *, writes: bool = False) -> Iterator[None]:
+    """Turn what a store refuses into one message that names the object, `where`, of a store with these options.
+
+    When reading, absent objects stay FileNotFoundError.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise StorageError(f"{where}: access denied ({error.strerror or error}). Check its permissions or keys.") from None
+    except (NotADirectoryError, FileExistsError):
+        raise StorageError(f"{where}: a file stands where a directory is expected") from None
+    except IsADirectoryError:
+        raise StorageError(f"{where}: a directory stands where a file is expected") from None
+    except FileNotFoundError as error:
+        if not writes:
+            raise
+        raise StorageError(f"{where}: cannot be written, what should hold it is not there ({error})") from None
+    except OSError as error:
+        raise StorageError(f"{where}: {error.strerror or error}") from None
+    except LIBRARY_ERRORS as error:
+        raise StorageError(f"{where}: cannot be reached: {error}. Check network, endpoint and keys.") from None
+    except TypeError as error:  # file systems take their options late, and say only this of one they do not know
+        if not options or not is_unknown_option(error):
+            raise
+        raise StorageError(f"{where}: a storage option is not known: {error}; given are {sorted(options)}") from None
+
+
+def is_unknown_option(error: TypeError) -> bool:
+    """An option that a library's function does not take: Python tells that from other mistakes in its words alone."""
+    return "unexpected keyword argument" in str(error)

@@ -4,15 +4,15 @@ A `Store` is a root URI; every path given to it is relative to that root, with `
 """
 
 import contextlib
+import functools
 import io
 import math
 import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -21,7 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lora_embed.errors import StorageError, StoreUnavailable
 from lora_embed.schema import Entry
 from lora_embed.store import local, remote
-from lora_embed.store.retry import LIBRARY_ERRORS, describe, is_no_connection, is_refused_create, retried
+from lora_embed.store.retry import LIBRARY_ERRORS, describe, explained, is_no_connection, is_refused_create, retried
 
 RETRY_S = 120.0  # how long transient errors are tried again; `retry_s` beside fsspec's own options changes it
 FIRST_CONTACT_S = 5.0
@@ -81,13 +81,17 @@ class Store:
             try:
                 local.refuse_links(root, parts)
             except OSError:
-                with explained(self, path):
+                with self.explained(path):
                     raise
         return f"{root}/{path}"
 
     def name(self, path: str) -> str:
         """A path's whole URI, as messages give it."""
         return f"{self.uri.rstrip('/')}/{path}".rstrip("/")
+
+    def explained(self, path: str, *, writes: bool = False) -> contextlib.AbstractContextManager[None]:
+        """For a block that works with an object: what the store refuses there becomes one message that names it."""
+        return explained(self.name(path), self.options, writes=writes)
 
     def check_reachable(self) -> None:
         """First contact, before any work: a wrong endpoint or key, or a bucket that is not there, is said at once."""
@@ -108,11 +112,11 @@ class Store:
         """All objects below a folder, sorted by path; an absent folder is an empty one. Never from a cache."""
         if self.is_local:
             self.full_path(prefix)
-            with explained(self, prefix):
-                found = [_local_entry(path, state) for path, state in local.walk(self.full_path(""), prefix)]
+            with self.explained(prefix):
+                entries = [local.entry(path, state) for path, state in local.walk(self.full_path(""), prefix)]
         else:
-            found = self._retried(prefix, lambda: self._find(prefix))
-        return sorted((e for e in found if not e.path.startswith(f"{local.TEMPORARY}/")), key=lambda entry: entry.path)
+            entries = self._retried(prefix, lambda: self._find(prefix))
+        return sorted((e for e in entries if not e.path.startswith(f"{local.TEMPORARY}/")), key=lambda entry: entry.path)
 
     def list_input(self, *, follows: bool) -> tuple[list[Entry], dict[str, str]]:
         """All files of an input, sorted by path, and the links to folders elsewhere that were passed over → where they lead.
@@ -122,10 +126,10 @@ class Store:
         """
         if not self.is_local:
             return self.list_files(), {}
-        with explained(self, ""):
-            found = dict(local.walk_input(self.full_path(""), follows=follows))
-        passed_over = {path: state for path, state in sorted(found.items()) if isinstance(state, str)}
-        files = [_local_entry(path, state) for path, state in sorted(found.items()) if not isinstance(state, str)]
+        with self.explained(""):
+            states = dict(local.walk_input(self.full_path(""), follows=follows))
+        passed_over = {path: state for path, state in sorted(states.items()) if isinstance(state, str)}
+        files = [local.entry(path, state) for path, state in sorted(states.items()) if not isinstance(state, str)]
         return [entry for entry in files if not entry.path.startswith(f"{local.TEMPORARY}/")], passed_over
 
     def open(self, path: str, ahead: int = READ_AHEAD) -> BinaryIO:
@@ -137,7 +141,10 @@ class Store:
         is_local = isinstance(fs, LocalFileSystem)
         given = {} if is_local else {"block_size": max(1, min(ahead, READ_AHEAD))}
         file = self._retried(path, lambda: fs.open(full, "rb", **given))
-        return cast(BinaryIO, file if is_local else io.BufferedReader(_RetriedFile(self, path, file), 65536))
+        return cast(
+            BinaryIO,
+            file if is_local else io.BufferedReader(remote.RetriedFile(file, functools.partial(self._retried, path)), 65536),
+        )
 
     def read(self, path: str) -> bytes | None:
         """The whole object, or None where there is none."""
@@ -152,14 +159,14 @@ class Store:
         fs, full = self.filesystem, self.full_path(path)
         try:
             if isinstance(fs, LocalFileSystem):
-                with explained(self, path):
+                with self.explained(path):
                     state = os.stat(full)
-                return _local_entry(path, state) if stat.S_ISREG(state.st_mode) else None
+                return local.entry(path, state) if stat.S_ISREG(state.st_mode) else None
             fs.invalidate_cache()
-            found = self._retried(path, lambda: fs.info(full))
+            answer = self._retried(path, lambda: fs.info(full))
         except FileNotFoundError:
             return None
-        return _entry(path, found) if found["type"] == "file" else None
+        return remote.entry(path, answer) if answer["type"] == "file" else None
 
     def is_directory(self, path: str = "") -> bool:
         fs = self.filesystem
@@ -201,13 +208,13 @@ class Store:
         that it was sent again: whoever needs to know compares the content.
         """
         if self.is_local:
-            with explained(self, path, writes=True):
+            with self.explained(path, writes=True):
                 return local.create(self._root, Path(self.full_path(path)), data)
         ignores_condition = self.exclusive is False
         if ignores_condition and self.info(path) is not None:
             return False
         mode = "overwrite" if ignores_condition else "create"
-        with explained(self, path, writes=True):
+        with self.explained(path, writes=True):
             try:
                 retried(lambda: self._put(path, data, mode=mode), self.name(path), self.retry_s)
             except (OSError, *LIBRARY_ERRORS) as error:
@@ -220,7 +227,7 @@ class Store:
 
     def replace(self, path: str, data: bytes) -> None:
         """Write an object in one atomic step, whether or not it exists."""
-        with explained(self, path, writes=True):
+        with self.explained(path, writes=True):
             if self.is_local:
                 local.replace(self._root, Path(self.full_path(path)), data)
             else:
@@ -230,27 +237,19 @@ class Store:
         """Remove objects; one that is gone already is no error."""
         fs = self.filesystem
         if remote.is_s3(self.uri):
+            whole = [self.full_path(path) for path in paths]
             for start in range(0, len(paths), 1000):
-                self._retried(paths[start], lambda some=paths[start : start + 1000]: self._delete_at_once(some))  # type: ignore[misc]
+                self._retried(paths[start], lambda some=whole[start : start + 1000]: remote.delete_at_once(fs, some))  # type: ignore[misc]
             return
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
                 self._retried(path, lambda path=path: fs.rm_file(self.full_path(path)))  # type: ignore[misc]
 
-    def _delete_at_once(self, paths: list[str]) -> None:
-        """Up to a thousand in one request; not by `fs.rm`, which keeps to itself what could not be removed."""
-        keys = [self.full_path(path).partition("/")[2] for path in paths]
-        objects = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
-        answer = self.filesystem.call_s3("delete_objects", Bucket=self.full_path("").partition("/")[0], Delete=objects)
-        for error in answer.get("Errors", []):
-            kind = PermissionError if error.get("Code") == "AccessDenied" else ConnectionError
-            raise kind(f"{error.get('Key')} could not be removed: {error.get('Message') or error.get('Code')}")
-
     def clear_temporary(self, older_than_s: float = 3600.0) -> None:
         """Remove what writers that were killed left behind on a local disk."""
         if self.is_local:
             self.full_path(local.TEMPORARY)
-            with explained(self, local.TEMPORARY):
+            with self.explained(local.TEMPORARY):
                 local.clear_temporary(self._root, older_than_s)
 
     @property
@@ -269,7 +268,7 @@ class Store:
     def _find(self, prefix: str) -> list[Entry]:
         fs, root = self._connection
         start = len(root.rstrip("/")) + 1
-        return [_entry(name[start:], info) for name, info in remote.find(fs, self.full_path(prefix), self.uri)]
+        return [remote.entry(name[start:], info) for name, info in remote.find(fs, self.full_path(prefix), self.uri)]
 
     def _list_one(self, limit_s: float) -> dict[str, Any]:
         """The answer to the cheapest request that fails where the bucket is not there; s3fs takes such a one for empty."""
@@ -277,87 +276,13 @@ class Store:
         bucket, _, prefix = self.full_path("").partition("/")
         try:
             if remote.is_s3(self.uri):
-                asked = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": 1}
-                return cast(dict[str, Any], self._retried("", lambda: fs.call_s3("list_objects_v2", **asked), limit_s))
+                request = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": 1}
+                return cast(dict[str, Any], self._retried("", lambda: fs.call_s3("list_objects_v2", **request), limit_s))
             self._retried("", lambda: fs.exists(self.full_path("")), limit_s)
             return {}
         except FileNotFoundError:
             raise StorageError(f"{self.uri}: there is no bucket {bucket}. Correct its name, or create it.") from None
 
     def _retried(self, path: str, operation: Callable[[], R], limit_s: float | None = None) -> R:
-        with explained(self, path):
+        with self.explained(path):
             return retried(operation, self.name(path), self.retry_s if limit_s is None else limit_s)
-
-
-class _RetriedFile(io.RawIOBase):
-    """A remote file whose reads are tried again; its position moves only when a read succeeds."""
-
-    def __init__(self, store: Store, path: str, file: Any) -> None:
-        self._store = store
-        self._path = path
-        self._file = file
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data: bytes = self._store._retried(self._path, lambda: self._file.read(len(buffer)))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return int(self._file.seek(offset, whence))
-
-    def tell(self) -> int:
-        return int(self._file.tell())
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
-
-
-def _local_entry(path: str, state: os.stat_result) -> Entry:
-    return Entry(path=path, size=state.st_size, etag=str(state.st_mtime_ns), modified=state.st_mtime)
-
-
-def _entry(path: str, info: dict[str, Any]) -> Entry:
-    etag = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or info.get("created")
-    if isinstance(etag, datetime):  # some give a number when they list, and a date when they are asked for one object
-        etag = etag.timestamp()
-    modified = info.get("LastModified") or info.get("mtime") or info.get("created") or 0.0
-    if isinstance(modified, datetime):
-        modified = modified.timestamp()
-    return Entry(path=path, size=int(info["size"] or 0), etag=str(etag).strip('"'), modified=float(modified))
-
-
-@contextlib.contextmanager
-def explained(store: Store, path: str, *, writes: bool = False) -> Iterator[None]:
-    """Turn what a store refuses into one message that names the object.
-
-    When reading, absent objects stay FileNotFoundError.
-    """
-    where = store.name(path)
-    try:
-        yield
-    except PermissionError as error:
-        raise StorageError(f"{where}: access denied ({error.strerror or error}). Check its permissions or keys.") from None
-    except (NotADirectoryError, FileExistsError):
-        raise StorageError(f"{where}: a file stands where a directory is expected") from None
-    except IsADirectoryError:
-        raise StorageError(f"{where}: a directory stands where a file is expected") from None
-    except FileNotFoundError as error:
-        if not writes:
-            raise
-        raise StorageError(f"{where}: cannot be written, what should hold it is not there ({error})") from None
-    except OSError as error:
-        raise StorageError(f"{where}: {error.strerror or error}") from None
-    except LIBRARY_ERRORS as error:
-        raise StorageError(f"{where}: cannot be reached: {error}. Check network, endpoint and keys.") from None
-    except TypeError as error:  # file systems take their options late, and say only this of one they do not know
-        if not store.options or not remote.is_unknown_option(error):
-            raise
-        raise StorageError(f"{where}: a storage option is not known: {error}; given are {sorted(store.options)}") from None

@@ -1,14 +1,11 @@
 """Shards → data files: what the next version takes over as it is, and what is written anew, row group by row group."""
 
 import hashlib
-import io
 import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
@@ -17,10 +14,12 @@ import pyarrow.compute as pc
 from lora_embed.errors import VerificationFailed
 from lora_embed.schema import FORMAT, REJECT_SCHEMA, Layout, Shard, data_schema
 from lora_embed.store.store import Store
+from lora_embed.table.data_file import DataFile
 from lora_embed.table.manifest import FileEntry, Manifest, ShardCounts, join_records, prefix_of, prefixes_of_ids
-from lora_embed.table.parquet import damage_named, file_batches, read_rows
-from lora_embed.table.parts import parquet_writer, to_parquet
+from lora_embed.table.parquet import count_values, damage_named, file_batches, read_rows
+from lora_embed.table.parts import to_parquet
 from lora_embed.table.staging import VerifiedShard
+from lora_embed.text import utc
 
 DATA_FILE_BYTES = 128 * 2**20  # of vectors, about; a file has at most twice as many
 ROW_GROUP_BYTES, ROW_GROUP_ROWS = 4 * 2**20, 65536  # of vectors, at most: what is read to look one row up
@@ -121,7 +120,7 @@ def compact(store: Store, task: Compaction) -> tuple[FileEntry, FileEntry | None
     rejects = [REJECT_SCHEMA.empty_table()]
     paths = [path for source in task.sources for path in source.parts]
     group_rows = max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // row_bytes(task.dimension, task.vector_type)))
-    with _DataFile(schema, group_rows) as file, ThreadPoolExecutor(READS_AT_ONCE) as pool:
+    with DataFile(schema, group_rows) as file, ThreadPoolExecutor(READS_AT_ONCE) as pool:
         # Many small objects: it is the waiting that takes the time.
         parts = pool.map(lambda path: read_rows(store, path), paths)
         for source in task.sources:
@@ -151,48 +150,6 @@ def compact(store: Store, task: Compaction) -> tuple[FileEntry, FileEntry | None
         return data_entry, None
     with_rejects = tuple(shard for shard in shards if shard.rejects)
     return data_entry, _write_file(store, f"rejects/{task.space_id}", to_parquet(rejected), rejected.num_rows, with_rejects)
-
-
-class _DataFile:
-    """A Parquet file in memory that rows are added to; written are row groups of `group_rows` rows, and a last one."""
-
-    def __init__(self, schema: pa.Schema, group_rows: int) -> None:
-        self._schema = schema
-        self._group_rows = group_rows
-        self._buffer = io.BytesIO()
-        self._writer = parquet_writer(self._buffer, schema)
-        self._waiting: list[pa.Table] = []
-        self._waiting_rows = 0
-        self.rows = 0
-
-    def __enter__(self) -> "_DataFile":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None and self._waiting_rows:
-            self._write(self._joined())
-        self._writer.close()
-
-    @property
-    def data(self) -> bytes:
-        """The whole file, once it is closed."""
-        return self._buffer.getvalue()
-
-    def add(self, rows: pa.Table) -> None:
-        self._waiting.append(rows)
-        self._waiting_rows += rows.num_rows
-        self.rows += rows.num_rows
-        if self._waiting_rows >= self._group_rows:
-            table = self._joined()
-            whole = table.num_rows - table.num_rows % self._group_rows
-            self._write(table.slice(0, whole))
-            self._waiting, self._waiting_rows = [table.slice(whole)], table.num_rows - whole
-
-    def _joined(self) -> pa.Table:
-        return pa.concat_tables([self._schema.empty_table(), *self._waiting]).unify_dictionaries()
-
-    def _write(self, table: pa.Table) -> None:
-        self._writer.write_table(table, self._group_rows)
 
 
 def _split(table: pa.Table, schema: pa.Schema) -> tuple[pa.Table, pa.Table]:
@@ -228,8 +185,7 @@ def _published(store: Store, source: Source) -> Iterator[pa.Table]:
 
 
 def _rows_by_shard(table: pa.Table) -> Counter[str]:
-    counted = table.column("shard").cast(pa.string()).value_counts().to_pylist()
-    return Counter({value["values"]: value["counts"] for value in counted})
+    return count_values(table.column("shard").cast(pa.string()))
 
 
 def _check_counts(store: Store, source: Source, good: Counter[str], bad: Counter[str]) -> None:
@@ -303,7 +259,7 @@ def make_manifest(
         "vectors": sum(shard.vectors for shard in shards),
         "rejects": sum(shard.rejects for shard in shards),
     }
-    created = datetime.now(UTC).isoformat(timespec="seconds")
+    created = utc()
     return Manifest(
         format=FORMAT,
         version=version,

@@ -177,7 +177,7 @@ def _without(store: Store, current: Manifest, ids: list[str], why: str, held_by:
         precision=pins["precision"],
         batch_size=1,
         vector_type=pins["vector_type"],
-        carry=tuple((name, kind) for name, kind in pins["carry"]),
+        carry=current.carry,
     )
     forgotten = tuple(sorted({*current.forgotten, *ids}))
     reuse = compact.plan_reuse(current, set(current.shards), forgets=ids)

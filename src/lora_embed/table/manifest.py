@@ -154,6 +154,11 @@ class Manifest:
     forgotten: tuple[str, ...] = ()  # ids that stay out
     newer: tuple[str, ...] = ()  # fields that only a newer release knows; not written
 
+    @property
+    def carry(self) -> tuple[tuple[str, str], ...]:
+        """Name and type of each carried field."""
+        return tuple((name, kind) for name, kind in self.pins["carry"])
+
     @cached_property
     def shards(self) -> dict[str, ShardCounts]:
         """By shard id; one whose rows are spread over several files is there once, with its whole counts."""

@@ -1,5 +1,6 @@
 """Parquet files of a table, which others may have written: the one place where they are opened to be read."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -59,3 +60,8 @@ def file_batches(store: Store, path: str, columns: Sequence[str] | None = None) 
     """The rows of a Parquet file of the table in batches, read once and in their order; raises as `opened_file` does."""
     with opened_file(store, path) as file:
         yield from file.iter_batches(BATCH_ROWS, columns=columns)
+
+
+def count_values(column: pa.ChunkedArray | pa.Array) -> Counter[str]:
+    """How often each text stands in a column."""
+    return Counter({pair["values"]: pair["counts"] for pair in column.value_counts().to_pylist()})

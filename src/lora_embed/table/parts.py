@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 from lora_embed.config.foreign import Count
 from lora_embed.schema import ChunkHead, Layout, Part, part_schema
 from lora_embed.store.store import Store
-from lora_embed.table.parquet import damage_named
+from lora_embed.table.parquet import count_values, damage_named
 
 FOOTER = b"lora_embed.part"
 FOOTER_BYTES = 2**16  # read at once of a part of which its footer and keys are wanted
@@ -40,10 +40,9 @@ def part_path(space_id: str, layout_id: str, part: Part | None = None) -> str:
     return f"staging/{space_id}/{layout_id}/{part.name if part else ''}".rstrip("/")
 
 
-def reasons_of(part: pa.Table) -> dict[str, int]:
-    """How many of a part's rows are rejects of each reason."""
-    counted = part.column("reason").drop_null().value_counts().to_pylist()
-    return {value["values"]: value["counts"] for value in counted}
+def reasons_of(part: pa.Table | pa.RecordBatch) -> dict[str, int]:
+    """How many of the rows of a part, or of a chunk's samples, are rejects of each reason."""
+    return dict(count_values(part.column("reason").drop_null()))
 
 
 def make_part(head: ChunkHead, samples: pa.RecordBatch, vectors: NDArray[np.float32], layout: Layout) -> pa.Table:

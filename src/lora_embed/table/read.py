@@ -72,8 +72,7 @@ class Table:
     @property
     def schema(self) -> pa.Schema:
         """Columns of the data files: `schema.data_schema` of this version."""
-        carry = tuple((name, kind) for name, kind in self.manifest.pins["carry"])
-        return data_schema(self.dimension, self.manifest.pins["vector_type"], carry)
+        return data_schema(self.dimension, self.manifest.pins["vector_type"], self.manifest.carry)
 
     @property
     def files(self) -> list[str]:
@@ -100,19 +99,19 @@ class Table:
         """
         names = list(self.schema.names if columns is None else columns)
         self._check_columns(names)
-        wanted = list(ids)
+        in_order = list(ids)
         of_file: dict[int, set[str]] = defaultdict(set)
-        for sample_id in wanted:
+        for sample_id in in_order:
             for number in self._may_hold(sample_id):
                 of_file[number].add(sample_id)
-        found = [self.schema.empty_table().select(names if "id" in names else ["id", *names])]
+        tables = [self.schema.empty_table().select(names if "id" in names else ["id", *names])]
         for number, some in sorted(of_file.items()):
             with opened_file(self.store, self.manifest.files[number].path) as file:
-                self._check_file(file, found[0].column_names)
-                found += _rows_with(file, some, found[0].column_names)
-        rows = pa.concat_tables(found).unify_dictionaries()
+                self._check_file(file, tables[0].column_names)
+                tables += _rows_with(file, some, tables[0].column_names)
+        rows = pa.concat_tables(tables).unify_dictionaries()
         place = {sample_id: row for row, sample_id in enumerate(rows.column("id").to_pylist())}
-        order = pa.array([place[sample_id] for sample_id in wanted if sample_id in place], pa.int64())
+        order = pa.array([place[sample_id] for sample_id in in_order if sample_id in place], pa.int64())
         return rows.take(order).select(names)
 
     def _may_hold(self, sample_id: str) -> set[int]:
@@ -122,11 +121,11 @@ class Table:
     @cached_property
     def _files_by_prefix(self) -> dict[str, list[int]]:
         """What stands before the key in ids of a shard → numbers of the files that hold such rows."""
-        found: dict[str, list[int]] = defaultdict(list)
+        files: dict[str, list[int]] = defaultdict(list)
         for number, entry in enumerate(self.manifest.files):
             for prefix in {prefix_of(shard.name) for shard in entry.shards if shard.vectors}:
-                found[prefix].append(number)
-        return found
+                files[prefix].append(number)
+        return files
 
     def _check_columns(self, columns: Sequence[str]) -> None:
         if unknown := [name for name in columns if name not in self.schema.names]:
@@ -135,9 +134,9 @@ class Table:
     def _check_file(self, file: pq.ParquetFile, columns: Sequence[str]) -> None:
         """Raises ArrowInvalid for a data file whose columns are not those that the manifest says."""
         for name in columns:
-            found, expected = file.schema_arrow.field(name).type, self.schema.field(name).type
-            if found != expected:
-                raise pa.ArrowInvalid(f"column {name} is of type {found}, expected {expected}")
+            held, expected = file.schema_arrow.field(name).type, self.schema.field(name).type
+            if held != expected:
+                raise pa.ArrowInvalid(f"column {name} is of type {held}, expected {expected}")
 
     def rejects(self) -> pa.Table:
         """All rejects: id, shard, key, reason, detail."""
@@ -165,6 +164,6 @@ def open_table(uri: str, version: int | None = None, storage_options: dict[str, 
     store = Store(uri, storage_options or {})
     manifest = read_manifest(store, version)
     if manifest is None:
-        wanted = f"version {version}" if version is not None else "published version"
-        raise TableError(f"{uri}: has no {wanted}; `lora-embed status {uri}` says what is there")
+        named = f"version {version}" if version is not None else "published version"
+        raise TableError(f"{uri}: has no {named}; `lora-embed status {uri}` says what is there")
     return Table(store, manifest)

@@ -8,7 +8,7 @@ from lora_embed.errors import TableError
 from lora_embed.schema import Part
 from lora_embed.store.store import Store
 from lora_embed.table.versions import listed_versions, read_manifest
-from lora_embed.text import in_lines
+from lora_embed.text import counted, in_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,7 @@ class TableState:
         if self.version is None:
             lines.append("version   nothing published yet")
         else:
-            counted = ", ".join(f"{number:,} {name}" for name, number in self.counts.items())
-            lines += [f"version   {self.version} of {self.created}, space {self.space_id}", f"holds     {counted}"]
+            lines += [f"version   {self.version} of {self.created}, space {self.space_id}", f"holds     {counted(self.counts)}"]
             lines += [f"retained  versions {', '.join(map(str, self.versions))}", *_gate_lines(self.gates)]
         lines += [f"held back space {space}: {why}" for space, why in self.held.items()]
         lines += [f"forgotten {self.forgotten:,} images"] if self.forgotten else []

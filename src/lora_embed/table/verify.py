@@ -6,7 +6,6 @@ from collections import Counter
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -14,7 +13,7 @@ from lora_embed.errors import VerificationFailed
 from lora_embed.schema import encoder_path
 from lora_embed.store.store import Store
 from lora_embed.table.manifest import FileEntry
-from lora_embed.table.parquet import damage_named
+from lora_embed.table.parquet import count_values, damage_named
 from lora_embed.table.read import Table
 from lora_embed.vectors.health import hash_each
 
@@ -32,9 +31,8 @@ def verify_file(store: Store, entry: FileEntry, *, is_data: bool) -> NDArray[np.
         raise VerificationFailed(f"{where}: {len(data)} bytes that are not the {entry.bytes} it was published with")
     with damage_named(where):
         table = pq.read_table(io.BytesIO(data), columns=["id", "shard"])
-        counted = pc.value_counts(table.column("shard").cast(pa.string())).to_pylist()
+        per_shard = count_values(table.column("shard").cast(pa.string()))
         ids = table.column("id").cast(pa.string()).to_pylist()
-    per_shard = {value["values"]: value["counts"] for value in counted}
     expected = {shard.name: shard.vectors if is_data else shard.rejects for shard in entry.shards}
     if per_shard != {name: rows for name, rows in expected.items() if rows} or table.num_rows != entry.rows:
         raise VerificationFailed(f"{where}: rows per shard differ from the manifest's counts")

@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +14,7 @@ from lora_embed.monitor.runs import announced
 from lora_embed.schema import FORMAT, encoder_path
 from lora_embed.store.store import Store
 from lora_embed.table.manifest import Manifest, refuse_other_format
+from lora_embed.text import utc
 
 MARKER = "table.json"  # the first object of a table
 MARKED = b'{"format": %d}\n' % FORMAT
@@ -183,7 +183,7 @@ def _rolled_back(store: Store, to: int, why: str) -> Manifest:
     if current.space_id != wanted.space_id:
         held[current.space_id] = why
     held.pop(wanted.space_id, None)
-    created = datetime.now(UTC).isoformat(timespec="seconds")
+    created = utc()
     lineage = wanted.lineage | {"rollback": {"from": current.version, "to": to, "why": why}}
     lineage |= {key: value for key, value in current.lineage.items() if key == "retain"}  # as the table is kept today
     return replace(wanted, version=current.version + 1, created=created, held=held, lineage=lineage)

@@ -1,36 +1,29 @@
 """`lora-embed tune`: weights and a method of merging, searched on one part of the labelled images and judged on the other."""
 
-import datetime
 import importlib.util
 import json
 import math
-import os
-import tempfile
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from numpy.typing import NDArray
 
 from lora_embed.config.models import Recipe
-from lora_embed.errors import ConfigError, EncoderError
-from lora_embed.evaluate.figures import BANK_SHARE, cka_relations
+from lora_embed.errors import ConfigError
 from lora_embed.evaluate.page.evaluation import write_report
-from lora_embed.evaluate.records import Candidate, Evaluation, Relation, Task, Trial
-from lora_embed.model.build import build_encoder, gather
-from lora_embed.model.encoder import load_encoder
+from lora_embed.evaluate.records import Candidate, Evaluation
+from lora_embed.model.build import gather
 from lora_embed.model.merge import METHODS
 from lora_embed.model.refold import BATCH, Refolder
-from lora_embed.model.relate import relate_adapters
 from lora_embed.monitor.progress import say
 from lora_embed.store import local
+from lora_embed.store.aside import file_aside
 from lora_embed.text import in_lines
 from lora_embed.tune.goal import Search
-from lora_embed.tune.holdout import Splits, differences_of, figures_of, refuse_thin
+from lora_embed.tune.held import BEST, EQUAL, TUNED, Held, Rows
 from lora_embed.tune.labelled import LabelledImages, Reading, Wanted, read_labelled
 from lora_embed.tune.scoring import Scorer, shown_options
 from lora_embed.tune.trials import alone_in
@@ -38,12 +31,7 @@ from lora_embed.vectors.metrics import split_by_name
 
 LEAST_ADAPTERS, MOST_ADAPTERS = 2, 5
 TUNING_SHARE = 0.5  # of the groups; the others are held back
-FINAL_SPLITS = 5
 LEAST_TRIALS, LEAST_IMAGES = 24, 200  # that a budget in minutes is to allow; to which images are cut for it
-PROVEN = 64  # images whose vectors the built winner must repeat
-TUNED, EQUAL, BASE, BEST = "tuned", "equal", "base", "best tried"
-
-Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +66,16 @@ class Tuned:
             figures = [figure for figure in self.evaluation.figures if figure.task == task]
             lines.append(f"  {task}: " + " · ".join(f"{figure.candidate} {100 * figure.mean:.1f}" for figure in figures))
             for reference in (EQUAL, own):
-                (found,) = (
+                (difference,) = (
                     apart for apart in self.evaluation.differences
                     if (apart.task, apart.candidate, apart.reference) == (task, TUNED, reference)
                 )  # fmt: skip
-                lines.append(f"    tuned less {reference}: {_points(found.mean, found.low, found.high)}, {found.verdict}")
+                points = _points(difference.mean, difference.low, difference.high)
+                lines.append(f"    tuned less {reference}: {points}, {difference.verdict}")
         return in_lines(lines)
 
     def _found(self, name: str) -> Candidate:
-        return next(found for found in self.evaluation.candidates if found.name == name)
+        return next(candidate for candidate in self.evaluation.candidates if candidate.name == name)
 
 
 def tune(search: Search) -> Tuned:
@@ -106,7 +95,7 @@ def tune(search: Search) -> Tuned:
         images = read_labelled(search.inputs, wanted, preprocessing, search.work_folder, reading)
         decoded = time.perf_counter()
         in_tuning = split_by_name(images.names, TUNING_SHARE, search.seed)
-        held = _Held(search, refolder, images, np.flatnonzero(~in_tuning))
+        held = Held(search, refolder, images, np.flatnonzero(~in_tuning))
         scorer = Scorer(search, names, refolder, images, _chosen(search, refolder, images, np.flatnonzero(in_tuning)))
         trials = scorer.search()
         searched = time.perf_counter()
@@ -125,103 +114,6 @@ def tune(search: Search) -> Tuned:
         )
         _write(search, tuned)
     return tuned
-
-
-class _Held:
-    """Encoders on the held-back images, one added after another."""
-
-    def __init__(self, search: Search, refolder: Refolder, images: LabelledImages, rows: Rows) -> None:
-        self._search, self._refolder, self._images, self._rows = search, refolder, images, rows
-        self._splits = Splits.of([images.names[row] for row in rows], FINAL_SPLITS, search.seed)
-        self._labels = {task: labels[rows] for task, labels in images.labels.items()}
-        refuse_thin(self._labels, self._splits, "held back")
-        self._vectors: dict[str, NDArray[np.float32]] = {}
-        self._candidates: dict[str, Candidate] = {}
-
-    @property
-    def count(self) -> int:
-        """Images held back."""
-        return len(self._rows)
-
-    def add(self, name: str, recipe: Recipe) -> None:
-        """Embed them by a recipe's encoder."""
-        started = time.perf_counter()
-        self._refolder.fold(recipe)
-        space_id, folded = self._refolder.space_id(), time.perf_counter()
-        same = next((known.name for known in self._candidates.values() if known.space_id == space_id), None)
-        if same is None:
-            self._vectors[name] = self._refolder.embed(self._images.pixels, self._rows)
-        else:
-            self._vectors[name] = self._vectors[same]
-        self._candidates[name] = Candidate(
-            name=name,
-            method=recipe.merge_method,
-            weights={adapter: spec.weight for adapter, spec in zip(recipe.adapter_names, recipe.adapters, strict=True)},
-            options=recipe.merge_options,
-            recipe_id=self._refolder.identify(recipe),
-            space_id=space_id,
-            dimension=self._vectors[name].shape[1],
-            build_s=folded - started,
-            encoder_bytes=self._refolder.encoder_bytes,
-            forward_s=time.perf_counter() - folded,
-        )
-        say(f"held back, {name}: {self._candidates[name].forward_s:.1f} s")
-
-    def prove(self, recipe: Recipe) -> None:
-        """Build the winner as any recipe is built; raises EncoderError unless its vectors are those that it was chosen for."""
-        device = self._refolder.encoder.device.type
-        with tempfile.TemporaryDirectory(dir=self._search.work_folder) as scratch:
-            description = build_encoder(gather(recipe), Path(scratch) / "encoder", lambda line: None)
-            built = load_encoder(Path(scratch) / "encoder", device=device, batch_size=BATCH[device])
-            found = built.embed_pixels(self._images.pixels[self._rows[:PROVEN]])
-        expected = self._vectors[TUNED][:PROVEN]
-        if description.space_id != self._candidates[TUNED].space_id or not np.array_equal(found, expected):
-            raise EncoderError(
-                f"the built winner is of space {description.space_id} and its vectors differ by up to "
-                f"{np.abs(found - expected).max():.2g}, expected space {self._candidates[TUNED].space_id} and the same vectors "
-                "as in the search. This is a fault of this program: please report it with the recipe."
-            )
-
-    def evaluation(self, trials: tuple[Trial, ...], own: dict[str, str], seconds: dict[str, float]) -> Evaluation:
-        """All that was found."""
-        order = [BASE, *(name for name in self._vectors if name not in (BASE, EQUAL, BEST, TUNED)), EQUAL, BEST, TUNED]
-        spaces = {name: self._vectors[name] for name in order}
-        figures = figures_of(spaces, self._labels, self._splits)
-        pairs = [(name, EQUAL) for name in order if name != EQUAL]
-        pairs += [(TUNED, name) for name in order if name not in (EQUAL, TUNED)]
-        images = self._images
-        return Evaluation(
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            inputs=self._search.inputs,
-            samples=images.samples,
-            decoded=len(images.ids),
-            rejects=images.rejects,
-            seconds=seconds,
-            splits=FINAL_SPLITS,
-            bank_share=BANK_SHARE,
-            seed=self._search.seed,
-            tasks=tuple(
-                Task(name=of, label=of, classes=images.classes[of], images=int((labels >= 0).sum()))
-                for of, labels in images.labels.items()
-            ),
-            candidates=tuple(self._candidates[name] for name in order),
-            reference=EQUAL,
-            figures=figures,
-            differences=differences_of(figures, pairs),
-            relations=_relations(self._refolder, self._search.recipe)
-            + cka_relations({name: spaces[name] for name in order[:-3]}),
-            trials=trials,
-        )
-
-
-def _relations(refolder: Refolder, recipe: Recipe) -> tuple[Relation, ...]:
-    """How the adapters lie to each other by their weights, over all layers and in each."""
-    called = dict(zip((spec.path for spec in recipe.adapters), recipe.adapter_names, strict=True))
-    names = [called[path] for path in refolder.adapters]
-    return tuple(
-        Relation(kind=kind, one=names[one], other=names[other], layer=layer, value=value)
-        for kind, one, other, layer, value in relate_adapters(refolder.ingredients.base, list(refolder.adapters.values()))
-    )
 
 
 def _points(mean: float, low: float, high: float) -> str:
@@ -298,13 +190,8 @@ def _write(search: Search, tuned: Tuned) -> None:
         f"# Written by `lora-embed tune`; all figures: {search.evidence.name}",
         *(f"# {line}" for line in tuned.describe().splitlines()),
     ]
-    _replace(search.evidence, (json.dumps(tuned.as_json(), ensure_ascii=False, indent=1) + "\n"))
+    with file_aside(search.evidence) as aside:
+        aside.write_text(json.dumps(tuned.as_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     write_report(tuned.evaluation, search.report)
-    _replace(search.out, "\n".join(notes) + "\n" + body)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file in one step."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    with file_aside(search.out) as aside:
+        aside.write_text("\n".join(notes) + "\n" + body, encoding="utf-8")

@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from lora_embed.vectors.rows import unit, vectors_of
+
 SAMPLE_ROWS = 2000
 BLOCK_ROWS = 8192
 DISTINCT = 2**20  # vectors that are counted one by one, 32 bytes each; of a larger set, those with the lowest hashes
@@ -134,11 +136,7 @@ def measure_rows(rows: pa.Table) -> Health:
     """`measure` of a table's columns id, sha256 and embedding; of a staged part, the rows without a reject's reason."""
     if "reason" in rows.column_names:
         rows = rows.filter(pc.is_null(rows.column("reason")))
-    column = rows.column("embedding").combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # of a table without rows, in some releases
-        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-    vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
-    return measure(rows.column("id").to_pylist(), rows.column("sha256").to_pylist(), vectors)
+    return measure(rows.column("id").to_pylist(), rows.column("sha256").to_pylist(), vectors_of(rows))
 
 
 def combine(parts: Sequence[Health]) -> Health:
@@ -176,7 +174,7 @@ def participation_ratio(vectors: NDArray[Any]) -> float:
     n, d = vectors.shape
     if n < 3:
         return 0.0
-    directions = unit(vectors)
+    directions = unit(np.asarray(vectors, np.float64))
     centred = directions - directions.mean(axis=0)
     gram = centred @ centred.T if n < d else centred.T @ centred
     total = float(np.trace(gram)) / (n - 1)
@@ -184,14 +182,6 @@ def participation_ratio(vectors: NDArray[Any]) -> float:
         return 0.0
     squared = (n - 1) ** 2 / ((n - 2) * (n + 1)) * (float((gram**2).sum()) / (n - 1) ** 2 - total**2 / (n - 1))
     return float(total**2 / max(squared, total**2 / min(d, n - 1)))
-
-
-def unit(vectors: NDArray[Any]) -> NDArray[np.float64]:
-    """Vectors (n, d) at length 1; what has no direction, zeros or values that are not finite, becomes all ones."""
-    exact = np.asarray(vectors, np.float64)
-    has_direction = np.isfinite(exact).all(axis=1) & (exact != 0).any(axis=1)
-    exact = np.where(has_direction[:, None], exact, 1.0)
-    return np.asarray(exact / np.linalg.norm(exact, axis=1, keepdims=True))
 
 
 def _doubles(vectors: Vectors, images: NDArray[np.uint64]) -> Doubles:

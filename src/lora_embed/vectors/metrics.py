@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_embed.vectors.rank import NEAREST, cosine_blocks, nearest, unit, vote
+from lora_embed.vectors.rank import NEAREST, cosine_blocks, nearest, vote
+from lora_embed.vectors.rows import unit
 
 # Chosen on the demo's base alone, on images that no evaluation asks about: of 1e-4 … 1 the one within a standard error
 # of the best on both tasks (category: 0.619, best 0.625 at 0.03; group: 0.571, best 0.578 at 1; errors 0.008 to 0.011).

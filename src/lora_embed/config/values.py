@@ -1,0 +1,49 @@
+"""Values that users write, and the sections that hold them: strict, finite, without passwords."""
+
+import math
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from lora_embed.text import holds_secret, redacted
+
+
+class Section(BaseModel):
+    """A frozen piece of configuration that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):  # which would count as 0 or 1
+        raise ValueError("expected a number")
+    return value
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("expected a finite number")
+    return value
+
+
+def not_empty(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not value:
+        raise ValueError("expected at least one")
+    return value
+
+
+def _without_password(uri: str) -> str:
+    if holds_secret(uri):
+        shown_uri = redacted("".join(uri.split()))
+        raise ValueError(
+            f"{shown_uri} holds a password or a signature, and places are written to tables, logs and reports. Give it in the "
+            "environment or, for input and table, in their storage options."
+        )
+    return uri
+
+
+# Not strict: YAML reads 1e-3, without a point, as text.
+Number = Annotated[float, Field(strict=False), BeforeValidator(_not_bool), AfterValidator(_finite)]
+Share = Annotated[Number, Field(ge=0.0, le=1.0)]
+Text = Annotated[str, Field(min_length=1)]
+Uri = Annotated[Text, AfterValidator(_without_password)]  # or a path; what names a place is written to tables and reports

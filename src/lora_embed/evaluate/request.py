@@ -1,0 +1,59 @@
+"""What is to be evaluated, and how; refused where options do not go together."""
+
+import importlib.util
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_embed.config.models import Resources
+from lora_embed.errors import ConfigError
+
+_OPTIONS = {"recipes": "recipe", "inputs": "data", "labels": "label"}  # as the command calls them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be evaluated, and how."""
+
+    recipes: tuple[str, ...]  # recipe files, or directories of encoders
+    inputs: tuple[str, ...]
+    labels: tuple[str, ...]  # fields, one a task
+    group: str | None = None  # field: images with the same value are on one side
+    split: str | None = None  # field of the user's own split
+    splits: int = 5
+    seed: int = 0
+    reference: str | None = None  # a candidate's name; the first
+    alone: bool = False  # judge the base and each adapter by itself as well
+    judges_heads: bool = True
+    heads: dict[str, str] = field(default_factory=dict)  # adapter → task, where the classes do not tell
+    head_classes: dict[str, tuple[str, ...]] = field(default_factory=dict)  # task → names in the order of a head's outputs
+    precision: str = "auto"
+    work: str | None = None  # where encoders and vectors are kept
+    shared_filesystem: bool = False
+    resources: Resources = field(default_factory=Resources)
+    input_options: dict[str, Any] = field(default_factory=dict, repr=False)  # storage options; they may hold keys
+    work_options: dict[str, Any] = field(default_factory=dict, repr=False)
+    image_column: str | None = None  # of Parquet input
+    key_column: str | None = None
+
+
+def check_request(request: Request) -> None:
+    """Raises ConfigError for options that do not go together."""
+    for option, given in (("--recipe", request.recipes), ("--data", request.inputs), ("--label", request.labels)):
+        if not given:
+            raise ConfigError(f"{option} is missing. Name at least one.")
+    for option in ("recipes", "inputs", "labels", "group", "split", "reference", "work"):
+        value = getattr(request, option)
+        if "" in (value if isinstance(value, tuple) else (value,)):
+            raise ConfigError(f"--{_OPTIONS.get(option, option)} is empty. Give a value, or leave the option out.")
+    if request.seed < 0:
+        raise ConfigError(f"--seed is {request.seed}, expected 0 or more")
+    if importlib.util.find_spec("sklearn") is None:
+        raise ConfigError("scikit-learn is not installed. Run: pip install 'lora-embed[evaluation]', on every node.")
+    for label in request.labels:
+        if request.labels.count(label) > 1:
+            raise ConfigError(f"--label {label} is given {request.labels.count(label)} times. Name it once.")
+    if request.split is None and request.splits < 2:
+        raise ConfigError(f"--splits is {request.splits}, expected 2 or more: one says nothing of noise")
+    for task in [*request.heads.values(), *request.head_classes]:
+        if task not in request.labels:
+            raise ConfigError(f"{task!r} is given for a head, but is no --label. Those are {', '.join(request.labels)}.")

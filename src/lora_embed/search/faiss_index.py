@@ -1,0 +1,120 @@
+"""A FAISS index of a table's vectors, and their ids beside it: written, and opened for search."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from lora_embed.errors import ConfigError
+from lora_embed.search.index import (
+    DESCRIPTION,
+    FAISS_FILE,
+    HIT_COLUMNS,
+    IDS,
+    IDS_FILE,
+    Hit,
+    IndexDescription,
+    Nearest,
+    Vectors,
+)
+from lora_embed.search.index_files import check_faiss, check_ids
+from lora_embed.text import in_one_line
+from lora_embed.vectors.rows import unit, vectors_of
+
+if TYPE_CHECKING:
+    from lora_embed.table.read import Table
+
+SAMPLE_BYTES = 256 * 2**20  # of vectors that an IVF index is trained on at most
+# What FAISS's k-means takes at least, before it warns, and at most, before it leaves out the rest.
+POINTS_PER_LIST = (39, 256)
+HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 32, 200, 128
+
+
+def write_faiss(faiss: Any, table: "Table", kind: str, folder: Path, seed: int) -> tuple[int, dict[str, Any]]:
+    """Vectors of length 1, whose inner product is the cosine, in FAISS; ids beside them, row n for position n."""
+    index, parameters = _new_faiss(faiss, table, kind, seed)
+    with pq.ParquetWriter(folder / IDS_FILE, IDS, compression="zstd", use_dictionary=["shard"]) as ids:
+        for batch in table.batches([*HIT_COLUMNS, "embedding"]):
+            index.add(unit(vectors_of(batch)))
+            ids.write_batch(batch.select(HIT_COLUMNS).cast(IDS))  # a row group each, so that a hit reads only that
+    try:
+        faiss.write_index(index, str(folder / FAISS_FILE))
+    except RuntimeError as error:  # a full disk, say
+        raise OSError(str(error)) from None
+    return index.ntotal, parameters
+
+
+def _new_faiss(faiss: Any, table: "Table", kind: str, seed: int) -> tuple[Any, dict[str, Any]]:
+    """An empty index, trained if need be, and what shapes it."""
+    if kind == "faiss-flat":
+        return faiss.IndexFlatIP(table.dimension), {}
+    if kind == "faiss-hnsw":
+        index = faiss.IndexHNSWFlat(table.dimension, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction, index.hnsw.efSearch = HNSW_BUILD, HNSW_SEARCH
+        return index, {"links": HNSW_LINKS, "ef_construction": HNSW_BUILD, "ef_search": HNSW_SEARCH}
+    least, most = POINTS_PER_LIST
+    affordable = min(table.count, max(1, SAMPLE_BYTES // (4 * table.dimension)))
+    lists = max(1, min(round(4 * math.sqrt(table.count)), affordable // least))
+    sample = draw_sample(table, min(affordable, lists * most), seed)
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(table.dimension), table.dimension, lists, faiss.METRIC_INNER_PRODUCT)
+    index.cp.seed, index.cp.min_points_per_centroid = seed, 1  # fewer than `least` only in a table of fewer vectors
+    index.train(sample)
+    index.nprobe = min(lists, max(8, round(2 * math.sqrt(lists))))
+    return index, {"lists": lists, "probes": index.nprobe, "trained_on": len(sample), "seed": seed}
+
+
+def draw_sample(table: "Table", size: int, seed: int) -> Vectors:
+    """`size` of a table's vectors, scaled to length 1, (size, d): each row as likely as any other, the same for a seed."""
+    chosen = np.sort(np.random.default_rng(seed).choice(table.count, size, replace=False))
+    sample = np.empty((size, table.dimension), np.float32)
+    start = 0
+    for batch in table.batches(["embedding"]):
+        first, end = np.searchsorted(chosen, [start, start + batch.num_rows])
+        sample[first:end] = vectors_of(batch)[chosen[first:end] - start]
+        start += batch.num_rows
+    return unit(sample)
+
+
+def open_faiss(faiss: Any, folder: Path, about: IndexDescription) -> Nearest:
+    try:
+        check_faiss(folder / FAISS_FILE, about.kind, about.count, about.dimension)
+        check_ids(pq.ParquetFile(folder / IDS_FILE), IDS)
+        ids = pq.ParquetFile(folder / IDS_FILE, read_dictionary=HIT_COLUMNS)  # so that one long value stays one in memory
+        index = faiss.read_index(str(folder / FAISS_FILE))
+    except (RuntimeError, OSError, ValueError, pa.ArrowException) as error:
+        raise ConfigError(f"{folder}: the index cannot be read ({in_one_line(error, 300)}). Export it again.") from None
+    if not index.ntotal == ids.metadata.num_rows == about.count or index.d != about.dimension:
+        raise ConfigError(
+            f"{folder}: holds {index.ntotal} vectors of {index.d} dimensions and {ids.metadata.num_rows} ids, its "
+            f"{DESCRIPTION} says {about.count} of {about.dimension}. Export it again."
+        )
+    ends = np.cumsum([ids.metadata.row_group(group).num_rows for group in range(ids.num_row_groups)])
+
+    def nearest(queries: Vectors, k: int) -> list[list[Hit]]:
+        if about.kind == "faiss-hnsw":
+            index.hnsw.efSearch = max(HNSW_SEARCH, k)
+        scores, positions = index.search(queries, min(k, about.count))
+        rows = _rows_at(ids, ends, set(positions[positions >= 0].tolist()))
+        return [
+            [Hit(score=float(score), **rows[int(place)]) for score, place in zip(*pair, strict=True) if place >= 0]
+            for pair in zip(scores, positions, strict=True)
+        ]
+
+    return nearest
+
+
+def _rows_at(ids: pq.ParquetFile, ends: NDArray[np.int64], positions: set[int]) -> dict[int, dict[str, str]]:
+    """Id, shard and key at each position, from the row groups that hold one."""
+    rows_at: dict[int, dict[str, str]] = {}
+    places = np.array(sorted(positions), np.int64)
+    groups = np.searchsorted(ends, places, side="right")
+    for group in np.unique(groups).tolist():
+        here = places[groups == group]
+        start = int(ends[group - 1]) if group else 0
+        rows = ids.read_row_group(group).take(pa.array(here - start)).to_pylist()
+        rows_at |= dict(zip(here.tolist(), rows, strict=True))
+    return rows_at

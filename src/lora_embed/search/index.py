@@ -1,0 +1,97 @@
+"""An index of a table's vectors: what it says of itself, and what a search in it finds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import Field
+
+from lora_embed.config.foreign import Count
+from lora_embed.errors import ConfigError
+from lora_embed.text import in_one_line
+from lora_embed.vectors.rows import unit
+
+DESCRIPTION, FAISS_FILE, IDS_FILE, LANCE_NAME = "index.json", "index.faiss", "ids.parquet", "vectors"
+FORMAT = 1
+HIT_COLUMNS = ["id", "shard", "key"]
+IDS = pa.schema([pa.field(name, pa.string(), nullable=False) for name in HIT_COLUMNS])
+Vectors = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """One image that was found; `score` is the cosine similarity to the query."""
+
+    id: str
+    score: float
+    shard: str
+    key: str
+
+
+Nearest = Callable[[Vectors, int], list[list[Hit]]]  # queries of length 1 (m, d) and k → the hits of each
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexDescription:
+    """What `index.json` says: which version of which table the index is of, and how it was made."""
+
+    kind: str
+    table: str
+    version: Count
+    space_id: str
+    dimension: Annotated[Count, Field(lt=2**20)]
+    count: Count  # vectors
+    library: str
+    library_version: str
+    parameters: dict[str, Any]
+    metric: str = "cosine"
+    format: int = field(default=FORMAT)
+
+
+@dataclass(frozen=True)
+class Index:
+    """An index, open for search."""
+
+    folder: Path
+    description: IndexDescription
+    nearest: Nearest = field(repr=False)
+
+    def search(self, vectors: NDArray[Any], k: int, space_id: str) -> list[list[Hit]]:
+        """Up to k hits for each query (m, d), best first; fewer where the index finds no more.
+
+        `space_id` is that of the encoder that made the queries. Raises ConfigError when it is not the index's own.
+        """
+        about = self.description
+        where = f"{self.folder}: the index of {about.table}, version {about.version},"
+        refuse_other_space(where, about.space_id, space_id, "Export the table's current version again.")
+        try:
+            return self.nearest(unit_queries(vectors, about.dimension, k), k)
+        except (RuntimeError, OSError, ValueError, pa.ArrowException) as error:
+            raise ConfigError(
+                f"{self.folder}: the index cannot be read ({in_one_line(error, 300)}). Export it again."
+            ) from None
+
+
+def refuse_other_space(where: str, space_id: str, query_space: str, remedy: str) -> None:
+    """Raises ConfigError when queries were made by an encoder of another space."""
+    if query_space != space_id:
+        raise ConfigError(
+            f"{where} holds vectors of space {space_id}, the query was made by an encoder of space {query_space}: what "
+            f"they say of each other means nothing. Use the encoder of space {space_id}. {remedy}"
+        )
+
+
+def unit_queries(vectors: NDArray[Any], dimension: int, k: int) -> Vectors:
+    """Queries (m, d), scaled to length 1. Raises ConfigError for another shape, values not finite, or a k below 1."""
+    queries = np.asarray(vectors, np.float32)
+    if queries.ndim != 2 or queries.shape[1] != dimension:
+        raise ConfigError(f"queries have the shape {queries.shape}, expected (number of queries, {dimension})")
+    if not np.isfinite(queries).all():
+        raise ConfigError("a query holds NaN or infinity, which is near to nothing")
+    if k < 1:
+        raise ConfigError(f"k is {k}, expected at least 1")
+    return unit(queries)

@@ -1,0 +1,83 @@
+"""A Lance dataset of a table's vectors: written, and opened for search."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from lora_embed.errors import ConfigError, LoraEmbedError
+from lora_embed.schema import carry_fields
+from lora_embed.search.index import (
+    DESCRIPTION,
+    HIT_COLUMNS,
+    IDS,
+    LANCE_NAME,
+    Hit,
+    IndexDescription,
+    Nearest,
+    Vectors,
+)
+from lora_embed.search.index_files import check_lance
+from lora_embed.text import in_one_line
+from lora_embed.vectors.rows import vectors_of
+
+if TYPE_CHECKING:
+    from lora_embed.table.read import Table
+
+
+def write_lance(lance: Any, table: "Table", kind: str, folder: Path, seed: int) -> tuple[int, dict[str, Any]]:
+    """A Lance dataset of id, vector (float32, as they are in the table), shard, key and carried fields."""
+    carried = carry_fields(table.manifest.carry)
+    if any(field.name == "vector" for field in carried):
+        raise ConfigError(f"{table.store.uri}: carries a field `vector`, the name of the index's own column; choose FAISS")
+    vector = pa.field("vector", pa.list_(pa.float32(), table.dimension))
+    schema = pa.schema([IDS.field("id"), vector, IDS.field("shard"), IDS.field("key"), *carried])
+    columns = ["id", "embedding", "shard", "key", *(field.name for field in carried)]
+    failed: list[LoraEmbedError] = []  # Lance makes an OSError of its own of what goes wrong while it reads
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        try:
+            yield from _lance_batches(table, columns, schema)
+        except LoraEmbedError as error:
+            failed.append(error)
+            raise
+
+    try:
+        reader = pa.RecordBatchReader.from_batches(schema, batches())
+        return lance.write_dataset(reader, str(folder / f"{LANCE_NAME}.lance")).count_rows(), {}
+    except OSError:
+        if failed:
+            raise failed[0] from None
+        raise
+
+
+def _lance_batches(table: "Table", columns: list[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    for batch in table.batches(columns):
+        arrays = [batch.column(name) for name in columns]
+        arrays[1] = pa.FixedSizeListArray.from_arrays(pa.array(vectors_of(batch).reshape(-1)), table.dimension)
+        yield pa.record_batch([array.cast(to) for array, to in zip(arrays, schema.types, strict=True)], schema=schema)
+
+
+def open_lance(lance: Any, folder: Path, about: IndexDescription) -> Nearest:
+    try:
+        check_lance(folder / f"{LANCE_NAME}.lance")
+        dataset = lance.dataset(str(folder / f"{LANCE_NAME}.lance"))
+        count = dataset.count_rows()
+        expected = IDS.insert(1, pa.field("vector", pa.list_(pa.float32(), about.dimension)))
+        if [(of.name, of.type) for of in dataset.schema][: len(expected)] != [(of.name, of.type) for of in expected]:
+            raise ValueError(f"its columns are {dataset.schema.names}, expected those that were exported")
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{folder}: the index cannot be read ({in_one_line(error, 300)}). Export it again.") from None
+    if count != about.count:
+        raise ConfigError(f"{folder}: holds {count} vectors, its {DESCRIPTION} says {about.count}. Export it again.")
+
+    def nearest(queries: Vectors, k: int) -> list[list[Hit]]:
+        hits = []
+        for query in queries:
+            how = {"column": "vector", "q": query, "k": min(k, count), "metric": about.metric}
+            rows = dataset.to_table(columns=[*HIT_COLUMNS, "_distance"], nearest=how).to_pylist()
+            hits.append([Hit(score=1 - row.pop("_distance"), **row) for row in rows])
+        return hits
+
+    return nearest
