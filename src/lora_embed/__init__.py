@@ -8,10 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_embed.evaluate.assess import Request, assess
+    from lora_embed.evaluate.assess import assess
     from lora_embed.evaluate.page import plots
     from lora_embed.evaluate.page.evaluation import write_report
     from lora_embed.evaluate.records import Evaluation
+    from lora_embed.evaluate.request import Request
     from lora_embed.model.encoder import Encoder, load_encoder
     from lora_embed.search.export import open_index
     from lora_embed.search.search import search_table
@@ -26,7 +27,7 @@ __all__ = [
 _MODULES = {
     "Encoder": "model.encoder",
     "Evaluation": "evaluate.records",
-    "Request": "evaluate.assess",
+    "Request": "evaluate.request",
     "Table": "table.read",
     "assess": "evaluate.assess",
     "lend": "store.lend",

@@ -12,7 +12,8 @@ from lora_embed.evaluate.page.evaluation import write_report
 from lora_embed.evaluate.request import Request
 from lora_embed.evaluate.show import to_markdown
 from lora_embed.run.job import run_job
-from lora_embed.search.search import find_pictures, search_image, write_page
+from lora_embed.search.page import write_page
+from lora_embed.search.search import find_pictures, search_image
 from lora_embed.store.aside import folder_aside
 from lora_embed.store.fetch import cache_root
 from lora_embed.table.read import open_table

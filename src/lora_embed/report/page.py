@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_embed.errors import StorageError
-from lora_embed.monitor.progress import span
-from lora_embed.text import in_lines, printable
+from lora_embed.text import in_lines, printable, span
 
 if TYPE_CHECKING:
     from jinja2 import Environment
