@@ -42,7 +42,7 @@ strangers: setup
 	$(BIN)/python campaigns/strangers.py $(STRANGERS)
 
 test: lint
-	$(BIN)/python -m pytest --durations=12 -m 'not long'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=12 -m 'not long'
 
 test-long: setup
 	$(BIN)/python -m pytest --durations=12 -m long -s

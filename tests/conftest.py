@@ -26,6 +26,12 @@ torch.set_num_threads(1)  # two threads on contended cores fall to a quarter
 ADAPTERS = Path(demo.__file__).parent / "adapters"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests use Ray go first, so that no worker is left with one of them while the other has nothing to do."""
+    slow = {item.path for item in items if "cluster" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def demo_cache() -> Path:
     """Where real weights and images are kept between runs."""

@@ -94,3 +94,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, **kinds: bytes | list[bytes]) -> N
     monkeypatch.setenv("POISONED_IMAGES", ",".join(entries))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(POISON), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
     monkeypatch.syspath_prepend(POISON)  # a decoder's child gets the path of its parent
+
+
+def all_of_them(number: int) -> bool:
+    """Each sample is wanted. Here, where little is imported: a reader's child imports the module that it stands in."""
+    return True

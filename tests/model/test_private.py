@@ -32,6 +32,7 @@ from s3 import Faults, Proxy, Refusal, S3Server
 PACKAGE = ROOT / "src" / "lora_embed"
 GONE = object()
 RAY = ("ray", "chain/ray_private.py")
+FSSPEC = ("fsspec", "store/remote.py")
 CHANGED = {  # what a newer version may do → package, module that notices, what becomes what, and what the message says
     "the constant goes": (*RAY, "ray._private.ray_constants", "ENABLE_RAY_CLUSTER", GONE, "is not there"),
     "printing goes": (*RAY, "ray._private.worker", "print_to_stdstream", GONE, "is not there"),
@@ -53,8 +54,8 @@ CHANGED = {  # what a newer version may do → package, module that notices, wha
     "the folder goes": (
         *RAY, "ray", "init", lambda **kwargs: kwargs.pop("_metrics_export_port"), "does not take _temp_dir",
     ),
-    "listing goes": ("fsspec", "store/remote.py", "fsspec.asyn", "AsyncFileSystem._find", GONE, "is not there"),
-    "uploads have no limit": ("fsspec", "store/remote.py", "fsspec.asyn", "sync", lambda loop, func: None, "does not take timeout"),
+    "listing goes": (*FSSPEC, "fsspec.asyn", "AsyncFileSystem._find", GONE, "is not there"),
+    "uploads have no limit": (*FSSPEC, "fsspec.asyn", "sync", lambda loop, func: None, "does not take timeout"),
     "targets match otherwise": (
         "peft", "model/peft_private.py", "peft.tuners.tuners_utils", "check_target_module_exists", lambda config, key: True,
         "its rules find other modules",

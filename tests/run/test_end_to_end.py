@@ -26,6 +26,7 @@ from jobs import (
     kill_all,
     read_rejects,
     read_rows,
+    run_here,
     snapshot,
     start_job,
     tiny_recipe,
@@ -48,18 +49,33 @@ from lora_embed.table.verify import verify_table
 from samples import encoded, noise, png, poisoned, tar_of
 
 
-@pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.7, 0.3]])
-@pytest.mark.parametrize(("combination_type", "method"), [("linear", "linear"), ("cat", "weighted_sum")])
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chain in this process, where a cluster would add nothing but seconds."""
+    run_here(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("combination_type", "method", "weights", "runs_on"),
+    [
+        ("linear", "linear", [0.7, 0.3], "cluster"),
+        ("linear", "linear", [0.5, 0.5], "here"),
+        ("cat", "weighted_sum", [0.5, 0.5], "here"),
+        ("cat", "weighted_sum", [0.7, 0.3], "here"),
+    ],
+)
 def test_published_vectors_are_the_guides(
     tmp_path: Path,
     base_model: Path,
     real_adapters: dict[str, Path],
     real_images: list[LabelledImage],
-    weights: list[float],
     combination_type: str,
     method: str,
+    weights: list[float],
+    runs_on: str,
+    request: pytest.FixtureRequest,
 ) -> None:
+    request.getfixturevalue(runs_on)
     images = real_images[::80]
     write_shards(images, tmp_path / "shards", per_shard=20)
     folders = dict(zip(real_adapters.values(), [10, 27], strict=True))
@@ -87,7 +103,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("here")
 def test_every_kind_of_input_gives_the_same_vectors(tmp_path: Path, tiny: Path) -> None:
     images = {f"{number:03d}": png(number) for number in range(30)}
     for kind in ("tars", "parquet", "loose/deep"):
@@ -105,7 +121,7 @@ def test_every_kind_of_input_gives_the_same_vectors(tmp_path: Path, tiny: Path) 
         assert vectors[f"a.tar/{key}"] == vectors[f"a.parquet/{key}"] == vectors[f"deep/{key}.png"]
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("here")
 def test_an_encoder_kept_as_an_adapter_makes_a_table(tmp_path: Path, tiny: Path) -> None:
     encoder = tmp_path / "encoder"
     build_encoder(gather(load_recipe(tiny / "recipe.yaml")), encoder, lambda message: None, Limit())
@@ -118,7 +134,7 @@ def test_an_encoder_kept_as_an_adapter_makes_a_table(tmp_path: Path, tiny: Path)
     assert np.array_equal(np.array(read_rows(tmp_path / "table").column("embedding").to_pylist(), np.float32), expected)
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("here")
 def test_a_device_that_computes_something_else_stops_the_job(tmp_path: Path, tiny: Path) -> None:
     encoder = tmp_path / "encoder"
     build_encoder(gather(load_recipe(tiny / "recipe.yaml")), encoder, lambda message: None)
@@ -207,7 +223,7 @@ def table_but_runs(folder: Path) -> dict[str, tuple[int, int]]:
     return {path: state for path, state in snapshot(folder / "table").items() if not path.startswith("runs/")}
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("here")
 def test_a_second_run_embeds_nothing_and_changes_nothing(tmp_path: Path, tiny: Path) -> None:
     source = write_tars(tmp_path / "shards", shards=3, images=10)
     job = job_of(tmp_path, tiny / "recipe.yaml", source)
@@ -227,7 +243,7 @@ def test_a_second_run_embeds_nothing_and_changes_nothing(tmp_path: Path, tiny: P
     assert (outlook.done, outlook.to_embed, outlook.version) == (3, 0, 1)
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("here")
 def test_changed_new_and_removed_shards_make_the_next_version(tmp_path: Path, tiny: Path) -> None:
     source = write_tars(tmp_path / "shards", shards=4, images=10)
     job = job_of(tmp_path, tiny / "recipe.yaml", source)
@@ -265,7 +281,7 @@ def test_a_trial_run_takes_the_first_samples_and_publishes_nothing(
     assert not (tmp_path / "table" / "versions").exists()
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("here")
 def test_an_opened_table_answers_with_its_own_encoder(tmp_path: Path, tiny: Path) -> None:
     source = write_tars(tmp_path / "shards", shards=2, images=20)
     run_job(job_of(tmp_path, tiny / "recipe.yaml", source, carry=["label:int64"]))

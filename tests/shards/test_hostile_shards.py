@@ -19,9 +19,10 @@ import pytest
 from ray.data._internal.tensor_extensions.arrow import ArrowTensorArray  # noqa: F401  # registers Ray's types
 
 from hostile_shards import Foreign, header, padded, record, try_apart
-from jobs import read_rows, start_job, tiny_recipe, write_job, write_tars
+from jobs import read_rows, tiny_recipe, write_job, write_tars
 from lora_embed.chain.chunks import decode_items
 from lora_embed.chain.items import Block, WorkItem
+from lora_embed.cli.main import embed_job
 from lora_embed.errors import ShardError
 from lora_embed.schema import ChunkHead
 from lora_embed.shards import isolated, read
@@ -29,7 +30,7 @@ from lora_embed.shards.fields import MOST_FIELD, typed
 from lora_embed.shards.isolated import read_isolated, read_or_die
 from lora_embed.shards.listing import list_shards
 from lora_embed.shards.read import read_samples
-from samples import PREPROCESSING, layout, parquet_of, png, samples_of, shard_at, tar_of
+from samples import PREPROCESSING, all_of_them, layout, parquet_of, png, samples_of, shard_at, tar_of
 
 MIB = 2**20
 CARRY = (("label", "string"),)
@@ -285,21 +286,16 @@ def test_a_reader_in_a_child_gives_the_same_samples(tmp_path: Path) -> None:
         shard_at(tmp_path / "b.parquet", parquet(label=["x", "y"])),
     ):
         how = layout(carry=CARRY)
-        wanted = MISSING
+        wanted = all_of_them
         assert (
             list(read_isolated(shard, how, {}, wanted))
             == list(read_or_die(shard, how, {}, wanted))
             == samples_of(shard, carry=CARRY)
         )
     with pytest.raises(ShardError, match="cannot be read as Parquet"):
-        list(read_isolated(shard_at(tmp_path / "c.parquet", b"PAR1nothing"), layout(), {}, MISSING))
+        list(read_isolated(shard_at(tmp_path / "c.parquet", b"PAR1nothing"), layout(), {}, all_of_them))
 
 
-def _is_wanted(number: int) -> bool:
-    return True
-
-
-MISSING = _is_wanted
 HARM: dict[str, tuple[signal.Signals, str]] = {
     "stopped": (signal.SIGSTOP, "the reader gave no answer in 2 s"),
     "killed": (signal.SIGKILL, "the reader was killed by signal 9"),
@@ -312,7 +308,7 @@ HARM: dict[str, tuple[signal.Signals, str]] = {
 def test_what_ends_or_stops_a_reader_is_its_shards_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     number, says = HARM[how]
     shard = shard_at(tmp_path / "a.tar", tar_of([("a.png", png(1)), ("b.png", png(2))]))
-    samples = read_isolated(shard, layout(), {"retry_s": 0}, MISSING)
+    samples = read_isolated(shard, layout(), {"retry_s": 0}, all_of_them)
     assert next(samples).key == "a"
     (child,) = [child for child in psutil.Process().children() if "lora_embed.images.isolate" in child.cmdline()]
     monkeypatch.setattr(isolated, "READ_S", 2.0)
@@ -360,7 +356,8 @@ def assert_sound(found: Any, count: int) -> None:
         assert found.outcomes[kind, "error"] > count / 100
 
 
-def test_a_run_over_hostile_shards_keeps_what_the_good_ones_gave(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("cluster")
+def test_a_run_over_hostile_shards_keeps_what_the_good_ones_gave(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Through the entry point: it ends incomplete and names them, and without them the same command publishes."""
     source = write_tars(tmp_path / "shards", shards=2, images=3)
     for number, what in enumerate(("two key columns", "tensors as labels", "Arrow's tensors with bad metadata")):
@@ -368,9 +365,8 @@ def test_a_run_over_hostile_shards_keeps_what_the_good_ones_gave(tmp_path: Path)
     (source / "bad3.tar").write_bytes(HEADERS["twenty headers of 1 MiB for the whole tar"][0]())
     (source / "good.parquet").write_bytes(SCHEMAS["days beyond Python's"][0]())
     job = write_job(tmp_path, tiny_recipe(tmp_path), source, carry=["label"])
-    first = start_job(job, tmp_path / "first.log")
-    assert first.wait(240) == 1
-    said = (tmp_path / "first.log").read_text()
+    assert embed_job(["--config", str(job), "--json"]) == 1
+    said = capfd.readouterr().err
     assert "4 of 7 shards are not complete, so nothing was published" in said
     assert all(f"bad{number}." in said for number in range(4))
     assert "Traceback" not in said
@@ -378,8 +374,7 @@ def test_a_run_over_hostile_shards_keeps_what_the_good_ones_gave(tmp_path: Path)
     assert len(staged) == 3
     for path in source.glob("bad*"):
         path.unlink()
-    second = start_job(job, tmp_path / "second.log")
-    assert second.wait(240) == 0
-    [result] = [line for line in (tmp_path / "second.log").read_text().splitlines() if line.startswith("{")]
+    assert embed_job(["--config", str(job), "--json"]) == 0
+    [result] = [line for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
     assert json.loads(result)["embedded"] == 0
     assert read_rows(tmp_path / "table").num_rows == 8
