@@ -348,7 +348,7 @@ TABLE_CASES = [
     Case(
         "a storage option that is not known",
         lambda s: s.job(table="s3://products/table", table_storage_options=KEYS | {"endpiont": "http"}),
-        ["s3://products/table", "not known", "'endpiont'", "given are"],
+        ["s3://products/table", "unknown storage option", "'endpiont'", "Options given"],
     ),
     Case("an unknown kind of storage", lambda s: s.job(table="s4://products/table"), ["s4://products/table", "unknown"]),
     Case(

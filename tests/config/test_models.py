@@ -94,7 +94,7 @@ def test_an_adapter_is_a_path_and_a_base_may_be_a_name_of_the_hub(
                 f"recipe.yaml: {key} is {written}, but there is no directory {tmp_path / written}. Correct the path, or write"
             )
             assert said in str(refused.value)
-            assert f" hf://{written} if that repository of the Hugging Face hub is meant." in str(refused.value)
+            assert f" hf://{written} if you mean that repository of the Hugging Face hub." in str(refused.value)
         else:
             recipe = recipe_of(tmp_path, text)
             places = {"base_model": recipe.base_model} | {f"adapters[{n}].path": a.path for n, a in enumerate(recipe.adapters)}
@@ -205,9 +205,9 @@ REFUSED_RECIPES = [
     ("adapters: [{path: a, weight: half}]", 'adapters[0].weight is "half", expected a number'),
     ("adapters: [{path: a, scale: 1}]", "unknown key 'adapters[0].scale'. Known keys: path, weight, revision."),
     ("", "adapters is empty. Name at least one, or set merge_method to none"),
-    ("adapters: [{path: a}]\nmerge_method: none", "merge_method is none, which takes the base alone, but adapters names 1."),
-    ("adapters: [{path: a, weight: 0}, {path: b, weight: 0.0}]", "all weights of adapters are 0, which leaves the base alone."),
-    ("adapters: [{path: a, weight: 0.5}]\nmerge_method: concat", "merge_method is concat, which keeps each adapter whole."),
+    ("adapters: [{path: a}]\nmerge_method: none", "merge_method is none, which uses the base model alone, but adapters lists 1."),
+    ("adapters: [{path: a, weight: 0}, {path: b, weight: 0.0}]", "the weight of every adapter is 0. To use the base model alone,"),
+    ("adapters: [{path: a, weight: 0.5}]\nmerge_method: concat", "merge_method concat uses every adapter at weight 1."),
     ("adapters: [{path: a}]\npooling: max", 'pooling is "max", expected mean, '),
     ("adapters: [{path: a}]\nnormalize: 1", "normalize is 1, expected true or false"),
     ("adapters: [{path: a}]\nimage_size: 7", "image_size is 7, expected at least 8"),

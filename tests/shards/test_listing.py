@@ -158,7 +158,7 @@ def test_sample_ids_stay_when_groups_are_dealt_anew() -> None:
         (["*.tar", "0.tar"], "duplicate ids: two inputs both name .*/0.tar. Name it in one of them"),
         (["a/*.jpg", "a/*.png"], "duplicate ids: two inputs hold loose images of one folder, . below .*/a and below .*/a"),
         (["0.tar", "clash"], "duplicate ids: .*/0.tar is a file, and below .*/clash there is a folder of that name"),
-        (["notes.txt/*.tar"], "a file stands where a directory is expected"),
+        (["notes.txt/*.tar"], "expected a directory, found a file"),
     ],
 )
 def test_refused_inputs(tmp_path: Path, patterns: list[str], message: str) -> None:
@@ -276,7 +276,7 @@ def test_a_listing_without_end_ends(bucket: str) -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         place = {"endpoint_url": f"http://127.0.0.1:{server.server_port}", "region_name": "us-east-1"}
-        with pytest.raises(StorageError, match=f"s3://{bucket}: its listing does not come to an end: after .* pages"):
+        with pytest.raises(StorageError, match=f"s3://{bucket}: its listing never ends: after .* pages"):
             Store(f"s3://{bucket}", {"key": "k", "secret": "s", "client_kwargs": place}).list_files()
     finally:
         server.shutdown()

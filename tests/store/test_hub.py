@@ -100,9 +100,9 @@ def test_an_adapter_of_the_hub_is_that_of_its_revision(tmp_path: Path, hub: Path
             r"hf://someone/flowers: no repository of the hub that can be read \(.+\)\. Check the name",
         ),
         ("hf://someone/flowers@v1", "v2", "names revision v1, and revision beside it is v2. Name one of them."),
-        ("hf://", None, "names no repository of the hub; expected hf://owner/name"),
-        ("hf://someone/flowers/../../..", None, "names no repository of the hub"),
-        ("hf://../flowers", None, "names no repository of the hub"),
+        ("hf://", None, "is not a repository of the hub; expected hf://owner/name"),
+        ("hf://someone/flowers/../../..", None, "is not a repository of the hub"),
+        ("hf://../flowers", None, "is not a repository of the hub"),
     ],
 )
 def test_what_names_no_repository_is_refused(hub: Path, uri: str, revision: str | None, says: str) -> None:
