@@ -226,7 +226,7 @@ def test_patience_ends_and_what_never_passes_has_none(server: S3Server, proxy: P
     proxy.requests.clear()
     proxy.faults = Faults(error=1.0)
     started = time.monotonic()
-    with pytest.raises(StoreUnavailable, match=r"s3://images/patience/x: no usable answer in \d s, \d tries; the last: "):
+    with pytest.raises(StoreUnavailable, match=r"s3://images/patience/x: no usable answer in \d s and \d tries; last error: "):
         store.read("x")
     assert 3 <= time.monotonic() - started < 60  # of 120 without `retry_s`
     assert len(proxy.requests) >= 2

@@ -62,7 +62,7 @@ def test_an_adapter_that_is_not_there_is_not_taken_from_a_stranger(
     save_adapter(repository(hub, "adapters/category10"), base)
     said = refusal(write_recipe(tmp_path, "./base", "adapters/category10"), capfd)
     assert f"adapters[0].path is adapters/category10, but there is no directory {tmp_path}/adapters/category10." in said
-    assert "write hf://adapters/category10 if that repository of the Hugging Face hub is meant." in said
+    assert "write hf://adapters/category10 if you mean that repository of the Hugging Face hub." in said
     with pytest.raises(
         StorageError, match=r"there is no directory .*/elsewhere/adapters/category10. Correct .* hf://adapters/"
     ):
@@ -97,9 +97,9 @@ def test_an_adapter_of_the_hub_is_that_of_its_revision(tmp_path: Path, hub: Path
         (
             "hf://someone/flowers",
             "v9",
-            r"hf://someone/flowers: no repository of the hub that can be read \(.+\)\. Check the name",
+            r"hf://someone/flowers: this repository of the hub cannot be read \(.+\)\. Check the name",
         ),
-        ("hf://someone/flowers@v1", "v2", "names revision v1, and revision beside it is v2. Name one of them."),
+        ("hf://someone/flowers@v1", "v2", "names revision v1, but the key revision is v2. Remove one of them."),
         ("hf://", None, "is not a repository of the hub; expected hf://owner/name"),
         ("hf://someone/flowers/../../..", None, "is not a repository of the hub"),
         ("hf://../flowers", None, "is not a repository of the hub"),

@@ -78,7 +78,7 @@ def test_patience_ends_with_its_reason(server: S3Server, proxy: Proxy) -> None:
     table = lent(server, proxy, retry_s=1.0)
     proxy.faults = Faults(error=1.0)
     started = time.monotonic()
-    with pytest.raises(StoreUnavailable, match=r"s3://images/lent/data/\S+: no proper answer for \d s, \d tries"):
+    with pytest.raises(StoreUnavailable, match=r"s3://images/lent/data/\S+: no usable answer in \d s and \d tries"):
         table.to_dataset().to_table()
     assert time.monotonic() - started < 60  # of 120
     filesystem = table.to_dataset().filesystem.handler.fs

@@ -89,7 +89,7 @@ def taken_as(kind: type[T], value: Any, where: str) -> T:
     try:
         return cast(T, _adapter_of(cast(Any, kind)).validate_python(value, extra="ignore"))
     except ValidationError as error:
-        raise TableError(f"{where}: {first_wrong(error)}. It is damaged, or lora-embed did not write it.") from None
+        raise TableError(f"{where}: {first_wrong(error)}. It is damaged, or lora-embed has not written it.") from None
 
 
 def read_record(store: Store, path: str, kind: type[T]) -> T | None:

@@ -66,7 +66,7 @@ def _expected(item: Any) -> str:
     if item["type"] == "literal_error":
         return str(context["expected"]).replace("'", "")
     if item["type"] == "string_type" and isinstance(item["input"], int | float | bool):
-        return "text (put quotes around it)"
+        return "text: put quotes around it"
     words = {
         "string_type": "text",
         "string_too_short": "text that is not empty",
