@@ -278,7 +278,7 @@ ADAPTER_CASES = [
     Case(
         "tensors that match nothing",
         lambda s: s.tensors(renamed),
-        ["/ten", "2 of 6 weights that it changes match none", "wrong_name", "name that base"],
+        ["/ten", "2 of the 6 weights that it changes match no weight", "wrong_name", "name that base"],
     ),
     Case("an untrained adapter", lambda s: s.tensors(untrained), ["/ten", "change nothing", "leave it out"]),
     Case("a linear merge of unequal ranks", ranks_differ, ["'linear'", "[4, 8]", "use 'weighted_sum'"], builds=True),

@@ -126,7 +126,7 @@ def test_a_base_is_named_as_before_and_no_path_of_it_is_a_stranger(
     assert "no such directory" in refusal(write_recipe(tmp_path, "./facebook/dinov2-small"), capfd)
     assert "no such directory" in refusal(write_recipe(tmp_path, "models/vit/large"), capfd)
     said = refusal(write_recipe(tmp_path, "modles/vit"), capfd)
-    assert "modles/vit: neither a directory here nor a repository of the hub that can be read" in said
+    assert "modles/vit: is neither a local directory nor a repository of the hub that can be read" in said
 
 
 def test_an_encoder_that_is_not_there_is_not_taken_from_a_stranger(tmp_path: Path, hub: Path) -> None:
