@@ -86,7 +86,9 @@ def test_why_there_is_no_head(tmp_path: Path) -> None:
     assert find_head(*bare) == "the adapter was saved without a head (modules_to_save)"
     swin = save_base(tmp_path / "swin", "swin")
     pooled = matched(swin, save_adapter(tmp_path / "pooled", swin, target_modules=["q_proj", "fc1"]))
-    assert find_head(*pooled) == "the head of SwinForImageClassification reads a pooled output, which an encoder does not compute"
+    assert (
+        find_head(*pooled) == "the head of SwinForImageClassification reads a pooled output, which an encoder does not compute"
+    )
 
 
 def test_names_of_outputs_are_read_where_they_say_something(tmp_path: Path) -> None:

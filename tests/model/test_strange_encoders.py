@@ -514,7 +514,8 @@ def test_a_base_on_the_hub_is_taken_from_its_cache_alone(kept: Path, monkeypatch
     for uri in ("hf://nobody/none", "nobody/none"):
         edit(kept / "encoder.json", base=about["base"] | {"uri": uri})
         with pytest.raises(
-            StorageError, match=rf"{uri}: is not in the hub's cache, and is not downloaded since an encoder from another store names it"
+            StorageError,
+            match=rf"{uri}: is not in the hub's cache, and is not downloaded since an encoder from another store names it",
         ):
             load_encoder(kept)
 

@@ -239,7 +239,7 @@ def test_links_out_of_an_input_are_named_and_followed_only_where_told(
         names = {shard.name for shard in list_shards((f"{tmp_path}/{pattern}",), {})}
         assert names == {"own/#0000of0001", "model.tar"}
         said = " ".join(capsys.readouterr().err.split())
-        assert f"passed over: out (to {tmp_path}/private), own/up (to {tmp_path}/private/deep). Set follow_folder_links" in said
+        assert f"are ignored: out (to {tmp_path}/private), own/up (to {tmp_path}/private/deep). To read those folders" in said
     names = {shard.name for shard in list_shards((f"{tmp_path}/input",), {}, follows=True)}
     assert names == {"own/#0000of0001", "model.tar", "out/#0000of0001", "out/deep/#0000of0001"}
     assert capsys.readouterr().err == ""

@@ -211,7 +211,7 @@ def _check_types(uri: str, config: dict[str, Any]) -> None:
             continue
         if not is_right(value):
             state = f"is {_shown(value)}" if field in config else "is missing"
-            raise AdapterMismatch(f"{uri}: {field} in {CONFIG_NAME} {state}, expected {expected}. Save the adapter again.")
+            raise AdapterMismatch(f"{uri}: {field} of {CONFIG_NAME} {state}, expected {expected}. Save the adapter again.")
 
 
 def _shown(value: Any) -> str:

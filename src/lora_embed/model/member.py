@@ -100,8 +100,8 @@ def prove_members(base: Base, members: list[Member], description: Description, f
     rebuilt = space_id_of(saved, description.preprocessing, description.pooling, description.normalize)
     if rebuilt != description.space_id:
         raise EncoderError(
-            f"{folder}: base and adapter give an encoder of space {rebuilt}, but the merged encoder has {description.space_id}, "
-            "so it cannot be stored as an adapter. Store the whole model: leave out --store adapter."
+            f"{folder}: base and adapter give an encoder of space {rebuilt}, but the merged encoder has "
+            f"{description.space_id}, so it cannot be stored as an adapter. Store the whole model: leave out --store adapter."
         )
     target, proofs = target_of(base), []
     for place, model in zip(description.members, saved, strict=True):

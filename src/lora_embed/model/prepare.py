@@ -50,7 +50,7 @@ def golden_images(preprocessing: Preprocessing, base: Base) -> dict[str, bytes]:
     moved = float(np.abs(golden_pixels(large, preprocessing) - exact).mean())
     if not 0 < moved < MOST_MOVED:
         raise EncoderError(
-            f"{base.uri}: with decode: fast, the pixels of a JPEG of {edge}×{edge} differ from exact ones by {moved:.2f} of 255 "
-            f"on average, expected more than 0 and less than {MOST_MOVED:g}. Set decode: exact in the recipe."
+            f"{base.uri}: with decode: fast, the pixels of a JPEG of {edge}×{edge} differ from exact ones by {moved:.2f} of "
+            f"255 on average, expected more than 0 and less than {MOST_MOVED:g}. Set decode: exact in the recipe."
         )
     return dict(sorted((images | large).items()))

@@ -184,8 +184,8 @@ def _refuse_shared_names(shards: list[Shard]) -> None:
     for first, second in itertools.pairwise(shards):
         if first.name == second.name and first.kind == second.kind == "images":
             raise ConfigError(
-                f"duplicate ids: two inputs hold loose images of one folder, {first.prefix or '.'} below {first.root} and below "
-                f"{second.root}. Name one input for both, a directory or a pattern such as {{a,b}}, or use a table for each."
+                f"duplicate ids: two inputs hold loose images of one folder, {first.prefix or '.'} below {first.root} and "
+                f"below {second.root}. Name one input for both, a directory or a pattern such as {{a,b}}, or use two tables."
             )
         if first.name == second.name and first.root == second.root:
             raise ConfigError(f"duplicate ids: two inputs both name {first.root}/{first.name}. Name it in one of them.")
