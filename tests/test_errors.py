@@ -228,17 +228,17 @@ RECIPE_CASES = [
     Case(
         "no such base on the hub",
         lambda s: s.recipe(base_model="nobody/no-such-model"),
-        ["nobody/no-such-model", "neither a directory here nor a repository", "Check the name"],
+        ["nobody/no-such-model", "neither a local directory nor a repository", "Check the name"],
     ),
     Case(
         "a base without image preparation",
         lambda s: s.remove("base/preprocessor_config.json"),
-        ["/base", "no preprocessor_config.json", "Save it there"],
+        ["/base", "no preprocessor_config.json", "Save the image processor"],
     ),
     Case(
         "a base with pickled weights only",
         lambda s: s.move("base/model.safetensors", "base/pytorch_model.bin"),
-        ["/base", "no .safetensors weights", "Save it again"],
+        ["/base", "no .safetensors weights", "Save the model again"],
     ),
     Case(
         "`--rank` for a whole model",
@@ -272,7 +272,7 @@ ADAPTER_CASES = [
     Case(
         "a variant of LoRA that is no fixed change of the weights",
         lambda s: s.adapter_config(use_qalora=True),
-        ["/ten", "use_qalora=true", "folded exactly", "Merge that adapter"],
+        ["/ten", "use_qalora=true", "folded exactly", "Merge this adapter"],
     ),
     Case(
         "an unknown merge method",
@@ -287,17 +287,17 @@ ADAPTER_CASES = [
     Case(
         "an adapter named twice",
         lambda s: s.recipe(adapters=[{"path": "./ten"}, {"path": "./ten"}]),
-        ["/ten", "the same adapter", "name it once"],
+        ["/ten", "the same adapter", "Name it once"],
     ),
-    Case("half of a LoRA pair", lambda s: s.tensors(without_half), ["/ten", "q_proj has no lora_B", "Save it again"]),
-    Case("an adapter of another base", other_base, ["/wide", "match none of", "/base", "name that base"]),
+    Case("half of a LoRA pair", lambda s: s.tensors(without_half), ["/ten", "q_proj has no lora_B", "Save the adapter again"]),
+    Case("an adapter of another base", other_base, ["/wide", "match no weight of", "/base", "name that base"]),
     Case(
         "tensors that match nothing",
         lambda s: s.tensors(renamed),
         ["/ten", "2 of the 6 weights that it changes match no weight", "wrong_name", "name that base"],
     ),
     Case("an untrained adapter", lambda s: s.tensors(untrained), ["/ten", "change nothing", "leave it out"]),
-    Case("a linear merge of unequal ranks", ranks_differ, ["'linear'", "[4, 8]", "use 'weighted_sum'"], builds=True),
+    Case("a linear merge of unequal ranks", ranks_differ, ["'linear'", "[4, 8]", "Use 'weighted_sum'"], builds=True),
 ]
 
 INPUT_CASES = [
@@ -315,7 +315,7 @@ INPUT_CASES = [
         lambda s: s.move("shards/0001.tar", "shards/0001.tar.gz"),
         ["/shards", "0001.tar.gz", "Unpack it"],
     ),
-    Case("another kind of file", lambda s: s.job(input="recipe.yaml"), ["recipe.yaml", "no .tar, .parquet or image"]),
+    Case("another kind of file", lambda s: s.job(input="recipe.yaml"), ["recipe.yaml", "not a .tar, .parquet or image"]),
     Case("two images that would share an id", clashing_names, ["duplicate ids", "0000.tar", "Name the folder above both"]),
 ]
 
