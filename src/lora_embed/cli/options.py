@@ -45,6 +45,13 @@ def input_of(data: list[str]) -> JobConfig | None:
     return job_of(data[0]) if jobs else None
 
 
+def read_as(job: JobConfig | None) -> dict[str, Any]:
+    """How a job's images are read, as evaluating and tuning take it; nothing where inputs are named without a job."""
+    if job is None:
+        return {}
+    return {"input_options": job.input_storage_options, "image_column": job.image_column, "key_column": job.key_column}
+
+
 def options_like(place: str, known: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
     """The options of known places for another one, where it is of their kind of storage: keys are sent nowhere else."""
     kinds = {uri.partition("://")[0] for uri in known if "://" in uri}
