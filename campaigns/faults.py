@@ -46,7 +46,7 @@ TRANSIENT = {  # network kind → its fault in the proxy, and the shares of requ
 }
 MONITOR = "Ray's monitor"  # ends workers from their start on
 APART, TOGETHER = ("decoder killed", "writer killed"), ("node lost",)  # the chain's stages, by kind of fault
-NETWORK = "no proper answer|cannot be reached"
+NETWORK = "no usable answer|cannot be reached"
 FULL = "No space left on device|[Dd]isk is full"
 WORKERS = "died|killed|lost|crashed|unexpectedly"
 

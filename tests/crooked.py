@@ -147,7 +147,7 @@ def as_embedding(name: str) -> str:
 
 def refused(field: str, value: Any) -> Case:
     """A setting that PEFT has and nothing here folds."""
-    return Case(field, config(**{field: value}), rf"sets {field}=.*cannot be folded exactly\. Merge that adapter")
+    return Case(field, config(**{field: value}), rf"sets {field}=.*cannot be folded exactly\. Merge this adapter")
 
 
 def initialised(value: Any) -> Case:
@@ -214,15 +214,15 @@ CASES = [
     Case("initialised as nothing", config(init_lora_weights=None), SAME),
     Case("initialised with capitals", config(init_lora_weights="Gaussian"), SAME),
     # Configuration and tensors that contradict each other
-    Case("DoRA without magnitudes", config(use_dora=True), "has no lora_magnitude_vector; the file is not whole"),
+    Case("DoRA without magnitudes", config(use_dora=True), "has no lora_magnitude_vector, so the file is incomplete"),
     Case("magnitudes without DoRA", tensors(with_columns("lora_magnitude_vector")), "has a lora_magnitude_vector that"),
     Case(
         "DoRA on an embedding",
         both(config(use_dora=True), tensors(with_columns("lora_magnitude_vector")), renamed(as_embedding)),
-        "is an embedding; only linear layers and convolutions are folded with DoRA",
+        "is an embedding, but DoRA can be folded only for linear layers and convolutions",
     ),
-    Case("lora_bias without biases", config(lora_bias=True), r"has no lora_B\.bias; the file is not whole"),
-    Case("biases without lora_bias", put(f"{FIRST}.lora_B.bias", 384), r"has a lora_B\.bias that .* knows nothing of"),
+    Case("lora_bias without biases", config(lora_bias=True), r"has no lora_B\.bias, so the file is incomplete"),
+    Case("biases without lora_bias", put(f"{FIRST}.lora_B.bias", 384), r"has a lora_B\.bias , which does not fit"),
     Case("bias all, none saved", config(bias="all"), "was trained with bias='all', but .* does not hold embeddings"),
     Case(
         "bias lora_only, one of them saved",
@@ -238,29 +238,29 @@ CASES = [
         config(init_lora_weights="pissa", target_modules=None),
         tensors(lambda _: {f"{BODY}embeddings.patch_embeddings.projection.lora_A.weight": torch.ones(8, 3, 14, 14),
                            f"{BODY}embeddings.patch_embeddings.projection.lora_B.weight": torch.ones(384, 8, 1, 1)}),
-    ), "is no linear layer, and init_lora_weights=pissa knows no other"),
+    ), "is not a linear layer, but init_lora_weights=pissa works only for those"),
     # Tensors that are not there
-    Case("half of a pair missing", drop("layer.3.mlp.fc1.lora_B"), r"layer\.3\.mlp\.fc1 has no lora_B; the file is not whole"),
-    Case("the other half missing", drop("layer.3.mlp.fc1.lora_A"), r"layer\.3\.mlp\.fc1 has no lora_A; the file is not whole"),
+    Case("half of a pair missing", drop("layer.3.mlp.fc1.lora_B"), r"mlp\.fc1 has no lora_B, so the file is incomplete"),
+    Case("the other half missing", drop("layer.3.mlp.fc1.lora_A"), r"mlp\.fc1 has no lora_A, so the file is incomplete"),
     Case("a module missing", drop("layer.3.mlp.fc1."), r"targets fc1, fc2, q_proj, v_proj, but .*layer\.3\.mlp"),
-    Case("a layer missing", drop("layer.11."), r"has nothing for encoder\.layer\.11\.attention\.q_proj"),
-    Case("a kind of module missing", drop(".v_proj."), r"has nothing for encoder\.layer\.0\.attention\.v_proj\.weight"),
+    Case("a layer missing", drop("layer.11."), r"has no tensors for encoder\.layer\.11\.attention\.q_proj"),
+    Case("a kind of module missing", drop(".v_proj."), r"has no tensors for encoder\.layer\.0\.attention\.v_proj\.weight"),
     Case(
         "a module missing of the layers named",
         both(config(layers_to_transform=[0, 3]), tensors(lambda found: {n: t for n, t in found.items() if "layer.0." in n})),
-        r"has nothing for encoder\.layer\.3\.",
+        r"has no tensors for encoder\.layer\.3\.",
     ),
     Case("layers named", both(config(layers_to_transform=list(range(12)), layers_pattern="layer")), SAME),
     Case(
         "a module missing of a pattern",
         both(config(target_modules=r".*\.(q_proj|v_proj|fc1|fc2)"), drop("layer.3.mlp.fc1.")),
-        r"has nothing for encoder\.layer\.3\.mlp\.fc1",
+        r"has no tensors for encoder\.layer\.3\.mlp\.fc1",
     ),
     Case("head missing", drop("classifier"), SAME),
     Case("nothing but a head", drop("lora_"), "holds no LoRA tensors, so it would change nothing"),
     Case("LoRA of a head alone", both(config(target_modules=["classifier"]), tensors(
         lambda _: {"classifier.lora_A.weight": torch.ones(8, 768), "classifier.lora_B.weight": torch.ones(10, 8)}
-    )), r"changes classifier\.weight alone, a task's own head"),
+    )), r"changes only classifier\.weight, the head of a task"),
     # Tensors that do not fit
     Case("a factor transposed", mapped(torch.t, A), "has rank 384 in lora_A but 8 in lora_B"),
     Case("factors exchanged", tensors(lambda found: found | {A: found[B], B: found[A]}), "has rank 384, but .* says 8"),
@@ -270,10 +270,10 @@ CASES = [
         f"{BODY}x.lora_embedding_A": torch.tensor(1.0), f"{BODY}x.lora_embedding_B": torch.tensor(1.0)
     }), "a lora_embedding_A of shape scalar and a lora_embedding_B of shape scalar"),
     Case("empty tensors", tensors(lambda found: found | {A: torch.empty(0, 384), B: torch.empty(384, 0)}), "rank 0 in lora_A"),
-    Case("one tensor cut short", mapped(lambda tensor: tensor[:100], B), "1 of 48 weights that it changes match none of"),
+    Case("one tensor cut short", mapped(lambda tensor: tensor[:100], B), "1 of the 48 weights that it changes match no weight"),
     Case("larger than memory", tensors(lambda found: found | {
         f"{BODY}head.lora_A.weight": torch.ones(8, 2**20), f"{BODY}head.lora_B.weight": torch.ones(2**20, 8)
-    }), "1 of 49 weights that it changes match none of .* 1048576×1048576"),
+    }), "1 of the 49 weights that it changes match no weight of .* 1048576×1048576"),
     # Their numbers
     Case("float64", mapped(torch.Tensor.double), SAME),
     *(
@@ -284,18 +284,18 @@ CASES = [
     Case("infinity", mapped(lambda tensor: tensor / 0, "classifier.bias"), r"classifier\.bias holds NaN or infinity"),
     Case("all zero", mapped(torch.zeros_like, "lora_B"), "all of its LoRA products are zero, so it would change nothing"),
     # Their names
-    Case("a tensor of no weight", put(f"{BODY}encoder.extra.weight", 384), "1 of 49 weights that it changes match none of"),
+    Case("a tensor of no weight", put(f"{BODY}encoder.extra.weight", 384), "1 of the 49 weights that it changes match no"),
     Case("a kind of LoRA tensor that is not known", put(f"{FIRST}.lora_E", 8, 1), "lora_E is a kind of LoRA tensor"),
-    Case("a head of another name", put("base_model.model.my_head.weight", 10, 384), r"match none of .*my_head\.weight 10×384"),
+    Case("a head of another name", put("base_model.model.my_head.weight", 10, 384), r"no weight .*my_head\.weight 10×384"),
     Case("modules of another model", renamed(lambda name: name.replace("dinov2.encoder", "swin.blocks")), "48 of 48 weights"),
-    Case("some modules of another model", renamed(lambda name: name.replace("fc1", "up")), "12 of 48 weights that it changes"),
+    Case("some modules of another model", renamed(lambda name: name.replace("fc1", "up")), "12 of the 48 weights"),
     Case("names of transformers 4", renamed(lambda name: v4_name(name, "dinov2")), SAME),
     Case("names without prefix", renamed(lambda name: name.removeprefix("base_model.model.")), SAME),
     Case("names of both versions", doubled(lambda name: v4_name(name, "dinov2")), "are both names of encoder"),
     Case("names with and without prefix", doubled(lambda name: name.removeprefix("base_model.model.")), "is saved twice"),
     Case("names with and without model", doubled(lambda name: name.replace("dinov2.", "")), "are both names of encoder"),
     Case("names with and without base_layer", doubled(lambda name: name.replace(".lora", ".base_layer.lora")), "saved twice"),
-    Case("a weight saved whole beside its LoRA", put(f"{FIRST}.base_layer.weight", 384, 384), "whole and changed by LoRA"),
+    Case("a weight saved whole beside its LoRA", put(f"{FIRST}.base_layer.weight", 384, 384), "also changed by LoRA"),
     Case("names of an adapter within PEFT", renamed(lambda name: name.replace("A.weight", "A.default.weight")), "kind of LoRA"),
     # The weights as a file
     Case("weights cut short", lambda folder: os.truncate(folder / WEIGHTS_NAME, 1_000_000), NO_FILE),
@@ -319,6 +319,6 @@ LATE = [
     Case(
         "DoRA that was not trained",
         both(mapped(torch.zeros_like, "lora_B"), config(use_dora=True)),
-        "changes the base by less than rounding does",
+        "changes the base by less than float32 rounding",
     ),
 ]  # fmt: skip

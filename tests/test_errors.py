@@ -1,10 +1,8 @@
 """User errors through the real entry point: one message with what, where and what to do, and nothing written.
 
-`docs/errors.md` lists the same cases; each message here is compared with the one printed there. Its other rows are of what
-shows only later, or is hard to cause: their messages are looked for in the source.
+`docs/errors.md` lists the same cases with their messages: LORA_EMBED_WRITE_DOCS=1 writes them there, else they are compared.
 """
 
-import ast
 import json
 import os
 import re
@@ -33,8 +31,26 @@ from models import edit_tensors, save_adapter, save_base
 from samples import png
 
 LIMIT_S = 10.0  # for one error; those found by reading alone take a few hundredths
-DOCS, SOURCE = ROOT / "docs" / "errors.md", ROOT / "src"
-NEUTRAL = "/data/products"  # stands in the docs for the folder of a setup
+DOCS = ROOT / "docs" / "errors.md"
+WRITES_DOCS = os.environ.get("LORA_EMBED_WRITE_DOCS") == "1"
+NEUTRAL = "/data/products"  # in the docs, the folder of a setup
+# Parts of messages that differ between machines, or that other libraries wrote; `…` in the docs.
+VARYING = re.compile(
+    "|".join(
+        [
+            r"(?<=can be read \().+(?=\)\. Check the name)",
+            r"(?<=pixels \().+(?=\)\. Correct image_size)",
+            r"(?<=safetensors file \().+(?=\)\. )",
+            r"(?<=cannot be loaded: ).+(?=\. Copy or)",
+            r"(?<=is damaged \().+(?=\)\. )",
+            r"(?<=/products)\?[^\"]+",
+            r"(?<=storage option: ).+(?= unexpected)",
+            r"(?<=not_an_image \().+(?=\)\. )",
+            r"\b[0-9a-f]{12,}\b",
+        ]
+    ),
+    re.DOTALL,
+)
 ORDINARY_USER = 65534
 KEYS = {"key": "k", "secret": "s"}
 NOWHERE = KEYS | {"endpoint_url": "http://127.0.0.1:9", "config_kwargs": {"retries": {"total_max_attempts": 1}}}
@@ -212,17 +228,17 @@ RECIPE_CASES = [
     Case(
         "no such base on the hub",
         lambda s: s.recipe(base_model="nobody/no-such-model"),
-        ["nobody/no-such-model", "neither a directory here nor a repository", "Check the name"],
+        ["nobody/no-such-model", "neither a local directory nor a repository", "Check the name"],
     ),
     Case(
         "a base without image preparation",
         lambda s: s.remove("base/preprocessor_config.json"),
-        ["/base", "no preprocessor_config.json", "Save it there"],
+        ["/base", "no preprocessor_config.json", "Save the image processor"],
     ),
     Case(
         "a base with pickled weights only",
         lambda s: s.move("base/model.safetensors", "base/pytorch_model.bin"),
-        ["/base", "no .safetensors weights", "Save it again"],
+        ["/base", "no .safetensors weights", "Save the model again"],
     ),
     Case(
         "`--rank` for a whole model",
@@ -256,7 +272,7 @@ ADAPTER_CASES = [
     Case(
         "a variant of LoRA that is no fixed change of the weights",
         lambda s: s.adapter_config(use_qalora=True),
-        ["/ten", "use_qalora=true", "folded exactly", "Merge that adapter"],
+        ["/ten", "use_qalora=true", "folded exactly", "Merge this adapter"],
     ),
     Case(
         "an unknown merge method",
@@ -271,17 +287,17 @@ ADAPTER_CASES = [
     Case(
         "an adapter named twice",
         lambda s: s.recipe(adapters=[{"path": "./ten"}, {"path": "./ten"}]),
-        ["/ten", "the same adapter", "name it once"],
+        ["/ten", "the same adapter", "Name it once"],
     ),
-    Case("half of a LoRA pair", lambda s: s.tensors(without_half), ["/ten", "q_proj has no lora_B", "Save it again"]),
-    Case("an adapter of another base", other_base, ["/wide", "match none of", "/base", "name that base"]),
+    Case("half of a LoRA pair", lambda s: s.tensors(without_half), ["/ten", "q_proj has no lora_B", "Save the adapter again"]),
+    Case("an adapter of another base", other_base, ["/wide", "match no weight of", "/base", "name that base"]),
     Case(
         "tensors that match nothing",
         lambda s: s.tensors(renamed),
-        ["/ten", "2 of 6 weights that it changes match none", "wrong_name", "name that base"],
+        ["/ten", "2 of the 6 weights that it changes match no weight", "wrong_name", "name that base"],
     ),
     Case("an untrained adapter", lambda s: s.tensors(untrained), ["/ten", "change nothing", "leave it out"]),
-    Case("a linear merge of unequal ranks", ranks_differ, ["'linear'", "[4, 8]", "use 'weighted_sum'"], builds=True),
+    Case("a linear merge of unequal ranks", ranks_differ, ["'linear'", "[4, 8]", "Use 'weighted_sum'"], builds=True),
 ]
 
 INPUT_CASES = [
@@ -299,7 +315,7 @@ INPUT_CASES = [
         lambda s: s.move("shards/0001.tar", "shards/0001.tar.gz"),
         ["/shards", "0001.tar.gz", "Unpack it"],
     ),
-    Case("another kind of file", lambda s: s.job(input="recipe.yaml"), ["recipe.yaml", "no .tar, .parquet or image"]),
+    Case("another kind of file", lambda s: s.job(input="recipe.yaml"), ["recipe.yaml", "not a .tar, .parquet or image"]),
     Case("two images that would share an id", clashing_names, ["duplicate ids", "0000.tar", "Name the folder above both"]),
 ]
 
@@ -348,7 +364,7 @@ TABLE_CASES = [
     Case(
         "a storage option that is not known",
         lambda s: s.job(table="s3://products/table", table_storage_options=KEYS | {"endpiont": "http"}),
-        ["s3://products/table", "not known", "'endpiont'", "given are"],
+        ["s3://products/table", "unknown storage option", "'endpiont'", "Options given"],
     ),
     Case("an unknown kind of storage", lambda s: s.job(table="s4://products/table"), ["s4://products/table", "unknown"]),
     Case(
@@ -519,10 +535,17 @@ CLUSTER_CASES = [
     ),
 ]
 
-CASES = [
-    *(*RECIPE_CASES, *ADAPTER_CASES, *INPUT_CASES, *JOB_CASES),
-    *(*TABLE_CASES, *VERSION_CASES, *SEARCH_CASES, *CLUSTER_CASES),
-]
+SECTIONS = {  # headings of the docs
+    "Recipe": RECIPE_CASES,
+    "Adapter": ADAPTER_CASES,
+    "Input": INPUT_CASES,
+    "Job file and `--set`": JOB_CASES,
+    "Table": TABLE_CASES,
+    "Versions": VERSION_CASES,
+    "Search and indexes": SEARCH_CASES,
+    "Cluster": CLUSTER_CASES,
+}
+CASES = [case for cases in SECTIONS.values() for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -572,6 +595,20 @@ def user(case: Case) -> Iterator[None]:
         os.setresuid(0, -1, -1)
 
 
+@pytest.fixture(scope="module")
+def messages() -> Iterator[dict[str, str]]:
+    """Case → its message, as the docs print it; written to the docs at the end where that is asked for."""
+    caused: dict[str, str] = {}
+    yield caused
+    if WRITES_DOCS:
+        page = DOCS.read_text(encoding="utf-8")
+        for heading, cases in SECTIONS.items():
+            rows = "".join(row(case.what, caused.get(case.what)) for case in cases)
+            start = page.index("| --- | --- | --- |\n", page.index(f"\n## {heading}\n")) + len("| --- | --- | --- |\n")
+            page = page[:start] + rows + page[start:][re.match(r"(?:\|.*\n)*", page[start:]).end() :]
+        DOCS.write_text(page, encoding="utf-8")
+
+
 @pytest.mark.usefixtures("user")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)
 def test_a_user_error_is_one_message_and_nothing_is_written(
@@ -580,6 +617,7 @@ def test_a_user_error_is_one_message_and_nothing_is_written(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    messages: dict[str, str],
 ) -> None:
     if case.starts:
         request.getfixturevalue("cluster")
@@ -605,44 +643,39 @@ def test_a_user_error_is_one_message_and_nothing_is_written(
     assert case.builds or case.starts or not progress
     for part in case.says:
         assert part in message
-    assert case.what in documented(), f"{DOCS} has no row {case.what!r}"
-    message = re.sub(r"/tmp\S*?/(good\d*|products)(?=[/:\s])", NEUTRAL, message)
-    excerpt = ".*".join(re.escape(masked(piece)) for piece in documented()[case.what].split("…"))
-    assert re.fullmatch(excerpt, masked(message.strip()), re.DOTALL), f"{DOCS} says of {case.what!r}: {excerpt}"
+    message = re.sub(r"/tmp\S*?/(good\d*|products)(?=[/:\s])", NEUTRAL, message.strip())
+    messages[case.what] = cell(VARYING.sub("…", message))
+    if not WRITES_DOCS:
+        assert masked(documented()[case.what][0]) == masked(messages[case.what]), f"{DOCS} has another message"
 
 
-def test_the_docs_list_these_cases_and_what_the_source_says() -> None:
-    """A message of the source is as it is there, with `…` for each value."""
-    caused = {case.what for case in CASES}
-    assert len(caused) == len(CASES)
-    assert caused <= set(documented())
-    said = "\n".join(text for path in SOURCE.rglob("*.py") for text in texts(ast.parse(path.read_text())))
-    for what in set(documented()) - caused:
-        pieces = documented()[what].split("…")
-        assert len("".join(pieces)) > 20, f"{DOCS} says too little of {what!r}"
-        assert re.search(".*".join(re.escape(piece) for piece in pieces), said), (
-            f"the source does not say {pieces}, for {what!r}"
-        )
+@pytest.mark.skipif(WRITES_DOCS, reason="they are written after the last test")
+def test_the_docs_list_exactly_these_cases() -> None:
+    assert len({case.what for case in CASES}) == len(CASES)
+    assert list(documented()) == [case.what for case in CASES]
 
 
-def texts(tree: ast.AST) -> Iterator[str]:
-    """Its strings, a line each."""
-    for node in ast.walk(tree):
-        parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-        text = "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
-        if isinstance(node, ast.JoinedStr | ast.Constant):
-            yield text.replace("\n", " ")
+def cell(message: str) -> str:
+    """A message as a cell of a table in Markdown, each of its lines as code."""
+    assert "|" not in message
+    return "<br>".join(f"`` {line} ``" if "`" in line else f"`{line}`" for line in message.splitlines())
 
 
-def documented() -> dict[str, str]:
-    """First column of the docs' tables → second, the message."""
-    rows = re.findall(r"^\| ([^|]+) \| (`+) ?(.+?) ?\2 \| [^|]+ \|$", DOCS.read_text(), re.MULTILINE)
-    return {what: message for what, _, message in rows}
+def row(what: str, message: str | None) -> str:
+    """A case's row: its message, or where it was not caused the one that is there, and the advice that is there."""
+    before, advice = documented().get(what, ("", ""))
+    return f"| {what} | {message or before} | {advice} |\n".replace("|  |", "| |")
+
+
+def documented() -> dict[str, tuple[str, str]]:
+    """First column of the docs' tables of messages → the message's cell, and the advice beside it."""
+    rows = re.findall(r"^\| ([^|]+) \| (`[^|]+`) \| ([^|]*?) ?\|$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+    return {what: (message, advice) for what, message, advice in rows}
 
 
 def masked(text: str) -> str:
-    """Without ids and figures, which differ between machines."""
-    return re.sub(r"\b[0-9a-f]{12}\b|\d+", "#", text)
+    """Text without its numbers, which differ between machines."""
+    return re.sub(r"\d+", "#", text)
 
 
 def test_the_setup_that_the_cases_break_is_good(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:

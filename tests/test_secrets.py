@@ -214,7 +214,7 @@ def test_a_run_whose_store_fails_for_good_leaves_no_secret(
         options = server.options(proxy.endpoint) | {"retry_s": 1}
         done = run(job_on(server, local, tmp_path, options), ray_folder, *arguments, **server.environment())
     assert done.code == 1
-    assert b"no proper answer for" in done.err
+    assert b"no usable answer in" in done.err
     assert any("worker" in path.name for path in done.logs)
     look_everywhere(search, done, tmp_path)
     search.look_at_table(Store(f"s3://images/{tmp_path.name}", server.options()))

@@ -1,4 +1,4 @@
-"""What can go wrong, by what the user has to do about it; the command line turns each into an exit code."""
+"""The errors that are meant for a user: one class for each thing that the user has to do, with the command's exit code."""
 
 import base64
 import errno
@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 from lora_embed.text import redacted
 
-_OF_THE_MACHINE = {
+_MACHINE_ERRNOS = {  # errors of the machine, not of the program
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
 }  # fmt: skip
 
@@ -24,25 +24,25 @@ class LoraEmbedError(Exception):
     """
 
     exit_code = 1
-    advice = "run the same command again"  # a few words, for whoever reads the last line alone
+    advice = "run the same command again"  # a few words for the last line of a run
 
     def __init__(self, message: str = "") -> None:
         super().__init__(redacted(message))
 
 
 class ConfigError(LoraEmbedError):
-    """The recipe, the job or its input is wrong; nothing was started."""
+    """The recipe, the job or its input is wrong. Nothing was started."""
 
     exit_code = 2
-    advice = "mend it, then run it again"
+    advice = "correct it, then run it again"
 
 
 class AdapterMismatch(ConfigError):
-    """An adapter would do nothing, something else than it was trained for, or cannot be folded exactly."""
+    """An adapter has no effect, does not fit the base, or cannot be folded exactly."""
 
 
 class EncoderError(ConfigError):
-    """An encoder cannot be built or loaded, or does not reproduce its own golden vectors."""
+    """An encoder cannot be built or loaded, or does not reproduce its golden vectors."""
 
 
 class StorageError(ConfigError):
@@ -50,81 +50,81 @@ class StorageError(ConfigError):
 
 
 class TableError(ConfigError):
-    """A table holds something else than the job would write to it."""
+    """A table is damaged, or holds data that must not be mixed with what the job would write."""
 
 
 class ShardError(LoraEmbedError):
-    """A shard cannot be read to a proven end, or changed under the run; its chunks are not complete."""
+    """A shard cannot be read to its end, or changed during the run. Not all of its images are embedded."""
 
 
 class ChangedMeanwhile(LoraEmbedError):
-    """Files of a base, an adapter or an encoder changed while they were read; the same command reads them anew."""
+    """Files of a base, an adapter or an encoder changed while they were read. The same command reads them again."""
 
 
 class ResourcesError(ConfigError):
-    """The cluster can never schedule what the job asks for."""
+    """The cluster can never provide the resources that the job asks for."""
 
 
 class LibraryMismatch(ConfigError):
-    """An installed library lacks a part, none of its public ones, that this package cannot do without."""
+    """An installed library lacks a private part that this package needs."""
 
 
 class StoreUnavailable(LoraEmbedError):
-    """A store gave no proper answer for as long as its `retry_s` allows; everything committed stays."""
+    """A store gave no usable answer within its `retry_s` seconds. Everything that was committed is kept."""
 
 
 class IncompleteRun(LoraEmbedError):
-    """Some shards are not complete; everything committed stays and the same command goes on."""
+    """Some shards are not complete. Everything that was committed is kept, and the same command continues."""
 
 
 class WorkersLost(IncompleteRun):
-    """Workers died more often than they are replaced; what is missing can be tried again."""
+    """Workers died more often than Ray replaces them. The missing chunks can be tried again."""
 
 
 class VerificationFailed(LoraEmbedError):
-    """Stored files contradict their own counts, sums or identity."""
+    """Stored files do not match their recorded counts, checksums or space id."""
 
-    advice = "look at it before a next run"
+    advice = "find the cause before the next run"
 
 
 class GateFailed(LoraEmbedError):
-    """A check before publication failed; the staged work stays."""
+    """A check before publication failed. The staged parts are kept."""
 
     advice = "a person must decide"
 
 
 def lack_of_machine(error: OSError | MemoryError) -> str | None:
-    """What this machine ran out of or cannot do any more; None for an error that is a bug's."""
+    """What this machine ran out of or cannot do any more, as text for a message. None for an error that is a bug."""
     if isinstance(error, MemoryError):
         return "this machine has no memory left"
     if isinstance(error, ChildProcessError):
         return str(error)
-    if error.errno not in _OF_THE_MACHINE:
+    if error.errno not in _MACHINE_ERRNOS:
         return None
-    where = error.filename or f"a file of this machine, such as those in {tempfile.gettempdir()}"
+    where = error.filename or f"a file on this machine, for example in {tempfile.gettempdir()}"
     return f"{where}: {error.strerror}"
 
 
 @contextmanager
 def once_started() -> Iterator[None]:
-    """What a store refuses from here on is no mistake of the job's, but a permission that expired or a server that left.
+    """Turn StorageError and StoreUnavailable into IncompleteRun, once a run has started.
 
-    Raises IncompleteRun for StorageError and StoreUnavailable.
+    By then the job itself is right: a permission has expired, or a server does not answer any more.
     """
     try:
         yield
     except (StorageError, StoreUnavailable) as error:
-        raise IncompleteRun(f"{error}\nWhat was embedded is kept, and the same command goes on.") from None
+        raise IncompleteRun(f"{error}\nWhat was embedded is kept. Run the same command again to continue.") from None
 
 
-# An error where only the text of its traceback travels: packed in a note of it, or else as Python ends a traceback.
+# Ray may hand on only the text of a traceback. The error is then read from its packed note, or from the traceback's last lines.
 _PACKED = re.compile(r"lora-embed-error:([A-Za-z0-9+/=]+);")
 _RAISED = re.compile(r"^lora_embed\.errors\.(\w+): (.+?)(?=\n\n(?:During handling of|The above exception)|\s*\Z)", re.M | re.S)
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
 
 
 def carries_errors(constructor: Constructor) -> Constructor:
-    """For the constructor of an actor: of what it raises, Ray hands on the text of the traceback alone."""
+    """Decorate the constructor of an actor: Ray hands on only the traceback's text, so the error is packed into it."""
 
     @functools.wraps(constructor)
     def construct(*arguments: Any, **named: Any) -> None:
@@ -140,17 +140,17 @@ def carries_errors(constructor: Constructor) -> Constructor:
 
 
 def carried_error(text: str) -> LoraEmbedError | None:
-    """The error of this package that a traceback ends with, whole; None where it tells of none."""
+    """The error of this package that a traceback's text ends with. None where the text holds no such error."""
     name, message = _unpacked(text) or next(iter(_RAISED.findall(text)[-1:]), ("", ""))
     kind = globals().get(name)
     if isinstance(kind, type) and issubclass(kind, LoraEmbedError):
         return kind(message)
-    return IncompleteRun(message) if name else None  # of another release, on another node
+    return IncompleteRun(message) if name else None  # a class of another release, on another node
 
 
 def _unpacked(text: str) -> tuple[str, str] | None:
     for packed in reversed(_PACKED.findall(text)):
-        with suppress(ValueError, TypeError):  # a message may hold anything
+        with suppress(ValueError, TypeError):  # a message may hold any text, also text that looks packed
             name, message = json.loads(base64.b64decode(packed))
             return str(name), str(message)
     return None

@@ -1,4 +1,4 @@
-"""Parts of libraries that are not public: looked up before they are needed, and one message where such a part has changed."""
+"""Private parts of libraries: each is looked up before it is needed, and a part that has changed gives one clear message."""
 
 import inspect
 import pkgutil
@@ -10,29 +10,29 @@ from lora_embed.errors import LibraryMismatch
 
 
 def part(package: str, name: str, purpose: str, *, takes: tuple[str, ...] = ()) -> Any:
-    """The object of this name, `module:attribute.attribute`, of an installed package.
+    """The object `module:attribute.attribute` of an installed package.
 
-    `purpose` completes "it is needed to …". Raises LibraryMismatch where the object is not there, or is a function or a
-    record without one of the parameters in `takes`.
+    `purpose` completes the sentence "it is needed to …". Raises LibraryMismatch where the object does not exist, or
+    does not take one of the parameters in `takes`.
     """
     try:
-        found = pkgutil.resolve_name(name)
+        target = pkgutil.resolve_name(name)
     except (ImportError, AttributeError):
         raise mismatch(package, f"{name} is not there", purpose) from None
-    has = inspect.signature(inspect.unwrap(found)).parameters if takes else {}
-    if lacking := [parameter for parameter in takes if parameter not in has]:
+    parameters = inspect.signature(inspect.unwrap(target)).parameters if takes else {}
+    if lacking := [parameter for parameter in takes if parameter not in parameters]:
         raise mismatch(package, f"{name} does not take {', '.join(lacking)}", purpose)
-    return found
+    return target
 
 
 def check(package: str, is_as_expected: bool, finding: str, purpose: str) -> None:
-    """Raises LibraryMismatch with this finding unless the package is as expected."""
+    """Raises LibraryMismatch with this finding, unless the package is as expected."""
     if not is_as_expected:
         raise mismatch(package, finding, purpose)
 
 
 def mismatch(package: str, finding: str, purpose: str) -> LibraryMismatch:
-    """The error for an installed package whose inner parts are not those that this version of lora-embed was written for."""
+    """The error for an installed package whose private parts are not those that this version of lora-embed uses."""
     try:
         installed = version(package)
     except PackageNotFoundError:
@@ -44,12 +44,12 @@ def mismatch(package: str, finding: str, purpose: str) -> LibraryMismatch:
 
 
 def _known_to_work(package: str) -> str:
-    """The versions, by the requirements that came with this package; a cluster's nodes have its source alone."""
+    """The working versions of a package, by this package's own requirements (not known where only its source is there)."""
     try:
-        needed = requires("lora-embed") or []
+        requirements = requires("lora-embed") or []
     except PackageNotFoundError:
-        needed = []
-    for requirement in needed:
+        requirements = []
+    for requirement in requirements:
         if re.split(r"[\s\[<>=!~;(]", requirement, maxsplit=1)[0].lower() == package:
             return requirement.partition(";")[0].strip()
     return f"the version of {package} in constraints.txt of lora-embed"

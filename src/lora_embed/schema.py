@@ -1,4 +1,4 @@
-"""The Arrow schemas of parts and tables, and the records that the stages hand to each other."""
+"""The Arrow schemas of parts and tables, and the records that the stages pass to each other."""
 
 import hashlib
 import json
@@ -9,36 +9,36 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-FORMAT = 1  # of tables, manifests and parts, and part of the layout id; docs/format.md says what it promises
+FORMAT = 1  # the format of tables, manifests and parts, and a part of the layout id; see docs/format.md
 REASONS = (
     "no_image", "empty", "not_an_image", "corrupt_image", "too_many_pixels", "too_many_bytes", "decoder_crashed",
     "duplicate_id", "non_finite_vector", "forgotten",
 )  # fmt: skip
-MAX_BYTES = 2**30  # of an encoded image; one of 100 megapixels with 16 bits of red, green, blue and alpha has 0.8 GB
+MAX_BYTES = 2**30  # of an encoded image: 100 megapixels with 16 bits of red, green, blue and alpha have 0.8 GB
 _PART = re.compile(r"([0-9a-f]+)-([0-9]{8})(-last)?\.parquet")
 _CARRY_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored object: its path below the root, its size in bytes, what changes when its content does, and its time."""
+    """One stored object."""
 
-    path: str
-    size: int
-    etag: str
-    modified: float = field(default=0.0, compare=False, repr=False)  # by the store's clock, seconds since 1970
+    path: str  # below the store's root
+    size: int  # bytes
+    etag: str  # a mark that changes whenever the content changes
+    modified: float = field(default=0.0, compare=False, repr=False)  # seconds since 1970 by the store's clock
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
     """One input unit: a tar, a Parquet file, or a group of loose image files."""
 
-    id: str  # 16 hex digits over root name, shard name, size and etag
+    id: str  # 16 hex digits: a hash of root name, shard name, size and etag
     name: str  # path below the root; distinct within a table
-    prefix: str  # what stands before a key in a sample's id
+    prefix: str  # the part of a sample's id before its key
     kind: Literal["tar", "parquet", "images"]
-    root: str  # URI of the store that holds it
-    files: tuple[Entry, ...]  # one, but for loose images
+    root: str  # URI of the store that holds the files
+    files: tuple[Entry, ...]  # one file, or the files of a group of loose images
 
     @property
     def size(self) -> int:
@@ -46,24 +46,24 @@ class Shard:
         return sum(entry.size for entry in self.files)
 
 
-Wanted = Callable[[int], bool]  # sample number in the shard → must its bytes be read
+Wanted = Callable[[int], bool]  # number of a sample in its shard → True if its bytes must be read
 
 
 @dataclass
 class Sample:
-    """One image of a shard: encoded bytes, or None where there is none, it was not wanted, or it has too many (`excess`)."""
+    """One image of a shard. `data` is None where there is no image, it was not asked for, or it is too large (`excess`)."""
 
     key: str
     data: bytes | None = None
     fields: dict[str, Any] = field(default_factory=dict)
-    excess: int = 0  # bytes of an image that has more than are allowed
-    begin: int | None = None  # byte of its first header in a tar; None where reading could not begin there
-    end: int | None = None  # byte where the sample after it begins, or the tar's closing blocks
+    excess: int = 0  # size in bytes of an image that is larger than allowed
+    begin: int | None = None  # byte of its first header in a tar; None where a reader could not begin there
+    end: int | None = None  # byte where the next sample, or the tar's closing blocks, begin
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Bytes [begin, end) of a tar, which sample `first` begins at; without an end, up to the shard's, which is proven then."""
+    """Bytes [begin, end) of a tar; sample number `first` begins there. Without `end`: up to the tar's end, which is checked."""
 
     first: int = 0
     begin: int = 0
@@ -75,7 +75,7 @@ WHOLE = Span()
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """All that shapes a part and is not the encoder; its hash keeps parts of different shape apart."""
+    """All settings that shape a part, other than the encoder. Their hash keeps parts of different shape apart."""
 
     precision: str
     batch_size: int
@@ -93,19 +93,19 @@ class Layout:
     def layout_id(self) -> str:
         """12 hex digits."""
         settings = asdict(self)
-        if self.max_bytes == MAX_BYTES:  # parts that were made before there was a choice keep their name
+        if self.max_bytes == MAX_BYTES:  # left out, so that parts made before this setting existed keep their names
             del settings["max_bytes"]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def pins(self) -> dict[str, Any]:
-        """What all versions of a table share unless everything is embedded anew."""
+        """The settings that all versions of a table share. To change one is to embed all images again."""
         return {"precision": self.precision, "vector_type": self.vector_type, "carry": [list(pair) for pair in self.carry]}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A committed chunk, as its name tells: `<shard_id>-<chunk>[-last].parquet`."""
+    """A committed chunk, described by its file name: `<shard_id>-<chunk>[-last].parquet`."""
 
     shard_id: str
     chunk: int
@@ -124,24 +124,24 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkHead:
-    """Which chunk a row of the chain is and what has become of it; with `error`, why its shard cannot go on."""
+    """Which chunk a row of the chain is, and its result. `error` says why the rest of its shard cannot be read."""
 
     shard_id: str
     shard_name: str
     prefix: str
     chunk: int = 0
-    last: bool = False  # the shard's end is proven and this chunk reaches it
+    last: bool = False  # this chunk ends where the shard ends, and that end was checked
     good: int = 0  # samples with pixels
     decoded: int = 0  # images given to the decoder, good or bad
-    begin: int | None = None  # bytes [begin, end) of a tar, where reading can begin at them
+    begin: int | None = None  # bytes [begin, end) of the chunk in a tar, if a reader can begin there
     end: int | None = None
-    samples: int = 0  # good and bad, once they are counted at the chain's end
-    reasons: dict[str, int] = field(default_factory=dict)  # of the rejects, counted with `samples`
-    image_bytes: int = 0  # of the samples' images, as they were read
-    retries: int = 0  # of requests to a store, until here
+    samples: int = 0  # good and bad samples, counted at the chain's end
+    reasons: dict[str, int] = field(default_factory=dict)  # rejects by reason, counted with `samples`
+    image_bytes: int = 0  # size of the samples' encoded images
+    retries: int = 0  # store requests that were repeated so far
     error: str = ""
-    may_pass: bool = False  # the error: another try may get further
-    seconds: dict[str, float] = field(default_factory=dict, compare=False)  # that it took, by stage
+    may_pass: bool = False  # the error may not occur in another try
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)  # time taken by each stage
 
     @property
     def rejects(self) -> int:
@@ -163,12 +163,12 @@ class ChunkHead:
 
 
 def encoder_path(space_id: str) -> str:
-    """Where an encoder lies below the table."""
+    """The folder of an encoder below the table."""
     return f"encoders/{space_id}"
 
 
 def check_carried(pair: list[str]) -> list[str]:
-    """A carried field's name and type, as manifests have them. Raises ValueError for a type that is not carried."""
+    """Check a carried field's [name, type], as a manifest holds it. Raises ValueError for a type that cannot be carried."""
     if len(pair) != 2 or pair[1] not in _CARRY_TYPES:
         raise ValueError(f"is {pair}, expected a name and one of {', '.join(_CARRY_TYPES)}")
     return pair
@@ -180,7 +180,7 @@ def carry_fields(carry: tuple[tuple[str, str], ...]) -> list[pa.Field]:
 
 
 def sample_schema(carry: tuple[tuple[str, str], ...]) -> pa.Schema:
-    """A chunk's samples between decoding and writing: `reason` is null where there are pixels."""
+    """A chunk's samples between decoding and writing. `reason` is null for a sample with pixels."""
     return pa.schema(
         [
             pa.field("key", pa.string(), nullable=False),
@@ -195,7 +195,7 @@ def sample_schema(carry: tuple[tuple[str, str], ...]) -> pa.Schema:
 
 
 def data_schema(dimension: int, vector_type: str, carry: tuple[tuple[str, str], ...]) -> pa.Schema:
-    """A published data file: plain Arrow types, so that any reader opens it."""
+    """The columns of a published data file, in plain Arrow types that any reader can open."""
     value = pa.float16() if vector_type == "float16" else pa.float32()
     return pa.schema(
         [
@@ -212,7 +212,7 @@ def data_schema(dimension: int, vector_type: str, carry: tuple[tuple[str, str], 
 
 
 def part_schema(dimension: int, vector_type: str, carry: tuple[tuple[str, str], ...]) -> pa.Schema:
-    """A staged part: a data file's columns and why a row has no vector (`reason`, else null; the vector is then zeros)."""
+    """The columns of a staged part: those of a data file, and the `reason` of a reject, whose vector is zeros."""
     reasons = [pa.field("reason", pa.string()), pa.field("detail", pa.string())]
     return pa.schema([*data_schema(dimension, vector_type, carry), *reasons])
 
@@ -237,6 +237,6 @@ def to_ipc(batch: pa.RecordBatch) -> bytes:
 
 
 def from_ipc(data: bytes) -> pa.RecordBatch:
-    """The batch of `to_ipc`."""
+    """The record batch that `to_ipc` wrote."""
     with pa.ipc.open_stream(data) as reader:
         return reader.read_next_batch()

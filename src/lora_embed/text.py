@@ -1,4 +1,4 @@
-"""Text made safe: what is printed steers no terminal and forges no line, and URIs tell no credentials. And times in words."""
+"""Text for people: control characters escaped, credentials in URIs removed, and times written in words."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,13 +11,24 @@ _MARK = re.compile(r"(?::|%(?:25)*3a)(?:\\?/|%(?:25)*2f){2}", re.I)
 _SCHEME = re.compile(r"[a-z0-9+.-]{1,32}\Z", re.I)
 _PARAMETER = re.compile(r"[#;&][^\s\"'/?#;&=]{1,64}=")
 _HOST_AND_PORT = re.compile(r"(?:\[[0-9a-f:.]*\]|[^:]*):[0-9]{1,5}", re.I)
-_BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf", "oss"}  # what stands first there has no port
-_CONTAINERS = {"abfs", "abfss"}  # in whose URIs a container stands before `@`
-_MOST_ENCODED = 4  # times that something may be percent-encoded before it is taken for no URI any more
+_BUCKETS = {
+    "s3",
+    "s3a",
+    "gs",
+    "gcs",
+    "az",
+    "abfs",
+    "abfss",
+    "adl",
+    "hf",
+    "oss",
+}  # their URIs begin with a bucket, without a port
+_CONTAINERS = {"abfs", "abfss"}  # their URIs have a container before `@`
+_MOST_ENCODED = 4  # how often text is percent-decoded in the search for a secret
 
 
 def printable(text: str) -> str:
-    """Text with characters that would steer a terminal, begin a line or turn its direction written as escapes."""
+    """Text with escapes for characters that control a terminal, begin a line or change the writing direction."""
     return text if text.isprintable() else "".join(map(_escape, text))
 
 
@@ -26,12 +37,12 @@ def _escape(character: str) -> str:
 
 
 def in_lines(lines: Iterable[str]) -> str:
-    """These lines and no others, whatever a name in one of them holds."""
+    """Join lines; line breaks and control characters within a line are escaped."""
     return "\n".join(map(printable, lines))
 
 
 def in_one_line(text: object, most: int = 200) -> str:
-    """What a library says, such as an error, without its line breaks and cut to `most` characters."""
+    """The text of an object, such as a library's error, without line breaks and cut to `most` characters."""
     return " ".join(str(text).split())[:most]
 
 
@@ -41,26 +52,26 @@ def counted(counts: Mapping[str, int]) -> str:
 
 
 def utc(moment: float | None = None) -> str:
-    """A moment, in seconds since 1970, or now: ISO 8601, to the second."""
+    """A time in seconds since 1970, or now, in ISO 8601 to the second."""
     when = datetime.now(UTC) if moment is None else datetime.fromtimestamp(moment, UTC)
     return when.isoformat(timespec="seconds")
 
 
 def span(seconds: float) -> str:
-    """Minutes and seconds, and hours where there are any."""
+    """A duration as `minutes:seconds`, or as `hours:minutes:seconds` from an hour on."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
 def rough_span(seconds: float) -> str:
-    """For an estimate: seconds, minutes or hours."""
+    """An estimated duration in seconds, minutes or hours."""
     if seconds < 90:
         return f"about {seconds:.0f} s"
     return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
 
 
 def redacted(text: str) -> str:
-    """Text in which URIs tell neither user and password nor parameters, such as a signature."""
+    """Text whose URIs have no user, password or parameters (such as a signature): `…` stands in their place."""
     kept, start = [], 0
     for scheme, begin, end in _bodies(text):
         kept += [text[start:begin], _redacted_body(scheme, text[begin:end])]
@@ -69,21 +80,21 @@ def redacted(text: str) -> str:
 
 
 def holds_secret(uri: str) -> bool:
-    """Does a URI hold a password, or what may be a token or a signature? Of a chain of URIs: does any of them?"""
-    return any(_tells(scheme, uri[begin:end]) for scheme, begin, end in _bodies(uri))
+    """True if a URI, or one URI of a chain, holds a password, or what may be a token or a signature."""
+    return any(_holds_secret(scheme, uri[begin:end]) for scheme, begin, end in _bodies(uri))
 
 
 def without_secrets(value: Any) -> Any:
-    """Plain data with all its text `redacted`."""
+    """Plain data (dictionaries, lists, text, numbers) in which all text is `redacted`."""
     if isinstance(value, str):
         return redacted(value)
     if isinstance(value, dict):
-        return {redacted(key) if isinstance(key, str) else key: without_secrets(held) for key, held in value.items()}
-    return [without_secrets(held) for held in value] if isinstance(value, list | tuple) else value
+        return {redacted(key) if isinstance(key, str) else key: without_secrets(item) for key, item in value.items()}
+    return [without_secrets(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _bodies(text: str) -> list[tuple[str, int, int]]:
-    """Of each URI in a text its scheme, and where what follows `://` begins and ends at the latest."""
+    """For each URI in a text: its scheme, and where the part after `://` begins and ends at the latest."""
     marks = list(_MARK.finditer(text)) if "/" in text or "%" in text else []
     schemes = [_SCHEME.search(text[max(0, mark.start() - 32) : mark.start()]) for mark in marks]
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
@@ -93,8 +104,8 @@ def _bodies(text: str) -> list[tuple[str, int, int]]:
     ]
 
 
-def _tells(scheme: str, body: str) -> bool:
-    """What stands after `://` holds a secret, as it is or decoded."""
+def _holds_secret(scheme: str, body: str) -> bool:
+    """True if the part after `://` holds a secret, as it is or percent-decoded."""
     for form in _decodings(body):
         user = form[: _user_length(scheme, form)]
         if ":" in user or (user and scheme in ("http", "https")) or _parameters(form) is not None:
@@ -103,7 +114,7 @@ def _tells(scheme: str, body: str) -> bool:
 
 
 def _decodings(body: str) -> list[str]:
-    """The text as it is, and percent-decoded until nothing is left to decode."""
+    """The text as it is, and percent-decoded once, twice and so on until nothing is left to decode."""
     forms = [body]
     while len(forms) < _MOST_ENCODED and "%" in forms[-1] and (decoded := unquote(forms[-1])) != forms[-1]:
         forms.append(decoded)
@@ -111,7 +122,7 @@ def _decodings(body: str) -> list[str]:
 
 
 def _redacted_body(scheme: str, body: str) -> str:
-    """The body of a URI that stands in a text: it ends with a space, or where it holds no password, with a quote."""
+    """The part after `://`, redacted. A URI in a text ends at a space; one without a password also at a quote."""
     length = _user_length(scheme, re.split(r"\s", body, maxsplit=1)[0])
     token = re.split(r"[\s\"'<>]", body[length:], maxsplit=1)[0]
     shown, rest = "…" * bool(length), body[length + len(token) :]
@@ -123,16 +134,16 @@ def _redacted_body(scheme: str, body: str) -> str:
 
 
 def _parameters(body: str) -> int | None:
-    """Where parameters begin, by `?`, `#`, `;` or `&`; None where there are none."""
+    """The position of the `?`, `#`, `;` or `&` where parameters begin; None where there are none."""
     query = body.find("?")
-    found = [query] if query >= 0 and "=" in body[query:] else []
+    positions = [query] if query >= 0 and "=" in body[query:] else []
     if named := _PARAMETER.search(body):
-        found.append(named.start())
-    return min(found, default=None)
+        positions.append(named.start())
+    return min(positions, default=None)
 
 
 def _user_length(scheme: str, body: str) -> int:
-    """Characters before the `@` that ends user and password; 0 where there are none. A password may hold `/`, `?` and `@`."""
+    """The length of user and password, up to their `@`; 0 without them. A password may hold `/`, `?` and `@`."""
     host = re.split(r"[/?#]", body, maxsplit=1)[0]
     if _HOST_AND_PORT.fullmatch(host) and scheme not in _BUCKETS:
         return 0

@@ -115,7 +115,7 @@ def test_golden_vectors_that_are_not_met_end_a_run_with_the_whole_message(
     (source / "1.tar").write_bytes((source / "0000.tar").read_bytes())
     assert run_command(["run", str(tmp_path / "job.yaml")]) == 2
     said = capfd.readouterr().err
-    assert re.search(r"error: .*vectors\.npy: is damaged \(.*build the encoder again", said, re.S)
+    assert re.search(r"error: .*vectors\.npy: is damaged \(.*Build the encoder again", said, re.S)
 
 
 def test_text_that_tells_of_no_error_of_ours_is_none() -> None:

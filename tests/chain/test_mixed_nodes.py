@@ -54,7 +54,7 @@ def test_a_node_with_another_pillow_stops_the_run_and_nothing_of_it_is_published
         assert code == 2, said
         assert "pixels: on " in said, said
         assert "resize tall" in said
-        assert "It was built with Pillow 13.0.0" in said
+        assert "The encoder was built with Pillow 13.0.0" in said
         assert "here are Pillow 12.1.0" in said
         assert not (tmp_path / "table" / "versions").exists()
 

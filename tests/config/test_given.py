@@ -145,7 +145,7 @@ def test_zeros_of_a_job_that_mean_something_stay(tmp_path: Path) -> None:
         ("base_model: ./base\nadapters: [{path: ./one, revision: ''}]\n", 'adapters[0].revision is "", expected text'),
         (RECIPE + "merge_method: ''\n", 'merge_method is "", expected text'),
         (RECIPE + "image_size: 0\n", "image_size is 0, expected at least 8"),
-        ("base_model: ./base\nadapters: [{path: ./one, weight: 0}]\n", "all weights of adapters are 0"),
+        ("base_model: ./base\nadapters: [{path: ./one, weight: 0}]\n", "the weight of every adapter is 0"),
     ],
 )
 def test_what_a_recipe_cannot_mean_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -94,7 +94,7 @@ def test_an_adapter_is_a_path_and_a_base_may_be_a_name_of_the_hub(
                 f"recipe.yaml: {key} is {written}, but there is no directory {tmp_path / written}. Correct the path, or write"
             )
             assert said in str(refused.value)
-            assert f" hf://{written} if that repository of the Hugging Face hub is meant." in str(refused.value)
+            assert f" hf://{written} if you mean that repository of the Hugging Face hub." in str(refused.value)
         else:
             recipe = recipe_of(tmp_path, text)
             places = {"base_model": recipe.base_model} | {f"adapters[{n}].path": a.path for n, a in enumerate(recipe.adapters)}
@@ -172,13 +172,13 @@ REFUSED_JOBS = [
     ("carry: ['label:int']", 'carry[0].type is "int", expected string, int64, float64 or bool'),
     ("carry: ['']", 'carry[0].name is "", expected text that is not empty'),
     ("carry: [a, a]", "carry names 'a' 2 times. Name it once."),
-    ("carry: [sha256]", "carry names 'sha256', which is a column of the table itself."),
+    ("carry: [sha256]", "carry names 'sha256', but the table has its own column of that name."),
     ("resources: 5", "resources is 5, expected a section with keys: device, actors, cpus_per_decode, wait_s"),
     ("resources:", "resources is empty, expected a section with keys: device, "),
     ("resources: {device: tpu}", 'resources.device is "tpu", expected auto, gpu or cpu'),
     ("resources: {cpus_per_decode: 0}", "resources.cpus_per_decode is 0, expected more than 0"),
     ("resources: {wait_s: .inf}", "resources.wait_s is Infinity, expected a finite number"),
-    ("resources: {actors: {min: 2, max: 1}}", "resources.actors: min is 2, more than max, which is 1"),
+    ("resources: {actors: {min: 2, max: 1}}", "resources.actors: min is 2, but max is 1. Set min to max or less."),
     ("input_storage_options: secret", "input_storage_options is str, expected a section of keys and values"),
 ]
 REFUSED_KEYS = [
@@ -191,7 +191,11 @@ REFUSED_KEYS = [
     ("input", "input: [5]", "input[0] is 5, expected text: put quotes around it"),
     ("input", "input: ['']", 'input[0] is "", expected text that is not empty'),
     ("recipe", "recipe:", "recipe is empty, expected text"),
-    ("recipe", "recipe: &a [*a]", "holds more than 1,000,000 values, or itself by an alias. Write out what is meant."),
+    (
+        "recipe",
+        "recipe: &a [*a]",
+        "an alias contains itself, or aliases stand for more than 1,000,000 values. Write the values out.",
+    ),
 ]
 REFUSED_RECIPES = [
     ("adapters: 5", "adapters is 5, expected a list"),
@@ -205,9 +209,15 @@ REFUSED_RECIPES = [
     ("adapters: [{path: a, weight: half}]", 'adapters[0].weight is "half", expected a number'),
     ("adapters: [{path: a, scale: 1}]", "unknown key 'adapters[0].scale'. Known keys: path, weight, revision."),
     ("", "adapters is empty. Name at least one, or set merge_method to none"),
-    ("adapters: [{path: a}]\nmerge_method: none", "merge_method is none, which takes the base alone, but adapters names 1."),
-    ("adapters: [{path: a, weight: 0}, {path: b, weight: 0.0}]", "all weights of adapters are 0, which leaves the base alone."),
-    ("adapters: [{path: a, weight: 0.5}]\nmerge_method: concat", "merge_method is concat, which keeps each adapter whole."),
+    (
+        "adapters: [{path: a}]\nmerge_method: none",
+        "merge_method is none, which uses the base model alone, but adapters lists 1.",
+    ),
+    (
+        "adapters: [{path: a, weight: 0}, {path: b, weight: 0.0}]",
+        "the weight of every adapter is 0. To use the base model alone,",
+    ),
+    ("adapters: [{path: a, weight: 0.5}]\nmerge_method: concat", "merge_method concat uses every adapter at weight 1."),
     ("adapters: [{path: a}]\npooling: max", 'pooling is "max", expected mean, '),
     ("adapters: [{path: a}]\nnormalize: 1", "normalize is 1, expected true or false"),
     ("adapters: [{path: a}]\nimage_size: 7", "image_size is 7, expected at least 8"),
@@ -260,7 +270,7 @@ def test_a_table_beside_its_input_is_fine(tmp_path: Path, table: str) -> None:
         ("table=", "table is empty, expected text"),
         ("table.path=5", "'table' is \"/"),
         ("input=[a", "the value is not valid YAML: line 1, column 3: "),
-        ("limit=2024-13-45", "the value is not valid YAML: month must be in 1..12. Quote it."),
+        ("limit=2024-13-45", "the value is not valid YAML: month must be in 1..12. Put quotes around it."),
     ],
 )
 def test_an_override_is_refused_by_its_own_name(tmp_path: Path, override: str, message: str) -> None:
@@ -282,12 +292,12 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is empty, expected keys and values"),
-        (b"just words", 'is "just words", expected keys and values'),
-        (b"- a", "is ['a'], expected keys and values"),
+        (b"", "is empty, expected one `key: value` on each line"),
+        (b"just words", 'is "just words", expected one `key: value` on each line'),
+        (b"- a", "is ['a'], expected one `key: value` on each line"),
         (b"a: [1\n", "is not valid YAML: line 2, column 1: expected ',' or ']'"),
         (b"a: 1\n\tb: 2\n", "is not valid YAML: line 2, column 1: found character '\\t'"),
-        (b"a: {b: 1, c: 2, b: 3}\n", "is not valid YAML: line 1, column 17: key 'b' stands there twice"),
+        (b"a: {b: 1, c: 2, b: 3}\n", "is not valid YAML: line 1, column 17: key 'b' is given twice"),
         (b"a: 2024-13-45\n", "is not valid YAML: month must be in 1..12"),
         (b"a: !!python/object:os.system x\n", "is not valid YAML: line 1, column 4: could not determine a constructor"),
         (b"\xff\xfe\x00", "cannot be read as a text file: it is not UTF-8"),

@@ -124,5 +124,5 @@ def test_verdict(figures: list[float], verdict: str, holds: bool) -> None:
 
 
 def test_one_split_is_refused() -> None:
-    with pytest.raises(ValueError, match="1 splits say nothing of noise"):
+    with pytest.raises(ValueError, match="1 splits do not show how much the figures vary"):
         paired_difference([0.7], [0.6], bank_share=2 / 3)

@@ -74,9 +74,9 @@ class Unpickled:
         (encoded(noise(64, 64), "JPEG")[:-400], "corrupt_image", "OSError: image file is truncated"),
         (png()[:-40], "corrupt_image", ""),
         (png_of(4, 4, b"not zlib"), "corrupt_image", ""),
-        (png_of(60_000, 60_000), "too_many_pixels", "declares more than twice the 1000000 pixels"),
-        (png_of(1001, 1000), "too_many_pixels", "declares 1001×1000 pixels, allowed are 1000000"),
-        (gif_of(65_535, 65_535), "too_many_pixels", "declares"),
+        (png_of(60_000, 60_000), "too_many_pixels", "has more than twice the 1000000 pixels"),
+        (png_of(1001, 1000), "too_many_pixels", "has 1001×1000 pixels, allowed are 1000000"),
+        (gif_of(65_535, 65_535), "too_many_pixels", "has more than twice"),
         (encoded(Image.new("L", (1, 60_000))), "too_many_pixels", "would be resized to 10×600000 pixels"),
         (encoded(Image.new("L", (60_000, 1))), "too_many_pixels", "would be resized to 600000×10 pixels"),
     ],
@@ -100,7 +100,7 @@ def test_a_tall_image_does_not_explode_on_its_way_to_a_small_square() -> None:
     """Pillow resizes the rows of all lines first: 1×900,000 pixels would pass through 224×900,000."""
     square = Preprocessing(resize=(224, 224), resample=2, crop=None, multiply=(1, 1, 1), add=(0, 0, 0))
     rows = zlib.compress(b"\0\0" * 900_000)
-    with pytest.raises(BadImage, match="would be resized by way of 224×900000 pixels") as caught:
+    with pytest.raises(BadImage, match="would be resized through 224×900000 pixels") as caught:
         decode_image(png_of(1, 900_000, rows), square, 1_000_000)
     assert caught.value.reason == "too_many_pixels"
     assert decode_image(png_of(1, 4000, rows), square, 1_000_000).height == 4000
@@ -277,7 +277,7 @@ def test_fast_takes_every_kind_of_jpeg() -> None:
 def test_fast_rejects_what_exact_rejects() -> None:
     data = encoded(soft(1001, 1000), "JPEG")
     assert decode_image(data, FAST, 1_001_000).width == 1001
-    with pytest.raises(BadImage, match="declares 1001×1000 pixels, allowed are 1000000"):  # though 126×125 would be decoded
+    with pytest.raises(BadImage, match="has 1001×1000 pixels, allowed are 1000000"):  # though 126×125 would be decoded
         decode_image(data, FAST, 1_000_000)
     with pytest.raises(BadImage, match="OSError: image file is truncated"):
         decode_image(data[:-4000], FAST)

@@ -133,7 +133,10 @@ def test_a_child_that_died_of_something_else_costs_no_image() -> None:
 
 def test_a_child_that_cannot_be_started_is_no_reject(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with IsolatedDecoder() as decode, pytest.raises(ChildProcessError, match=r"did not start: .* ended with exit code 1"):
+    with (
+        IsolatedDecoder() as decode,
+        pytest.raises(ChildProcessError, match=r"could not be started: .* ended with exit code 1"),
+    ):
         decode(png(), PREPROCESSING)
 
 

@@ -105,12 +105,12 @@ def test_an_image_size_keeps_the_proportion_of_resize_and_crop() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"do_center_crop": False}, r"\(X, size {'shortest_edge': 256}\) gives images of different sizes; set image_size"),
+        ({"do_center_crop": False}, r"\(X, size {'shortest_edge': 256}\) gives images of different sizes\. Set image_size"),
         ({"do_resize": False, "do_center_crop": False}, "gives images of different sizes"),
-        ({"do_pad": True}, r"\(X\) pads images; that is not supported"),
-        ({"size": {"shortest_edge": 256, "longest_edge": 512}}, "is neither height and width nor a shortest edge"),
-        ({"size": {"longest_edge": 512}}, "is neither height and width nor a shortest edge"),
-        ({"size": {"max_height": 9, "max_width": 9}}, "is neither height and width nor a shortest edge"),
+        ({"do_pad": True}, r"\(X\) pads images, which is not supported"),
+        ({"size": {"shortest_edge": 256, "longest_edge": 512}}, "expected height and width, or shortest_edge alone"),
+        ({"size": {"longest_edge": 512}}, "expected height and width, or shortest_edge alone"),
+        ({"size": {"max_height": 9, "max_width": 9}}, "expected height and width, or shortest_edge alone"),
     ],
 )
 def test_processors_that_no_fixed_size_follows_from(changes: dict[str, Any], message: str) -> None:
@@ -154,8 +154,8 @@ def test_fast_is_refused_where_it_saves_nothing_or_is_far_off(tmp_path: Path) ->
     settings = json.loads((base / "preprocessor_config.json").read_text())
     recipe = Recipe.model_validate({"base_model": str(base), "merge_method": "none", "decode": "fast"})
     for changes, message in (
-        ({"do_resize": False}, "leaves nothing for decode: fast to save"),
-        ({"resample": 0}, r"decoded fast, the pixels of a JPEG of 320×320 differ from exact ones by \d+\.\d+ of 255"),
+        ({"do_resize": False}, "decode: fast has no effect with this processor"),
+        ({"resample": 0}, r"with decode: fast, the pixels of a JPEG of 320×320 differ from exact ones by \d+\.\d+ of 255"),
     ):
         (base / "preprocessor_config.json").write_text(json.dumps(settings | changes))
         with pytest.raises(EncoderError, match=message):

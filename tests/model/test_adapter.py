@@ -74,7 +74,7 @@ def test_unknown_config_field_is_refused(tmp_path: Path) -> None:
 
 def test_adapter_of_a_deeper_base_is_refused(tmp_path: Path) -> None:
     base, deeper = save_base(tmp_path / "base"), save_base(tmp_path / "deeper", num_hidden_layers=3)
-    with pytest.raises(AdapterMismatch, match=r"3 of 9 weights that it changes match none of .*layers\.2"):
+    with pytest.raises(AdapterMismatch, match=r"3 of the 9 weights that it changes match no weight of .*layers\.2"):
         matched(save_adapter(tmp_path / "adapter", deeper), base)
 
 
@@ -88,7 +88,7 @@ def test_renamed_modules_are_refused_not_ignored(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     folder = save_adapter(tmp_path / "adapter", base)
     edit_tensors(folder, lambda tensors: {name.replace("q_proj", "qq_proj"): value for name, value in tensors.items()})
-    with pytest.raises(AdapterMismatch, match="2 of 6 weights that it changes match none"):
+    with pytest.raises(AdapterMismatch, match="2 of the 6 weights that it changes match no weight"):
         matched(folder, base)
 
 

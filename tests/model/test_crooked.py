@@ -109,10 +109,10 @@ def test_half_precision_is_folded_as_it_was_saved(folder: Path, target: Target, 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"hidden_size": 768, "num_attention_heads": 12}, "48 of 48 weights that it changes match none of other"),
-        ({"num_hidden_layers": 6}, "24 of 48 weights that it changes match none of other"),
-        ({"num_hidden_layers": 13}, r"has nothing for encoder\.layer\.12\.attention\.q_proj"),
-        ({"model_type": "vit"}, "48 of 48 weights that it changes match none of other"),
+        ({"hidden_size": 768, "num_attention_heads": 12}, "48 of the 48 weights that it changes match no weight of other"),
+        ({"num_hidden_layers": 6}, "24 of the 48 weights that it changes match no weight of other"),
+        ({"num_hidden_layers": 13}, r"has no tensors for encoder\.layer\.12\.attention\.q_proj"),
+        ({"model_type": "vit"}, "48 of the 48 weights that it changes match no weight of other"),
     ],
 )
 def test_another_base_is_refused(folder: Path, base: Base, tmp_path: Path, changes: dict[str, Any], says: str) -> None:
@@ -125,7 +125,7 @@ def test_another_base_is_refused(folder: Path, base: Base, tmp_path: Path, chang
 
 def test_a_copy_is_the_same_adapter(folder: Path, base: Base, real_adapters: dict[str, Path]) -> None:
     specs = (AdapterSpec(path=str(real_adapters["category10"])), AdapterSpec(path=str(folder), weight=0.5))
-    with pytest.raises(ConfigError, match=r"is the same adapter as .*category10; name it once, with the sum of the weights"):
+    with pytest.raises(ConfigError, match=r"is the same adapter as .*category10. Name it once, with the sum of weights"):
         gather(Recipe(base_model=base.uri, adapters=specs))
 
 

@@ -180,7 +180,9 @@ def test_a_batch_that_memory_does_not_hold_is_said(tmp_path: Path) -> None:
     folder = build(recipe_of(base, {}, merge_method="none", image_size=112), tmp_path / "encoder")
     command = [sys.executable, "-c", IN_LITTLE_MEMORY, str(folder)]
     said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert re.match(r"cpu: memory does not suffice for batches of 4096 images in float32 \(.*\)\. Set batch_size lower", said)
+    assert re.match(
+        r"cpu: there is not enough memory for batches of 4096 images in float32 \(.*\)\. Set a smaller batch_size", said
+    )
 
 
 def test_build_never_writes_over_and_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ def test_models_of_other_things_are_refused(tmp_path: Path) -> None:
         BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=40)
     )
     text.save_pretrained(tmp_path / "text")
-    with pytest.raises(EncoderError, match="BertModel takes no pixel_values, so it does not make vectors of images"):
+    with pytest.raises(EncoderError, match="BertModel takes no pixel_values, but a base must take images alone"):
         read_model_config(tmp_path / "text", "text")
 
 

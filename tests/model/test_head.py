@@ -83,10 +83,12 @@ def test_padding_is_left_out_and_taken_logits_are_gone(tmp_path: Path) -> None:
 def test_why_there_is_no_head(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     bare = matched(base, save_adapter(tmp_path / "bare", base, modules_to_save=None))
-    assert find_head(*bare) == "no head is saved with it (modules_to_save)"
+    assert find_head(*bare) == "the adapter was saved without a head (modules_to_save)"
     swin = save_base(tmp_path / "swin", "swin")
     pooled = matched(swin, save_adapter(tmp_path / "pooled", swin, target_modules=["q_proj", "fc1"]))
-    assert find_head(*pooled) == "SwinForImageClassification reads a pooled output that an encoder does without"
+    assert (
+        find_head(*pooled) == "the head of SwinForImageClassification reads a pooled output, which an encoder does not compute"
+    )
 
 
 def test_names_of_outputs_are_read_where_they_say_something(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_linear_is_another_merge_than_the_sum() -> None:
 
 
 def test_linear_refuses_unequal_ranks_and_names_what_takes_them() -> None:
-    with pytest.raises(AdapterMismatch, match=r"equal ranks, found \[4, 8\]; use 'weighted_sum'"):
+    with pytest.raises(AdapterMismatch, match=r"equal ranks, found \[4, 8\]\. Use 'weighted_sum'"):
         linear([Weighted(0.5, low_rank(1, rank=4)), Weighted(0.5, low_rank(2, rank=8))], BEFORE)
 
 

@@ -103,7 +103,7 @@ def test_a_method_that_goes_wrong_is_seen_whichever_it_is(
     tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, method: str, broken: str
 ) -> None:
     broken_method(broken)(monkeypatch)
-    with pytest.raises(EncoderError, match="differs from the one computed anew from the adapter files"):
+    with pytest.raises(EncoderError, match="differs from the one recomputed from the adapter files"):
         build(recipe.model_copy(update={"merge_method": method}), tmp_path / "encoder")
 
 
@@ -133,11 +133,11 @@ def edit_one(path: Path, part: str, factor: float) -> None:
 @pytest.mark.parametrize(
     ("breaks", "message"),
     [
-        (broken_scale, "differs from the one computed anew from the adapter files by 1.*e-03 of its norm"),
-        (broken_weights, "differs from the one computed anew"),
-        (broken_file("value.weight"), "differs from the one computed anew"),
+        (broken_scale, "differs from the one recomputed from the adapter files by 1.*e-03 of its norm"),
+        (broken_weights, "differs from the one recomputed"),
+        (broken_file("value.weight"), "differs from the one recomputed"),
         (broken_file("layernorm"), "differs from its base in weights that no adapter changes"),
-        (broken_rounding, "differs from the one computed anew"),
+        (broken_rounding, "differs from the one recomputed"),
     ],
 )
 def test_a_merge_that_went_wrong_is_not_written(
@@ -183,11 +183,11 @@ def test_the_page_says_what_the_report_says(tmp_path: Path, recipe: Recipe) -> N
 def test_a_change_that_rounding_alone_would_make_is_refused(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     untrained = save_adapter(tmp_path / "dora", base, use_dora=True, init_lora_weights=True)
-    with pytest.raises(AdapterMismatch, match="changes the base by less than rounding does"):
+    with pytest.raises(AdapterMismatch, match="changes the base by less than float32 rounding"):
         build(Recipe(base_model=str(base), adapters=(AdapterSpec(path=str(untrained)),)), tmp_path / "encoder")
     faint = save_adapter(tmp_path / "faint", base, seed=3)
     edit_tensors(faint, lambda tensors: {n: t * 1e-8 if "lora_B" in n else t for n, t in tensors.items()})
-    with pytest.raises(AdapterMismatch, match="changes the base by less than rounding does"):
+    with pytest.raises(AdapterMismatch, match="changes the base by less than float32 rounding"):
         build(Recipe(base_model=str(base), adapters=(AdapterSpec(path=str(faint)),)), tmp_path / "encoder")
 
 
@@ -200,8 +200,8 @@ def test_another_base_by_name_and_another_processor_are_noted(tmp_path: Path, re
     notes: list[str] = []
     build_encoder(gather(recipe), tmp_path / "encoder", notes.append)
     said = [note for note in notes if note.startswith("note: ")]
-    assert "trained on google/vit-large by their own word" in said[0]
-    assert "prepares images otherwise than the base's" in said[1]
+    assert "trained on google/vit-large, but are merged into" in said[0]
+    assert "prepares images in another way than the base's" in said[1]
     assert json.loads((tmp_path / "encoder" / "merge_report.json").read_text())["notes"] == [
         s.removeprefix("note: ") for s in said
     ]

@@ -200,7 +200,7 @@ def test_a_later_transformers_loads_what_is_kept_as_an_adapter_and_builds_the_sa
 def test_a_file_that_was_changed_since_is_refused(stored: dict[str, Path], file: str) -> None:
     path = stored["today"] / file
     path.write_bytes(path.read_bytes() + b" ")
-    with pytest.raises(EncoderError, match=rf"today: {file} has the SHA-256 .* Its files were changed since: bring them back"):
+    with pytest.raises(EncoderError, match=rf"today: {file} has the SHA-256 .* The file was changed. Restore it"):
         load_encoder(stored["today"])
     path.unlink()
     with pytest.raises(EncoderError, match=rf"today: {file} is not there, the encoder was built with"):

@@ -129,7 +129,7 @@ def test_an_id_that_is_none_writes_nowhere(encoder: Path, tmp_path: Path, field:
 )
 def test_a_field_of_another_kind_is_named(encoder: Path, field: str, value: Any) -> None:
     edit(encoder / "encoder.json", **{field: value})
-    says = rf"encoder.json: (preprocessing.)?{field}.*(build the encoder again|Use that release)"
+    says = rf"encoder.json: (preprocessing.)?{field}.*([Bb]uild the encoder again|Use the newer release)"
     with pytest.raises(EncoderError, match=says):
         load_encoder(encoder)
 
@@ -206,7 +206,7 @@ def test_a_pipe_or_device_in_an_adapter_is_not_waited_for(adapter: Path, name: s
     (adapter / name).unlink()
     make(adapter / name)
     started = time.monotonic()
-    with pytest.raises(StorageError, match=rf"{name}: is (a link|no ordinary file)"):
+    with pytest.raises(StorageError, match=rf"{name}: is (a link|not an ordinary file)"):
         read_adapter(str(adapter))
     assert time.monotonic() - started < 10
 
@@ -244,7 +244,7 @@ def test_a_link_of_a_snapshot_leads_to_its_blobs_alone(made: Path, tmp_path: Pat
     (base.parent.parent / "blobs" / "link").symlink_to(tmp_path / "secret")
     (base / "config.json").unlink()
     (base / "config.json").symlink_to(tmp_path / target if target == "secret" else target)
-    with pytest.raises(StorageError, match=r"config.json: is (a link|no ordinary file)"):
+    with pytest.raises(StorageError, match=r"config.json: is (a link|not an ordinary file)"):
         find_base(str(base), None)
 
 
@@ -295,7 +295,7 @@ def test_an_index_that_names_another_file_opens_it_not(made: Path, tmp_path: Pat
     index["weight_map"][min(index["weight_map"])] = named
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     for act in (lambda: find_base(str(base), None), lambda: load_headless(base, "base")):
-        with pytest.raises(EncoderError, match=r"model.safetensors.index.json names .* Nothing else is opened"):
+        with pytest.raises(EncoderError, match=r"model.safetensors.index.json names .* other files are not opened"):
             act()
     assert not marker.path.exists()
 
@@ -377,7 +377,7 @@ def test_a_pattern_without_end_is_refused_in_time(adapter: Path, made: Path, fie
     edit(adapter / "adapter_config.json", **changes)
     saved, target = read_adapter(str(adapter)), target_of(find_base(str(made / "base"), None))
     started = time.monotonic()
-    with pytest.raises(AdapterMismatch, match=r"a pattern of adapter_config.json cannot be used: matching it takes more than"):
+    with pytest.raises(AdapterMismatch, match=r"a pattern of adapter_config.json cannot be used: matching takes more than"):
         match_adapter(saved, target)
     assert time.monotonic() - started < 10
 
@@ -420,7 +420,7 @@ def test_patterns_that_end_match_as_peft_matches(adapter: Path, made: Path, patt
 def test_many_plain_patterns_end_too(adapter: Path, made: Path) -> None:
     edit(adapter / "adapter_config.json", rank_pattern={f"layers.{number}.x": 4 for number in range(100_000)})
     started = time.monotonic()
-    with pytest.raises(AdapterMismatch, match=r"cannot be used: matching it takes more than"):
+    with pytest.raises(AdapterMismatch, match=r"cannot be used: matching takes more than"):
         match_adapter(read_adapter(str(adapter)), target_of(find_base(str(made / "base"), None)))
     assert time.monotonic() - started < 10
 
@@ -493,7 +493,7 @@ def test_a_base_is_followed_where_the_user_says_so(
             if file.is_file():
                 Store(root).create(file.relative_to(folder).as_posix(), file.read_bytes())
     space_id = read_description(kept).space_id
-    with pytest.raises(EncoderError, match="which lies elsewhere, on this machine"):
+    with pytest.raises(EncoderError, match="which is on another store, this machine"):
         load_encoder("memory://one/encoder")
     assert load_encoder("memory://one/encoder", base=str(made / "base")).space_id == space_id
     assert load_encoder("memory://one/encoder", base="memory://two/base").space_id == space_id
@@ -503,7 +503,7 @@ def test_a_base_is_followed_where_the_user_says_so(
     with pytest.raises(EncoderError, match="which lies elsewhere"):
         load_encoder("memory://one/encoder")
     other = save_base(tmp_path / "other", seed=9)
-    with pytest.raises(EncoderError, match="whose files are others by now"):
+    with pytest.raises(EncoderError, match="whose files have changed since"):
         load_encoder("memory://one/encoder", base=str(other))
 
 
@@ -514,7 +514,8 @@ def test_a_base_on_the_hub_is_taken_from_its_cache_alone(kept: Path, monkeypatch
     for uri in ("hf://nobody/none", "nobody/none"):
         edit(kept / "encoder.json", base=about["base"] | {"uri": uri})
         with pytest.raises(
-            StorageError, match=rf"{uri}: is not in the hub's cache, and an encoder that lies elsewhere names it"
+            StorageError,
+            match=rf"{uri}: is not in the hub's cache, and is not downloaded since an encoder from another store names it",
         ):
             load_encoder(kept)
 
@@ -594,7 +595,7 @@ def test_a_model_that_was_planted_in_the_cache_is_not_loaded(made: Path, remote:
 def test_a_cache_that_others_may_write_to_is_not_used(remote: str, mode: int, which: str) -> None:
     copy = fetch_directory(remote, None, FILES)
     (copy if which == "copy" else copy.parent).chmod(mode)
-    with pytest.raises(StorageError, match=rf"may be written to by others \(mode {mode:o}, expected 700\)"):
+    with pytest.raises(StorageError, match=rf"can be written by other users \(mode {mode:o}, expected 700\)"):
         load_encoder(remote)
 
 
@@ -629,7 +630,7 @@ def test_a_lock_truncates_nothing(remote: str, tmp_path: Path, how: str) -> None
         load_encoder(remote, check=False)
     else:
         os.mkfifo(lock) if how == "pipe" else lock.symlink_to(precious if how == "link" else tmp_path / "made")
-        with pytest.raises(StorageError, match=r"no copy of .* can be kept there"):
+        with pytest.raises(StorageError, match=r"cannot be copied there"):
             load_encoder(remote)
     assert precious.read_text() == SECRET
     assert not (tmp_path / "made").exists()

@@ -134,7 +134,7 @@ def test_an_outage_longer_than_the_limit_ends_the_run_and_loses_nothing(
     job = remote_job(local, tmp_path, server.options(proxy.endpoint) | HASTY | {"retry_s": 3}, "outage")
     assert run_command(["run", str(job)]) == 1
     said = capfd.readouterr().err
-    assert "no proper answer for" in said
+    assert "no usable answer in" in said
     assert "the same command" in said
     assert "Traceback" not in said
 
@@ -226,7 +226,7 @@ def test_patience_ends_and_what_never_passes_has_none(server: S3Server, proxy: P
     proxy.requests.clear()
     proxy.faults = Faults(error=1.0)
     started = time.monotonic()
-    with pytest.raises(StoreUnavailable, match=r"s3://images/patience/x: no proper answer for \d s, \d tries; the last: "):
+    with pytest.raises(StoreUnavailable, match=r"s3://images/patience/x: no usable answer in \d s and \d tries; last error: "):
         store.read("x")
     assert 3 <= time.monotonic() - started < 60  # of 120 without `retry_s`
     assert len(proxy.requests) >= 2
@@ -301,7 +301,7 @@ def test_an_input_that_does_not_answer_is_given_up_early(
     assert run_command(["run", str(job)]) == 1
     said = capfd.readouterr().err
     assert "8 of 20 shards are not complete, so nothing was published" in said
-    assert "no proper answer for" in said
+    assert "no usable answer in" in said
     proxy.faults = Faults()
     assert run_command(["run", str(job)]) == 0
     assert rows_at(server, "unreadable").equals(read_rows(local / "table"))

@@ -165,11 +165,11 @@ def prefixes() -> bytes:
 REPEATS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a dictionary of one value of 60 MB": (lambda: dictionary_of(60_000_000), "more than 512 MiB"),
     "a page of 400 MB of zeros": (
-        lambda: packed(pa.table({"image": [bytes(400 * MIB)]}), use_dictionary=False), "allowed are 67108864, or"
+        lambda: packed(pa.table({"image": [bytes(400 * MIB)]}), use_dictionary=False), "at most 67108864, or"
     ),
     "values that begin as the one before": (prefixes, "8 samples"),
     "30 million rows without an image": (
-        lambda: packed(pa.table({"image": pa.nulls(30_000_000, pa.binary())})), "says that it has 30000000 rows"
+        lambda: packed(pa.table({"image": pa.nulls(30_000_000, pa.binary())})), "has 30000000 rows"
     ),
     "a list of 40 million nothings": (
         lambda: packed(pa.table({"image": [b"x"], "label": nothings(40_000_000)})),
@@ -233,7 +233,7 @@ HEADERS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "records without an end": (
         lambda: header("h", MIB, b"x") + padded(b"1 " * (MIB // 2 - 1) + b"==") + MEMBERS,
-        "whose record at its byte 0 is none",
+        "with a damaged record at its byte 0",
     ),
     "digits in a row": (
         lambda: header("h", 900_000, b"x") + padded(record(b"comment", b"9" * (900_000 - 16))) + MEMBERS,

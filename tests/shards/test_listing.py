@@ -142,14 +142,14 @@ def test_sample_ids_stay_when_groups_are_dealt_anew() -> None:
     ("patterns", "message"),
     [
         (["nothing.tar"], "nothing.tar: no such file or directory"),
-        (["empty"], r"empty: matches no tar, Parquet or image file \(0 files looked at below .*/empty\)"),
-        (["{5..6}.tar"], r"matches no tar, Parquet or image file \(11 files looked at"),
+        (["empty"], r"empty: matches no tar, Parquet or image file among 0 files below .*/empty\."),
+        (["{5..6}.tar"], r"matches no tar, Parquet or image file among 11 files"),
         (["{3..1}.tar"], "matches no tar, Parquet or image file"),
-        (["{0..3}.tar"], r"2 of the 4 files it names are not there, first .*/2.tar. Correct the range, or use \*"),
-        (["notes.txt"], "notes.txt is no .tar, .parquet or image file"),
-        (["{0.tar,notes.txt}"], "notes.txt is no .tar, .parquet or image file"),
-        (["z"], "c.TGZ is a compressed tar, which cannot be resumed. Unpack it"),
-        (["hidden"], r"matches no tar, Parquet or image file \(2 files looked at"),
+        (["{0..3}.tar"], r"2 of the 4 files that it names do not exist; the first is .*/2.tar. Correct the range, or use \*"),
+        (["notes.txt"], "notes.txt is not a .tar, .parquet or image file"),
+        (["{0.tar,notes.txt}"], "notes.txt is not a .tar, .parquet or image file"),
+        (["z"], "c.TGZ is a compressed tar, which cannot be read in parts. Unpack it"),
+        (["hidden"], r"matches no tar, Parquet or image file among 2 files"),
         (["z/c.TGZ"], "c.TGZ is a compressed tar"),
         (
             ["a", "b"],
@@ -157,8 +157,8 @@ def test_sample_ids_stay_when_groups_are_dealt_anew() -> None:
         ),
         (["*.tar", "0.tar"], "duplicate ids: two inputs both name .*/0.tar. Name it in one of them"),
         (["a/*.jpg", "a/*.png"], "duplicate ids: two inputs hold loose images of one folder, . below .*/a and below .*/a"),
-        (["0.tar", "clash"], "duplicate ids: .*/0.tar is a file, and below .*/clash there is a folder of that name"),
-        (["notes.txt/*.tar"], "a file stands where a directory is expected"),
+        (["0.tar", "clash"], "duplicate ids: .*/0.tar is a file, but below .*/clash there is a folder of that name"),
+        (["notes.txt/*.tar"], "expected a directory, found a file"),
     ],
 )
 def test_refused_inputs(tmp_path: Path, patterns: list[str], message: str) -> None:
@@ -174,13 +174,13 @@ def test_one_image_through_two_inputs_is_refused_also_when_their_groups_differ(
 ) -> None:
     monkeypatch.setattr(listing, "IMAGES_PER_GROUP", 2)
     touch_files(tmp_path, *(f"a/{number}.png" for number in range(5)), "b/3.png")
-    with pytest.raises(ConfigError, match="duplicate ids: two inputs hold images of the same relative path"):
+    with pytest.raises(ConfigError, match="duplicate ids: two inputs hold images with the same relative path"):
         names(f"{tmp_path}/a", f"{tmp_path}/b")
 
 
 def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes(b"x")
-    with pytest.raises(ConfigError, match=r"the name 'caf\\udce9.png' is not UTF-8, as ids must be. Rename it"):
+    with pytest.raises(ConfigError, match=r"the file name 'caf\\udce9.png' is not UTF-8, but ids must be. Rename"):
         names(str(tmp_path))
 
 
@@ -239,7 +239,7 @@ def test_links_out_of_an_input_are_named_and_followed_only_where_told(
         names = {shard.name for shard in list_shards((f"{tmp_path}/{pattern}",), {})}
         assert names == {"own/#0000of0001", "model.tar"}
         said = " ".join(capsys.readouterr().err.split())
-        assert f"passed over: out (to {tmp_path}/private), own/up (to {tmp_path}/private/deep). Set follow_folder_links" in said
+        assert f"are ignored: out (to {tmp_path}/private), own/up (to {tmp_path}/private/deep). To read those folders" in said
     names = {shard.name for shard in list_shards((f"{tmp_path}/input",), {}, follows=True)}
     assert names == {"own/#0000of0001", "model.tar", "out/#0000of0001", "out/deep/#0000of0001"}
     assert capsys.readouterr().err == ""
@@ -276,7 +276,7 @@ def test_a_listing_without_end_ends(bucket: str) -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         place = {"endpoint_url": f"http://127.0.0.1:{server.server_port}", "region_name": "us-east-1"}
-        with pytest.raises(StorageError, match=f"s3://{bucket}: its listing does not come to an end: after .* pages"):
+        with pytest.raises(StorageError, match=f"s3://{bucket}: its listing never ends: after .* pages"):
             Store(f"s3://{bucket}", {"key": "k", "secret": "s", "client_kwargs": place}).list_files()
     finally:
         server.shutdown()

@@ -62,7 +62,7 @@ def test_an_adapter_that_is_not_there_is_not_taken_from_a_stranger(
     save_adapter(repository(hub, "adapters/category10"), base)
     said = refusal(write_recipe(tmp_path, "./base", "adapters/category10"), capfd)
     assert f"adapters[0].path is adapters/category10, but there is no directory {tmp_path}/adapters/category10." in said
-    assert "write hf://adapters/category10 if that repository of the Hugging Face hub is meant." in said
+    assert "write hf://adapters/category10 if you mean that repository of the Hugging Face hub." in said
     with pytest.raises(
         StorageError, match=r"there is no directory .*/elsewhere/adapters/category10. Correct .* hf://adapters/"
     ):
@@ -97,12 +97,12 @@ def test_an_adapter_of_the_hub_is_that_of_its_revision(tmp_path: Path, hub: Path
         (
             "hf://someone/flowers",
             "v9",
-            r"hf://someone/flowers: no repository of the hub that can be read \(.+\)\. Check the name",
+            r"hf://someone/flowers: this repository of the hub cannot be read \(.+\)\. Check the name",
         ),
-        ("hf://someone/flowers@v1", "v2", "names revision v1, and revision beside it is v2. Name one of them."),
-        ("hf://", None, "names no repository of the hub; expected hf://owner/name"),
-        ("hf://someone/flowers/../../..", None, "names no repository of the hub"),
-        ("hf://../flowers", None, "names no repository of the hub"),
+        ("hf://someone/flowers@v1", "v2", "names revision v1, but the key revision is v2. Remove one of them."),
+        ("hf://", None, "is not a repository of the hub; expected hf://owner/name"),
+        ("hf://someone/flowers/../../..", None, "is not a repository of the hub"),
+        ("hf://../flowers", None, "is not a repository of the hub"),
     ],
 )
 def test_what_names_no_repository_is_refused(hub: Path, uri: str, revision: str | None, says: str) -> None:
@@ -126,7 +126,7 @@ def test_a_base_is_named_as_before_and_no_path_of_it_is_a_stranger(
     assert "no such directory" in refusal(write_recipe(tmp_path, "./facebook/dinov2-small"), capfd)
     assert "no such directory" in refusal(write_recipe(tmp_path, "models/vit/large"), capfd)
     said = refusal(write_recipe(tmp_path, "modles/vit"), capfd)
-    assert "modles/vit: neither a directory here nor a repository of the hub that can be read" in said
+    assert "modles/vit: is neither a local directory nor a repository of the hub that can be read" in said
 
 
 def test_an_encoder_that_is_not_there_is_not_taken_from_a_stranger(tmp_path: Path, hub: Path) -> None:

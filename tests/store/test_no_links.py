@@ -78,7 +78,7 @@ def test_a_run_publishes_there(disk: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_one_that_can_do_neither_is_refused_with_the_reason(disk: Path) -> None:
     store = Store(str(disk / "table"))
     with pytest.raises(
-        StorageError, match=r"table/table.json: its file system has no hard links, and no rename .* another disk"
+        StorageError, match=r"table/table.json: its file system has neither hard links nor a rename .* another disk"
     ):
         store.create("table.json", b"{}")
     assert store.list_files() == []

@@ -215,9 +215,14 @@ def test_keys_that_are_no_longer_accepted_end_the_night_before_it_begins(
     ("source", "listed", "code", "says"),
     [
         (SOURCE, 0, 2, f"error: input {SOURCE}: no such file or directory"),
-        (f"{SOURCE}/*.tar", 0, 2, f"matches no tar, Parquet or image file (0 files looked at below {SOURCE})"),
+        (f"{SOURCE}/*.tar", 0, 2, f"matches no tar, Parquet or image file among 0 files below {SOURCE}."),
         ([f"{SOURCE}/000*.tar", f"{SOURCE}/001*.tar"], 10, 2, f"error: input {SOURCE}/001*.tar: matches no tar"),
-        (f"{SOURCE}/{{0000..0019}}.tar", 2, 2, f"18 of the 20 files it names are not there, first {SOURCE}/0002.tar"),
+        (
+            f"{SOURCE}/{{0000..0019}}.tar",
+            2,
+            2,
+            f"18 of the 20 files that it names do not exist; the first is {SOURCE}/0002.tar",
+        ),
         (SOURCE, 2, 1, "(0.9, at most 0.05)"),
         (f"{SOURCE}/*.tar", 18, 1, "(0.1, at most 0.05)"),
     ],

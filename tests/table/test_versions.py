@@ -219,7 +219,7 @@ def test_what_cannot_be_cleared_does_not_undo_a_publication(
     store: Store, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*_: object) -> None:
-        raise StoreUnavailable("s3://bucket/table: no proper answer for 120 s")
+        raise StoreUnavailable("s3://bucket/table: no usable answer in 120 s and 12 tries")
 
     monkeypatch.setattr(Store, "delete", fails)
     stage(store, "ee", "e.tar", 2)  # what the version absorbed
@@ -229,7 +229,7 @@ def test_what_cannot_be_cleared_does_not_undo_a_publication(
     _clear(pipeline.Job.of(job, store, encoder, LAYOUT), manifest)  # type: ignore[arg-type]
     said = capfd.readouterr().err
     assert "version 3 is published, but what it replaces could not be cleared" in said
-    assert "no proper answer for 120 s" in said
+    assert "no usable answer in 120 s and 12 tries" in said
 
 
 def test_a_listing_that_ends_early_removes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,7 +267,7 @@ def test_a_method_that_the_adapters_do_not_allow_is_left_out_unless_asked_for(
     tasks = (TaskLabel(field="colour"),)
     search = tiny_search(folder, 3, work=tmp_path / "work", out=tmp_path / "t.yaml", recipe=mixed, tasks=tasks, methods=())
     assert set(tune(search).tuning["methods"]) == set(METHODS) - {"linear"}
-    with pytest.raises(AdapterMismatch, match="needs equal ranks"):
+    with pytest.raises(AdapterMismatch, match="needs adapters of equal ranks"):
         tune(replace(search, methods=("linear",)))
 
 

@@ -92,7 +92,7 @@ def test_unusable_vectors_are_counted_and_left_out_of_the_rest() -> None:
     figures = measured(vectors).figures()
     assert figures.unusable == 0.04
     assert (figures.count, figures.spread) == (96, pytest.approx(whole.spread))
-    with pytest.raises(ValueError, match="nothing to measure"):
+    with pytest.raises(ValueError, match="nothing can be measured"):
         measured(np.zeros((3, DIMENSION), np.float32)).figures()
 
 

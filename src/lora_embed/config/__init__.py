@@ -1,1 +1,1 @@
-"""What users write, checked as it is read, and what tables say, read with suspicion. Imports `store` and the ground."""
+"""Recipes and jobs that users write, and records of tables, checked while they are read. Imports `store` and the ground."""

@@ -1,4 +1,4 @@
-"""What pydantic found wrong in what a user wrote → a sentence for each key: what was found, what is expected."""
+"""pydantic's errors → a sentence for each wrong key of a user's file: what was found, and what was expected."""
 
 import difflib
 import json
@@ -9,13 +9,13 @@ from pydantic import BaseModel, ValidationError
 from lora_embed.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
-Keys = tuple[str | int, ...]  # the way to a value through sections and lists
+Keys = tuple[str | int, ...]  # the keys and list positions that lead to a value
 
 
 def checked(model: type[Model], data: dict[str, Any], where: str, overridden: dict[Keys, str]) -> Model:
-    """Make a model of what a user wrote in `where`, or, by key, in an override on the command line.
+    """Make a model of what a user wrote in the file `where`, or for the `overridden` keys on the command line.
 
-    Raises ConfigError with a line for each key that is wrong.
+    Raises ConfigError with a line for each wrong key.
     """
     try:
         return model.model_validate(data)
@@ -31,13 +31,13 @@ def checked(model: type[Model], data: dict[str, Any], where: str, overridden: di
 
 
 def _keys_of(item: Any) -> Keys:
-    """Where a pydantic error lies, without the names that pydantic gives to the branches of a union."""
+    """The keys that lead to a pydantic error, without the names that pydantic gives to the branches of a union."""
     branches = () if item["type"] == "extra_forbidden" else ("literal['auto']", "constrained-int")
     return tuple(part for part in item["loc"] if part not in branches)
 
 
 def _explain(model: type[BaseModel], keys: Keys, items: list[Any]) -> str:
-    """One key's errors, several where it may be one thing or another, as a sentence: what was found, what is expected."""
+    """One sentence for the errors of one key; there are several where the key may be of several types."""
     item, key = items[0], _dotted(keys)
     kind, message = item["type"], str(item["msg"]).removeprefix("Value error, ")
     if kind == "extra_forbidden":
@@ -56,7 +56,7 @@ def _explain(model: type[BaseModel], keys: Keys, items: list[Any]) -> str:
 
 
 def _expected(item: Any) -> str:
-    """What pydantic would have taken, in a user's words."""
+    """What pydantic would have accepted, in plain words."""
     context = item.get("ctx") or {}
     bounds = {"greater_than": "more than", "greater_than_equal": "at least", "less_than_equal": "at most"}
     if item["type"] in bounds:
@@ -83,7 +83,7 @@ def _expected(item: Any) -> str:
 
 
 def first_wrong(error: ValidationError) -> str:
-    """The first thing that a record from elsewhere has wrong: where it stands, what was found, what is expected."""
+    """The first error of a record that somebody else may have written: the key, what was found, what was expected."""
     item = error.errors(include_url=False)[0]
     message = str(item["msg"]).removeprefix("Value error, ")
     key = _dotted(tuple(part for part in item["loc"] if part not in ("nullable",)))
@@ -100,14 +100,14 @@ def _dotted(keys: Keys) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a user would write it, cut where it is long."""
+    """A value as a user would write it, shortened where it is long."""
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool | float) else str(value)
     text = text if value is not None else "empty"
     return text if len(text) <= 60 else f"{text[:60]} …"
 
 
 def _section_at(model: type[BaseModel], keys: Keys) -> type[BaseModel]:
-    """The section that a key leads to or lies in; list positions are passed over."""
+    """The section that the keys lead to, or that holds their value; list positions are ignored."""
     for name in keys:
         if name in model.model_fields:
             kind: Any = model.model_fields[str(name)].annotation

@@ -1,4 +1,4 @@
-"""Recipes and jobs: what users write, checked when it is read."""
+"""Recipes and jobs, the two files that users write, checked while they are read."""
 
 import os
 import posixpath
@@ -26,12 +26,12 @@ class AdapterSpec(Section):
 
 
 class Recipe(Section):
-    """What an encoder is built from."""
+    """A recipe: the base model, the adapters and the settings that an encoder is built from."""
 
     base_model: Uri
     revision: Text | None = None
     adapters: tuple[AdapterSpec, ...] = Field(default=(), strict=False)
-    merge_method: Text = "weighted_sum"  # `model.merge` knows the methods, and the options of each
+    merge_method: Text = "weighted_sum"  # `model.merge` has the methods and their options
     merge_options: dict[str, Any] = Field(default_factory=dict)
     pooling: Literal["mean", "patch_mean", "cls", "last_mean", "last_patch_mean", "last_cls"] = "mean"
     normalize: bool = False
@@ -40,27 +40,27 @@ class Recipe(Section):
 
     @property
     def adapter_names(self) -> list[str]:
-        """What adapters are called: the last part of their paths, or more where that is not distinct."""
+        """Names of the adapters: the last part of each path, or more parts where the last ones are not distinct."""
         return distinct_names([spec.path.rstrip("/") for spec in self.adapters])
 
     @model_validator(mode="after")
     def _method_fits_adapters(self) -> "Recipe":
         if self.merge_method == "none" and self.adapters:
             raise ValueError(
-                f"merge_method is none, which takes the base alone, but adapters names {len(self.adapters)}. "
-                "Remove them, or name a method."
+                f"merge_method is none, which uses the base model alone, but adapters lists {len(self.adapters)}. "
+                "Remove the adapters, or name a merge method."
             )
         if self.merge_method != "none" and not self.adapters:
-            raise ValueError("adapters is empty. Name at least one, or set merge_method to none for the base alone.")
+            raise ValueError("adapters is empty. Name at least one, or set merge_method to none for the base model alone.")
         if self.adapters and not any(adapter.weight for adapter in self.adapters):
-            raise ValueError("all weights of adapters are 0, which leaves the base alone. Set merge_method to none for that.")
+            raise ValueError("the weight of every adapter is 0. To use the base model alone, set merge_method to none.")
         if self.merge_method == "concat" and any(adapter.weight != 1 for adapter in self.adapters):
-            raise ValueError("merge_method is concat, which keeps each adapter whole. Leave out the weights, which would be 1.")
+            raise ValueError("merge_method concat uses every adapter at weight 1. Remove the weights of the adapters.")
         return self
 
 
 def distinct_names(paths: list[str]) -> list[str]:
-    """As few last parts of each path as tell them all apart; equal paths stay equal."""
+    """The last parts of each path, as few as make different paths distinct."""
     names = paths
     for parts in range(max((path.count("/") for path in paths), default=0) + 1, 0, -1):
         shorter = [posixpath.join(*path.split("/")[-parts:]) for path in paths]
@@ -70,7 +70,7 @@ def distinct_names(paths: list[str]) -> list[str]:
 
 
 class Actors(Section):
-    """Bounds of the actor pool; a pool without GPUs is sized by the cluster's CPUs unless they are set."""
+    """Bounds of the actor pool. Without them, a pool without GPUs gets its size from the cluster's CPUs."""
 
     min: int | None = Field(default=None, ge=1)
     max: int | None = Field(default=None, ge=1)
@@ -78,12 +78,12 @@ class Actors(Section):
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> "Actors":
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise ValueError(f"min is {self.min}, more than max, which is {self.max}")
+            raise ValueError(f"min is {self.min}, but max is {self.max}. Set min to max or less.")
         return self
 
 
 class Resources(Section):
-    """What the job asks the cluster for."""
+    """The resources that the job asks the cluster for."""
 
     device: Literal["auto", "gpu", "cpu"] = "auto"
     actors: Actors = Actors()
@@ -92,31 +92,31 @@ class Resources(Section):
 
 
 class Retain(Section):
-    """How long a table keeps what its current version does not need."""
+    """How long a table keeps old versions, and files that its current version does not use."""
 
     versions: int = Field(default=10, ge=2)
     grace_days: Annotated[Number, Field(ge=0)] = 7.0
-    runs: int = Field(default=100, ge=1)  # whose states, records and reports are kept
+    runs: int = Field(default=100, ge=1)  # the newest runs, whose states, records and reports are kept
 
 
 class Reembed(Section):
-    """What is embedded again to see whether it still fits: by a new encoder before a full pass, by the same one each night."""
+    """Images that are embedded again as a check: by a new encoder before a full pass, and by the same encoder each night."""
 
-    sample: int = Field(default=2000, ge=0)  # images; 0 goes on without asking
+    sample: int = Field(default=2000, ge=0)  # images that a new encoder embeds first; 0 checks none
     skip_overlap: Share | None = 0.98
     skip_gain: Share = 0.0
     drift: int = Field(default=64, ge=0)  # unchanged images embedded again beside new ones; 0 embeds none
 
 
 class Prices(Section):
-    """What an hour costs, in any currency, for the forecast of `plan`; what is not given is not counted."""
+    """What an hour costs, in any currency, for the forecast of `plan`. A price that is not given is not counted."""
 
     gpu_hour: Annotated[Number, Field(ge=0)] | None = None
     cpu_hour: Annotated[Number, Field(ge=0)] | None = None
 
 
 class CarryField(Section):
-    """A sample field kept as a column of the table."""
+    """A field of the samples that is kept as a column of the table."""
 
     name: Text
     type: Literal["string", "int64", "float64", "bool"] = "string"
@@ -150,10 +150,10 @@ class JobConfig(Section):
     resources: Resources = Resources()
     reembed: Reembed = Reembed()
     retain: Retain = Retain()
-    gates: dict[str, Number] = Field(default_factory=dict)  # limits by name: `gates.Limits` has them and their defaults
+    gates: dict[str, Number] = Field(default_factory=dict)  # limits by name; `gates.Limits` has the names and defaults
     prices: Prices = Prices()
     shared_filesystem: bool = False
-    follow_folder_links: bool = False  # read what links below a local input lead to, also folders outside of it
+    follow_folder_links: bool = False  # also read folders outside of a local input that links in it lead to
     input_storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
     table_storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
 
@@ -172,18 +172,21 @@ class JobConfig(Section):
         names = [field.name for field in self.carry]
         for name in names:
             if name in OWN_COLUMNS:
-                raise ValueError(f"carry names {name!r}, which is a column of the table itself. Rename that field in the data.")
+                raise ValueError(f"carry names {name!r}, but the table has its own column of that name. Rename the field.")
             if names.count(name) > 1:
                 raise ValueError(f"carry names {name!r} {names.count(name)} times. Name it once.")
         return self
 
     @model_validator(mode="after")
     def _table_is_no_input(self) -> "JobConfig":
-        """A directory is searched to any depth: the next run would embed the table's own Parquet files."""
+        """An input directory is searched to any depth, so the next run would embed the table's own Parquet files."""
         table = f"{self.table.removeprefix('file://').rstrip('/')}/"
         for source in self.input:
             if table.startswith(f"{source.removeprefix('file://').rstrip('/')}/"):
-                raise ValueError(f"table {self.table} lies in the input {source}, which would take it in. Move one of them.")
+                raise ValueError(
+                    f"table {self.table} lies in the input {source}, so the next run would read the table's own files as "
+                    "images. Move one of them."
+                )
         return self
 
 
@@ -204,15 +207,15 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def recorded_recipe(encoder: Path) -> Recipe:
-    """The recipe in an encoder's directory, whose places are whole already, and may be gone. Raises ConfigError."""
+    """The recipe in an encoder's directory. Its paths are absolute, and may not exist any more. Raises ConfigError."""
     path = encoder / "recipe.yaml"
     return checked(Recipe, read_yaml(path, "a recipe (YAML)"), str(path), {})
 
 
 def check_options(where: str, known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The options of `where`, `known` by name with type and default, as a user sets them.
+    """The options that a user sets for `where`, checked; `known` maps the name of each option to its type and default.
 
-    Raises ConfigError for one that is not known.
+    Raises ConfigError for an unknown option, or a value of another type.
     """
     options = create_model("Options", __base__=Section, **known)
     return checked(options, given, where, {}).model_dump()
@@ -230,12 +233,12 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> JobConfig:
         if len(keys) == 1:
             value = _with_absolute_paths({keys[0]: value}, Path.cwd())[keys[0]]
         _section_for(data, keys, text)[keys[-1]] = value
-        overridden[tuple(keys)] = _as_said(text)
+        overridden[tuple(keys)] = _without_secret(text)
     return checked(JobConfig, data, str(path), overridden)
 
 
-def _as_said(override: str) -> str:
-    """An override as messages give it: without what it sets storage options to, which may be a secret."""
+def _without_secret(override: str) -> str:
+    """An override as messages show it: without the value of a storage option, which may be a secret."""
     key = override.partition("=")[0]
     return f"{key}=…" if key.partition(".")[0].endswith("_storage_options") else override
 
@@ -247,18 +250,20 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
     try:
         return key.split("."), yaml.load(raw, Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"--set {_as_said(text)}: the value is not valid YAML: {yaml_problem(error)}. Quote it.") from None
+        where = f"--set {_without_secret(text)}"
+        raise ConfigError(f"{where}: the value is not valid YAML: {yaml_problem(error)}. Put quotes around it.") from None
 
 
 def _section_for(data: dict[str, Any], keys: list[str], text: str) -> dict[str, Any]:
-    """The section that an override's last key lies in, made where it is not there."""
+    """The section that holds an override's last key. It is created where it does not exist."""
     for key in keys[:-1]:
         if data.get(key) is None:
             data[key] = {}
         data = data[key]
         if not isinstance(data, dict):
-            found = shown(data) if _as_said(text) == text else type(data).__name__
-            raise ConfigError(f"--set {_as_said(text)}: {key!r} is {found}, not a section that holds {keys[-1]!r}")
+            safe_text = _without_secret(text)
+            value = shown(data) if safe_text == text else type(data).__name__
+            raise ConfigError(f"--set {safe_text}: {key!r} is {value}, expected a section with the key {keys[-1]!r}")
     return data
 
 
@@ -279,14 +284,14 @@ def _absolute(folder: Path, value: str) -> str:
 
 
 def _base_place(folder: Path, value: str, where: str) -> str:
-    """A base's `owner/name` is a repository of the hub, unless there is an `owner` beside the recipe: then it is a path."""
+    """A base's `owner/name` is a repository of the hub, unless a folder `owner` lies beside the recipe: then it is a path."""
     if hub.may_be_repository(value) and not (folder / value.partition("/")[0]).exists():
         return value
     return _local_place(folder, value, where)
 
 
 def _local_place(folder: Path, value: str, where: str) -> str:
-    """A path or URI; a path that is not there, and is written as a repository is, may mean either, so it is refused."""
+    """An absolute path or a URI. A path that does not exist and could also name a repository of the hub is refused."""
     path = _absolute(folder, value)
     if "/" in value and hub.may_be_repository(value) and not os.path.exists(path):
         raise ConfigError(f"{where} is {value}, but {hub.no_directory(value, folder)}")

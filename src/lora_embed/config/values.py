@@ -1,4 +1,4 @@
-"""Values that users write, and the sections that hold them: strict, finite, without passwords."""
+"""Types of the values that users write, and of the sections that hold them: strict, finite, without passwords."""
 
 import math
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ class Section(BaseModel):
 
 
 def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):  # which would count as 0 or 1
+    if isinstance(value, bool):  # pydantic would take it as 0 or 1
         raise ValueError("expected a number")
     return value
 
@@ -36,14 +36,14 @@ def _without_password(uri: str) -> str:
     if holds_secret(uri):
         shown_uri = redacted("".join(uri.split()))
         raise ValueError(
-            f"{shown_uri} holds a password or a signature, and places are written to tables, logs and reports. Give it in the "
-            "environment or, for input and table, in their storage options."
+            f"{shown_uri} holds a password or a signature, but URIs are written to tables, logs and reports. Give the secret "
+            "in the environment or, for input and table, in their storage options."
         )
     return uri
 
 
-# Not strict: YAML reads 1e-3, without a point, as text.
+# Not strict, since YAML reads 1e-3, which has no point, as text.
 Number = Annotated[float, Field(strict=False), BeforeValidator(_not_bool), AfterValidator(_finite)]
 Share = Annotated[Number, Field(ge=0.0, le=1.0)]
 Text = Annotated[str, Field(min_length=1)]
-Uri = Annotated[Text, AfterValidator(_without_password)]  # or a path; what names a place is written to tables and reports
+Uri = Annotated[Text, AfterValidator(_without_password)]  # or a path; it is written to tables and reports

@@ -1,4 +1,4 @@
-"""A YAML file that a user wrote, as keys and values; what is wrong in it, as one message."""
+"""Read a YAML file that a user wrote: its keys and values, or one message that says what is wrong."""
 
 from collections.abc import Hashable
 from pathlib import Path
@@ -14,16 +14,16 @@ MOST_VALUES = 1_000_000
 
 
 class Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, of which the first would be lost without a word."""
+    """A YAML loader that refuses a key given twice, since the first value would be lost silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands there twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
             if key.tag != "tag:yaml.org,2002:merge":
-                key.tag = "tag:yaml.org,2002:str"  # `on` and `5` too: keys are names
+                key.tag = "tag:yaml.org,2002:str"  # keys are names, so `on` and `5` are text too
         return super().construct_mapping(node, deep)
 
 
@@ -36,18 +36,20 @@ def read_yaml(path: Path, kind: str) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise ConfigError(f"{path}: cannot be read as a text file: {reason}") from None
     except RecursionError:
-        raise ConfigError(f"{path}: is nested too deeply to be read") from None
+        raise ConfigError(f"{path}: its values are nested too deeply to be read. Use fewer levels.") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: is not valid YAML: {yaml_problem(error)}") from None
     if not _is_finite(data):
-        raise ConfigError(f"{path}: holds more than {MOST_VALUES:,} values, or itself by an alias. Write out what is meant.")
+        raise ConfigError(
+            f"{path}: an alias contains itself, or aliases stand for more than {MOST_VALUES:,} values. Write the values out."
+        )
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: is {shown(data)}, expected keys and values, a line each, such as `key: value`")
+        raise ConfigError(f"{path}: is {shown(data)}, expected one `key: value` on each line")
     return data
 
 
 def _is_finite(data: Any) -> bool:
-    """Aliases are counted as often as they stand there: a few lines may mean billions of values, or one without end."""
+    """False for more than `MOST_VALUES` values, aliases counted each time: a few lines may stand for billions of values."""
     waiting, count = [data], 0
     while waiting and count <= MOST_VALUES:
         value = waiting.pop()

@@ -1,1 +1,1 @@
-"""One image: its bytes → pixels of the encoder's size, or a reject. Imports the ground alone."""
+"""One image: its encoded bytes → pixels of the encoder's size, or a reject. Imports the ground alone."""

@@ -1,4 +1,4 @@
-"""Encoded bytes → uint8 RGB of the encoder's size, or a reject with its reason."""
+"""Encoded bytes of an image → uint8 RGB of the encoder's size, or BadImage with the reason of the reject."""
 
 import contextlib
 import io
@@ -15,19 +15,19 @@ from lora_embed.errors import LoraEmbedError
 from lora_embed.images.preprocess import Box, Joint, Pixels, Preprocessing
 from lora_embed.text import in_one_line
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none runs a program or reads another file
-MAX_PIXELS = 100_000_000  # of an image, where nobody says otherwise
-MOST_SCANS = 24  # of an image of `max_pixels`, which take 4 s; of a smaller one more
-_SCAN = b"\xff\xda"  # begins one; within its data, 0 follows each 255
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none of them runs a program or reads another file
+MAX_PIXELS = 100_000_000  # of an image, by default
+MOST_SCANS = 24  # of an image of `max_pixels`, which take 4 s; a smaller image may have more
+_SCAN = b"\xff\xda"  # a scan begins with these bytes; within its data, 0 follows each 255
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-# What each does, in this order: width and height change places, left and right, top and bottom.
+# Turns that swap width and height, those that swap left and right, and those that swap top and bottom.
 _SWAPS, _MIRRORS, _FLIPS = ({_TURNS[n] for n in numbers} for numbers in ((5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)))
 
-# Pillow's own limit warns first and raises at twice its value; ours is checked as soon as the size is known.
+# Pillow's own limit only warns, and raises at twice its value; the limit here is checked as soon as the size is known.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -38,13 +38,13 @@ class BadImage(Exception):
         super().__init__(detail)
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type["BadImage"], tuple[str, str]]:  # else it would be made anew from the detail alone
+    def __reduce__(self) -> tuple[type["BadImage"], tuple[str, str]]:  # otherwise pickle would pass the detail alone
         return type(self), (self.reason, str(self))
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pixels (H, W, 3) ready for the model, or those of a `Joint`, and the image's own size as it is shown."""
+    """Pixels (H, W, 3) for the model, or those of a `Joint`, and the size of the image, turned as EXIF says."""
 
     pixels: Pixels
     width: int
@@ -52,38 +52,38 @@ class Decoded:
 
 
 Prepare = Preprocessing | Joint  # for one encoder, or for several
-Decode = Callable[[bytes, Prepare, int], Decoded]  # `decode_image`, or what does the same elsewhere
+Decode = Callable[[bytes, Prepare, int], Decoded]  # `decode_image`, or the same in another process
 
 
 def decode_image(data: bytes, preprocessing: Prepare, max_pixels: int = MAX_PIXELS) -> Decoded:
-    """Decode and prepare one image, the first frame of an animated one. Raises BadImage."""
+    """Decode and prepare one image; of an animated image, the first frame. Raises BadImage."""
     if not data:
         raise BadImage("empty", "0 bytes")
     try:
         return _decode(data, preprocessing, max_pixels)
-    except MemoryError:  # the same reason where the machine kills the process for it
+    except MemoryError:  # the same reason as where the machine kills the process
         raise BadImage("decoder_crashed", "the decoder ran out of memory") from None
 
 
 def _decode(data: bytes, preprocessing: Prepare, max_pixels: int) -> Decoded:
-    Image.MAX_IMAGE_PIXELS = max_pixels  # 43 bytes of GIF take 4 GB in `open` alone, where this is not set
+    Image.MAX_IMAGE_PIXELS = max_pixels  # without it, `open` alone takes 4 GB for a GIF of 43 bytes
     image: Image.Image
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
-        raise BadImage("too_many_pixels", f"declares more than twice the {max_pixels} pixels that are allowed") from None
+        raise BadImage("too_many_pixels", f"has more than twice the {max_pixels} pixels that are allowed") from None
     except (LoraEmbedError, MemoryError):
         raise
-    except Exception:  # noqa: BLE001  # whatever Pillow raises: its decoders have no list of it
+    except Exception:  # noqa: BLE001  # Pillow's decoders have no list of the errors that they raise
         raise BadImage("not_an_image", f"{len(data)} bytes that start with {data[:8].hex()}") from None
     try:
-        _check_area(image.width, image.height, max_pixels, "declares")
+        _check_area(image.width, image.height, max_pixels, "has")
         _check_passes(data, image, max_pixels)
         image, size, part = _load(image, preprocessing)
-        for one in preprocessing.parts:
-            width, height = one.resized_size(*size)
+        for encoder_preprocessing in preprocessing.parts:
+            width, height = encoder_preprocessing.resized_size(*size)
             _check_area(width, height, max_pixels, "would be resized to")
-            _check_area(width, image.height, max_pixels, "would be resized by way of")  # Pillow resizes the rows first
+            _check_area(width, image.height, max_pixels, "would be resized through")  # Pillow resizes the rows first
         return Decoded(preprocessing.apply(image, size, part), *size)
     except (LoraEmbedError, BadImage, MemoryError):
         raise
@@ -92,13 +92,13 @@ def _decode(data: bytes, preprocessing: Prepare, max_pixels: int) -> Decoded:
 
 
 def _load(image: Image.Image, preprocessing: Prepare) -> tuple[Image.Image, tuple[int, int], Box | None]:
-    """An opened image → RGB, the (width, height) that it is shown in and, where it was decoded smaller, the part that is it.
+    """An opened image → RGB, its whole (width, height), and, where it was decoded smaller, the box that the image fills.
 
-    In an eighth of its size, an image of 2,051 pixels has 257, the last of which is less than half there.
+    For example, 2,051 pixels decoded at an eighth give 257 pixels, of which the image fills 256 3/8.
     """
     whole, drafted = image.size, None
     if preprocessing.decode == "fast":
-        drafted = image.draft(None, preprocessing.least_size(*whole))  # None of other formats than JPEG
+        drafted = image.draft(None, preprocessing.least_size(*whole))  # None for formats other than JPEG
     rgb = to_rgb(image)
     if drafted is None or image.size == whole:
         return rgb, rgb.size, None
@@ -112,13 +112,13 @@ def _load(image: Image.Image, preprocessing: Prepare) -> tuple[Image.Image, tupl
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB as it is shown: EXIF orientation applied, transparency on white as the Hugging Face processors put it.
+    """RGB as a viewer shows it: turned as EXIF says, transparency on white as in the Hugging Face processors.
 
     16-bit grey is scaled to 8 bits; Pillow's own conversion would clip it to white.
     """
     image.load()
     turn = _turn_of(image)
-    if turn is not None:  # not by ImageOps.exif_transpose, which also rewrites the data, fails on more of it, and always copies
+    if turn is not None:  # not by ImageOps.exif_transpose, which also rewrites EXIF, fails on damaged EXIF, and always copies
         image = image.transpose(turn)
     if image.mode.startswith("I"):
         values = np.clip(np.asarray(image) >> 8, 0, 255)
@@ -129,8 +129,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _turn_of(image: Image.Image) -> Image.Transpose | None:
-    """How EXIF says that a loaded image is to be turned."""
-    with contextlib.suppress(Exception):  # damaged EXIF data is no reason to lose the image
+    """How to turn a loaded image, by its EXIF orientation; None for not at all."""
+    with contextlib.suppress(Exception):  # an image with damaged EXIF data is still embedded
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return None
 
@@ -141,9 +141,9 @@ def _check_area(width: int, height: int, most: int, verb: str) -> None:
 
 
 def _check_passes(data: bytes, image: Image.Image, max_pixels: int) -> None:
-    """What costs more than an image's area: a progressive JPEG's scans, and tiles of a TIFF that are larger than the image.
+    """Refuse images that cost more than their area: JPEGs of many scans, and TIFFs with tiles larger than the image.
 
-    Ten scans are usual; 6,000 of them in 1 MB would take minutes. A tile is unpacked as a whole.
+    Ten scans are usual; 6,000 scans in 1 MB would take minutes. A tile is unpacked as a whole.
     """
     if isinstance(image, JpegImageFile) and (scans := data.count(_SCAN)) * image.width * image.height > MOST_SCANS * max_pixels:
         raise BadImage(

@@ -1,7 +1,7 @@
-"""The image processor's geometry on uint8, by Pillow alone; its arithmetic as one multiply-add for the device.
+"""The image processor's resize and crop on uint8, by Pillow alone; its rescaling as one multiply-add for the device.
 
-Decode workers need no torch and no transformers for this, pixels travel as bytes, and what comes out equals the
-Hugging Face PIL processor's pixels bit for bit: `encoder.build_encoder` checks that for every encoder it builds.
+So decode workers need neither torch nor transformers, and pixels travel as bytes. The pixels equal those of the Hugging Face
+PIL processor bit for bit: `build_encoder` checks that for every encoder.
 """
 
 import itertools
@@ -18,15 +18,15 @@ from lora_embed.errors import EncoderError
 Pixels = NDArray[np.uint8]
 Decoding = Literal["exact", "fast"]
 Box = tuple[float, float, float, float]
-PILLOW_13 = "pillow-13"  # decodes and resizes as Pillow 13.0.0 does; what encoders have that do not say what theirs is
+PILLOW_13 = "pillow-13"  # decodes and resizes like Pillow 13.0.0; the arithmetic of encoders that do not name theirs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic:
-    """What computes pixels, by name; and how that showed where the encoder was built, see `arithmetic`."""
+    """The name of the arithmetic that computes pixels, with test hashes from the build of the encoder: see `arithmetic`."""
 
     name: str = PILLOW_13
-    pixels: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)  # (path, hash of a test image's)
+    pixels: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)  # (path, hash of a test image's pixels)
     libraries: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)  # (name, version)
 
 
@@ -39,13 +39,13 @@ class Preprocessing:
     crop: tuple[int, int] | None  # (height, width)
     multiply: tuple[float, float, float]
     add: tuple[float, float, float]
-    decode: Decoding = "exact"  # fast: a JPEG at a half, a quarter or an eighth of its size where that is large enough
+    decode: Decoding = "exact"  # fast: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is still large enough
     arithmetic: Arithmetic = Arithmetic()
 
     def settings(self) -> dict[str, Any]:
-        """As it is hashed and written. What is decoded exactly, and by Pillow 13's arithmetic, does not say so.
+        """The settings that are hashed and written. `decode` and `arithmetic` are left out at their oldest values.
 
-        Encoders built before had no choice, and what they say is compared with what later ones say.
+        Older encoders did not write these two, and must stay equal to newer ones with the same settings.
         """
         settings = asdict(self) | {"arithmetic": self.arithmetic.name}
         usual = {"decode": "exact", "arithmetic": PILLOW_13}
@@ -53,7 +53,7 @@ class Preprocessing:
 
     @property
     def parts(self) -> tuple["Preprocessing", ...]:
-        """Itself alone; of a `Joint` there are several."""
+        """This preprocessing alone; a `Joint` has several."""
         return (self,)
 
     @property
@@ -70,7 +70,7 @@ class Preprocessing:
         return self.resize
 
     def resized_size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) after the resize, rounded as the Hugging Face processors round."""
+        """(width, height) after the resize, rounded like in the Hugging Face processors."""
         if self.resize is None:
             return width, height
         if isinstance(self.resize, tuple):
@@ -80,7 +80,7 @@ class Preprocessing:
         return (self.resize, longer) if width <= height else (longer, self.resize)
 
     def least_size(self, width: int, height: int) -> tuple[int, int]:
-        """The smallest (width, height) that `fast` may decode an image in: twice that after the resize, turned or not."""
+        """The smallest (width, height) that `fast` may decode an image to: twice its size after the resize, turned or not."""
         if isinstance(self.resize, tuple):
             width = height = max(self.resize)
         else:
@@ -90,10 +90,10 @@ class Preprocessing:
     def apply(self, image: Image.Image, size: tuple[int, int] | None = None, part: Box | None = None) -> Pixels:
         """An RGB image → uint8 pixels (height, width, 3).
 
-        Of one that was decoded smaller, `size` is the whole (width, height) and `part` where in the image that lies.
+        For an image that was decoded smaller, `size` is its whole (width, height) and `part` the box that it fills.
         """
-        # All of it, also what the crop throws away: Pillow 13 orders its two passes by their cost, and another order is
-        # other bits. Also at equal size: Pillow then copies, as in the processor.
+        # The whole image is resized, also the part that the crop removes: Pillow 13 orders its two passes by their cost, and
+        # another order gives other bits. It is also resized to an equal size: like the processor, Pillow then copies it.
         if self.resize is not None:
             target = self.resized_size(*(size or image.size))
             image = image.resize(target, Image.Resampling(self.resample), part)
@@ -104,13 +104,13 @@ class Preprocessing:
 
 @dataclass(frozen=True, kw_only=True)
 class Joint:
-    """What several encoders need of one image: it is decoded once, and prepared in each of these ways."""
+    """The preprocessings of several encoders: an image is decoded once, and prepared for each of them."""
 
-    parts: tuple[Preprocessing, ...]  # of one `decoding`
+    parts: tuple[Preprocessing, ...]  # all with the same `decoding`
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(bytes,) of an image in all its ways, end to end."""
+        """(bytes,): the size of one image's pixels for all encoders together."""
         return (sum(math.prod(part.shape) for part in self.parts),)
 
     @property
@@ -118,15 +118,15 @@ class Joint:
         return self.parts[0].decode
 
     def least_size(self, width: int, height: int) -> tuple[int, int]:
-        """As of each part."""
+        """`Preprocessing.least_size`, which is the same for all parts."""
         return self.parts[0].least_size(width, height)
 
     def apply(self, image: Image.Image, size: tuple[int, int] | None = None, part: Box | None = None) -> Pixels:
-        """As `Preprocessing.apply`, but uint8 (bytes,): the pixels of all ways, end to end."""
-        return np.concatenate([one.apply(image, size, part).reshape(-1) for one in self.parts])
+        """Like `Preprocessing.apply`, but uint8 (bytes,): the pixels for all encoders, one after the other."""
+        return np.concatenate([preprocessing.apply(image, size, part).reshape(-1) for preprocessing in self.parts])
 
     def split(self, pixels: Pixels) -> list[Pixels]:
-        """Prepared images, uint8 (n, bytes) → (n, height, width, 3) for each way."""
+        """Prepared images, uint8 (n, bytes) → (n, height, width, 3) for each encoder."""
         ends = list(itertools.accumulate(math.prod(part.shape) for part in self.parts))
         return [
             pixels[:, start:end].reshape(len(pixels), *part.shape)
@@ -135,32 +135,32 @@ class Joint:
 
 
 def decoding(preprocessing: Preprocessing) -> tuple[Any, ...]:
-    """What must be equal for one decoded image to serve two preprocessings: `fast` decodes for a certain resize."""
+    """The settings that two preprocessings must share to use one decoded image: `fast` decodes for a certain resize."""
     return (preprocessing.decode, preprocessing.resize if preprocessing.decode == "fast" else None)
 
 
 def _center_crop(pixels: Pixels, crop: tuple[int, int]) -> Pixels:
-    """Cut the middle; where the image is smaller, pad with zeros, placed as the Hugging Face processors place it."""
-    for axis, wanted in enumerate(crop):
-        have = pixels.shape[axis]
-        if have < wanted:
-            before = -(-(wanted - have) // 2)
+    """Cut out the middle. A smaller image is padded with zeros, placed like in the Hugging Face processors."""
+    for axis, length in enumerate(crop):
+        image_length = pixels.shape[axis]
+        if image_length < length:
+            before = -(-(length - image_length) // 2)
             padding = [(0, 0)] * pixels.ndim
-            padding[axis] = (before, wanted - have - before)
+            padding[axis] = (before, length - image_length - before)
             pixels = np.pad(pixels, padding)
         else:
-            start = (have - wanted) // 2
-            pixels = pixels[start : start + wanted] if axis == 0 else pixels[:, start : start + wanted]
+            start = (image_length - length) // 2
+            pixels = pixels[start : start + length] if axis == 0 else pixels[:, start : start + length]
     return pixels
 
 
 def from_processor(
     processor: dict[str, Any], image_size: int | None, decode: Decoding = "exact"
 ) -> tuple[Preprocessing, dict[str, Any]]:
-    """Read a Hugging Face processor's settings; return them as `Preprocessing`, and changed for `image_size`.
+    """Read a Hugging Face processor's settings. Returns a `Preprocessing`, and the settings changed for `image_size`.
 
-    `image_size` overrides the size of the model's input; a resize before a crop keeps its proportion to it.
-    Raises EncoderError for settings that no fixed size follows from.
+    `image_size` overrides the size of the model's input; a resize before a crop changes in proportion.
+    Raises EncoderError for settings that give images of different sizes, or that are not supported.
     """
     settings = dict(processor)
     kind, size = settings.get("image_processor_type"), settings.get("size") or {}
@@ -170,11 +170,11 @@ def from_processor(
     resize, crop = _resize_and_crop(settings, size)
     if crop is None and not isinstance(resize, tuple):
         raise EncoderError(
-            f"the image processor ({kind}, size {size}) gives images of different sizes; "
-            "set image_size in the recipe, or use a processor with a square size or a centre crop"
+            f"the image processor ({kind}, size {size}) gives images of different sizes. "
+            "Set image_size in the recipe, or use a processor with a square size or a centre crop."
         )
     if settings.get("do_pad"):
-        raise EncoderError(f"the image processor ({kind}) pads images; that is not supported")
+        raise EncoderError(f"the image processor ({kind}) pads images, which is not supported. Use a processor that does not.")
     multiply, add = _multiply_and_add(settings)
     preprocessing = Preprocessing(
         resize=resize,
@@ -194,7 +194,7 @@ def _multiply_and_add(settings: dict[str, Any]) -> tuple[tuple[float, float, flo
     std = [float(value) for value in settings["image_std"]] if normalise else [1.0] * 3
     if len(mean) != 3 or len(std) != 3 or 0 in std:
         raise EncoderError(
-            f"the image processor's image_mean {mean} and image_std {std} are not three numbers each, std not zero"
+            f"the image processor has image_mean {mean} and image_std {std}; expected three numbers each, and no 0 in image_std"
         )
     return (scale / std[0], scale / std[1], scale / std[2]), (-mean[0] / std[0], -mean[1] / std[1], -mean[2] / std[2])
 
@@ -228,10 +228,10 @@ def _is_convnext(settings: dict[str, Any]) -> bool:
 def _convnext_resize_and_crop(
     settings: dict[str, Any], size: dict[str, Any]
 ) -> tuple[tuple[int, int] | int, tuple[int, int] | None]:
-    """ConvNeXT's `size` is that of the crop below 384 pixels, and of a plain square from there on."""
+    """ConvNeXT's `size` is the size of a centre crop below 384 pixels, and of a square resize without crop from 384 on."""
     if not size.get("shortest_edge"):
         raise EncoderError(
-            f"the image processor's size {size} has no shortest edge, as {settings['image_processor_type']} needs"
+            f"the image processor's size is {size}; expected a shortest_edge, as {settings['image_processor_type']} needs"
         )
     edge = int(size["shortest_edge"])
     if edge >= 384:
@@ -246,4 +246,4 @@ def _resize_of(settings: dict[str, Any], size: dict[str, Any]) -> tuple[int, int
         return int(size["height"]), int(size["width"])
     if size.get("shortest_edge") and not size.get("longest_edge"):
         return int(size["shortest_edge"])
-    raise EncoderError(f"the image processor's size {size} is neither height and width nor a shortest edge")
+    raise EncoderError(f"the image processor's size is {size}; expected height and width, or shortest_edge alone")

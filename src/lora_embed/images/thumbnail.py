@@ -1,4 +1,4 @@
-"""A small square picture of an image, for a page."""
+"""A small square copy of an image, for a page."""
 
 import base64
 import io

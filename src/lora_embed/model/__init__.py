@@ -1,1 +1,1 @@
-"""Adapters → one encoder: the only user of PEFT and transformers. Imports `images`, `config`, `store` and the ground."""
+"""Base, adapters → one encoder; the only user of PEFT and transformers. Imports `images`, `config`, `store` and the ground."""

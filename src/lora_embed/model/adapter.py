@@ -1,7 +1,7 @@
-"""One PEFT LoRA directory → its configuration and tensors, read and checked, matched to no base yet.
+"""One PEFT LoRA directory → its configuration and tensors, read and checked, but not yet matched to a base.
 
-PEFT's module injection is not used: it is where merges go silently wrong. PEFT gives the configuration's defaults;
-what each of its fields means for the merge is decided here, by name.
+PEFT's module injection is not used, since merges silently go wrong there. PEFT gives the configuration's defaults; this
+module decides by name what each field means for the merge.
 """
 
 import dataclasses
@@ -27,54 +27,54 @@ from lora_embed.store.fetch import fetch_directory
 CONFIG_NAME, WEIGHTS_NAME, PROCESSOR_NAME = ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROCESSOR_FILES[0]
 PREFIX = "base_model.model."
 
-# Fields that change what an adapter computes, all handled: `match.py` and `change.py` say how.
+# Fields that change what an adapter computes. All are handled, in `match.py` and `change.py`.
 _HANDLED = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias", "init_lora_weights",
 }  # fmt: skip
-# Fields that say which modules were trained: the tensors themselves show it, and `match.py` compares.
+# Fields that say which modules were trained. The tensors show that too; `match.py` compares both.
 _SHOWN_BY_TENSORS = {"target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"}
-# Fields that play no part in inference. fan_in_fan_out is for layers that store their weight transposed (GPT-2's Conv1D);
-# PEFT itself ignores it on all others, and no model that takes pixels has such layers.
+# Fields without effect on inference. fan_in_fan_out is for layers that store their weight transposed (GPT-2's Conv1D). PEFT
+# ignores it for all other layers, and no model of images has such layers.
 _IRRELEVANT = {
     "lora_dropout", "task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
     "inference_mode", "runtime_config", "megatron_core", "ensure_weight_tying", "qalora_group_size", "eva_config",
     "corda_config", "lora_ga_config", "loftq_config", "fan_in_fan_out",
 }  # fmt: skip
-# Initialisations that leave the base as it was, and two whose change of it follows from the base alone.
+# Initialisations that do not change the base, and two whose change of the base can be computed from the base alone.
 _HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _RESIDUAL_INITIALISATIONS = ("pissa", "olora")
-MOST_NAMED = 1000  # characters of a name of a tensor, of a module, or of a base
+MOST_NAMED = 1000  # characters in the name of a tensor, a module or a base
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedAdapter:
-    """An adapter as it lies on disk."""
+    """An adapter as it is on disk."""
 
     uri: str
     folder: Path  # on this machine
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor]
-    content_hash: str  # of the configuration that matters and all tensors
+    content_hash: str  # over all tensors, and the fields of the configuration that change the result
 
 
 def read_adapter(uri: str, revision: str | None = None) -> SavedAdapter:
     """Read an adapter's configuration and tensors from a directory, an fsspec URI or the hub.
 
-    Raises AdapterMismatch for anything that could not be folded exactly, StorageError when it cannot be read.
+    Raises AdapterMismatch for an adapter that cannot be folded exactly, and StorageError if it cannot be read.
     """
     folder = fetch_directory(uri, revision, (CONFIG_NAME, WEIGHTS_NAME, PROCESSOR_NAME))
     config = _read_config(uri, folder)
     path = own_file(folder, WEIGHTS_NAME)
     if path is None:
-        raise AdapterMismatch(f"{uri}: expected {WEIGHTS_NAME}, {_found_instead(folder)}")
+        raise AdapterMismatch(f"{uri}: expected {WEIGHTS_NAME}, {_describe_other_files(folder)}")
     try:
-        path.open("rb").close()  # safetensors calls a file that may not be read one that is not there
+        path.open("rb").close()  # safetensors reports a file without read permission as missing
         tensors = load_file(path)
     except (safetensors.SafetensorError, ValueError) as error:
         raise AdapterMismatch(f"{path}: is not a whole safetensors file ({str(error)[:200]}). Copy or save it again.") from None
     except OSError as error:
-        raise StorageError(f"{path}: cannot be read ({error.strerror or error}). Mend its permissions or the disk.") from None
+        raise StorageError(f"{path}: cannot be read ({error.strerror or error}). Check its permissions and the disk.") from None
     _check_fields(uri, config)
     _check_numbers(uri, tensors)
     content_hash = _content_hash(config, tensors)
@@ -82,7 +82,7 @@ def read_adapter(uri: str, revision: str | None = None) -> SavedAdapter:
 
 
 def check_adapter(saved: SavedAdapter) -> None:
-    """Raises ChangedMeanwhile when the files are others than those that were read."""
+    """Raises ChangedMeanwhile if the files have changed since they were read."""
     try:
         now = read_adapter(str(saved.folder)).content_hash
     except LoraEmbedError:
@@ -92,9 +92,9 @@ def check_adapter(saved: SavedAdapter) -> None:
 
 
 def write_adapter(folder: Path, changes: dict[str, LowRank], base: str) -> None:
-    """Write low-rank changes, by module of the headless model, as one LoRA adapter that PEFT loads onto it.
+    """Write low-rank changes (module of the headless model → change) as one LoRA adapter that PEFT can load.
 
-    Every scale must be 1: alpha is written as the rank, module by module.
+    The scale of every change must be 1: for each module, alpha is written equal to the rank.
     """
     tensors, ranks = {}, {}
     for module, change in changes.items():
@@ -120,48 +120,50 @@ def write_adapter(folder: Path, changes: dict[str, LowRank], base: str) -> None:
 
 
 def residual_kind(config: dict[str, Any]) -> Any:
-    """`pissa` or `olora` where the adapter was trained on what those leave of the base, else None."""
+    """`pissa` or `olora` if the adapter was trained on the rest of the base that these initialisations leave, else None."""
     initialisation = config.get("init_lora_weights")
     lowered = initialisation.lower() if isinstance(initialisation, str) else initialisation
     return lowered if lowered in _RESIDUAL_INITIALISATIONS else None
 
 
-def some(names: list[str], most: int = 3) -> str:
+def first_names(names: list[str], most: int = 3) -> str:
     """The first names of a list, for a message."""
     return ", ".join(names[:most]) + (" …" if len(names) > most else "")
 
 
-def _found_instead(folder: Path) -> str:
-    """What lies in the place of an adapter's weights, and what to do about it."""
+def _describe_other_files(folder: Path) -> str:
+    """Which other files an adapter without weights has, and what to do, for a message."""
     pickled = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()]
     if pickled:
-        return f"found {pickled[0]}, a pickle, which is never opened. Save it again with safe_serialization=True."
+        return f"found {pickled[0]}, a pickle, which is never opened. Save the adapter again with safe_serialization=True."
     if (folder / WEIGHTS_NAME).exists():
-        return "found a directory of that name. Copy or save it again."
+        return "found a directory of that name. Copy or save the adapter again."
     others = sorted(path.name for path in folder.glob("*.safetensors*"))
     if others:
-        return f"found {some(others)}. Rename it if it is the adapter's, or save the adapter again, in one file."
-    return "found no weights. Copy or save it again."
+        return f"found {first_names(others)}. If these are its weights, rename the file, or save the adapter again in one file."
+    return "found no weights. Copy or save the adapter again."
 
 
 def _read_config(uri: str, folder: Path) -> dict[str, Any]:
     path = own_file(folder, CONFIG_NAME)
     if path is None:
-        raise AdapterMismatch(f"{uri}: is not a PEFT adapter: it has no {CONFIG_NAME}")
+        raise AdapterMismatch(f"{uri}: is not a PEFT adapter: it has no {CONFIG_NAME}. Name the adapter's own directory.")
     try:
         config = read_json(path)
     except OSError as error:
-        raise StorageError(f"{path}: cannot be read ({error.strerror or error}). Mend its permissions or the disk.") from None
+        raise StorageError(f"{path}: cannot be read ({error.strerror or error}). Check its permissions and the disk.") from None
     except ValueError as error:
         raise AdapterMismatch(f"{path}: is not valid JSON ({error}). Copy it again, or save the adapter again.") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterMismatch(f"{uri}: expected a LoRA adapter (peft_type LORA), found {kind}. Name one trained with LoRA.")
+        raise AdapterMismatch(
+            f"{uri}: expected a LoRA adapter (peft_type LORA), found {kind}. Name an adapter that was trained with LoRA."
+        )
     return config
 
 
 def _check_fields(uri: str, config: dict[str, Any]) -> None:
-    """Check what is handled for its type, and refuse by name whatever else differs from PEFT's defaults."""
+    """Check the types of the fields that are handled, and refuse every other field that differs from PEFT's default."""
     _check_types(uri, config)
     defaults = dataclasses.asdict(LoraConfig())
     for field, value in config.items():
@@ -170,17 +172,17 @@ def _check_fields(uri: str, config: dict[str, Any]) -> None:
             continue
         if (field not in defaults or isinstance(value, dict | list)) and not value and not default:
             continue
-        known = "cannot be folded exactly" if field in defaults else "is not known to this version"
+        reason = "cannot be folded exactly" if field in defaults else "is not known to this version of PEFT"
         raise AdapterMismatch(
-            f"{uri}: {CONFIG_NAME} sets {field}={_shown(value)}, which {known}. "
-            "Merge that adapter into its base with PEFT first, or train it without."
+            f"{uri}: {CONFIG_NAME} sets {field}={_shown(value)}, which {reason}. "
+            "Merge this adapter into its base with PEFT first, or train it without that setting."
         )
     initialisation = config.get("init_lora_weights", True)
     lowered = initialisation.lower() if isinstance(initialisation, str) else initialisation
     if lowered not in _HARMLESS_INITIALISATIONS and residual_kind(config) is None:
         raise AdapterMismatch(
             f"{uri}: was trained with init_lora_weights={json.dumps(initialisation)}, which changes the base's own weights "
-            "in a way that the files do not hold, or is not known. Convert it to a plain LoRA adapter: save it with PEFT's "
+            "in a way that the files do not show, or is unknown. Convert it to a plain LoRA adapter: save it with PEFT's "
             "path_initial_model_for_weight_conversion."
         )
 
@@ -208,12 +210,12 @@ def _check_types(uri: str, config: dict[str, Any]) -> None:
         if value is None and field not in ("r", "lora_alpha"):
             continue
         if not is_right(value):
-            found = f"is {_shown(value)}" if field in config else "is missing"
-            raise AdapterMismatch(f"{uri}: {field} of {CONFIG_NAME} {found}, expected {expected}. Save the adapter again.")
+            state = f"is {_shown(value)}" if field in config else "is missing"
+            raise AdapterMismatch(f"{uri}: {field} of {CONFIG_NAME} {state}, expected {expected}. Save the adapter again.")
 
 
 def _shown(value: Any) -> str:
-    """As it stands in the file, for a message."""
+    """A value of the file, as JSON, for a message."""
     return (
         textwrap.shorten(json.dumps(value), 100, placeholder=" …")
         if isinstance(value, dict | list)
@@ -234,7 +236,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _is_number(value: Any) -> bool:
-    """A finite number, not beyond what a float holds."""
+    """True for a finite number that fits into a float."""
     return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
@@ -245,7 +247,7 @@ def _check_numbers(uri: str, tensors: dict[str, torch.Tensor]) -> None:
         if tensor.dtype not in _DTYPES:
             raise AdapterMismatch(
                 f"{uri}: {name} holds {tensor.dtype}, expected float32, float16, bfloat16 or float64. "
-                "Save the adapter unquantised."
+                "Save the adapter without quantisation."
             )
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterMismatch(f"{uri}: {name} holds NaN or infinity. The training diverged; use another checkpoint.")

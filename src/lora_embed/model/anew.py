@@ -1,7 +1,7 @@
-"""The merge methods once more, in NumPy and from their formulas, for the proof to hold a fold against.
+"""A second implementation of the merge methods, in NumPy from their formulas: the proof compares each fold with it.
 
-No code of `merge` or of PEFT is used. Where a method leaves something to chance, torch says again what it said to the fold: its
-random numbers of a seed, and which of equally large entries it takes first.
+It uses no code of `merge` or PEFT. Two things come from torch, so that they equal those of the fold: random numbers of a
+seed, and the choice among equally large entries.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ Parts = Sequence[tuple[float, Array]]  # weight in the recipe and full change of
 
 
 def merge_anew(method: str, options: Mapping[str, Any], parts: Parts, name: str) -> Array:
-    """The merged change of the weight of that name, by any method that takes full changes; `linear` takes factors."""
+    """The merged change of the weight `name`, by any method but `linear`, which works on LoRA factors."""
     parts = [(weight, change) for weight, change in parts if weight != 0] or parts
     if method in ("ties", "magnitude_prune"):
         thinned = [_largest(change.astype(np.float32), options["density"]) for _, change in parts]
@@ -28,7 +28,7 @@ def merge_anew(method: str, options: Mapping[str, Any], parts: Parts, name: str)
         total = sum((weight * change for weight, change in parts), np.zeros(parts[0][1].shape))
         if method == "weighted_sum" or total.ndim < 2 or not total.any():
             return total
-        return _low_rank(total, **options) if method == "svd" else _evened(total)
+        return _low_rank(total, **options) if method == "svd" else _with_equal_singular_values(total)
     weights = np.array([weight for weight, _ in parts], np.float32)
     if method in ("ties", "dare_ties"):
         return _elected(np.stack(thinned), weights, options["majority_sign"]).astype(np.float64)
@@ -36,7 +36,7 @@ def merge_anew(method: str, options: Mapping[str, Any], parts: Parts, name: str)
 
 
 def _low_rank(total: Array, rank: int | None, energy: float) -> Array:
-    """Eckart–Young: the leading singular vectors, as many as reach the share of the squared norm, `rank` at most."""
+    """Eckart–Young: the leading singular vectors that reach the share `energy` of the squared norm, at most `rank`."""
     u, s, vh = np.linalg.svd(total.reshape(len(total), -1), full_matrices=False)
     reached = np.cumsum(s**2) >= energy * np.sum(s**2)
     kept = int(reached.argmax()) + 1 if energy < 1 else len(s)
@@ -45,8 +45,8 @@ def _low_rank(total: Array, rank: int | None, energy: float) -> Array:
     return product
 
 
-def _evened(total: Array) -> Array:
-    """Iso-C (arXiv 2502.04959, equation 6), over the sum's own rank: all its singular values become their mean."""
+def _with_equal_singular_values(total: Array) -> Array:
+    """Iso-C (arXiv 2502.04959, equation 6) over the sum's own rank: all singular values are replaced by their mean."""
     u, s, vh = np.linalg.svd(total.reshape(len(total), -1), full_matrices=False)
     rank = np.linalg.matrix_rank(total.reshape(len(total), -1))
     product: Array = (s[:rank].mean() * (u[:, :rank] @ vh[:rank])).reshape(total.shape)
@@ -65,17 +65,17 @@ def _largest(change: Entries, density: float) -> Entries:
 
 
 def _random(changes: list[Entries], density: float, seed: int, name: str) -> list[Entries]:
-    """DARE (arXiv 2311.03099, section 3.2): entries drop out at random, what is left is scaled up by 1/density."""
+    """DARE (arXiv 2311.03099, section 3.2): random entries become 0, the others are multiplied by 1/density."""
     if density == 1:
         return changes
-    own_seed = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
-    random = torch.Generator().manual_seed(own_seed)
+    weight_seed = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
+    random = torch.Generator().manual_seed(weight_seed)
     masks = [torch.bernoulli(torch.full(change.shape, density), generator=random).numpy() for change in changes]
     return [change * mask / np.float32(density) for change, mask in zip(changes, masks, strict=True)]
 
 
 def _elected(changes: Entries, weights: Entries, majority_sign: str) -> Entries:
-    """TIES's election and merge: the sign with more mass, or votes, and the mean of the entries that have it."""
+    """TIES's election and merge: the sign with the larger sum, or more votes, and the mean of the entries with that sign."""
     votes = changes if majority_sign == "total" else np.sign(changes)
     elected = np.where(votes.sum(axis=0) >= 0, np.float32(1), np.float32(-1))
     agrees = np.sign(changes) == elected

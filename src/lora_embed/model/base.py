@@ -1,4 +1,4 @@
-"""A base model's directory → a headless model in float32, and where a checkpoint's tensors belong in it."""
+"""A base model's directory → its checked files, configuration and headless model in float32."""
 
 import contextlib
 import hashlib
@@ -32,18 +32,18 @@ from lora_embed.store import hub
 from lora_embed.store.fetch import fetch_directory
 from lora_embed.text import in_one_line
 
-MODEL_FILES = (MODEL_CONFIG, *PROCESSOR_FILES, "*.safetensors", MODEL_INDEX)  # patterns of what is copied of a model elsewhere
-# What transformers and torch raise for a configuration or weights that nobody saved so.
+MODEL_FILES = (MODEL_CONFIG, *PROCESSOR_FILES, "*.safetensors", MODEL_INDEX)  # patterns of the files that are copied
+# Errors of transformers and torch for a damaged configuration or damaged weights.
 _LIBRARY_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
     SafetensorError, StrictDataclassError,
 )  # fmt: skip
-# Fields of config.json by which transformers opens files that are not hashed, or fetches code.
+# Fields of config.json that make transformers open files that are not hashed, or fetch code.
 _LEADS_ELSEWHERE = {"configuration_files", "transformers_weights", "quantization_config", "fusion_config"}
 _COUNTS = re.compile(r"layer|depth|stage|block|repeat|labels")
-MOST_COUNTED = 100_000  # labels, layers and the like of any model
-MOST_LAYERS = 1000  # where the files hold fewer tensors
-MOST_BUFFERS = 2**28  # numbers that a model computes for itself when it is made
+MOST_COUNTED = 100_000  # labels, layers and similar counts of any model
+MOST_LAYERS = 1000  # layers of a model whose files hold fewer tensors than that
+MOST_BUFFERS = 2**28  # numbers that a model computes for itself when it is created
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -59,40 +59,45 @@ class Base:
 
 
 def find_base(uri: str, revision: str | None, *, asks_hub: bool = True) -> Base:
-    """Bring a base model's files to this machine and hash them; `owner/name` that is no directory here is of the hub.
+    """Copy a base model's files to this machine and hash them. `owner/name` is a repository of the hub, unless it is a path.
 
-    Unless it `asks_hub`, the hub's cache alone is looked at. Raises StorageError when they cannot be read, EncoderError when
-    they are not a model's.
+    Without `asks_hub`, only the hub's cache is used. Raises StorageError if the files cannot be read, and EncoderError if
+    they are not those of a model.
     """
     folder = _fetch(uri, revision, asks_hub)
     if own_file(folder, MODEL_CONFIG) is None:
-        raise EncoderError(f"{uri}: is not a Hugging Face model directory: it has no config.json")
+        raise EncoderError(f"{uri}: is not a Hugging Face model directory: it has no config.json. Name the model's directory.")
     if not own_files(folder, PROCESSOR_FILES):
-        raise EncoderError(f"{uri}: has no preprocessor_config.json, so how images are prepared is unknown. Save it there.")
+        raise EncoderError(
+            f"{uri}: has no preprocessor_config.json, which says how images are prepared. Save the image processor there."
+        )
     return Base(uri=uri, folder=folder, content_hash=_hash(model_files(folder, uri)))
 
 
 def _fetch(uri: str, revision: str | None, asks_hub: bool) -> Path:
-    refusal = f"{uri}: neither a directory here nor a repository of the hub that can be read"
+    refusal = f"{uri}: is neither a local directory nor a repository of the hub that can be read"
     if hub.is_repository(uri):
-        repository, refusal = hub.parse(uri, revision), f"{uri}: no repository of the hub that can be read"
+        repository, refusal = hub.parse(uri, revision), f"{uri}: this repository of the hub cannot be read"
     elif os.path.exists(uri) or not hub.may_be_repository(uri):
         return fetch_directory(uri, revision, MODEL_FILES)
     else:
         repository = hub.Repository(name=uri, revision=revision, folder="")
     if not asks_hub:
-        refusal = f"{uri}: is not in the hub's cache, and an encoder that lies elsewhere names it. {ADVICE.format(uri=uri)}"
+        refusal = (
+            f"{uri}: is not in the hub's cache, and is not downloaded since an encoder from another store names it. "
+            f"{ADVICE.format(uri=uri)}"
+        )
     return hub.download(repository, MODEL_FILES, refusal, asks_hub=asks_hub)
 
 
 def check_base(base: Base) -> None:
-    """Raises ChangedMeanwhile when the files are others than those that were hashed: what was loaded may be of either."""
+    """Raises ChangedMeanwhile if the files have changed since they were hashed: the loaded weights may be a mixture."""
     if _hash(model_files(base.folder, base.uri)) != base.content_hash:
         raise ChangedMeanwhile(f"{base.uri}: changed while the encoder was built. Run the same command again.")
 
 
 def is_base(base: Base, content_hash: str) -> bool:
-    """Was this base hashed so? Before, safetensors files that no model is loaded from were hashed with the others."""
+    """True if the base has this hash, or the hash of older releases, which included safetensors files that are not loaded."""
     if base.content_hash == content_hash:
         return True
     names = (MODEL_CONFIG, *PROCESSOR_FILES, *sorted(path.name for path in base.folder.glob("*.safetensors")))
@@ -108,26 +113,29 @@ def _hash(files: list[Path]) -> str:
 
 
 def load_headless(folder: Path, where: str) -> PreTrainedModel:
-    """Load the model without head and pooler, in float32, ready for inference; every weight must be in the files.
+    """Load the model without head and pooler, in float32, for inference. Every weight must be in the files.
 
-    Raises EncoderError, naming `where`, for a model type unknown to AutoModel and for missing weights.
+    Raises EncoderError, naming `where`, for a model type that AutoModel does not know, and for missing weights.
     """
     config = read_model_config(folder, where)
     model, missing = _load(folder, where, config)
     if missing and all(name.endswith("mask_token") for name in missing) and getattr(config, "use_mask_token", False):
-        config.use_mask_token = False  # of use in pretraining alone; not in the files, it would be random
+        config.use_mask_token = False  # used in pretraining only; since it is not in the files, it would be random
         model, missing = _load(folder, where, config)
     if missing:
-        raise EncoderError(f"{where}: {len(missing)} weights of {type(model).__name__} are not in its files: {missing[:3]}")
+        raise EncoderError(
+            f"{where}: {len(missing)} weights of {type(model).__name__} are not in its files: {missing[:3]}. Copy or download "
+            "the model again."
+        )
     return model.eval()  # type: ignore[no-any-return]
 
 
 def _load(folder: Path, where: str, config: PretrainedConfig) -> tuple[Any, list[str]]:
-    """The headless model, and its weights that the files lack."""
+    """The headless model, and the names of its weights that are not in the files."""
     files = weight_files(folder, where)
     try:
         with contextlib.ExitStack() as opened:
-            # Told no folder, transformers looks for nothing in it: no adapter beside the model, no other weights.
+            # Without a folder, transformers cannot load other files from it, such as an adapter or other weights.
             state: dict[str, torch.Tensor] = {}
             for file in files:
                 tensors = opened.enter_context(safe_open(file, "pt"))
@@ -142,109 +150,112 @@ def _load(folder: Path, where: str, config: PretrainedConfig) -> tuple[Any, list
                 **without_pooler(config),
             )
     except _LIBRARY_ERRORS as error:
-        raise EncoderError(f"{where}: cannot be loaded: {in_one_line(error, 300)}") from None
+        raise EncoderError(f"{where}: cannot be loaded: {in_one_line(error, 300)}. Copy or download the model again.") from None
     return model, sorted(info["missing_keys"])
 
 
 def read_model_config(folder: Path, where: str) -> PretrainedConfig:
-    """The configuration of the headless image model: of a dual encoder (CLIP, SigLIP), the vision part's.
+    """The configuration of the headless image model; for a dual encoder (CLIP, SigLIP), that of its vision part.
 
-    Raises EncoderError for one that AutoModel cannot make a model from.
+    Raises EncoderError if AutoModel cannot make a model from it.
     """
     _check_config(folder, where)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # else it asks whoever sits at the terminal
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # otherwise it asks at the terminal
     except _LIBRARY_ERRORS as error:
-        raise EncoderError(f"{where}: config.json is not a known model's: {in_one_line(error)}") from None
+        raise EncoderError(f"{where}: config.json is not that of a known model: {in_one_line(error)}") from None
     vision = getattr(config, "vision_config", None)
     if isinstance(vision, PretrainedConfig):
         config = vision
     if type(config) not in MODEL_MAPPING:
-        raise EncoderError(f"{where}: model type {config.model_type!r} has no AutoModel in this version of transformers")
+        raise EncoderError(
+            f"{where}: this version of transformers has no AutoModel for the model type {config.model_type!r}. Install a newer "
+            "transformers, or name another base."
+        )
     _check_takes_images(model_class(config), where)
-    if config.model_type.startswith("siglip"):  # its attention pooling; a field since transformers 5.22, obeyed before as well
+    if config.model_type.startswith("siglip"):  # no attention pooling; older versions than 5.22 obey this field too
         config.vision_use_head = False
-    # As saved, these would make every forward pass keep all layers' states, or give tuples.
+    # With other values, every forward pass would keep all layers' states, or return tuples.
     config.output_hidden_states, config.output_attentions, config.return_dict = False, False, True
     return config  # type: ignore[no-any-return]
 
 
 def _check_config(folder: Path, where: str) -> None:
-    """Refuse a config.json that leads transformers to other files or to code, before it is given to it."""
+    """Refuse a config.json that makes transformers open other files or run code, before transformers reads it."""
     path = own_file(folder, MODEL_CONFIG)
     try:
         if path is None:
-            raise ValueError("it is not there")
+            raise ValueError("the file does not exist")
         for key, value in _fields_of(read_json(path)):
             if value and (key in _LEADS_ELSEWHERE or (key.endswith("_implementation") and "/" in str(value))):
                 raise EncoderError(
-                    f"{where}: config.json sets {key}, by which transformers opens other files than those that are checked "
-                    "here. Remove it there, or save the model again without."
+                    f"{where}: config.json sets {key}, which makes transformers open files that are not checked. Remove that "
+                    "key, or save the model again without it."
                 )
             if _counted(key, value) > MOST_COUNTED:
-                raise ValueError(f"it says {key} {str(value)[:100]}, more than any model has")
+                raise ValueError(f"{key} is {str(value)[:100]}, more than any model has")
     except ValueError as error:
-        raise EncoderError(f"{where}: config.json is not a known model's: {error}") from None
+        raise EncoderError(f"{where}: config.json is not that of a known model: {error}") from None
 
 
 def _counted(key: str, value: Any) -> int:
-    """How many layers, labels and the like a field asks for, all in all; 0 for other fields."""
+    """How many layers, labels or similar parts a field asks for in total; 0 for other fields."""
     counts = value if isinstance(value, list | tuple) else [value]
     return sum(count for count in counts if type(count) is int) if _COUNTS.search(key) else 0
 
 
 def _fields_of(value: Any) -> Iterator[tuple[str, Any]]:
-    """All fields of a configuration, those within others too."""
+    """All fields of a configuration, nested ones too."""
     if isinstance(value, dict):
-        for key, one in value.items():
-            yield str(key), one
-            yield from _fields_of(one)
+        for key, item in value.items():
+            yield str(key), item
+            yield from _fields_of(item)
     elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _fields_of(one)
+        for item in value:
+            yield from _fields_of(item)
 
 
 def _check_size(config: PretrainedConfig, tensors: dict[str, torch.Tensor], where: str) -> None:
-    """Refuse a configuration of a model that is larger than its files, before time and memory are spent on it."""
+    """Refuse a configuration of a far larger model than the files hold, before it takes time and memory."""
     most = max(MOST_LAYERS, len(tensors))
     for key, value in _fields_of(config.to_dict()):
         if "labels" not in key and _counted(key, value) > most:
             raise EncoderError(
-                f"{where}: config.json says {key} {str(value)[:100]}, but its files hold {len(tensors)} tensors. They are of "
-                "different models, or were changed. Bring together those of one."
+                f"{where}: config.json says {key} {str(value)[:100]}, but the weight files hold {len(tensors)} tensors. The "
+                "files belong to different models, or were changed. Copy all files of one model again."
             )
     with torch.device("meta"):
         model = model_class(config)(config, **without_pooler(config))
-    needed, held = (sum(weight.numel() for weight in some) for some in (model.parameters(), tensors.values()))
+    needed, held = (sum(weight.numel() for weight in weights) for weights in (model.parameters(), tensors.values()))
     if needed > max(2 * held, 2**20) or sum(buffer.numel() for buffer in model.buffers()) > MOST_BUFFERS:
         raise EncoderError(
-            f"{where}: config.json is of a model of {needed:,} numbers, but its files hold {held:,}. They are of different "
-            "models, or were changed. Bring together those of one."
+            f"{where}: config.json describes a model of {needed:,} numbers, but the weight files hold {held:,}. The files "
+            "belong to different models, or were changed. Copy all files of one model again."
         )
 
 
 def _check_takes_images(model_class: Any, where: str) -> None:
-    """A model of text takes no pixels; one of flexible resolution (SigLIP 2 NaFlex) needs more than pixels."""
+    """Raises EncoderError for a model of text, and for one that needs more than pixels, such as SigLIP 2 NaFlex."""
     parameters = inspect.signature(model_class.forward).parameters
-    ordinary = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    needed = [name for name, one in parameters.items() if one.kind is ordinary and one.default is inspect.Parameter.empty]
+    ordinary, required = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    needed = [name for name, parameter in parameters.items() if parameter.kind is ordinary and parameter.default is required]
     others = [name for name in needed if name not in ("self", "pixel_values")]
     if "pixel_values" not in parameters or others:
-        found = f"needs {', '.join(others)} as well" if others else "takes no pixel_values"
+        reason = f"needs {', '.join(others)} as well" if others else "takes no pixel_values"
         raise EncoderError(
-            f"{where}: {model_class.__name__} {found}, so it does not make vectors of images of one size alone. "
+            f"{where}: {model_class.__name__} {reason}, but a base must take images alone. "
             "Name a vision model such as ViT, DINOv2, CLIP or SigLIP."
         )
 
 
 def read_processor(folder: Path) -> Any:
-    """The image processor, always the PIL one: with torchvision installed the default's pixels would differ."""
+    """The image processor. Always the PIL one: where torchvision is installed, the default would make other pixels."""
     own_files(folder, (MODEL_CONFIG, *PROCESSOR_FILES))
     try:
         return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     except _LIBRARY_ERRORS as error:
         reason = in_one_line(error)
-        raise EncoderError(f"{folder}/preprocessor_config.json: is not a known image processor's: {reason}") from None
+        raise EncoderError(f"{folder}/preprocessor_config.json: is not that of a known image processor: {reason}") from None
 
 
 def model_class(config: PretrainedConfig) -> Any:
@@ -252,6 +263,6 @@ def model_class(config: PretrainedConfig) -> Any:
 
 
 def without_pooler(config: PretrainedConfig) -> dict[str, bool]:
-    """Some families would otherwise add a pooler with random weights."""
+    """The arguments that make the model without a pooler; some families would add one with random weights."""
     accepted = inspect.signature(model_class(config)).parameters
     return {"add_pooling_layer": False} if "add_pooling_layer" in accepted else {}

@@ -1,4 +1,4 @@
-"""Recipe → encoder directory: adapters folded into the headless base in float32, checked, described."""
+"""Recipe → encoder directory: the adapters are folded into the headless base in float32, checked and described."""
 
 import contextlib
 import hashlib
@@ -19,7 +19,7 @@ from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.images.arithmetic import with_golden
 from lora_embed.images.preprocess import Preprocessing, from_processor
 from lora_embed.model import golden, merge
-from lora_embed.model.adapter import PROCESSOR_NAME, SavedAdapter, check_adapter, read_adapter, some
+from lora_embed.model.adapter import PROCESSOR_NAME, SavedAdapter, check_adapter, first_names, read_adapter
 from lora_embed.model.base import Base, check_base, find_base, load_headless, read_processor
 from lora_embed.model.description import BaseReference, Description, read_description, write_description
 from lora_embed.model.encoder import Encoder, golden_pixels
@@ -39,7 +39,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Ingredients:
-    """A recipe with everything it names read and hashed, before anything is built."""
+    """A recipe, with its base and adapters read and hashed. Nothing is built yet."""
 
     recipe: Recipe
     base: Base
@@ -48,7 +48,7 @@ class Ingredients:
 
 
 def gather(recipe: Recipe) -> Ingredients:
-    """Read what a recipe names. Raises AdapterMismatch, ConfigError, EncoderError or StorageError for what cannot be used."""
+    """Read a recipe's base and adapters. Raises AdapterMismatch, ConfigError, EncoderError or StorageError for a bad one."""
     merge.options_of(recipe.merge_method, recipe.merge_options)
     base = find_base(recipe.base_model, recipe.revision)
     adapters = tuple(read_adapter(spec.path, spec.revision) for spec in recipe.adapters)
@@ -56,14 +56,14 @@ def gather(recipe: Recipe) -> Ingredients:
     for adapter in adapters:
         if adapter.content_hash in seen:
             raise ConfigError(
-                f"{adapter.uri}: is the same adapter as {seen[adapter.content_hash]}; name it once, with the sum of the weights"
+                f"{adapter.uri}: is the same adapter as {seen[adapter.content_hash]}. Name it once, with the sum of weights."
             )
         seen[adapter.content_hash] = adapter.uri
     return Ingredients(recipe=recipe, base=base, adapters=adapters, recipe_id=_recipe_id(recipe, base, adapters, None))
 
 
 def with_recipe(ingredients: Ingredients, recipe: Recipe) -> Ingredients:
-    """The same base under another recipe, of adapters that were read before."""
+    """The same base with another recipe, whose adapters were all read before."""
     merge.options_of(recipe.merge_method, recipe.merge_options)
     known = {saved.uri: saved for saved in ingredients.adapters}
     adapters = tuple(known[spec.path] for spec in recipe.adapters)
@@ -73,14 +73,14 @@ def with_recipe(ingredients: Ingredients, recipe: Recipe) -> Ingredients:
 
 
 def match_adapters(ingredients: Ingredients) -> list[Adapter]:
-    """Match all adapters to the base. Raises AdapterMismatch for the first that does not fit it."""
+    """Match all adapters to the base. Raises AdapterMismatch for the first one that does not fit."""
     target = target_of(ingredients.base)
     return [match_adapter(saved, target) for saved in ingredients.adapters]
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """For folding: many small products. With a thread per core, beside other work there, it took five times as long."""
+    """A context with one thread, for folding: with a thread per core, its many small products took five times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -91,7 +91,7 @@ def one_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unchanged(ingredients: Ingredients) -> Iterator[None]:
-    """Raises ChangedMeanwhile where files of base or adapters are others in the end, whatever else came of that."""
+    """Raises ChangedMeanwhile at the end if files of base or adapters have changed, even if the block failed for that."""
     try:
         yield
     finally:
@@ -102,10 +102,10 @@ def _unchanged(ingredients: Ingredients) -> Iterator[None]:
 
 @one_thread()
 def build_encoder(ingredients: Ingredients, out: Path, say: Say, limit: Limit | None = None) -> Description:
-    """Fold, write, check and prove an encoder at `out`, which must not exist; nothing is left there when a check fails.
+    """Fold, write, check and prove an encoder at `out`, which must not exist. Nothing is left there if a check fails.
 
-    With a `limit`, what is written is the merged change as one LoRA adapter cut to it, and a reference to the base.
-    Raises AdapterMismatch, EncoderError, ConfigError, or ChangedMeanwhile.
+    With a `limit`, the encoder is written as one LoRA adapter, the merged change cut to the limit, and a reference to the
+    base. Raises AdapterMismatch, EncoderError, ConfigError, or ChangedMeanwhile.
     """
     _check_out(out)
     with folder_aside(out) as folder, _unchanged(ingredients):
@@ -118,7 +118,9 @@ def build_encoder(ingredients: Ingredients, out: Path, say: Say, limit: Limit | 
 def _build(ingredients: Ingredients, folder: Path, say: Say, limit: Limit | None) -> None:
     recipe, base = ingredients.recipe, ingredients.base
     if limit is not None and not recipe.adapters:
-        raise ConfigError("there is no adapter to store: merge_method is none. Name adapters, or store the model.")
+        raise ConfigError(
+            "merge_method is none, so there is no adapter to store. Name adapters in the recipe, or leave out --store adapter."
+        )
     adapters = match_adapters(ingredients)
     preprocessing, processor = checked_preprocessing(base, recipe)
     notes = _notes(ingredients, preprocessing)
@@ -128,7 +130,7 @@ def _build(ingredients: Ingredients, folder: Path, say: Say, limit: Limit | None
     pixels = golden_pixels(images, preprocessing)
     preprocessing = with_golden(preprocessing, dict(zip(images, pixels, strict=True)))
     whole = None
-    if limit is not None:  # to say what the limit costs
+    if limit is not None:  # the whole merge, to report how much the limit changes vectors
         models = [member.model for member in fold_members(base, recipe, adapters, None)]
         whole = _vectors(models, _describe(models, preprocessing, ingredients, None, pixels), pixels, base)
         del models
@@ -145,14 +147,14 @@ def _build(ingredients: Ingredients, folder: Path, say: Say, limit: Limit | None
     golden.save(folder, images, vectors)
     write_description(folder, description)
     for model in models:
-        torch.nn.Module.to(model, "meta")  # what was saved is opened again below, and memory is for that
+        torch.nn.Module.to(model, "meta")  # frees memory for the saved encoder, which is opened again below
     write_report(folder, description, base, members, prove_members(base, members, description, folder), notes, moved)
 
 
 def open_base(ingredients: Ingredients) -> tuple[PreTrainedModel, Description]:
-    """The base in memory with nothing folded into it, and what an encoder of it is: pixels, pooling and tap as any merge has.
+    """The base in memory, with nothing folded into it, and its description: preprocessing, pooling and tap as in any merge.
 
-    Raises EncoderError as a build does.
+    Raises EncoderError like a build.
     """
     base, recipe = ingredients.base, ingredients.recipe
     alone = recipe.model_copy(update={"adapters": (), "merge_method": "none", "merge_options": {}})
@@ -164,24 +166,28 @@ def open_base(ingredients: Ingredients) -> tuple[PreTrainedModel, Description]:
 
 def _check_out(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: exists and is not empty; an encoder is never written over. Name another directory.")
+        raise ConfigError(f"{out}: exists and is not empty; an encoder is never overwritten. Name another directory.")
     nearest = next(parent for parent in out.absolute().parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(f"{out}: cannot be written: {nearest} is not a directory that this user may write to")
+        raise ConfigError(
+            f"{out}: cannot be written: {nearest} is not a directory that this user may write to. Name another directory."
+        )
 
 
 def _vectors(
     models: list[PreTrainedModel], description: Description, pixels: np.ndarray[Any, Any], base: Base
 ) -> np.ndarray[Any, Any]:
-    """The golden images' vectors, which must be numbers, not zero, and the same each time."""
+    """The golden images' vectors. They must be finite, not zero, and the same each time."""
     encoder = Encoder(models, description, device="cpu", precision="float32", batch_size=len(pixels))
     vectors = encoder.embed_pixels(pixels)
     if not np.isfinite(vectors).all() or not np.linalg.norm(vectors, axis=1).all():
-        raise EncoderError(f"{base.uri}: the merged encoder gives vectors that are not finite or zero; check the weights")
+        raise EncoderError(
+            f"{base.uri}: the merged encoder gives vectors that are zero or not finite. Check the weights of the adapters."
+        )
     if not np.array_equal(encoder.embed_pixels(pixels), vectors):
         raise EncoderError(
-            f"{base.uri}: {type(models[0]).__name__} gives the same images other vectors each time, as models do that mask "
-            "patches at random; it makes no encoder"
+            f"{base.uri}: {type(models[0]).__name__} gives the same images different vectors each time, like models that mask "
+            "random patches. Name another base."
         )
     return vectors
 
@@ -197,23 +203,23 @@ def _say_folds(ingredients: Ingredients, adapters: list[Adapter], members: list[
 
 
 def _notes(ingredients: Ingredients, preprocessing: Preprocessing) -> list[str]:
-    """What is no error for certain, and looks like one."""
+    """Notes on settings that may be mistakes, but need not be."""
     notes = []
     names = {str(saved.config.get("base_model_name_or_path") or "") for saved in ingredients.adapters}
     strangers = sorted(name for name in names if name and Path(name).name != Path(hub.plain_name(ingredients.base.uri)).name)
     if strangers:
         notes.append(
-            f"trained on {some(strangers)} by their own word, merged into {ingredients.base.uri}: right if that is the same "
-            "model under another name; shapes fit, and no more than that can be seen"
+            f"the adapters say that they were trained on {first_names(strangers)}, but are merged into {ingredients.base.uri}. "
+            "That is right if both are the same model under two names; only the shapes could be compared"
         )
     for saved in ingredients.adapters:
         if (saved.folder / PROCESSOR_NAME).is_file():
             settings = read_processor(saved.folder).to_dict()
-            own, _ = from_processor(settings, ingredients.recipe.image_size, ingredients.recipe.decode)
-            if replace(own, arithmetic=preprocessing.arithmetic) != preprocessing:
+            adapter_preprocessing, _ = from_processor(settings, ingredients.recipe.image_size, ingredients.recipe.decode)
+            if replace(adapter_preprocessing, arithmetic=preprocessing.arithmetic) != preprocessing:
                 notes.append(
-                    f"{saved.uri} holds a {PROCESSOR_NAME} that prepares images otherwise than the base's, which is used: "
-                    f"{own} against {preprocessing}"
+                    f"{saved.uri} holds a {PROCESSOR_NAME} that prepares images in another way than the base's, which is used: "
+                    f"{adapter_preprocessing} instead of {preprocessing}"
                 )
     return notes
 
@@ -230,7 +236,7 @@ def _describe(
     values = torch.tensor(pixels).permute(0, 3, 1, 2).float() / 255
     try:
         tap, output = find_tap(model, values)
-    except ValueError as error:  # as a model says that it takes another size
+    except ValueError as error:  # for example, the model takes images of another size
         height, width = preprocessing.size
         raise EncoderError(
             f"{base.uri}: {type(model).__name__} does not take images of {height}×{width} pixels "
@@ -257,7 +263,7 @@ def _folders(members: int, single: str) -> tuple[str, ...]:
 
 
 def _prefix_tokens(model: PreTrainedModel, output: torch.Tensor, preprocessing: Preprocessing) -> int:
-    """Class, distillation and register tokens that stand before the patches, by counting."""
+    """The number of tokens before the patches (class, distillation and register tokens), by counting."""
     patch = getattr(model.config, "patch_size", None)
     if output.ndim == 4 or patch is None:
         return 0
@@ -267,7 +273,7 @@ def _prefix_tokens(model: PreTrainedModel, output: torch.Tensor, preprocessing: 
 
 
 def _recipe_id(recipe: Recipe, base: Base, adapters: tuple[SavedAdapter, ...], limit: Limit | None) -> str:
-    """12 hex digits over contents and options, so that moved files and another order of adapters change nothing."""
+    """12 hex digits: a hash of contents and options. Moved files and another order of adapters do not change it."""
     weights = [spec.weight for spec in recipe.adapters]
     parts = {
         "base": base.content_hash,
@@ -276,6 +282,6 @@ def _recipe_id(recipe: Recipe, base: Base, adapters: tuple[SavedAdapter, ...], l
         "limit": asdict(limit) if limit else None,
         "pooling": [recipe.pooling, recipe.normalize, recipe.image_size],
     }
-    if recipe.decode != "exact":  # said only then: recipes keep the ids that they had when there was no choice
+    if recipe.decode != "exact":  # otherwise left out, so that recipes keep the ids from before this key existed
         parts["decode"] = recipe.decode
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,8 +1,8 @@
-"""What one adapter does to one weight of the base, in float64: the ways in which PEFT's LoRA changes a weight.
+"""The change that one adapter makes to one weight of the base, in float64, for every kind of LoRA in PEFT.
 
-The sums of LoRA factors are added up in one order on every processor. A linear algebra library chooses its order by the
-processor, so its products differ in their last bits; a weight that is rounded to float32 afterwards may then differ too, and
-an encoder with one such weight has another space id.
+Products of LoRA factors are summed in the same order on every processor. A linear algebra library chooses the order by the
+processor, so its products differ in their last bits. Then a weight may be rounded to another float32, and one such weight
+gives the encoder another space id.
 """
 
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from typing import Literal
 
 import torch
 
-_BLOCK = 2**16  # entries of a product that are added up at a time, so that they stay in a core's cache
+_BLOCK = 2**16  # entries of a product that are summed at a time, so that they stay in a core's cache
 
 
 def multiply(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """`up @ down` of factors (rows, rank) and (rank, columns) → float64 (rows, columns), the same bits on every processor.
 
-    Each step multiplies or adds entry by entry, which IEEE 754 rounds in one way only.
+    Each step multiplies or adds entry by entry, and IEEE 754 allows only one rounding for that.
     """
     up, down = up.double(), down.double()
     product = torch.zeros(len(up), down.shape[1], dtype=torch.float64)
@@ -37,7 +37,7 @@ class LowRank:
     shape: torch.Size
 
     def delta(self, before: torch.Tensor | None = None) -> torch.Tensor:
-        """The change of the weight, in its shape; the weight before plays no part."""
+        """The change of the weight, in its shape. The weight `before` is not used."""
         return (self.scale * multiply(self.up, self.down)).reshape(self.shape)
 
     def norm(self) -> float:
@@ -48,11 +48,11 @@ class LowRank:
 
 @dataclass(frozen=True, kw_only=True)
 class Residual:
-    """LoRA on what is left of a weight after its leading part was moved into the factors before training.
+    """LoRA on the rest of a weight, after its leading part was moved into the factors before training.
 
-    PEFT takes that part out of the base again whenever it loads the adapter, so it belongs to the change:
-    `pissa` the best approximation of the factors' rank (arXiv 2404.02948), `olora` the first columns of the weight's
-    QR decomposition (arXiv 2406.01775), times the scale.
+    PEFT subtracts that part from the base whenever it loads the adapter, so it belongs to the change. With `pissa` it is the
+    best approximation of the factors' rank (arXiv 2404.02948); with `olora`, the first columns of the weight's QR
+    decomposition (arXiv 2406.01775), times the scale.
     """
 
     lora: LowRank

@@ -1,4 +1,4 @@
-"""What an encoder says of itself in `encoder.json`; read without torch, which drivers of a run can do without."""
+"""The description of an encoder in `encoder.json`. It is read without torch, which the driver of a run does not need."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ _ABOUT = (
     *(f"{golden.FOLDER}/{name}" for name in (golden.VECTORS, *golden.NAMES)),
 )  # fmt: skip
 _MEMBERS = ("", "adapter/", "member-*/")
-# Patterns of all that an encoder may consist of: what is copied of one that lies elsewhere.
+# Patterns of all files that an encoder may have; these are copied from a remote encoder.
 FILES = (
     *_ABOUT,
     *(
@@ -56,46 +56,47 @@ class BaseReference:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What `encoder.json` says: all that an encoder is beside its weights and model configuration."""
+    """The content of `encoder.json`: everything about an encoder except its weights and model configuration."""
 
     space_id: Id
     recipe_id: Id
     dimension: Annotated[int, Field(ge=1, le=2**20)]
     pooling: Literal["mean", "patch_mean", "cls", "last_mean", "last_patch_mean", "last_cls"]
     normalize: bool
-    tap: Word  # module whose output is the hidden state; "" for the final output
+    tap: Word  # name of the module whose output is the hidden state; "" for the final output
     prefix_tokens: Annotated[int, Field(ge=0, le=2**20)]
     preprocessing: Preprocessing
-    # Folders of its models, or of its adapters; several when vectors are concatenated.
+    # Folders of the encoder's models, or of its adapters; several if vectors are concatenated.
     members: Annotated[tuple[Annotated[str, Field(pattern=r"^(\.|adapter|member-[0-9]{1,4})$")], ...], Field(min_length=1)] = (
         ".",
     )
-    base: BaseReference | None = None  # where the members are adapters
-    space_version: Annotated[int, Field(ge=1, le=100)] = 1  # of what the space id hashes, see `space`
+    base: BaseReference | None = None  # set if the members are adapters
+    space_version: Annotated[int, Field(ge=1, le=100)] = 1  # the version of the space id's hash: see `space`
 
 
 _CHECKED: TypeAdapter[Description] = TypeAdapter(Description)
 
 
 def read_description(folder: Path) -> Description:
-    """Read `encoder.json`, every value of which is checked. Raises EncoderError when there is none of this format."""
+    """Read `encoder.json` and check every value. Raises EncoderError if it is missing, damaged or of another format."""
     path = own_file(folder, DESCRIPTION)
     if path is None:
         raise EncoderError(f"{folder}: is not an encoder: it has no {DESCRIPTION}. Make one with `lora-embed build`.")
     try:
         data = read_json(path)
     except ValueError as error:
-        raise EncoderError(f"{path}: is damaged ({error}); build the encoder again") from None
+        raise EncoderError(f"{path}: is damaged ({error}). Build the encoder again.") from None
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-        raise EncoderError(f"{path}: was written in another format than {FORMAT}; build the encoder again")
+        raise EncoderError(f"{path}: is not of format {FORMAT}, which this release reads. Build the encoder again.")
     geometry, arithmetic = data.get("preprocessing"), data.pop("arithmetic", {})
     base = data.get("base")
     kinds = ((data, Description), (geometry, Preprocessing), (arithmetic, Arithmetic), (base, BaseReference))
-    newer = {key for found, kind in kinds if isinstance(found, dict) for key in set(found) - {one.name for one in fields(kind)}}
-    if newer:  # each of them changes what a vector is
+    records = [(record, kind) for record, kind in kinds if isinstance(record, dict)]
+    newer = {key for record, kind in records for key in set(record) - {field.name for field in fields(kind)}}
+    if newer:  # an unknown setting may change vectors
         raise EncoderError(
-            f"{path}: a newer release of lora-embed wrote it, with {min(newer)[:100]!r}, which this one does not know. Use "
-            "that release."
+            f"{path}: a newer release of lora-embed wrote it, with the key {min(newer)[:100]!r}, which this release does not "
+            "know. Use the newer release."
         )
     if isinstance(arithmetic, dict):
         arithmetic = {key: [*value.items()] if isinstance(value, dict) else value for key, value in arithmetic.items()}
@@ -111,17 +112,17 @@ def read_description(folder: Path) -> Description:
         problem = f"{place[:100]} is {str(first.get('input'))[:100]!r}: {first['msg'][:200]}"
     except ValueError as error:
         problem = str(error)
-    raise EncoderError(f"{path}: {problem}. It was changed since: bring the file back, or build the encoder again.")
+    raise EncoderError(f"{path}: {problem}. The file was changed. Restore it, or build the encoder again.")
 
 
 def _check(description: Description) -> None:
-    """Raises ValueError for values that are of the right kind and no encoder's."""
+    """Raises ValueError for values that have the right type, but that no encoder can have."""
     geometry = description.preprocessing
     lengths = [*(geometry.crop or ()), *(geometry.resize if isinstance(geometry.resize, tuple) else [geometry.resize or 1])]
     if not all(1 <= length <= MOST_PIXELS for length in lengths):
-        raise ValueError(f"preprocessing makes images of {max(lengths)} pixels, expected 1 to {MOST_PIXELS:,} along an edge")
+        raise ValueError(f"preprocessing gives images with an edge of {max(lengths)} pixels, expected 1 to {MOST_PIXELS:,}")
     if geometry.crop is None and not isinstance(geometry.resize, tuple):
-        raise ValueError("preprocessing makes images of different sizes: resize is no height and width, and crop is null")
+        raise ValueError("preprocessing gives images of different sizes: resize has no height and width, and crop is null")
     if geometry.resample not in range(6):
         raise ValueError(f"preprocessing.resample is {geometry.resample}, expected one of Pillow's filters, 0 to 5")
     if not all(math.isfinite(number) for number in (*geometry.multiply, *geometry.add)):
@@ -131,17 +132,17 @@ def _check(description: Description) -> None:
 
 
 def files_of(folder: Path, description: Description, where: str) -> list[Path]:
-    """The files that an encoder consists of, whatever else lies in its folder.
+    """The files of an encoder, without other files in its folder.
 
-    Raises StorageError for a link among them, EncoderError for weights that are not there.
+    Raises StorageError for a link among them, and EncoderError for missing weights.
     """
-    found = own_files(folder, _ABOUT)
+    files = own_files(folder, _ABOUT)
     for member in description.members:
         if description.base is None:
-            found += [*model_files(folder / member, where), *own_files(folder / member, (MODEL_INDEX,))]
+            files += [*model_files(folder / member, where), *own_files(folder / member, (MODEL_INDEX,))]
         else:
-            found += own_files(folder, tuple(f"{member}/{name}" for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)))
-    return list(dict.fromkeys(found))
+            files += own_files(folder, tuple(f"{member}/{name}" for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)))
+    return list(dict.fromkeys(files))
 
 
 def write_description(folder: Path, description: Description) -> None:
@@ -154,31 +155,33 @@ def write_description(folder: Path, description: Description) -> None:
 
 
 def check_files(folder: Path, description: Description, where: str) -> None:
-    """Raises EncoderError, naming `where`, when an adapter of an encoder is another file than the one that was built.
+    """Raises EncoderError, naming `where`, if an adapter file of an encoder has changed since the build.
 
-    By the files' hashes in the merge report, not by the space id: what that hashes and how a release of transformers names
-    weights may change, while the same files stay the same encoder, as the golden vectors then show.
+    It compares the files' hashes in the merge report, not the space id: the space id's hash, and the names of weights in
+    transformers, may change with a release, while the files stay the same encoder. The golden vectors check that.
     """
     path = own_file(folder, REPORT)
     if path is None:
-        raise EncoderError(f"{where}: has no {REPORT}, so nothing says which files it was built with. Build it again.")
-    own = {f"{member}/{name}" for member in description.members for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
+        raise EncoderError(
+            f"{where}: has no {REPORT}, so its files cannot be compared with those of the build. Copy it or build it again."
+        )
+    expected = {f"{member}/{name}" for member in description.members for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
     try:
         files = {str(name): str(file["sha256"]) for name, file in read_json(path)["files"].items()}
         for member in description.members:
             files[f"{member}/{ADAPTER_WEIGHTS}"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EncoderError(f"{path}: is damaged ({str(error)[:200]}); build the encoder again") from None
-    if strange := sorted(set(files) - own):
+        raise EncoderError(f"{path}: is damaged ({str(error)[:200]}). Build the encoder again.") from None
+    if unexpected := sorted(set(files) - expected):
         raise EncoderError(
-            f"{path}: is damaged: it names {strange[0][:200]!r}, no file of its adapters; build the encoder again"
+            f"{path}: is damaged: it names {unexpected[0][:200]!r}, which is no file of its adapters. Build the encoder again."
         )
-    for name, built in files.items():
+    for name, built_hash in files.items():
         file = own_file(folder, name)
-        found = hashlib.sha256(file.read_bytes()).hexdigest() if file is not None else None
-        if found != built:
-            here = f"has the SHA-256 {found[:12]}…" if found else "is not there"
+        present_hash = hashlib.sha256(file.read_bytes()).hexdigest() if file is not None else None
+        if present_hash != built_hash:
+            state = f"has the SHA-256 {present_hash[:12]}…" if present_hash else "does not exist"
             raise EncoderError(
-                f"{where}: {name} {here}, the encoder was built with {built[:12]}…. Its files were changed since: bring them "
-                "back, or build the encoder again."
+                f"{where}: {name} {state}, but the encoder was built with {built_hash[:12]}…. The file was changed. Restore "
+                "it, or build the encoder again."
             )

@@ -1,4 +1,4 @@
-"""The encoder: a headless model with its preprocessing and pooling, and the identity of the space it makes."""
+"""The encoder: a headless model with its preprocessing and pooling, and the id of the space of its vectors."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,9 +31,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 class Encoder:
-    """Images → vectors on one device, in fixed-size batches so that a vector does not depend on its neighbours.
+    """Images → vectors on one device, in batches of fixed size, so that a vector does not depend on the other images.
 
-    The vectors of several models, all of one architecture, stand side by side.
+    If there are several models, all of one architecture, their vectors are concatenated.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class Encoder:
         self.precision = precision
         self.batch_size = batch_size
         self._dtype = _DTYPES[precision]
-        if self.device.type == "cuda" and precision == "float32":  # TF32 keeps 10 bits: far beyond the golden bound
+        if self.device.type == "cuda" and precision == "float32":  # TF32 keeps 10 bits, too few for the golden vectors' bound
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         for model in models:
             torch.nn.Module.to(model, self.device, self._dtype)
             if device == "cpu" and precision == "bfloat16":
-                model.set_attn_implementation("eager")  # torch's fused one takes 1.5 times as long there
+                model.set_attn_implementation("eager")  # torch's fused attention takes 1.5 times as long here
         tap = "" if description.pooling in FROM_LAST_HIDDEN_STATE else description.tap
         self._hidden_states = [HiddenState(model, tap) for model in models]
         self._pool = pooler(description.pooling, description.prefix_tokens)
@@ -72,9 +72,9 @@ class Encoder:
     def embed(self, images: Sequence[Image.Image | bytes]) -> NDArray[np.float32]:
         """Images of any size and mode → float32 (n, d).
 
-        A file's bytes are decoded as in a run, in a child process that a hostile one may kill and that each call starts anew;
-        Pillow decodes an image that was opened in this process. Raises BadImage, with a reason such as `decoder_crashed`, for
-        bytes that make no pixels.
+        Bytes of a file are decoded like in a run, in a child process that a hostile image may kill; each call starts a new
+        child. An opened Pillow image is decoded in this process. Raises BadImage, with a reason such as `decoder_crashed`,
+        for bytes that cannot be decoded.
         """
         with IsolatedDecoder() as decode:
             prepared = [self._prepared(image, decode) for image in images]
@@ -87,23 +87,23 @@ class Encoder:
 
     @torch.inference_mode()
     def embed_pixels(self, pixels: Pixels) -> NDArray[np.float32]:
-        """Prepared uint8 pixels (n, H, W, 3) → float32 (n, d), on the host. Raises IncompleteRun where memory ends."""
+        """Prepared uint8 pixels (n, H, W, 3) → float32 (n, d), on the host. Raises IncompleteRun if memory is too small."""
         try:
-            found = [self._forward(batch) for batch in self._batches(pixels)]
-            return torch.cat(found)[: len(pixels)].cpu().numpy() if found else np.empty((0, self.dimension), np.float32)
+            vectors = [self._forward(batch) for batch in self._batches(pixels)]
+            return torch.cat(vectors)[: len(pixels)].cpu().numpy() if vectors else np.empty((0, self.dimension), np.float32)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise IncompleteRun(
-                f"{self.device}: memory does not suffice for batches of {self.batch_size} images in {self.precision} "
-                f"({in_one_line(error, 160)}). Set batch_size lower, or free memory there."
+                f"{self.device}: there is not enough memory for batches of {self.batch_size} images in {self.precision} "
+                f"({in_one_line(error, 160)}). Set a smaller batch_size, or free memory on that device."
             ) from None
 
     def check_golden(self, folder: Path) -> float:
-        """Decode and embed the encoder's golden images here; the largest relative difference from their vectors.
+        """Decode and embed the golden images on this device. Returns the largest relative difference from their vectors.
 
-        Raises EncoderError when it is beyond the bound of this precision, and before that when a test image's pixels are
-        others here than where the encoder was built.
+        Raises EncoderError if it exceeds the bound of this precision, or if test images have other pixels here than on the
+        machine that built the encoder.
         """
         preprocessing = self.description.preprocessing
         check_arithmetic(preprocessing)
@@ -111,22 +111,21 @@ class Encoder:
         try:
             pixels = golden_pixels(images, preprocessing)
         except BadImage as bad:
-            raise EncoderError(f"{folder}: a golden image is damaged ({bad.reason}: {bad}); build the encoder again") from None
+            raise EncoderError(f"{folder}: a golden image is damaged ({bad.reason}: {bad}). Build the encoder again.") from None
         check_golden_pixels(preprocessing, dict(zip(images, pixels, strict=True)))
-        found = self.embed_pixels(pixels)
-        return golden.check(found, expected, self.precision, str(self.device))
+        return golden.check(self.embed_pixels(pixels), expected, self.precision, str(self.device))
 
     def _batches(self, pixels: Pixels) -> Iterator[torch.Tensor]:
-        """Batches of `batch_size` on the device, the last one padded.
+        """Batches of `batch_size` on the device; the last one is padded.
 
-        A GPU gets each out of pinned memory, by a stream of its own: while it computes one, the next is copied.
+        For a GPU, batches are copied from pinned memory by a separate stream, while the GPU computes the one before.
         """
         on_gpu = self.device.type == "cuda"
         for start in range(0, len(pixels), self.batch_size):
-            some = pixels[start : start + self.batch_size]
-            batch = torch.empty((self.batch_size, *some.shape[1:]), dtype=torch.uint8, pin_memory=on_gpu)
-            batch.numpy()[: len(some)] = some
-            batch[len(some) :] = 0
+            rows = pixels[start : start + self.batch_size]
+            batch = torch.empty((self.batch_size, *rows.shape[1:]), dtype=torch.uint8, pin_memory=on_gpu)
+            batch.numpy()[: len(rows)] = rows
+            batch[len(rows) :] = 0
             yield self._copy_aside(batch) if on_gpu else batch
 
     def _copy_aside(self, batch: torch.Tensor) -> torch.Tensor:
@@ -134,7 +133,7 @@ class Encoder:
         with cuda.stream(copying):
             copied = batch.to(self.device, non_blocking=True)
         computing.wait_stream(copying)
-        copied.record_stream(computing)  # so that its memory is not given away while it is still read
+        copied.record_stream(computing)  # so that its memory is not used again while it is still read
         return copied
 
     def _forward(self, batch: torch.Tensor) -> torch.Tensor:
@@ -146,7 +145,7 @@ class Encoder:
 
 
 def golden_pixels(images: dict[str, bytes], preprocessing: Preprocessing) -> Pixels:
-    """Golden images, decoded as a run decodes images → uint8 (n, H, W, 3)."""
+    """Golden images, decoded like in a run → uint8 (n, H, W, 3)."""
     return np.stack([decode_image(data, preprocessing).pixels for data in images.values()])
 
 
@@ -160,12 +159,12 @@ def load_encoder(
     storage_options: dict[str, Any] | None = None,
     base: str | None = None,
 ) -> Encoder:
-    """Load an encoder's directory and, unless told not to, check it against its space id and its golden vectors.
+    """Load an encoder's directory and, if `check`, check its space id and its golden vectors.
 
-    `uri`: a directory, an fsspec URI with its storage options, or `hf://owner/name`. `base`: where the base lies that an
-    encoder kept as an adapter was built from. Without it, what such an encoder names itself is looked for on its own store, in
-    the hub's cache, and at the places in the environment's `LORA_EMBED_FOLLOW`. Raises StorageError or EncoderError when it is
-    not there, not whole, other than its space id says or not itself on this device.
+    `uri`: a directory, an fsspec URI with its storage options, or `hf://owner/name`. `base`: where to find the base of an
+    encoder that is stored as an adapter. Without it, the base that the encoder names is used if it is on the encoder's own
+    store, in the hub's cache, or below a place in the environment variable `LORA_EMBED_FOLLOW`. Raises StorageError or
+    EncoderError if the encoder is missing, incomplete, not the one of its space id, or computes other vectors on this device.
     """
     where = str(uri)
     folder = fetch_directory(where, None, FILES, storage_options)
@@ -182,37 +181,37 @@ def load_encoder(
 
 
 def check_space(models: list[PreTrainedModel], description: Description, where: str) -> None:
-    """Raises EncoderError, naming `where`, for models that are others than the space id in `encoder.json` says.
+    """Raises EncoderError, naming `where`, if the models do not have the space id in `encoder.json`.
 
-    An id of an earlier version cannot be computed any more: it hashed what each release of transformers said of itself.
+    The id of an earlier version cannot be computed any more, since it depended on the release of transformers.
     """
     if description.space_version != VERSION:
         return
-    found = space_id_of(models, description.preprocessing, description.pooling, description.normalize)
-    if found != description.space_id:
+    space_id = space_id_of(models, description.preprocessing, description.pooling, description.normalize)
+    if space_id != description.space_id:
         raise EncoderError(
-            f"{where}: its files make vectors of space {found}, but encoder.json says {description.space_id}. They were "
-            "changed since the encoder was built, or copied in part. Bring them back, or build the encoder again."
+            f"{where}: its files make vectors of space {space_id}, but encoder.json says {description.space_id}. The files "
+            "were changed after the build, or not all were copied. Restore them, or build the encoder again."
         )
 
 
 def load_members(folder: Path, description: Description, where: str, base: str | None = None) -> list[PreTrainedModel]:
-    """An encoder's models: saved whole, or rebuilt from the base and an adapter each.
+    """An encoder's models: either saved whole, or each rebuilt from the base and an adapter.
 
-    Raises EncoderError, naming `where`, for a base that is another one by now, or that lies where it is not followed.
+    Raises EncoderError, naming `where`, if the base has changed, or lies on a store that must not be used.
     """
     if description.base is None:
         return [load_headless(folder / member, where) for member in description.members]
-    from lora_embed.model.adapter import read_adapter  # with peft, which takes seconds and which other encoders do not need
+    from lora_embed.model.adapter import read_adapter  # imports peft, which takes seconds and which other encoders do not need
     from lora_embed.model.fold import Merge, fold
     from lora_embed.model.match import match_adapter, target_of
 
-    found = _find_base(description.base, where, base)
-    target = target_of(found)
+    base_files = _find_base(description.base, where, base)
+    target = target_of(base_files)
     models = []
     for member in description.members:
         adapter = match_adapter(read_adapter(str(folder / member)), target)
-        model = load_headless(found.folder, found.uri)
+        model = load_headless(base_files.folder, base_files.uri)
         for _ in fold(model, Merge(adapters=(adapter,), weights=(1.0,), options={})):
             pass
         models.append(model)
@@ -220,7 +219,7 @@ def load_members(folder: Path, description: Description, where: str, base: str |
 
 
 def _find_base(reference: BaseReference, where: str, named: str | None) -> Base:
-    """The base of an encoder kept as an adapter, where the user says that it lies or else where the encoder does."""
+    """The base of an encoder stored as an adapter: at the place that the user named, else at the one that the encoder names."""
     asks_hub = True
     if named is None:
         refuse_elsewhere(reference.uri, where)
@@ -229,7 +228,7 @@ def _find_base(reference: BaseReference, where: str, named: str | None) -> Base:
     base = find_base(uri, reference.revision if uri == reference.uri else None, asks_hub=asks_hub)
     if not is_base(base, reference.content_hash):
         raise EncoderError(
-            f"{where}: is kept as an adapter of {uri}, whose files are others by now. Bring back those it was built "
-            "from, or build the encoder again."
+            f"{where}: is stored as an adapter of {uri}, whose files have changed since. Restore the files of the base, or "
+            "build the encoder again."
         )
     return base

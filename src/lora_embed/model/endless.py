@@ -1,8 +1,8 @@
-"""Does matching some regular expressions come to an end? Tried in a child process whose processor time the kernel limits.
+"""Check that matching a stranger's regular expressions ends: try it in a child process with limited processor time.
 
-Python's `re` goes back over what it has matched, and a few characters of a stranger's can keep it busy for ever; it cannot be
-interrupted from another thread. Which expressions do so cannot be told from their text alone, so all but plain names are tried.
-The child is this file alone: it imports nothing of the package.
+Python's `re` backtracks, so an expression of a few characters can keep it busy for ever, and another thread cannot interrupt
+it. The text alone does not show which expressions do so; therefore all but plain names are tried. The child runs only this
+file, which imports nothing of the package.
 """
 
 import json
@@ -12,17 +12,17 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-CPU_S = 1  # for all expressions of an adapter; real ones take a millisecond
+CPU_S = 1  # for all expressions of an adapter; those of real adapters take a millisecond
 MEMORY_BYTES = 2**30
-_PLAIN = re.compile(r"(?:[\w-]|\\?[.-])*")  # a name, escaped or not: it has one way to match
-_MOST_PLAIN, _MOST_PAIRS = 256, 100_000  # of which matching takes well under a second; `re` keeps 512 compiled
-Expression = tuple[str, str, str]  # `match` or `fullmatch`, the expression, what of it somebody else wrote
+_PLAIN = re.compile(r"(?:[\w-]|\\?[.-])*")  # a name, escaped or not, which `re` can match in one way only
+_MOST_PLAIN, _MOST_PAIRS = 256, 100_000  # plain expressions, and pairs with names, that take well under a second
+Expression = tuple[str, str, str]  # `match` or `fullmatch`, the whole expression, and the stranger's part of it
 
 
 def problem_with(ladders: Sequence[Sequence[Expression]], names: Sequence[str]) -> str | None:
-    """What is wrong with expressions that are tried on each name, each ladder in its order up to the first that matches.
+    """What is wrong with some expressions, or None. Each ladder is matched with each name, in order, up to the first match.
 
-    None where all is well: whoever then matches them in this way comes to an end as well.
+    After None, matching them in the same way is sure to end.
     """
     written = [text for ladder in ladders for _, _, text in ladder]
     pairs = len(written) * len(names)
@@ -37,11 +37,11 @@ def problem_with(ladders: Sequence[Sequence[Expression]], names: Sequence[str]) 
     )
     if done.returncode == 0:
         return done.stdout or None
-    return f"matching it takes more than {CPU_S} s of processor time, or more than {MEMORY_BYTES >> 20:,} MB"
+    return f"matching takes more than {CPU_S} s of processor time, or more than {MEMORY_BYTES >> 20:,} MB of memory"
 
 
 def _try_all() -> None:
-    """What the child does: say which expression cannot be read; it says nothing where all end."""
+    """The child: match all expressions, and print the first that cannot be read. It prints nothing if all matching ends."""
     for limit, most in ((resource.RLIMIT_CPU, CPU_S), (resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(limit, (most, most))
     ladders, names = json.load(sys.stdin)

@@ -1,6 +1,6 @@
-"""Which files a model, an adapter or an encoder consists of; no link leads out of their folder, and nothing else is opened.
+"""The files of a model, an adapter or an encoder. Nothing else in their folder is opened, and no link leads out of it.
 
-Folders come from strangers too. What is read, hashed, copied and loaded is found here by name, in one way.
+Folders may come from strangers. All code finds the files that it reads, hashes, copies or loads through this module.
 """
 
 import json
@@ -16,24 +16,24 @@ from lora_embed.errors import EncoderError, StorageError
 WHOLE_MODEL, MODEL_INDEX = "model.safetensors", "model.safetensors.index.json"
 MODEL_CONFIG = "config.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the second: with a tokenizer beside it (CLIP)
-MOST_JSON = 16 * 2**20  # bytes; the index of a model of thousands of shards has 2 MB
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the second, if there is also a tokenizer (CLIP)
+MOST_JSON = 16 * 2**20  # bytes; the index of a model in thousands of files has 2 MB
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 
 
 def own_file(folder: Path, name: str) -> Path | None:
-    """A folder's file; None where it has none of that name.
+    """The path of a file in a folder; None if the folder has no file of that name.
 
-    A link is followed in the hub's cache alone, whose snapshots link to the `blobs` of the same repository. Raises
-    StorageError for any other link, whose target is not looked at, and for what is no ordinary file, such as a pipe that would
-    be waited for.
+    Links are followed only in the hub's cache, where snapshots link to the `blobs` of the same repository. Raises
+    StorageError for any other link, without a look at its target, and for other than ordinary files: reading a pipe would
+    wait for ever.
     """
     root = os.path.realpath(folder)
     path = os.path.join(root, name)
     try:
-        for above in Path(name).parents[:-1]:
-            if os.path.islink(os.path.join(root, above)):
-                raise _link_refused(folder / above)
+        for parent in Path(name).parents[:-1]:
+            if os.path.islink(os.path.join(root, parent)):
+                raise _link_refused(folder / parent)
         state = os.lstat(path)
         if stat.S_ISLNK(state.st_mode):
             target = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
@@ -43,32 +43,33 @@ def own_file(folder: Path, name: str) -> Path | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise StorageError(f"{folder / name}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"{folder / name}: cannot be read ({reason}). Check its permissions and the disk.") from None
     if stat.S_ISDIR(state.st_mode):
         return None
     if not stat.S_ISREG(state.st_mode):
-        raise StorageError(f"{folder / name}: is no ordinary file. Remove it, or copy the folder again.")
+        raise StorageError(f"{folder / name}: is not an ordinary file. Remove it, or copy the folder again.")
     return folder / name
 
 
 def _link_refused(path: Path) -> StorageError:
     return StorageError(
-        f"{path}: is a link. Links in the folder of a model, an adapter or an encoder are followed in the hub's cache alone. "
-        "Copy the file itself there."
+        f"{path}: is a link. In the folder of a model, adapter or encoder, links are followed only in the hub's cache. "
+        "Replace the link by the file."
     )
 
 
 def _blobs_of(root: str) -> str | None:
-    """The folder of files that a snapshot in the hub's cache is made of: `…/snapshots/<commit>/…` → `…/blobs`."""
-    repository, found, _ = root.rpartition(f"{os.sep}snapshots{os.sep}")
-    return os.path.join(repository, "blobs") if found else None
+    """The folder with the files of a snapshot in the hub's cache: `…/snapshots/<commit>/…` → `…/blobs`."""
+    repository, separator, _ = root.rpartition(f"{os.sep}snapshots{os.sep}")
+    return os.path.join(repository, "blobs") if separator else None
 
 
 def read_json(path: Path) -> Any:
-    """What a file says. Raises ValueError for what is no JSON, is too deep, or is larger than any such file."""
+    """A file's content. Raises ValueError if it is not JSON, is nested too deeply, or is larger than any such file."""
     size = path.stat().st_size
     if size > MOST_JSON:
-        raise ValueError(f"it has {size:,} bytes, at most {MOST_JSON:,} are read")
+        raise ValueError(f"it has {size:,} bytes; at most {MOST_JSON:,} are read")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
@@ -76,23 +77,25 @@ def read_json(path: Path) -> Any:
 
 
 def weight_files(folder: Path, where: str) -> tuple[Path, ...]:
-    """The safetensors files that a model is loaded from: `model.safetensors`, or else those that its index names.
+    """The safetensors files that a model is loaded from: `model.safetensors`, else the files that its index names.
 
-    Raises EncoderError, naming `where`, where there are none, or where the index names anything else than files beside it.
+    Raises EncoderError, naming `where`, if there are none, or if the index names other than safetensors files beside it.
     """
     if (whole := own_file(folder, WHOLE_MODEL)) is not None:
         return (whole,)
     index = own_file(folder, MODEL_INDEX)
     if index is None:
         others = sorted(path.name for path in folder.glob("*.safetensors"))
-        found = f"; found {others[0]}, which is neither {WHOLE_MODEL} nor named by a {MODEL_INDEX}" if others else ""
-        raise EncoderError(f"{where}: has no .safetensors weights (pickled weights are never opened){found}. Save it again.")
+        other = f"; found {others[0]}, which is neither {WHOLE_MODEL} nor named by a {MODEL_INDEX}" if others else ""
+        raise EncoderError(
+            f"{where}: has no .safetensors weights (pickled weights are never opened){other}. Save the model again."
+        )
     files = []
     for name in _named_by(index, where):
         file = own_file(folder, name) if _SHARD.fullmatch(name) else None
         if file is None:
             raise EncoderError(
-                f"{where}: {MODEL_INDEX} names {name[:200]!r}, expected .safetensors files that lie beside it. Nothing else is "
+                f"{where}: {MODEL_INDEX} names {name[:200]!r}, expected .safetensors files beside it; other files are not "
                 "opened. Copy or save the model again."
             )
         files.append(file)
@@ -110,10 +113,10 @@ def _named_by(index: Path, where: str) -> list[str]:
 
 
 def model_files(folder: Path, where: str) -> list[Path]:
-    """All that a model is loaded from: its configuration, what says how images are prepared, and its weights."""
+    """All files that a model is loaded from: its configuration, its image processor and its weights."""
     return [*own_files(folder, (MODEL_CONFIG, *PROCESSOR_FILES)), *weight_files(folder, where)]
 
 
 def own_files(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Those of a folder's files that are there; raises as `own_file` does."""
+    """The files of these names that exist in a folder. Raises like `own_file`."""
     return [path for name in names if (path := own_file(folder, name)) is not None]

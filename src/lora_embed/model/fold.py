@@ -1,4 +1,4 @@
-"""The merged change of each weight, added to a model's own: what `build` does, and `load_encoder` does again."""
+"""Add the merged change of each weight to a model. A build does it, and `load_encoder` for an encoder stored as an adapter."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from lora_embed.model.match import Adapter
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """Adapters with their weights, and how they become one change."""
+    """Adapters with their weights, and the method that merges them to one change."""
 
     adapters: tuple[Adapter, ...]
     weights: tuple[float, ...]
@@ -38,14 +38,14 @@ class Folded:
     name: str
     before: torch.Tensor  # float32
     delta: torch.Tensor  # float64, the merged change
-    kept: LowRank | None  # what a limit left of it, and what was added then
+    kept: LowRank | None  # under a limit: the low-rank change that was added instead of `delta`
 
 
 def fold(model: PreTrainedModel, merged: Merge, limit: Limit | None = None) -> Iterator[Folded]:
-    """Add the merged change to each weight, in float64, rounded to float32 once; yield weight by weight.
+    """Add the merged change to each weight, in float64 with one rounding to float32; yield one weight at a time.
 
-    Under a limit, the change is cut to low rank, and what is added is what `load_encoder` will add on any machine. Raises
-    EncoderError for a weight that is not finite then, ConfigError for one that no limit can be put on.
+    Under a limit, the change is cut to low rank: exactly the change that `load_encoder` will add on any machine. Raises
+    EncoderError for a weight that is not finite afterwards, and ConfigError for one whose change cannot be cut.
     """
     parameters = dict(model.named_parameters())
     before = {name: parameter.data for name, parameter in parameters.items()}
@@ -60,17 +60,17 @@ def fold(model: PreTrainedModel, merged: Merge, limit: Limit | None = None) -> I
         parameter.data = (old.double() + added).float()
         if not bool(torch.isfinite(parameter).all()):
             raise EncoderError(
-                f"{name} is not finite after the merge: the base's own weights are not, or an adapter's values times the "
-                "recipe's weight are too large for float32. Make that weight smaller, or leave the adapter out."
+                f"{name} is not finite after the merge: the base's own weights are not finite, or an adapter's values times "
+                "its weight in the recipe are too large for float32. Make that weight smaller, or leave the adapter out."
             )
         yield Folded(name=name, before=old, delta=delta, kept=kept)
 
 
 def on_grid(factor: torch.Tensor, rank: int) -> torch.Tensor:
-    """A factor of a product of that rank, in float32, with so few bits that float64 multiplies and adds it without rounding.
+    """A factor of a product of this rank, rounded to so few bits that float64 multiplies and adds it without rounding.
 
-    Sums then come out the same in whatever order a processor takes them: an encoder kept as an adapter has one space id
-    everywhere. Entries are multiples of one step, at most 2**bits of them, and rank · 2**(2·bits) stays within 2**53.
+    So the order of a sum does not matter, and an encoder stored as an adapter has the same space id on every processor. All
+    entries are multiples of one step, at most 2**bits of it, and rank · 2**(2·bits) is at most 2**53.
     """
     bits = min(24, (53 - math.ceil(math.log2(rank))) // 2)
     largest = float(factor.abs().max())
@@ -82,6 +82,6 @@ def _check_storable(model: PreTrainedModel, name: str) -> None:
     module = model.get_submodule(name.rpartition(".")[0])
     if not name.endswith(".weight") or not isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
         raise ConfigError(
-            f"{name}: this merge changes more than the weights of linear layers and convolutions, which one LoRA adapter "
-            "cannot hold. Store the model instead."
+            f"{name}: this merge also changes this weight, which is not one of a linear layer or a convolution, so one LoRA "
+            "adapter cannot hold it. Store the whole model: leave out --store adapter."
         )

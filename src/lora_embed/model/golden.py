@@ -1,4 +1,4 @@
-"""Golden vectors: a few generated images kept with an encoder, by which every device proves itself before work."""
+"""Golden vectors: the vectors of a few generated images, stored with an encoder; every device must reproduce them first."""
 
 import io
 from pathlib import Path
@@ -12,14 +12,14 @@ from lora_embed.model.files import own_file, own_files
 
 FOLDER = "golden"
 VECTORS = "vectors.npy"
-NAMES = ("grey.png", "large.jpg", "noise.png", "ramp.jpg", "shapes.jpg")  # of `make_images` and `make_large`
-# Largest relative L2 difference of a row from the float32 vectors that is still the same computation: another
-# instruction set moves float32 by about 1e-6; bfloat16 was measured at 7e-3 and float16 at 7.5e-4 on ViT-S.
+NAMES = ("grey.png", "large.jpg", "noise.png", "ramp.jpg", "shapes.jpg")  # from `make_images` and `make_large`
+# The largest relative L2 difference of a row from the float32 vectors that counts as the same computation. Another
+# instruction set changes float32 by about 1e-6; bfloat16 was measured at 7e-3 and float16 at 7.5e-4 on ViT-S.
 BOUNDS = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
 
 
 def make_images() -> dict[str, bytes]:
-    """File name → encoded image, sorted by name: gradients, noise and shapes of several sizes, the same at each call."""
+    """File name → encoded image, sorted by name: gradients, noise and shapes of several sizes; the same in each call."""
     rng = np.random.default_rng(7)
     ramp = np.stack([*np.meshgrid(np.linspace(0, 255, 320), np.linspace(0, 255, 240)), np.full((240, 320), 90.0)], axis=-1)
     shapes = Image.new("RGB", (500, 375), (230, 220, 200))
@@ -38,7 +38,7 @@ def make_images() -> dict[str, bytes]:
 
 
 def make_large(edge: int) -> dict[str, bytes]:
-    """A JPEG with detail as fine as a large photograph's, for encoders that decode such ones in less than their size."""
+    """A JPEG with details like a large photograph, for encoders that decode such images at a smaller size."""
     rng = np.random.default_rng(11)
     coarse = Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8))
     return {"large.jpg": _encoded(coarse.resize((edge, edge), Image.Resampling.BICUBIC), "JPEG")}
@@ -53,34 +53,35 @@ def save(folder: Path, images: dict[str, bytes], vectors: NDArray[np.float32]) -
 
 
 def load(folder: Path) -> tuple[dict[str, bytes], NDArray[np.float32]]:
-    """The images and vectors of `save`, sorted by name. Raises EncoderError when they are not there or damaged."""
+    """The images and vectors of `save`, sorted by name. Raises EncoderError if they are missing or damaged."""
     path = own_file(folder, f"{FOLDER}/{VECTORS}")
     if path is None:
-        raise EncoderError(f"{folder}: has no golden vectors, so nothing shows that it works here. Build it again.")
+        raise EncoderError(f"{folder}: has no golden vectors, so it cannot be checked on this device. Build it again.")
     images = {file.name: file.read_bytes() for file in own_files(folder, tuple(f"{FOLDER}/{name}" for name in NAMES))}
     try:
-        vectors = np.lib.format.open_memmap(path, mode="r")  # never a pickle; and a size that the file has not is refused
+        vectors = np.lib.format.open_memmap(path, mode="r")  # opens no pickle, and refuses a shape larger than the file
         if vectors.dtype != np.float32 or vectors.ndim != 2 or len(vectors) != len(images):
             raise ValueError(f"{vectors.dtype} of shape {vectors.shape} for {len(images)} images")
         return images, np.array(vectors)
     except (ValueError, EOFError, OSError, OverflowError, RecursionError, MemoryError) as error:
-        raise EncoderError(f"{path}: is damaged ({error}); build the encoder again") from None
+        raise EncoderError(f"{path}: is damaged ({error}). Build the encoder again.") from None
 
 
-def check(found: NDArray[np.float32], expected: NDArray[np.float32], precision: str, device: str) -> float:
-    """The largest relative L2 difference of a row. Raises EncoderError when it is beyond the precision's bound."""
-    difference = relative_difference(found, expected) if found.shape == expected.shape else float("inf")
+def check(vectors: NDArray[np.float32], expected: NDArray[np.float32], precision: str, device: str) -> float:
+    """The largest relative L2 difference of a row. Raises EncoderError if it exceeds the precision's bound."""
+    difference = relative_difference(vectors, expected) if vectors.shape == expected.shape else float("inf")
     if not difference <= BOUNDS[precision]:
         raise EncoderError(
             f"golden vectors: {device} in {precision} differs by {difference:.2e} (relative L2) from the vectors stored "
-            f"with the encoder, allowed is {BOUNDS[precision]:.0e}; its libraries or device compute something else"
+            f"with the encoder; at most {BOUNDS[precision]:.0e} is allowed. This device, or a library here, computes "
+            "differently: install the versions of constraints.txt, or use another device."
         )
     return difference
 
 
-def relative_difference(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """Largest of ‖found − expected‖ / ‖expected‖ over the rows of two (n, d) arrays; where ‖expected‖ is 0, of ‖found‖."""
-    distance = np.linalg.norm(found.astype(np.float64) - expected, axis=1)
+def relative_difference(vectors: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """The largest ‖vector − expected‖ / ‖expected‖ over the rows of two (n, d) arrays; ‖vector‖ where ‖expected‖ is 0."""
+    distance = np.linalg.norm(vectors.astype(np.float64) - expected, axis=1)
     length = np.linalg.norm(expected.astype(np.float64), axis=1)
     return float(np.max(distance / np.where(length > 0, length, 1.0)))
 

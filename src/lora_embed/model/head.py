@@ -1,8 +1,8 @@
-"""An adapter's own saved classification head, put back on a body: the model's own way from hidden states to logits.
+"""The classification head that an adapter was saved with: logits from the hidden states of an encoder's model (the body).
 
-What a head reads (DINOv2: class token beside the patches' mean) is for the classification model of transformers to say. Its
-forward runs here with its body taken out: in the body's place stands what the encoder's own forward has just computed, so a
-head costs no second pass.
+What a head reads (in DINOv2, the class token and the mean of the patches) is decided by the classification model of
+transformers. Its forward pass runs here without its own body: it gets the output that the encoder's model has just computed,
+so a head needs no second pass of the body.
 """
 
 import copy
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedHead:
-    """An adapter's head, as it travels to workers."""
+    """An adapter's head, as it is sent to workers."""
 
     config: dict[str, Any]  # of the classification model
     weights: bytes  # safetensors, named as that model names them
 
     @property
     def classes(self) -> int:
-        """Of its outputs."""
+        """The number of classes, which is the number of the head's outputs."""
         return len(self.config["id2label"])
 
     def to_bytes(self) -> bytes:
@@ -49,43 +49,42 @@ class SavedHead:
 
 
 def find_head(base: Base, adapter: "Adapter") -> SavedHead | str:
-    """The head that an adapter was saved with, or why there is none that can be put on an encoder's body."""
-    from lora_embed.model.adapter import PREFIX  # with peft, which workers can do without
+    """The head that an adapter was saved with, or a text that says why none can be used with an encoder."""
+    from lora_embed.model.adapter import PREFIX  # imports peft, which workers do not need
 
     config = read_model_config(base.folder, base.uri)
-    found: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
-    if found is None:
+    if MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None) is None:
         return f"transformers has no image classification model of type {config.model_type!r}"
     tensors = {key: adapter.saved.tensors[f"{PREFIX}{key}"].float().contiguous() for key in adapter.head_keys}
     if not tensors:
-        return "no head is saved with it (modules_to_save)"
+        return "the adapter was saved without a head (modules_to_save)"
     for classes in sorted({len(tensor) for tensor in tensors.values()}):
         labelled = copy.deepcopy(config)
         labelled.num_labels = classes
         model, body = _classifier(labelled)
         if _reads_own_pooler(getattr(model, body)):
-            return f"{type(model).__name__} reads a pooled output that an encoder does without"
+            return f"the head of {type(model).__name__} reads a pooled output, which an encoder does not compute"
         delattr(model, body)
         if {name: tensor.shape for name, tensor in tensors.items()} == {n: p.shape for n, p in model.named_parameters()}:
             return SavedHead(config=json.loads(labelled.to_json_string(use_diff=False)), weights=save(tensors))
-    return f"what is saved with it is not the head of {type(model).__name__}: {', '.join(sorted(tensors))}"
+    return f"the tensors saved with the adapter are not the head of {type(model).__name__}: {', '.join(sorted(tensors))}"
 
 
 def class_names(folder: Path) -> dict[int, str]:
-    """The names of a head's outputs, where a `config.json` beside the adapter says more than transformers' LABEL_0."""
+    """The names of a head's outputs, from a `config.json` beside the adapter; empty if they are transformers' LABEL_0, …."""
     path = own_file(folder, MODEL_CONFIG)
     if path is None:
         return {}
     try:
         names = read_json(path).get("id2label") or {}
-        found = {int(number): str(name) for number, name in names.items()}
+        by_number = {int(number): str(name) for number, name in names.items()}
     except (OSError, ValueError, AttributeError):
         return {}
-    return {} if all(name == f"LABEL_{number}" for number, name in found.items()) else found
+    return {} if all(name == f"LABEL_{number}" for number, name in by_number.items()) else by_number
 
 
 class HeadOnBody:
-    """Logits beside an encoder's vectors: each forward pass of the body is followed by one of the head."""
+    """Logits in addition to an encoder's vectors: the head runs after each forward pass of the body."""
 
     def __init__(self, head: SavedHead, body: PreTrainedModel) -> None:
         config = AutoConfig.for_model(**head.config)
@@ -99,7 +98,7 @@ class HeadOnBody:
         body.register_forward_hook(self._follow, with_kwargs=True)
 
     def take(self, images: int) -> NDArray[np.float32]:
-        """Logits (images, classes) of the passes since the last call, without those of padding."""
+        """Logits (images, classes) of the passes since the last call, without those of padding images."""
         logits, self._logits = self._logits, []
         return torch.cat(logits)[:images].float().cpu().numpy()
 
@@ -109,7 +108,7 @@ class HeadOnBody:
 
 
 class _Computed(nn.Module):
-    """A body whose output is known already."""
+    """A stand-in for the body, whose output was already computed."""
 
     output: Any = None
 
@@ -119,10 +118,10 @@ class _Computed(nn.Module):
 
 def _classifier(config: PretrainedConfig) -> tuple[PreTrainedModel, str]:
     """The classification model without memory for its weights, and the name of its body in it."""
-    found: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
-    kind = found[0] if isinstance(found, tuple) else found
+    classes: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    classifier = classes[0] if isinstance(classes, tuple) else classes
     with torch.device("meta"):
-        model = kind(config)
+        model = classifier(config)
     return model, next(_bodies(model, MODEL_MAPPING[type(config)]))
 
 

@@ -1,4 +1,4 @@
-"""An encoder that a table holds under the id of an earlier version keeps that id when the same one is built again."""
+"""Keep the space id of a table's older encoder, if a newer release builds the same encoder but computes another id for it."""
 
 import shutil
 from dataclasses import replace
@@ -11,13 +11,13 @@ from lora_embed.store.fetch import fetch_directory
 
 
 def keep_id(folder: Path, kept: Path, older_uri: str, options: dict[str, Any], base: str | None) -> Path:
-    """The directory of an encoder that was built now, with the id that the one at `older_uri` has if it is the same.
+    """The directory of the encoder just built in `folder`, or a copy at `kept` with the id of the same encoder at `older_uri`.
 
-    Without that, a release that hashes otherwise would embed such a table anew where a recipe is built again. The older
-    encoder is loaded, and what it is is hashed as it is done today. Its id is written into a copy at `kept`. `base` is the one
-    of the encoder that was built, for an older one that is kept as an adapter.
+    Without this, a release with another space hash would embed such a table again when its recipe is built again. The older
+    encoder is loaded and hashed as today; if the hashes are equal, the older id is kept. `base` is the new encoder's base,
+    for an older encoder that is stored as an adapter.
     """
-    from lora_embed.model.encoder import load_members  # with torch, which takes seconds
+    from lora_embed.model.encoder import load_members  # imports torch, which takes seconds
     from lora_embed.model.space import space_id_of
 
     built = read_description(folder)
@@ -27,7 +27,7 @@ def keep_id(folder: Path, kept: Path, older_uri: str, options: dict[str, Any], b
         if older.space_version >= built.space_version:
             return folder
         models = load_members(place, older, older_uri, base)
-    except (EncoderError, StorageError):  # it is gone, or its base is: nothing can be said of it
+    except (EncoderError, StorageError):  # the older encoder or its base is gone, so it cannot be compared
         return folder
     if space_id_of(models, older.preprocessing, older.pooling, older.normalize) != built.space_id:
         return folder

@@ -1,4 +1,4 @@
-"""Where a checkpoint's tensors belong in a headless model, by transformers' own loader."""
+"""Find which weight of a headless model a checkpoint's tensor belongs to, by transformers' own loader."""
 
 import copy
 import math
@@ -11,15 +11,15 @@ from lora_embed.model.base import model_class, without_pooler
 from lora_embed.model.transformers_private import dual_encoder_of
 
 _USUAL_HEADS = {"classifier", "head", "score"}
-_FIRST = 1024  # of the numbers that `locate` loads: no weight begins as one of them
+_FIRST = 1024  # the first of the numbers that `locate` loads; no real weight begins with one of them
 
 
 def locate(config: PretrainedConfig, shapes: dict[str, torch.Size]) -> dict[str, str | None]:
     """Ask transformers' checkpoint loader which weight of the headless model takes each named tensor.
 
-    The loader knows base prefixes and the modules renamed between transformers 4 and 5. Each name is loaded as a
-    tensor of numbers that no other has; the weight that holds exactly those afterwards is where it belongs. A name maps
-    to None when it fits no weight, one of another shape, several, or a part of one.
+    The loader knows base prefixes, and the modules renamed between transformers 4 and 5. Each name is loaded as a tensor of
+    numbers that no other tensor has; it belongs to the weight that holds exactly these numbers afterwards. A name maps to
+    None if that is no weight, several weights, a part of one, or one of another shape.
     """
     names = sorted(shapes)
     probe = {name: _ramp(number, shapes[name]) for number, name in enumerate(names)}
@@ -40,27 +40,27 @@ def locate(config: PretrainedConfig, shapes: dict[str, torch.Size]) -> dict[str,
 
 
 def _ramp(number: int, shape: torch.Size) -> torch.Tensor:
-    """Numbers that rise from `_FIRST + number` by less than one: what is split, joined, turned or shuffled differs."""
+    """Numbers that rise from `_FIRST + number` by less than one, so that a split, joined or transposed tensor differs."""
     return torch.linspace(0, 0.5, math.prod(shape)).add_(_FIRST + number).reshape(shape)
 
 
 def head_names(config: PretrainedConfig) -> frozenset[str]:
-    """Top-level module names that belong to a task: classifiers, poolers, the other half of a dual encoder.
+    """Names of top-level modules that belong to a task: classifiers, poolers, the other half of a dual encoder.
 
-    They are the children of the classes that people train, less those of the headless model.
+    They are the children of the model classes that are used in training, without those of the headless model.
     """
     body = model_class(config)
     with torch.device("meta"):
         headless = body(config, **without_pooler(config))
         trained = [whole_class(whole) for whole_class, whole in _trained_classes(config)]
-    own = {name for name, _ in headless.named_children()} | {headless.base_model_prefix}
+    headless_names = {name for name, _ in headless.named_children()} | {headless.base_model_prefix}
     children = [(name, child) for model in trained for name, child in model.named_children()]
-    heads = {name for name, child in children if not isinstance(child, body)} - own
+    heads = {name for name, child in children if not isinstance(child, body)} - headless_names
     return frozenset(heads | {"pooler"} | (_USUAL_HEADS if len(trained) == 1 else set()))
 
 
 def _trained_classes(config: PretrainedConfig) -> list[tuple[Any, PretrainedConfig]]:
-    """The plain model with its pooler, a dual encoder that it is part of, and the image classification models."""
+    """The plain model with its pooler, the dual encoder that it is a part of, and the image classification models."""
     whole = copy.deepcopy(config)
     if config.model_type.startswith("siglip"):
         whole.vision_use_head = True

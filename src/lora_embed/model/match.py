@@ -1,7 +1,7 @@
-"""A saved adapter + the base's architecture → the change of each weight, named as the base names it; or a refusal.
+"""A saved adapter and the base's architecture → the change of each weight, by the base's names; or AdapterMismatch.
 
-transformers' own checkpoint loader says which weight of the base each tensor belongs to (`locate.locate`), PEFT's
-pattern rules which rank and alpha hold there.
+transformers' own checkpoint loader decides which weight of the base a tensor belongs to (`locate.locate`), and PEFT's
+pattern rules decide its rank and alpha.
 """
 
 import math
@@ -18,33 +18,33 @@ from lora_embed.model.peft_private import expressions_of_names, named_by
 from lora_embed.model.whole import Target, check_biases, check_effect, check_patterns, check_places, check_whole, shape_of
 
 _HALVES = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
-# PEFT saves bias="all" of a module in modules_to_save three times: the trained one, beside its wrapper's two.
+# With bias="all", PEFT saves the bias of a module in modules_to_save three times: the trained one, and two of its wrapper.
 _COPIES = (".modules_to_save.", ".original_module.")
 _KINDS = (*_HALVES, "lora_B.bias", "lora_magnitude_vector", "lora_magnitude_vector.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """What one adapter does to a base: changes by weight name, and what was left out of the fold."""
+    """The changes that one adapter makes to a base, by weight name, and the tensors that are not folded."""
 
     saved: SavedAdapter
     changes: dict[str, Change]
-    places: dict[str, str]  # the adapter's own names of weights → the base's
-    head_keys: tuple[str, ...]  # tensors of the task's own head, dropped
+    places: dict[str, str]  # the adapter's names of weights → the base's names
+    head_keys: tuple[str, ...]  # tensors of the task's head, which are not folded
 
     @property
     def uri(self) -> str:
-        """Where it was read from."""
+        """The URI or path that the adapter was read from."""
         return self.saved.uri
 
     @property
     def content_hash(self) -> str:
-        """Of the configuration that matters and all tensors."""
+        """A hash over all tensors, and the fields of the configuration that change the result."""
         return self.saved.content_hash
 
     @property
     def trained_on(self) -> str | None:
-        """The base that its configuration names."""
+        """The base that the adapter's configuration names."""
         return self.saved.config.get("base_model_name_or_path")
 
 
@@ -60,7 +60,7 @@ class _Module:
 
 
 def target_of(base: Base) -> Target:
-    """The architecture of a base; adapters that name the same weights share one answer of its loader."""
+    """The architecture of a base. Adapters with the same weight names share one answer of the checkpoint loader."""
     config = read_model_config(base.folder, base.uri)
     weights = weight_shapes(config)
     sizes = set(weights.values())
@@ -69,10 +69,10 @@ def target_of(base: Base) -> Target:
     def locate_once(shapes: dict[str, torch.Size]) -> dict[str, str | None]:
         key = frozenset(shapes.items())
         if key not in known:
-            # What is as large as no weight is not tried: a language model's adapter would take its memory.
+            # A shape that no weight has is not tried, since a language model's adapter would take as much memory as it has.
             fitting = {name: shape for name, shape in shapes.items() if shape in sizes}
-            found = locate(config, fitting) if fitting else {}
-            known[key] = {name: found.get(name) for name in shapes}
+            places = locate(config, fitting) if fitting else {}
+            known[key] = {name: places.get(name) for name in shapes}
         return known[key]
 
     return Target(uri=base.uri, locate=locate_once, head_names=head_names(config), shapes=weights)
@@ -81,23 +81,23 @@ def target_of(base: Base) -> Target:
 def match_adapter(saved: SavedAdapter, target: Target) -> Adapter:
     """Match every tensor of an adapter to a weight of the base.
 
-    Raises AdapterMismatch when a tensor matches nothing, the file is not whole, ranks disagree, or the adapter
-    would change nothing.
+    Raises AdapterMismatch if a tensor matches no weight, the file is incomplete, ranks disagree, or the adapter would
+    change nothing.
     """
     modules, others = _split(saved)
     shapes = {f"{module.name}.weight": module.lora.shape for module in modules}
     clash = sorted(set(shapes) & set(others))
     if clash:
         raise AdapterMismatch(
-            f"{saved.uri}: {clash[0]} is saved whole and changed by LoRA as well. Save the adapter again, with "
+            f"{saved.uri}: {clash[0]} is saved as a whole weight and also changed by LoRA. Save the adapter again with "
             "save_embedding_layers=False."
         )
     shapes |= {f"{module.name}.bias": module.bias.shape for module in modules if module.bias is not None}
     shapes |= {name: tensor.shape for name, tensor in others.items()}
-    found = target.locate(shapes)
-    heads = {name for name, place in found.items() if place is None and _is_of_head(name, target)}
-    check_places(saved, target, shapes, {name: place for name, place in found.items() if name not in heads})
-    places = {name: place for name, place in found.items() if place is not None}
+    located = target.locate(shapes)
+    heads = {name for name, place in located.items() if place is None and _is_of_head(name, target)}
+    check_places(saved, target, shapes, {name: place for name, place in located.items() if name not in heads})
+    places = {name: place for name, place in located.items() if place is not None}
     adapted = {name: places[name] for name in (f"{module.name}.weight" for module in modules) if name in places}
     check_whole(saved, target, adapted)
     check_biases(saved, target, set(adapted.values()), {places[name] for name in others if name in places})
@@ -109,14 +109,14 @@ def match_adapter(saved: SavedAdapter, target: Target) -> Adapter:
             whole = others.get(f"{module.name}.bias")
             changes[places[f"{module.name}.bias"]] = _bias_change(module.lora.scale, module.bias, whole)
     check_effect(saved, changes, heads)
-    own = sorted(key.removeprefix(PREFIX) for key in saved.tensors)
-    dropped = tuple(key for key in own if _is_below(key, heads))
+    keys = sorted(key.removeprefix(PREFIX) for key in saved.tensors)
+    dropped = tuple(key for key in keys if _is_below(key, heads))
     return Adapter(saved=saved, changes=changes, places=places, head_keys=dropped)
 
 
 def _split(saved: SavedAdapter) -> tuple[list[_Module], dict[str, torch.Tensor]]:
-    """LoRA modules, and all other tensors by their own name."""
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    """The LoRA modules of an adapter, and all its other tensors by their names."""
+    by_module: dict[str, dict[str, torch.Tensor]] = {}
     others: dict[str, torch.Tensor] = {}
     for key, tensor in saved.tensors.items():
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
@@ -126,50 +126,52 @@ def _split(saved: SavedAdapter) -> tuple[list[_Module], dict[str, torch.Tensor]]
         if kind is None and "lora_" in name:
             raise AdapterMismatch(
                 f"{saved.uri}: {key} is a kind of LoRA tensor that cannot be folded exactly. "
-                "Merge that adapter into its base with PEFT first, or train it without."
+                "Merge this adapter into its base with PEFT first, or train it without such tensors."
             )
         module, short = (name.removesuffix(f".{kind}"), kind.removesuffix(".weight")) if kind else (name, "")
-        place = found.setdefault(module, {}) if kind else others
-        if (short or name) in place:
+        tensors = by_module.setdefault(module, {}) if kind else others
+        if (short or name) in tensors:
             raise AdapterMismatch(f"{saved.uri}: {name} is saved twice, under two names. Save the adapter again.")
-        place[short or name] = tensor
-    if not found:
-        raise AdapterMismatch(f"{saved.uri}: {WEIGHTS_NAME} holds no LoRA tensors, so it would change nothing. Leave it out.")
+        tensors[short or name] = tensor
+    if not by_module:
+        raise AdapterMismatch(
+            f"{saved.uri}: {WEIGHTS_NAME} holds no LoRA tensors, so it would change nothing. Leave the adapter out."
+        )
     patterns = [expressions_of_names(saved.config.get(field) or {}) for field in ("rank_pattern", "alpha_pattern")]
-    check_patterns(saved, patterns, list(found))
-    return [_module(saved, name, tensors) for name, tensors in found.items()], others
+    check_patterns(saved, patterns, list(by_module))
+    return [_module(saved, name, tensors) for name, tensors in by_module.items()], others
 
 
 def _module(saved: SavedAdapter, name: str, tensors: dict[str, torch.Tensor]) -> _Module:
-    """Check that a module's tensors are all there and fit each other."""
+    """Check that all tensors of a module exist and fit together."""
     kind = "lora_embedding" if any(key.startswith("lora_embedding") for key in tensors) else "lora"
-    wanted = [f"{kind}_A", f"{kind}_B"]
+    expected = [f"{kind}_A", f"{kind}_B"]
     if saved.config.get("use_dora"):
-        wanted.append("lora_magnitude_vector")
+        expected.append("lora_magnitude_vector")
     if saved.config.get("lora_bias") and kind == "lora":
-        wanted.append("lora_B.bias")
-    for half in wanted:
-        if half not in tensors:
-            raise AdapterMismatch(f"{saved.uri}: {name} has no {half}; the file is not whole. Save it again.")
-    surplus = sorted(set(tensors) - set(wanted))
+        expected.append("lora_B.bias")
+    for key in expected:
+        if key not in tensors:
+            raise AdapterMismatch(f"{saved.uri}: {name} has no {key}, so the file is incomplete. Save the adapter again.")
+    surplus = sorted(set(tensors) - set(expected))
     if surplus:
         raise AdapterMismatch(
-            f"{saved.uri}: {name} has a {surplus[0]} that {CONFIG_NAME} knows nothing of; "
-            "configuration and weights are of different adapters. Bring together those of one."
+            f"{saved.uri}: {name} has a {surplus[0]}, which does not fit {CONFIG_NAME}. Configuration and weights belong to "
+            "different adapters. Copy both files of one adapter."
         )
-    down, up = tensors[wanted[0]], tensors[wanted[1]]
+    down, up = tensors[expected[0]], tensors[expected[1]]
     embedding = kind == "lora_embedding"
     if not (down.ndim == up.ndim >= 2 and all(size == 1 for size in up.shape[2:])) or (embedding and down.ndim > 2):
         raise AdapterMismatch(
-            f"{saved.uri}: {name} has a {wanted[0]} of shape {_shape(down)} and a {wanted[1]} of shape {_shape(up)}, "
-            "which are no linear layer's, convolution's or embedding's. Save it again."
+            f"{saved.uri}: {name} has {expected[0]} of shape {_shape(down)} and {expected[1]} of shape {_shape(up)}, which do "
+            "not fit a linear layer, a convolution or an embedding. Save the adapter again."
         )
     if embedding:
         down, up = up.T, down.T
     if down.shape[0] != up.shape[1] or not down.shape[0]:
         raise AdapterMismatch(
-            f"{saved.uri}: {name} has rank {down.shape[0]} in {wanted[0]} but {up.shape[1]} in {wanted[1]}. Either the file is "
-            "damaged, or the layer is a convolution in groups, whose LoRA is no change of its own weight."
+            f"{saved.uri}: {name} has rank {down.shape[0]} in {expected[0]} but {up.shape[1]} in {expected[1]}. Either the "
+            "file is damaged: save it again. Or the layer is a grouped convolution, for which LoRA cannot be folded."
         )
     shape = torch.Size((up.shape[0], *down.shape[1:]))
     lora = LowRank(down=down.flatten(1), up=up.flatten(1), scale=_scale(saved, name, down.shape[0]), shape=shape)
@@ -183,16 +185,16 @@ def _weight_change(saved: SavedAdapter, module: _Module) -> Change:
     if residual is not None:
         if len(module.lora.shape) != 2 or module.embedding:
             raise AdapterMismatch(
-                f"{saved.uri}: {module.name} is no linear layer, and init_lora_weights={residual} knows no other. "
+                f"{saved.uri}: {module.name} is not a linear layer, but init_lora_weights={residual} works only for those. "
                 "Save the adapter again."
             )
         inner = Residual(lora=module.lora, kind=residual)
     if module.magnitude is None:
         return inner
-    if module.embedding:  # it is an embedding's columns whose lengths are learned
+    if module.embedding:  # for an embedding, DoRA learns the lengths of columns
         raise AdapterMismatch(
-            f"{saved.uri}: {module.name} is an embedding; only linear layers and convolutions are folded with DoRA. "
-            "Merge that adapter into its base with PEFT first."
+            f"{saved.uri}: {module.name} is an embedding, but DoRA can be folded only for linear layers and convolutions. "
+            "Merge this adapter into its base with PEFT first."
         )
     if module.magnitude.numel() != module.lora.shape[0]:
         raise AdapterMismatch(
@@ -203,12 +205,12 @@ def _weight_change(saved: SavedAdapter, module: _Module) -> Change:
 
 
 def _bias_change(scale: float, bias: torch.Tensor, whole: torch.Tensor | None) -> Change:
-    """`lora_bias` is added to the layer's own bias, or to the one that `bias` in the configuration had trained as well."""
+    """The change of a bias by `lora_bias`: it is added to the layer's bias, or to the trained one that the adapter holds."""
     return Shift(bias=bias, scale=scale) if whole is None else Replaced(trained=whole.double() + scale * bias.double())
 
 
 def _is_of_head(name: str, target: Target) -> bool:
-    """A head stands beside the body (`classifier.…`) or at its end (`vit.pooler.…`)."""
+    """True for a weight of a head, which is beside the body (`classifier.…`) or at its end (`vit.pooler.…`)."""
     return bool(set(name.split(".")[:2]) & target.head_names)
 
 
@@ -225,8 +227,8 @@ def _scale(saved: SavedAdapter, module: str, rank: int) -> float:
     alpha = float(alphas.get(named_by(alphas, module), config["lora_alpha"]))
     if expected != rank:
         raise AdapterMismatch(
-            f"{saved.uri}: {module} has rank {rank}, but {CONFIG_NAME} says {expected}; "
-            "configuration and weights are of different adapters. Bring together those of one."
+            f"{saved.uri}: {module} has rank {rank}, but {CONFIG_NAME} says {expected}. Configuration and weights belong to "
+            "different adapters. Copy both files of one adapter."
         )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

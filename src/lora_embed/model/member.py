@@ -1,6 +1,6 @@
-"""One model of an encoder: folded, measured, written, and proven by opening it again.
+"""One model of an encoder: it is folded, measured, written, and checked after it was opened again.
 
-An encoder has one, or as many as adapters where their vectors are to stand side by side (`concat`).
+An encoder has one model, or, with `concat`, one for each adapter, whose vectors are concatenated.
 """
 
 import math
@@ -24,12 +24,12 @@ from lora_embed.model.relate import Relations
 from lora_embed.model.space import space_id_of
 from lora_embed.store import hub
 
-NOTHING = 1e-6  # a change of less than this share of the weights themselves is what rounding leaves of none
+NOTHING = 1e-6  # a change below this share of the weights' norm is no larger than rounding
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightRow:
-    """One changed weight: Frobenius norms of it, of the merged change, of each adapter's share; what a limit cut off."""
+    """One changed weight: Frobenius norms of the weight, of the merged change, of each adapter's share, and of the cut part."""
 
     before: float
     change: float
@@ -40,22 +40,22 @@ class WeightRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """One folded model of an encoder, and what is known of its fold."""
+    """One folded model of an encoder, and the figures of its fold."""
 
     merged: Merge
     model: PreTrainedModel
-    kept: dict[str, LowRank]  # by weight, where a limit cut the changes to low rank
+    kept: dict[str, LowRank]  # weight → low-rank change, if a limit cut the changes
     rows: dict[str, WeightRow]
     relations: Relations
 
 
 def fold_members(base: Base, recipe: Recipe, adapters: list[Adapter], limit: Limit | None) -> list[Member]:
-    """Fold a recipe's models. Raises AdapterMismatch, ConfigError or EncoderError for what cannot be folded or kept."""
+    """Fold a recipe's models. Raises AdapterMismatch, ConfigError or EncoderError if one cannot be folded or stored."""
     return [_fold(base, merged, limit) for merged in _merges(recipe, adapters)]
 
 
 def _merges(recipe: Recipe, adapters: list[Adapter]) -> list[Merge]:
-    """What each model of the encoder is folded from, in an order that the recipe's own does not change."""
+    """The merge for each model of the encoder, in an order that does not depend on the recipe's order."""
     options = merge.options_of(recipe.merge_method, recipe.merge_options)
     if recipe.merge_method == merge.CONCAT:
         ordered = sorted(adapters, key=lambda adapter: adapter.content_hash)
@@ -76,7 +76,7 @@ def _fold(base: Base, merged: Merge, limit: Limit | None) -> Member:
         changed = math.hypot(*(rows[name].before for name in adapter.changes))
         if weight and relations.norms()[number] < abs(weight) * NOTHING * changed:
             raise AdapterMismatch(
-                f"{adapter.uri}: changes the base by less than rounding does, so it would change nothing. "
+                f"{adapter.uri}: changes the base by less than float32 rounding, so it would change nothing. "
                 "Was it saved before training? Train it, or leave it out of the recipe."
             )
     return Member(merged=merged, model=model, kept=kept, rows=rows, relations=relations)
@@ -92,7 +92,7 @@ def write_member(member: Member, folder: Path, base: Base) -> None:
 
 
 def prove_members(base: Base, members: list[Member], description: Description, folder: Path) -> list[Proof]:
-    """Open what was written as any user does, and hold it against the adapter files, which are read again as well."""
+    """Open the written encoder like a user, and compare it with the adapter files, which are read again too."""
     saved = load_members(folder, description, str(folder), base.uri)
     original = load_headless(base.folder, base.uri)
     if description.base is None:
@@ -100,8 +100,8 @@ def prove_members(base: Base, members: list[Member], description: Description, f
     rebuilt = space_id_of(saved, description.preprocessing, description.pooling, description.normalize)
     if rebuilt != description.space_id:
         raise EncoderError(
-            f"{folder}: its base and adapter give an encoder of space {rebuilt}, not {description.space_id} as it was folded, "
-            "so it cannot be kept as an adapter. Store the whole model: leave out --store adapter."
+            f"{folder}: base and adapter give an encoder of space {rebuilt}, but the merged encoder has "
+            f"{description.space_id}, so it cannot be stored as an adapter. Store the whole model: leave out --store adapter."
         )
     target, proofs = target_of(base), []
     for place, model in zip(description.members, saved, strict=True):

@@ -1,7 +1,7 @@
-"""Changes and weights of several adapters → the one change of each weight of the base; one function per method.
+"""The changes of several adapters, with their weights → one change of each weight of the base; one function per method.
 
 To add a method, write its function and list it in `METHODS`. Its keyword arguments are the options that a recipe may set,
-with their types and bounds; one named `seed` arrives different for each weight of the base.
+with their types and bounds. An option named `seed` gets another value for each weight of the base.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from lora_embed.model.change import LowRank, multiply
 from lora_embed.model.match import Adapter
 
 VERSION = 2  # part of the recipe id: raise it when a method's numbers change
-CONCAT = "concat"  # no method of merging: each adapter keeps a model of its own, see `build.py`
+CONCAT = "concat"  # does not merge: each adapter gets its own model, see `build.py`
 
 _BLOCK = 2**18  # entries of a weight that are merged at a time
 
@@ -40,14 +40,14 @@ class Weighted:
     """One adapter's change of one weight of the base, with the recipe's weight."""
 
     weight: float
-    change: Any  # a Change, or anything with its `delta`
+    change: Any  # a Change, or an object with the same `delta`
 
 
 def weighted_sum(parts: list[Weighted], before: torch.Tensor) -> torch.Tensor:
-    """The exact sum of all changes, `Σ w·Δ`, in float64; PEFT reaches it as `cat` where it is right at all.
+    """The exact sum of all changes, `Σ w·Δ`, in float64; PEFT's `cat` gives the same where it is correct.
 
-    Task arithmetic (arXiv 2212.04089). An adapter at weight 0 takes no part, so weights [1, 0] give adapter one bit
-    for bit. Low-rank changes are added as one product of their factors side by side, `[w·s·B …] @ [A …]`.
+    Task arithmetic (arXiv 2212.04089). An adapter of weight 0 is left out, so weights [1, 0] give the first adapter bit for
+    bit. Low-rank changes are added as one product of their concatenated factors, `[w·s·B …] @ [A …]`.
     """
     parts = [part for part in parts if part.weight != 0]
     products = [part for part in parts if isinstance(part.change, LowRank)]
@@ -65,20 +65,20 @@ def weighted_sum(parts: list[Weighted], before: torch.Tensor) -> torch.Tensor:
 def linear(parts: list[Weighted], before: torch.Tensor) -> torch.Tensor:
     """PEFT's `linear`: factors are summed before they are multiplied, `(Σ √(w·s)·B) @ (Σ √(w·s)·A)`.
 
-    Source: `LoraModel._generalized_task_arithmetic_weighted_adapter` of PEFT 0.21. The product holds the cross terms
-    `B_i @ A_j`, which belong to no adapter; `weighted_sum` has none. As there, a negative weight's sign goes to A.
-    Raises AdapterMismatch for unequal ranks, which cannot be added, and for changes that are more than factors.
+    Source: `LoraModel._generalized_task_arithmetic_weighted_adapter` of PEFT 0.21. The product contains cross terms
+    `B_i @ A_j`, which belong to no adapter; `weighted_sum` has none. As in PEFT, the sign of a negative weight goes to A.
+    Raises AdapterMismatch for unequal ranks, which cannot be added, and for changes that do not only have LoRA factors.
     """
     if not all(isinstance(part.change, LowRank) for part in parts):
         kinds = sorted({type(part.change).__name__ for part in parts} - {"LowRank"})
         raise AdapterMismatch(
-            f"merge_method 'linear' adds LoRA factors, and an adapter holds more than those ({', '.join(kinds)}: DoRA, biases, "
-            "weights trained whole, or PiSSA and OLoRA); use 'weighted_sum'"
+            f"merge_method 'linear' adds LoRA factors, but an adapter holds more than those ({', '.join(kinds)}: DoRA, biases, "
+            "whole trained weights, PiSSA or OLoRA). Use 'weighted_sum'."
         )
     ranks = {part.change.down.shape[0] for part in parts}
     if len(ranks) > 1:
         raise AdapterMismatch(
-            f"merge_method 'linear' adds LoRA factors and needs equal ranks, found {sorted(ranks)}; use 'weighted_sum'"
+            f"merge_method 'linear' needs adapters of equal ranks, found {sorted(ranks)}. Use 'weighted_sum'."
         )
     scales = [part.weight * part.change.scale for part in parts]
     roots = [math.sqrt(abs(scale)) for scale in scales]
@@ -144,18 +144,18 @@ def magnitude_prune(parts: list[Weighted], before: torch.Tensor, *, density: Den
 
 
 def iso_c(parts: list[Weighted], before: torch.Tensor) -> torch.Tensor:
-    """Iso-C (arXiv 2502.04959): the sum's singular values replaced by their mean, `σ̄·U·Vᵀ`, so that no task dominates.
+    """Iso-C (arXiv 2502.04959): the sum's singular values are replaced by their mean, `σ̄·U·Vᵀ`, so that no task dominates.
 
-    The mean is over the sum's rank, not over the weight's: a sum of LoRA changes has no other directions. Biases and
-    norms, which have no singular values, are added as they are.
+    The mean is over the rank of the sum, not of the weight, since a sum of LoRA changes has no other directions. Biases and
+    norms, which have no singular values, are added unchanged.
     """
     total = weighted_sum(parts, before)
     if total.ndim < 2 or not bool(total.any()):
         return total
     u, s, vh = torch.linalg.svd(total.flatten(1), full_matrices=False)
     rank = _rank_of(s, total.flatten(1).shape)
-    evened: torch.Tensor = s[:rank].mean() * (u[:, :rank] @ vh[:rank])
-    return evened.reshape(before.shape)
+    change: torch.Tensor = s[:rank].mean() * (u[:, :rank] @ vh[:rank])
+    return change.reshape(before.shape)
 
 
 METHODS: dict[str, Callable[..., torch.Tensor]] = {
@@ -164,13 +164,13 @@ METHODS: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def options_of(method: str, given: Options) -> Options:
-    """A method's options, the given ones checked and the others at their defaults.
+    """A method's options: the given ones, checked, and the others at their defaults.
 
-    Raises ConfigError for an unknown method, and for an option that the method does not have or take.
+    Raises ConfigError for an unknown method, an unknown option, or a value that the option cannot have.
     """
     names = [*METHODS, CONCAT, "none"]
     if method not in names:
-        raise ConfigError(f"merge_method is {method!r}, expected {', '.join(names[:-1])} or {names[-1]}")
+        raise ConfigError(f"merge_method is {method!r}, expected {', '.join(names[:-1])} or {names[-1]}.")
     parameters = inspect.signature(METHODS[method]).parameters.values() if method in METHODS else ()
     known = {p.name: (p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
     if given and not known:
@@ -183,8 +183,8 @@ def merge(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (weight name, merged change in float64), one weight at a time so that memory does not grow with adapters.
 
-    `before` holds the base's weights. Adapters are taken in the order of their content hashes, whatever the recipe's:
-    float sums depend on it.
+    `before` holds the base's weights. Adapters are summed in the order of their content hashes, not of the recipe, since the
+    result of a float sum depends on the order.
     """
     ordered = sorted(zip(adapters, weights, strict=True), key=lambda pair: (pair[0].content_hash, pair[1]))
     for name in sorted({name for adapter in adapters for name in adapter.changes}):
@@ -201,7 +201,7 @@ def merge_one(name: str, parts: list[Weighted], before: torch.Tensor, method: st
 
 
 def truncate(matrix: torch.Tensor, rank: int | None, energy: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors (rows, r) and (r, columns), float64, of a matrix's best approximation: r as in `svd`, and at least 1."""
+    """Factors (rows, r) and (r, columns), float64, of a matrix's best approximation, with r as in `svd`, but at least 1."""
     flat = matrix.flatten(1)
     u, s, vh = torch.linalg.svd(flat, full_matrices=False)
     kept = _rank_of(s, flat.shape)
@@ -214,25 +214,25 @@ def truncate(matrix: torch.Tensor, rank: int | None, energy: float) -> tuple[tor
 
 
 def _rank_of(singular_values: torch.Tensor, shape: torch.Size) -> int:
-    """Numerical rank, by the usual bound on what rounding leaves of a zero."""
+    """Numerical rank: the number of singular values above the usual bound for rounding errors."""
     return int((singular_values > singular_values[0] * max(shape) * torch.finfo(torch.float64).eps).sum())
 
 
 @dataclass(frozen=True)
 class _Pruned:
-    """Full deltas that PEFT's `prune` has thinned out, (adapters, entries) in float32, and the weights they are due."""
+    """Full deltas after PEFT's `prune`, (adapters, entries) in float32, and the weights of the adapters."""
 
     deltas: torch.Tensor
     weights: torch.Tensor
 
     def blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Deltas and weights as `merge_utils` takes them, some entries at a time: it copies all that it is given."""
+        """Deltas and weights for `merge_utils`, in blocks of entries, since it copies its arguments."""
         for block in torch.split(self.deltas, _BLOCK, dim=1):
             yield block, self.weights
 
 
 def _pruned(parts: list[Weighted], before: torch.Tensor, density: float, kind: Literal["magnitude", "random"]) -> _Pruned:
-    """A delta at weight 0 takes no part in elections either."""
+    """All deltas, pruned. Those of weight 0 are left out, so that they take no part in an election of signs."""
     parts = [part for part in parts if part.weight != 0] or parts
     deltas = torch.empty(len(parts), before.numel())
     for row, part in zip(deltas, parts, strict=True):
@@ -256,7 +256,7 @@ def _elected(pruned: _Pruned, majority_sign: MajoritySign, before: torch.Tensor)
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Random numbers from a seed within, and the generator as it was afterwards."""
+    """A context with random numbers from a seed. Afterwards, the generator continues as before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

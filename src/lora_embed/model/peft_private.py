@@ -1,4 +1,4 @@
-"""All of PEFT that is used and is not public: its two rules for matching names; checked when this is imported."""
+"""The private parts of PEFT that are used, its two rules for matching names. They are checked when this is imported."""
 
 import re
 from collections.abc import Callable
@@ -15,10 +15,10 @@ _pattern_key = part("peft", "peft.utils.other:get_pattern_key", _PURPOSE, takes=
 
 
 def targeting(config: dict[str, Any]) -> Callable[[str], bool]:
-    """Which modules, by name, an adapter's configuration targets; it has `target_modules`.
+    """A function that tells whether an adapter's configuration, which has `target_modules`, targets a module of a name.
 
-    What PEFT does not look at there, such as layers beside a pattern, is left out: PEFT would refuse to hold it.
-    Its expressions must have been tried (`endless`): of those that cannot be read, it raises re.error, and others never end.
+    Fields that PEFT ignores in a combination, such as layers beside a pattern, are left out, since PEFT would refuse them.
+    The expressions must have been tried by `endless`: one that cannot be read raises re.error, and others never end.
     """
     fields = ["target_modules", "exclude_modules", "modules_to_save"]
     if config.get("layers_to_transform") is not None and not isinstance(config["target_modules"], str):
@@ -31,12 +31,12 @@ def targeting(config: dict[str, Any]) -> Callable[[str], bool]:
 def expressions_of_targets(config: dict[str, Any]) -> list[list[Expression]]:
     """All regular expressions that `targeting` may match a name with, as PEFT writes them."""
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
-    found: list[Expression] = [("fullmatch", text, text) for text in (targets, excluded) if isinstance(text, str)]
-    found += [("match", rf"(^|.*\.){text}($|\..*)", text) for text in config.get("modules_to_save") or ()]
+    expressions: list[Expression] = [("fullmatch", text, text) for text in (targets, excluded) if isinstance(text, str)]
+    expressions += [("match", rf"(^|.*\.){text}($|\..*)", text) for text in config.get("modules_to_save") or ()]
     layers = config.get("layers_pattern") or ()
     layers = [layers] if isinstance(layers, str) else layers
-    found += [("match", rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\.", text) for text in layers]
-    return [[expression] for expression in found]
+    expressions += [("match", rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\.", text) for text in layers]
+    return [[expression] for expression in expressions]
 
 
 def expressions_of_names(patterns: dict[str, Any]) -> list[Expression]:
@@ -45,15 +45,15 @@ def expressions_of_names(patterns: dict[str, Any]) -> list[Expression]:
 
 
 def named_by(patterns: dict[str, Any], module: str) -> str:
-    """The first of the patterns, of ranks or alphas, that holds for a module; its own name where none does.
+    """The first pattern, of ranks or alphas, that matches a module; the module's own name if none matches.
 
-    They must have been tried, as those of `targeting`.
+    Like those of `targeting`, the patterns must have been tried.
     """
     return str(_pattern_key(list(patterns), module))
 
 
 def _is_as_expected() -> bool:
-    """Each rule on an example with one answer for every kind of field."""
+    """True if both rules give the right answers on examples that use every kind of field."""
     parts = targeting({"target_modules": ["query"], "exclude_modules": ["1.query"], "layers_to_transform": [0, 1]})
     whole = targeting({"target_modules": r".*\.(query|key)", "modules_to_save": ["head"]})
     names = [f"vit.layer.{number}.{name}" for number in range(3) for name in ("query", "key")]

@@ -8,14 +8,14 @@ from torch import nn
 
 from lora_embed.errors import EncoderError
 
-FROM_LAST_HIDDEN_STATE = ("last_mean", "last_patch_mean", "last_cls")  # after the final norm; the others before it
+FROM_LAST_HIDDEN_STATE = ("last_mean", "last_patch_mean", "last_cls")  # after the final norm; the other poolings before it
 
 
 class HiddenState:
-    """The last hidden state of a model, taken by a hook so that the earlier ones need not be kept.
+    """The last hidden state of a model, taken by a hook, so that the earlier ones need not be kept in memory.
 
-    `hidden_states[-1]` of transformers is the output of the last block in some families (ViT, DINOv2: before the final
-    norm) and the final output in others (CLIP). `find_tap` decides by comparing with the literal tensor.
+    In some families (ViT, DINOv2), `hidden_states[-1]` of transformers is the output of the last block, before the final
+    norm; in others (CLIP) it is the final output. `find_tap` compares the tensors to find out.
     """
 
     def __init__(self, model: nn.Module, tap: str) -> None:
@@ -33,10 +33,10 @@ class HiddenState:
 
 @torch.inference_mode()
 def find_tap(model: nn.Module, pixel_values: torch.Tensor) -> tuple[str, torch.Tensor]:
-    """Name of the module whose output is `hidden_states[-1]` bit for bit, or "" where the final output is; and that state.
+    """The name of the module whose output is `hidden_states[-1]` bit for bit, or "" for the final output; and that state.
 
-    Raises EncoderError when the model gives no hidden states that can be pooled, or none of its blocks' outputs equals the
-    last; ValueError when it does not take images of this size.
+    Raises EncoderError if the model gives no hidden states that can be pooled, or no block's output equals the last state;
+    ValueError if the model does not take images of this size.
     """
     outputs: dict[str, Any] = {}
     lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList)]
@@ -47,25 +47,28 @@ def find_tap(model: nn.Module, pixel_values: torch.Tensor) -> tuple[str, torch.T
     ]
     try:
         output = model(pixel_values=pixel_values, output_hidden_states=True)
-    except RuntimeError as error:  # of torch, where a model does not look at the size itself (SigLIP)
+    except RuntimeError as error:  # from torch, if the model does not check the size itself (SigLIP)
         raise ValueError(str(error)) from None
     finally:
         for handle in handles:
             handle.remove()
     states = getattr(output, "hidden_states", None)
     if not states:
-        raise EncoderError(f"{type(model).__name__} gives no hidden states, so there is nothing to pool")
+        raise EncoderError(f"{type(model).__name__} gives no hidden states, so nothing can be pooled. Name another base.")
     if states[-1].ndim not in (3, 4):
         raise EncoderError(
-            f"{type(model).__name__} gives hidden states of shape {tuple(states[-1].shape)}; tokens (n, tokens, d) or maps "
-            "(n, d, h, w) can be pooled"
+            f"{type(model).__name__} gives hidden states of shape {tuple(states[-1].shape)}, expected tokens (n, tokens, d) or "
+            "maps (n, d, h, w). Name another base."
         )
     if torch.equal(states[-1], output.last_hidden_state):
         return "", states[-1]
     for name in blocks:
         if isinstance(outputs.get(name), torch.Tensor) and torch.equal(outputs[name], states[-1]):
             return name, states[-1]
-    raise EncoderError(f"{type(model).__name__}: no block's output equals its own hidden_states[-1]; tried {blocks}")
+    raise EncoderError(
+        f"{type(model).__name__}: no block's output equals hidden_states[-1]; tried {blocks}. Name another base, or a pooling "
+        "that begins with last_."
+    )
 
 
 def _first(output: Any) -> Any:
@@ -75,12 +78,12 @@ def _first(output: Any) -> Any:
 def pooler(pooling: str, prefix_tokens: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function (n, tokens, d) or (n, d, h, w) → (n, d).
 
-    `mean` is the guide's: over all tokens, special ones included; over height and width for feature maps.
-    Raises EncoderError for a pooling that the model has no tokens for.
+    `mean` is over all tokens, special ones included; for feature maps, over height and width.
+    Raises EncoderError if the pooling needs a class token and the model has none.
     """
     kind = pooling.removeprefix("last_")
     if kind == "cls" and prefix_tokens < 1:
-        raise EncoderError("pooling 'cls' needs a class token, and this model has none; use 'mean'")
+        raise EncoderError("pooling 'cls' needs a class token, but this model has none. Use 'mean'.")
 
     def pool(states: torch.Tensor) -> torch.Tensor:
         if states.ndim == 4:

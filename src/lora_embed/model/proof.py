@@ -1,7 +1,7 @@
-"""Was the merge done right? Adapter files read again, in other code, and held against what was saved.
+"""Check a merge after saving: every weight is recomputed from the adapter files and compared with the saved one.
 
-Nothing here shares code with `adapter`, `change`, `fold` or `merge`: tensors are read one by one, NumPy does the arithmetic,
-and `anew` has the methods. Only which weight of the base a tensor belongs to is taken over from the match.
+This shares no code with `adapter`, `change`, `fold` or `merge`: tensors are read one by one, NumPy does the arithmetic, and
+`anew` has the methods. Only the answer which weight of the base a tensor belongs to comes from the match.
 """
 
 import re
@@ -18,17 +18,17 @@ from lora_embed.model.fold import Merge
 from lora_embed.model.match import Adapter
 
 Proof = dict[str, dict[str, float]]  # by weight: `error` and `rounding`
-# Largest error of a weight's change, relative to the change itself, beyond what rounding the weight to float32 explains.
-# Where a method chooses entries by size or sign, a last digit can turn a choice.
+# The largest error of a weight's change, relative to the change, in addition to the rounding of the weight to float32.
+# If a method chooses entries by size or sign, a difference in the last digit can change a choice.
 BOUND = 1e-6
 CHOOSING = {"ties": 1e-2, "dare_ties": 1e-2, "magnitude_prune": 1e-2}
 
 
 def prove(merged: Merge, base: PreTrainedModel, saved: PreTrainedModel) -> Proof:
-    """Hold each weight of the saved model against the base and the adapter files.
+    """Compare each weight of the saved model with the base and the adapter files.
 
     Returns for each changed weight `error`, ‖saved − base − expected‖ / ‖expected‖, and `rounding`, the part of it that
-    float32 may explain. Raises EncoderError when a weight is off by more, or changed although no adapter has it.
+    float32 rounding may cause. Raises EncoderError if a weight differs by more, or changed although no adapter changes it.
     """
     before, after = dict(base.named_parameters()), dict(saved.named_parameters())
     changed = {name for adapter in merged.adapters for name in adapter.changes}
@@ -36,7 +36,8 @@ def prove(merged: Merge, base: PreTrainedModel, saved: PreTrainedModel) -> Proof
     if strays or set(before) != set(after):
         names = strays or sorted(set(before) ^ set(after))
         raise EncoderError(
-            f"the saved encoder differs from its base in weights that no adapter changes: {names[:3]}. A bug here."
+            f"the saved encoder differs from its base in weights that no adapter changes: {names[:3]}. This is a bug of "
+            "lora-embed. Please report it."
         )
     return {name: _prove_one(merged, name, before[name].detach(), after[name].detach()) for name in sorted(changed)}
 
@@ -50,8 +51,8 @@ def _prove_one(merged: Merge, name: str, before: torch.Tensor, after: torch.Tens
     bound = CHOOSING.get(merged.method, BOUND)
     if not error <= rounding + bound:
         raise EncoderError(
-            f"{name}: the saved change differs from the one computed anew from the adapter files by {error:.1e} of its norm; "
-            f"rounding explains {rounding:.1e}, allowed beside it is {bound:.0e}. The encoder was not written."
+            f"{name}: the saved change differs from the one recomputed from the adapter files by {error:.1e} of its norm; "
+            f"float32 rounding explains {rounding:.1e}, and {bound:.0e} more is allowed. The encoder was not written."
         )
     return {"error": error, "rounding": rounding}
 
@@ -77,13 +78,13 @@ def _linear(parts: list[tuple[Adapter, float]], name: str, shape: tuple[int, ...
 
 def _change(adapter: Adapter, name: str, old: Array) -> Array:
     """One adapter's change of one weight, from its file."""
-    own, tensors = _read(adapter, name)
+    adapter_name, tensors = _read(adapter, name)
     learned = tensors.get("whole", old) - old
-    if own.endswith(".bias") and "lora_B.bias" in tensors:
-        return learned + _factors(adapter, own, tensors)[2] * tensors["lora_B.bias"]
+    if adapter_name.endswith(".bias") and "lora_B.bias" in tensors:
+        return learned + _factors(adapter, adapter_name, tensors)[2] * tensors["lora_B.bias"]
     if "whole" in tensors:
         return learned
-    down, up, scale = _factors(adapter, own, tensors)
+    down, up, scale = _factors(adapter, adapter_name, tensors)
     change = (scale * (up @ down)).reshape(old.shape)
     initialisation = str(adapter.saved.config.get("init_lora_weights")).lower()
     if initialisation == "pissa":
@@ -101,28 +102,28 @@ def _change(adapter: Adapter, name: str, old: Array) -> Array:
 
 
 def _read(adapter: Adapter, name: str) -> tuple[str, dict[str, Array]]:
-    """The adapter's own name of a weight of the base, and its tensors for it: a whole weight, or LoRA's by kind."""
-    own = next(own for own, place in adapter.places.items() if place == name)
-    module = own.rpartition(".")[0]
+    """The adapter's name of a weight of the base, and its tensors for that weight: the whole weight, or LoRA's by kind."""
+    adapter_name = next(adapter_name for adapter_name, place in adapter.places.items() if place == name)
+    module = adapter_name.rpartition(".")[0]
     tensors = {}
     with safe_open(adapter.saved.folder / WEIGHTS_NAME, "pt") as file:
         for key in file.keys():  # noqa: SIM118 - no mapping
-            found = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-            if found == own:
+            tensor_name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            if tensor_name == adapter_name:
                 tensors["whole"] = file.get_tensor(key).double().numpy()
-            elif found.startswith(f"{module}.lora_"):
-                kind = found.removeprefix(f"{module}.").removesuffix(".weight")
+            elif tensor_name.startswith(f"{module}.lora_"):
+                kind = tensor_name.removeprefix(f"{module}.").removesuffix(".weight")
                 tensors[kind] = file.get_tensor(key).double().numpy()
-    return own, tensors
+    return adapter_name, tensors
 
 
-def _factors(adapter: Adapter, own: str, tensors: dict[str, Array]) -> tuple[Array, Array, float]:
+def _factors(adapter: Adapter, adapter_name: str, tensors: dict[str, Array]) -> tuple[Array, Array, float]:
     """(rank, columns), (rows, rank) and scale of one LoRA module."""
     if "lora_embedding_A" in tensors:
         down, up = tensors["lora_embedding_B"].T, tensors["lora_embedding_A"].T
     else:
         down, up = tensors["lora_A"], tensors["lora_B"]
-    rank, module, config = len(down), own.rpartition(".")[0], adapter.saved.config
+    rank, module, config = len(down), adapter_name.rpartition(".")[0], adapter.saved.config
     patterns = (config.get("alpha_pattern") or {}).items()
     alpha = next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", module)), config["lora_alpha"])
     scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank

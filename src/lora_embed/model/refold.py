@@ -1,4 +1,4 @@
-"""One model in memory that is one recipe's encoder after another: what makes a search over recipes cheap."""
+"""One model in memory that becomes the encoder of one recipe after another, so that a search over recipes is cheap."""
 
 from collections.abc import Iterator
 
@@ -14,42 +14,42 @@ from lora_embed.model.encoder import Encoder
 from lora_embed.model.fold import Merge, fold
 from lora_embed.model.space import space_id_of
 
-BLOCK = 1024  # images copied out of a mapped file at a time
+BLOCK = 1024  # images that are copied from a mapped file at a time
 # Images a second of a ViT-S/14 at 56 pixels, 2 cores: 153 on two threads, 157 to 167 in batches of 64 to 128, 179 by two
 # processes of one thread. The last 7 % are not worth a second model and a copy of the weights for each trial.
 BATCH = {"cpu": 64, "cuda": 256}
 
 
 class Refolder:
-    """The base of some ingredients with their adapters matched, folded anew for each recipe of them.
+    """A base with its matched adapters, which can be folded again for each recipe of these adapters.
 
-    It folds by the code that a build runs, on the base's own weights each time, so its vectors are the built encoder's.
+    It folds with the code of a build, each time into the base's own weights, so its vectors equal those of a built encoder.
     """
 
     def __init__(self, ingredients: Ingredients, device: str) -> None:
         self.ingredients = ingredients
-        self.adapters = {adapter.uri: adapter for adapter in match_adapters(ingredients)}  # by their paths in the recipe
+        self.adapters = {adapter.uri: adapter for adapter in match_adapters(ingredients)}  # by the path in the recipe
         self._model, description = open_base(ingredients)
         self._weights = {name: parameter.data for name, parameter in self._model.named_parameters()}
         self._encoder = Encoder([self._model], description, device=device, precision="float32", batch_size=BATCH[device])
 
     @property
     def encoder(self) -> Encoder:
-        """The encoder as it is folded now; its description is the base's."""
+        """The encoder of the recipe that was folded last. Its description is that of the base."""
         return self._encoder
 
     @property
     def encoder_bytes(self) -> int:
-        """Of the weights, which every fold has as many of."""
+        """Size of the encoder's weights in bytes, which is the same after each fold."""
         return sum(weight.nbytes for weight in self._weights.values())
 
     def identify(self, recipe: Recipe) -> str:
-        """The recipe's id."""
+        """The id of a recipe."""
         return with_recipe(self.ingredients, recipe).recipe_id
 
     @one_thread()
     def fold(self, recipe: Recipe) -> None:
-        """Make the model the recipe's. Raises as `fold` and a method of merging do."""
+        """Fold a recipe into the model. Raises like `fold.fold` and the methods of `merge`."""
         for name, parameter in self._model.named_parameters():
             parameter.data = self._weights[name]
         for _ in self._folded(recipe):
@@ -57,12 +57,12 @@ class Refolder:
         torch.nn.Module.to(self._model, self._encoder.device)
 
     def space_id(self) -> str:
-        """Of the model as it is folded now, which must lie on the CPU."""
+        """The space id of the recipe that was folded last. The model must be on the CPU."""
         about = self._encoder.description
         return space_id_of([self._model], about.preprocessing, about.pooling, about.normalize)
 
     def embed(self, pixels: Pixels, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Those rows of prepared pixels (n, H, W, 3), which may be a mapped file → float32 (len(rows), d)."""
+        """Some rows of prepared pixels (n, H, W, 3), which may be a mapped file → float32 (len(rows), d)."""
         blocks = [self._encoder.embed_pixels(pixels[rows[start : start + BLOCK]]) for start in range(0, len(rows), BLOCK)]
         return np.concatenate(blocks) if blocks else np.empty((0, self._encoder.dimension), np.float32)
 

@@ -1,4 +1,4 @@
-"""The space id: a hash of all that makes a vector, the same whatever release of transformers the encoder is built with."""
+"""The space id: a hash of everything that shapes a vector. It does not depend on the release of transformers."""
 
 import copy
 import hashlib
@@ -11,14 +11,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_embed.images.preprocess import Preprocessing
 
-VERSION = 2  # of what is hashed; encoders without one were made when all fields of a configuration were: their ids stay
+VERSION = 2  # of the hash; encoders without a version hashed all fields of a configuration, and keep their ids
 _TOKENS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "image_size", "patch_size",
     "num_channels",
 )  # fmt: skip
 _VIT = (*_TOKENS, "intermediate_size", "qkv_bias")
 _DINOV2 = (*_TOKENS, "mlp_ratio", "qkv_bias", "use_swiglu_ffn")
-# What of each family's configuration shapes a vector, beside the weights.
+# For each family: the fields of its configuration that shape a vector, in addition to the weights.
 SHAPING: dict[str, tuple[str, ...]] = {
     "vit": _VIT,
     "deit": _VIT,
@@ -39,7 +39,7 @@ SHAPING: dict[str, tuple[str, ...]] = {
         "num_channels",
     ),
 }  # fmt: skip
-# Names, what follows the library's release, and what counts in training alone.
+# Fields that never shape a vector: names, fields that change with the library's release, and fields for training.
 _SHAPELESS = {
     "model_type", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "id2label", "label2id",
     "num_labels", "problem_type", "output_hidden_states", "output_attentions", "return_dict", "vision_use_head",
@@ -49,10 +49,10 @@ _SHAPELESS = {
 
 
 def space_id_of(models: list[PreTrainedModel], preprocessing: Preprocessing, pooling: str, normalize: bool) -> str:
-    """12 hex digits of the SHA-256 over all that makes a vector.
+    """12 hex digits of the SHA-256 over everything that shapes a vector.
 
-    They are the float32 weights by name, what of the configuration shapes a vector (`shaping_fields`), what makes an image
-    the model's input, with its arithmetic by name, and the pooling.
+    That is: the float32 weights by name, the fields of the configuration that shape a vector (`shaping_fields`), the
+    preprocessing with the name of its arithmetic, and the pooling.
     """
     about = {
         "version": VERSION,
@@ -72,21 +72,21 @@ def space_id_of(models: list[PreTrainedModel], preprocessing: Preprocessing, poo
 
 
 def shaping_fields(config: PretrainedConfig) -> dict[str, Any]:
-    """What of a model's configuration goes into its space id.
+    """The fields of a model's configuration that are hashed into its space id.
 
-    Always the fields that are known to shape a vector in its family, `SHAPING`, with the values in effect: a default that a
-    later release of transformers changes makes no other id, as long as the model stays the same. Of the other fields, those
-    that must be said: without them, the same class would make another configuration. So a field that nobody has thought
-    of, and each field of an unknown family, counts as soon as it is not at its default, and two encoders that differ in it
-    have two ids; and a field that a later release adds, or computes from others, changes no id while it is left alone.
-    `_SHAPELESS` ones never count.
+    First, the fields of `SHAPING`, which are known to shape a vector in the model's family. They are hashed with the values
+    in effect, so a default that a later release of transformers changes does not change the id of the same model. Second,
+    every other field without which the same class would make another configuration. So an unknown field, and each field of
+    an unknown family, counts when it is not at its default, and two encoders that differ in it have two ids. A field that a
+    later release adds, or computes from others, changes no id while it stays at its default. Fields of `_SHAPELESS` never
+    count.
 
-    The alternatives are worse: a list alone misses what it does not know; all fields of the class, as version 1 hashed
-    them, grow with each release; and golden vectors are not the same bits on every processor.
+    The alternatives are worse. A list alone misses unknown fields. All fields of the class, which version 1 hashed, grow
+    with each release. Golden vectors do not have the same bits on every processor.
     """
     fields = {name: value for name, value in config.to_dict().items() if name not in _SHAPELESS}
     said, before = set(fields), None
-    while said != before:  # again, since some classes refuse to be told what they compute: one field is in others' way
+    while said != before:  # repeated, since some classes refuse a field that they compute while another one is given
         before = said
         for name in sorted(said - set(SHAPING.get(config.model_type, ()))):
             if _makes(type(config), {other: fields[other] for other in said - {name}}, fields):
@@ -95,7 +95,7 @@ def shaping_fields(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _makes(kind: Any, said: dict[str, Any], fields: dict[str, Any]) -> bool:
-    """Does the class make a configuration of these fields when it is told some of them?"""
+    """True if the class makes a configuration with all `fields` when it is given only the fields `said`."""
     try:
         made = kind(**copy.deepcopy(said)).to_dict()
     except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError):
@@ -104,11 +104,11 @@ def _makes(kind: Any, said: dict[str, Any], fields: dict[str, Any]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it, without what has no shape; 4.0 is 4, since releases differ in how they read a number."""
+    """A value as JSON holds it, without `_SHAPELESS` fields. 4.0 becomes 4, since releases read numbers differently."""
     if isinstance(value, dict):
-        return {str(name): _plain(one) for name, one in value.items() if name not in _SHAPELESS}
+        return {str(name): _plain(item) for name, item in value.items() if name not in _SHAPELESS}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, str | int | float | None) else str(value)

@@ -1,4 +1,4 @@
-"""All of transformers that is used and is not public: which dual encoder a vision part belongs to; checked when imported."""
+"""The private part of transformers that is used: it finds the dual encoder of a vision model. It is checked when imported."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ check("transformers", _IS_FAMILY, "model_type_to_module_name of clip_vision_mode
 
 
 def dual_encoder_of(config: PretrainedConfig) -> Any | None:
-    """The class of configuration of the dual encoder whose vision part this is; None for any other model's."""
+    """The configuration class of the dual encoder whose vision part has this configuration; None for any other model."""
     family = _family_of(config.model_type)
     if family not in CONFIG_MAPPING:
         return None

@@ -1,4 +1,4 @@
-"""Is an adapter's file whole, does every tensor have its place in the base, and does it change anything there?"""
+"""Checks of an adapter: its file is complete, every tensor belongs to a weight of the base, and it changes something."""
 
 import re
 from collections.abc import Callable
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from lora_embed.errors import AdapterMismatch
-from lora_embed.model.adapter import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, some
+from lora_embed.model.adapter import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, first_names
 from lora_embed.model.change import Change, LowRank
 from lora_embed.model.endless import Expression, problem_with
 from lora_embed.model.peft_private import expressions_of_targets, targeting
 
-# Names of tensors → for each, the base weight that takes it, or None; as `locate.locate` finds it.
+# Shapes of tensors by name → for each name, the weight of the base that it belongs to, or None: see `locate.locate`.
 Locate = Callable[[dict[str, torch.Size]], dict[str, str | None]]
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer
 
@@ -24,12 +24,12 @@ class Target:
 
     uri: str  # of the base, for messages
     locate: Locate
-    head_names: frozenset[str]  # modules of a task's own head, which an encoder does without
+    head_names: frozenset[str]  # modules of a task's head, which an encoder does not have
     shapes: dict[str, torch.Size]  # of all weights of the headless model
 
 
 def check_patterns(saved: SavedAdapter, patterns: list[list[Expression]], names: list[str]) -> None:
-    """Patterns are regular expressions by whoever wrote the adapter: one that has no end would hang the build."""
+    """Raises AdapterMismatch for a stranger's regular expression that cannot be read, or whose matching may never end."""
     if (problem := problem_with(patterns, names)) is not None:
         raise AdapterMismatch(f"{saved.uri}: a pattern of {CONFIG_NAME} cannot be used: {problem}. Save the adapter again.")
 
@@ -41,67 +41,68 @@ def check_places(saved: SavedAdapter, target: Target, shapes: dict[str, torch.Si
     alone = target.locate({name: shapes[name] for name in unused})
     for name, place in alone.items():
         if place is not None and place in places.values():
-            other = next(own for own, taken in places.items() if taken == place)
+            other = next(adapter_name for adapter_name, taken in places.items() if taken == place)
             raise AdapterMismatch(
                 f"{saved.uri}: {other} and {name} are both names of {place}, so it is saved twice. Save the adapter again."
             )
     kernels = any(len(shapes[name]) > 2 for name in unused)
-    hint = " A convolution in groups cannot be folded: its LoRA mixes channels that its weight keeps apart." if kernels else ""
+    hint = " A grouped convolution cannot be folded: its LoRA mixes channels that its weight keeps apart." if kernels else ""
     raise AdapterMismatch(
-        f"{saved.uri}: {len(unused)} of {len(places)} weights that it changes match none of {target.uri}: "
-        f"{some([f'{name} {shape_of(shapes[name])}' for name in unused])}. "
+        f"{saved.uri}: {len(unused)} of the {len(places)} weights that it changes match no weight of {target.uri}: "
+        f"{first_names([f'{name} {shape_of(shapes[name])}' for name in unused])}. "
         f"It was trained on {saved.config.get('base_model_name_or_path')!r}; name that base in the recipe.{hint}"
     )
 
 
 def check_whole(saved: SavedAdapter, target: Target, adapted: dict[str, str]) -> None:
-    """All modules that the configuration targets, by PEFT's own rule, are there; a gap is a lost tensor."""
-    named = saved.config.get("target_modules")
-    if not named:
+    """Raises AdapterMismatch if a module that the configuration targets, by PEFT's own rule, has no tensors in the file."""
+    targets = saved.config.get("target_modules")
+    if not targets:
         return
-    absent = {place: own for place, own in _own_names(target, adapted).items() if place not in adapted.values()}
+    names = _adapter_names(target, adapted)
+    absent = {place: adapter_name for place, adapter_name in names.items() if place not in adapted.values()}
     check_patterns(saved, expressions_of_targets(saved.config), list(absent.values()))
     is_targeted = targeting(saved.config)
-    missing = sorted(place for place, own in absent.items() if is_targeted(own))
+    missing = sorted(place for place, adapter_name in absent.items() if is_targeted(adapter_name))
     if missing:
         raise AdapterMismatch(
-            f"{saved.uri}: {CONFIG_NAME} targets {some(sorted([named] if isinstance(named, str) else named), 6)}, but "
-            f"{WEIGHTS_NAME} has nothing for {some(missing)}; the file is not whole. Save it again."
+            f"{saved.uri}: {CONFIG_NAME} targets {first_names(sorted([targets] if isinstance(targets, str) else targets), 6)}, "
+            f"but {WEIGHTS_NAME} has no tensors for {first_names(missing)}, so the file is incomplete. Save the adapter again."
         )
 
 
-def _own_names(target: Target, adapted: dict[str, str]) -> dict[str, str]:
-    """Weights of the base → what the adapter calls their modules, as far as the names in its file show that."""
+def _adapter_names(target: Target, adapted: dict[str, str]) -> dict[str, str]:
+    """Weights of the base → the adapter's names of their modules, as far as the names in its file show them."""
     weights = [name for name, shape in target.shapes.items() if name.endswith(".weight") and len(shape) > 1]
-    fronts = {own.removesuffix(place) if own.endswith(place) else None for own, place in adapted.items()}
+    fronts = {name.removesuffix(place) if name.endswith(place) else None for name, place in adapted.items()}
     if len(fronts) == 1 and None not in fronts:
         return {place: f"{fronts.copy().pop()}{place}".removesuffix(".weight") for place in weights}
-    templates = {}  # other names in other layers differ by numbers alone
-    for own, place in adapted.items():
-        template = _NUMBER.sub("{}", own)
-        if template.format(*_NUMBER.findall(place), *[""] * template.count("{}")) == own:
+    templates = {}  # names in other layers differ only in their numbers
+    for name, place in adapted.items():
+        template = _NUMBER.sub("{}", name)
+        if template.format(*_NUMBER.findall(place), *[""] * template.count("{}")) == name:
             templates[_NUMBER.sub("#", place)] = template.removesuffix(".weight")
     kinds = {place: templates.get(_NUMBER.sub("#", place)) for place in weights}
     return {place: template.format(*_NUMBER.findall(place)) for place, template in kinds.items() if template}
 
 
 def check_biases(saved: SavedAdapter, target: Target, adapted: set[str], whole: set[str]) -> None:
-    """The biases that `bias` in the configuration had trained are all there; old versions of PEFT left them out."""
+    """Raises AdapterMismatch if a bias that `bias` in the configuration trained is missing: old versions of PEFT lost them."""
     kind = saved.config.get("bias")
     biases = {name for name in target.shapes if name.endswith(".bias")}
     owners = {"all": biases, "lora_only": {f"{name.removesuffix('.weight')}.bias" for name in adapted} & biases}
     missing = sorted(owners.get(str(kind), set()) - whole)
     if missing:
         raise AdapterMismatch(
-            f"{saved.uri}: was trained with bias={kind!r}, but {WEIGHTS_NAME} does not hold {some(missing)}, so what it "
-            'learned there is lost. Save it with a version of PEFT that keeps them, or train it with bias="none".'
+            f"{saved.uri}: was trained with bias={kind!r}, but {WEIGHTS_NAME} does not hold {first_names(missing)}, so these "
+            'trained biases are lost. Save it with a version of PEFT that keeps them, or train it with bias="none".'
         )
 
 
 def check_effect(saved: SavedAdapter, changes: dict[str, Change], heads: set[str]) -> None:
     if not changes:
         raise AdapterMismatch(
-            f"{saved.uri}: changes {some(sorted(heads))} alone, a task's own head, which an encoder does without. "
+            f"{saved.uri}: changes only {first_names(sorted(heads))}, the head of a task, which an encoder does not have. "
             "Leave it out of the recipe."
         )
     if all(isinstance(change, LowRank) and not change.norm() for change in changes.values()):

@@ -1,1 +1,1 @@
-"""Inputs → shards → samples: tars, Parquet files and loose images. Imports `images`, `monitor`, `store` and the ground."""
+"""Inputs → shards → samples, from tars, Parquet files and loose images. Imports `images`, `monitor`, `store` and the ground."""

@@ -1,4 +1,4 @@
-"""A Parquet file from somebody else, as Arrow gets to see it: no foreign type is made, no page is unpacked unchecked."""
+"""Read a stranger's Parquet file through checks: Arrow creates no extension type, and unpacks no page before it is checked."""
 
 import base64
 import io
@@ -11,30 +11,30 @@ import pyarrow.parquet as pq
 
 from lora_embed.errors import ShardError
 
-TAIL = 2**16  # bytes that are read at once of a file's end
-MOST_FOOTER = 2**24  # bytes; it takes some fifty times as much memory, and a microsecond a byte
-MOST_PAGE, TIMES_PACKED = 2**26, 32  # bytes that a page may unpack to: so many, or so many times its own where that is more
-MOST_VALUES = 2**24  # of a nested column in a row group, where it is less than eight to a byte
+TAIL = 2**16  # bytes at a file's end that are read in one request
+MOST_FOOTER = 2**24  # bytes; a footer takes about fifty times its size in memory, and a microsecond a byte
+MOST_PAGE, TIMES_PACKED = 2**26, 32  # a page may unpack to so many bytes, or to so many times its packed size
+MOST_VALUES = 2**24  # values that a nested column may have in a row group, or eight for each unpacked byte
 _MAGIC = b"PAR1"
 _SCHEMA, _EXTENSION = b"ARROW:schema", b"ARROW:extension:name"
-PASSED_OVER = b"-" + _EXTENSION[1:]  # what stands in a field's metadata instead
+PASSED_OVER = b"-" + _EXTENSION[1:]  # replaces `_EXTENSION` in a field's metadata
 _DATA, _DICTIONARY, _DATA_2 = 0, 2, 3  # types of pages
-_DELTA_BYTE_ARRAY = 7  # an encoding: each value may begin as the one before it ends up, so a page may hold far more than it has
+_DELTA_BYTE_ARRAY = 7  # an encoding in which a value may repeat the beginning of the one before: a page may unpack to far more
 
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """One page of a column, as its header says."""
+    """One page of a column, by its header."""
 
     type: int
     packed: int  # bytes
     unpacked: int
-    values: int = 0  # of a page with data; nulls count
+    values: int = 0  # in a page with data, nulls included
     encoding: int = 0
 
     @property
     def repeatable(self) -> int:
-        """Bytes of it that a row may take, and the row after it again; 0 where it holds little more than the file itself."""
+        """The bytes that every row of this page may repeat; 0 for a page that unpacks to at most twice its packed size."""
         if self.type == _DICTIONARY or self.encoding == _DELTA_BYTE_ARRAY or self.unpacked > 2 * self.packed:
             return self.unpacked
         return 0
@@ -42,7 +42,7 @@ class Page:
 
 @dataclass(frozen=True)
 class _Column:
-    """Where a column of a row group lies, by the path of its name."""
+    """The bytes of one column in a row group; `path` is the column's name, with its parents' names."""
 
     path: str
     begin: int
@@ -51,17 +51,17 @@ class _Column:
 
 
 class ParquetFile:
-    """An opened file: its `schema`, but for extension types, which are passed over, and the `rows` that each group has.
+    """An opened file: its `schema`, with extension types replaced by their storage types, and the `rows` of each row group.
 
-    Raises ShardError for what is no Parquet file, and whatever Arrow raises over a damaged one.
+    Raises ShardError for a file that is not Parquet, and any error of Arrow for a damaged one.
     """
 
     def __init__(self, file: BinaryIO, size: int, where: str) -> None:
         self._file, self._where = file, where
-        self._unread = size  # bytes: columns do not share any, so no footer makes more of a file than there is
+        self._unread = size  # bytes; columns share none, so a footer cannot make a file larger than it is
         self._held = _Held(size)
         footer = _without_extensions(self._read_footer(size), where)
-        # Not by Arrow's own accessors: from some, what is thrown over a bent footer ends the process.
+        # Not by Arrow's own accessors: some of them end the process when a footer is wrong.
         described = _Thrift(footer, 0).struct()
         groups = described.get(4, [])
         self.num_rows: int = described.get(3, 0)
@@ -73,12 +73,12 @@ class ParquetFile:
         self.schema: pa.Schema = self._parquet.schema_arrow
 
     def batches(self, group: int, columns: list[str], most: int, most_bytes: int) -> Iterator[pa.RecordBatch]:
-        """A row group's columns, in batches of up to `most` rows: fewer where they could repeat large values.
+        """A row group's columns, in batches of up to `most` rows, or fewer where rows could repeat large values.
 
-        Each column's bytes are read, and their pages checked, before Arrow unpacks one.
+        All columns are read, and their pages checked, before Arrow unpacks any.
         """
-        wanted = [one for one in self._columns[group] if any(f"{one.path}.".startswith(f"{name}.") for name in columns)]
-        heaviest = max(map(self._hold, wanted), default=0)
+        named = [column for column in self._columns[group] if any(f"{column.path}.".startswith(f"{name}.") for name in columns)]
+        heaviest = max(map(self._hold, named), default=0)
         most = max(1, min(most, most_bytes // max(heaviest, 1)))
         yield from self._parquet.iter_batches(batch_size=most, row_groups=[group], columns=columns)
         self._held.columns.clear()
@@ -91,7 +91,7 @@ class ParquetFile:
             raise ShardError(f"{self._where}: cannot be read as Parquet to its end (it has no footer). Upload it again.")
         if length > MOST_FOOTER:
             raise ShardError(
-                f"{self._where}: its footer has {length} bytes, allowed are {MOST_FOOTER}. Write larger row groups."
+                f"{self._where}: its footer has {length} bytes; at most {MOST_FOOTER} are allowed. Write larger row groups."
             )
         if length > len(tail):
             self._file.seek(size - length)
@@ -99,10 +99,10 @@ class ParquetFile:
         return tail[-length:]
 
     def _hold(self, column: _Column) -> int:
-        """Read and check a column; the most bytes that each row of it may repeat."""
+        """Read and check a column. Returns the most bytes that each of its rows may repeat."""
         self._unread -= column.size
         if column.begin < 0 or column.size < 0 or self._unread < 0:
-            raise ShardError(f"{self._where}: its footer gives a column bytes that it has not. Upload it again.")
+            raise ShardError(f"{self._where}: its footer names bytes that the file does not have. Upload it again.")
         self._file.seek(column.begin)
         data = self._file.read(column.size)
         values = heaviest = unpacked = 0
@@ -111,23 +111,26 @@ class ParquetFile:
             values, unpacked = values + page.values, unpacked + page.unpacked
             heaviest = max(heaviest, page.repeatable)
         if values > max(MOST_VALUES, 8 * unpacked) and self._leaves.column(column.number).max_repetition_level:
-            raise ShardError(f"{self._where}: column {column.path} has {values} values in {unpacked} bytes. {_ANEW}")
+            raise ShardError(
+                f"{self._where}: column {column.path} has {values} values in {unpacked} bytes; at most {MOST_VALUES}, or eight "
+                f"for each byte, are allowed. {_ANEW}"
+            )
         self._held.columns[column.begin] = data
         return heaviest
 
     def _check(self, page: Page) -> None:
         if page.unpacked > max(MOST_PAGE, TIMES_PACKED * page.packed):
             raise ShardError(
-                f"{self._where}: a page of {page.packed} bytes unpacks to {page.unpacked}, allowed are {MOST_PAGE}, or "
-                f"{TIMES_PACKED} times its own. {_ANEW}"
+                f"{self._where}: a page of {page.packed} bytes unpacks to {page.unpacked} bytes; at most {MOST_PAGE}, or "
+                f"{TIMES_PACKED} times the page's own size, are allowed. {_ANEW}"
             )
 
 
-_ANEW = "Write it anew with smaller pages and without dictionaries."
+_ANEW = "Write the file again with smaller pages and without dictionaries."
 
 
 class _Held(io.RawIOBase):
-    """The file that Arrow reads: columns by their first byte, and nothing else."""
+    """The file that Arrow reads. It holds only checked columns, by the position of their first byte."""
 
     def __init__(self, size: int) -> None:
         self.columns: dict[int, bytes] = {}
@@ -154,40 +157,40 @@ class _Held(io.RawIOBase):
 
 
 def _column_of(described: dict[int, Any], number: int) -> _Column:
-    """By what the footer says of it, as Arrow takes it: a dictionary stands first where there is one."""
+    """A column from its description in the footer. Like for Arrow, it begins with its dictionary, if it has one."""
     begin, dictionary = described.get(9, 0), described.get(11, 0)
     path = ".".join(part.decode("utf-8", "replace") for part in described.get(3, []))
     return _Column(path, dictionary if 0 < dictionary < begin else begin, described.get(7, 0), number)
 
 
 def _without_extensions(footer: bytes, where: str) -> bytes:
-    """The footer, in whose Arrow schema no field names an extension type, but for Arrow's own; of the same length.
+    """The footer, of the same length, with an Arrow schema that names no extension type other than Arrow's own.
 
-    To make such a type is to run code of the library that registered it, on bytes of the file: Ray's take pickles there
-    where a variable of the environment says so. So Arrow itself is not asked for the schema before.
+    To create an extension type runs code of the library that registered it, on bytes of the file. Ray's types unpickle such
+    bytes if an environment variable is set. So Arrow does not see the schema before this.
     """
     place = footer.find(_SCHEMA) + len(_SCHEMA)
     if place < len(_SCHEMA):
         return footer
     thrift = _Thrift(footer, place)
     try:
-        given = thrift.binary()
-        schema = base64.b64decode(given, validate=True)
+        encoded = thrift.binary()
+        schema = base64.b64decode(encoded, validate=True)
     except (ValueError, IndexError):
-        given = schema = b""
-    if not given or base64.b64encode(schema) != given or _SCHEMA in footer[place:]:  # Arrow might read another one
+        encoded = schema = b""
+    if not encoded or base64.b64encode(schema) != encoded or _SCHEMA in footer[place:]:  # Arrow might read another schema
         raise ShardError(f"{where}: cannot be read as Parquet to its end (its Arrow schema is damaged). Upload it again.")
     if _EXTENSION not in schema:
         return footer
-    mended = schema.replace(_EXTENSION, PASSED_OVER)
-    names = {name for field in pa.ipc.read_schema(pa.py_buffer(mended)) for name in extensions(field)}
+    harmless = schema.replace(_EXTENSION, PASSED_OVER)
+    names = {name for field in pa.ipc.read_schema(pa.py_buffer(harmless)) for name in extensions(field)}
     if all(name.startswith("arrow.") for name in names):
         return footer
-    return footer[: thrift.place - len(given)] + base64.b64encode(mended) + footer[thrift.place :]
+    return footer[: thrift.place - len(encoded)] + base64.b64encode(harmless) + footer[thrift.place :]
 
 
 def extensions(field: pa.Field) -> Iterator[str]:
-    """Names of the extension types that a field, or a part of it, was passed over for."""
+    """Names of the extension types that were removed from a field or its children."""
     name = (field.metadata or {}).get(PASSED_OVER)
     if name is not None:
         yield name.decode("utf-8", "backslashreplace")
@@ -199,7 +202,7 @@ def extensions(field: pa.Field) -> Iterator[str]:
 def read_pages(data: bytes) -> Iterator[Page]:
     """The pages of a column, by their headers alone.
 
-    Raises ValueError, KeyError or IndexError where its bytes are no row of pages.
+    Raises ValueError, KeyError or IndexError where the bytes are not a sequence of pages.
     """
     place = 0
     while place < len(data):
@@ -219,13 +222,13 @@ _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = 1, 2, 3, 7,
 
 
 class _Thrift:
-    """What Thrift's compact protocol wrote at a place of some bytes."""
+    """A reader of Thrift's compact protocol, from a position in some bytes on."""
 
     def __init__(self, data: bytes, place: int) -> None:
         self._data, self.place = data, place
 
     def struct(self) -> dict[int, Any]:
-        """A struct: its numbers, bytes, lists and structs by the numbers of the fields; other types are passed over."""
+        """A struct: field number → number, bytes, list or struct; true and false are ignored."""
         fields: dict[int, Any] = {}
         number = 0
         while head := self._byte():
@@ -235,9 +238,9 @@ class _Thrift:
         return fields
 
     def binary(self) -> bytes:
-        """The value of the field of that type that follows."""
+        """The value of the next field, which must be of type binary."""
         if self._byte() & 15 != _BINARY:
-            raise ValueError("no text where text was expected")
+            raise ValueError("another type where text was expected")
         return self._take(self._varint())
 
     def _value(self, kind: int) -> Any:
@@ -260,11 +263,11 @@ class _Thrift:
         return self._take(1 if kind == _BYTE else 8)
 
     def _element(self, kind: int) -> Any:
-        return self._byte() if kind in (_TRUE, _FALSE) else self._value(kind)  # within a list these take a byte
+        return self._byte() if kind in (_TRUE, _FALSE) else self._value(kind)  # in a list, true and false take a byte
 
     def _take(self, length: int) -> bytes:
         if length > len(self._data) - self.place:
-            raise ValueError(f"{length} bytes where fewer follow")
+            raise ValueError(f"a value of {length} bytes where fewer are left")
         self.place += length
         return self._data[self.place - length : self.place]
 

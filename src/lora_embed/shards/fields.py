@@ -1,4 +1,4 @@
-"""Values of a sample's fields, whatever they are: out of Parquet, and into the column that carries them."""
+"""Values of a sample's fields: from Parquet to Python, and from Python to the column that carries them."""
 
 import contextlib
 import json
@@ -7,33 +7,33 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
-MOST_FIELD = 16 * 2**20  # bytes of a value that may be carried; JSON unpacks to 30 times its size
+MOST_FIELD = 16 * 2**20  # bytes of the largest value that is carried; JSON unpacks to 30 times its size
 
 
 def value_of(scalar: pa.Scalar) -> Any:
-    """A value of a Parquet column as Python has it; none for what Python cannot hold, such as a day beyond the year 9999.
+    """A value of a Parquet column as a Python value; None if Python cannot hold it, such as a day after the year 9999.
 
-    None, too, for what is larger than `MOST_FIELD`, which is known before it is made. Raises UnicodeDecodeError for text
-    that is not UTF-8: its file is damaged.
+    Also None for a value larger than `MOST_FIELD`; its size is known before it is converted. Raises UnicodeDecodeError for
+    text that is not UTF-8, since then the file is damaged.
     """
     try:
         return scalar.as_py() if _weight(scalar) <= MOST_FIELD else None
     except UnicodeDecodeError:
         raise
-    except Exception:  # noqa: BLE001  # of dates, time zones and foreign types alone there are a dozen kinds
+    except Exception:  # noqa: BLE001  # dates, time zones and foreign types alone raise a dozen kinds of errors
         return None
 
 
 def values_of(column: pa.Array) -> list[Any]:
-    """`value_of` of each of a column's values."""
-    with contextlib.suppress(Exception):  # of a value that is none in Python; what it is, the values tell one by one
+    """`value_of` for all values of a column."""
+    with contextlib.suppress(Exception):  # Python cannot hold one of the values: they are converted one by one below
         if _weight_of_all(column) <= MOST_FIELD:
             return cast(list[Any], column.to_pylist())
     return [value_of(scalar) for scalar in column]
 
 
 def _weight(scalar: pa.Scalar) -> int:
-    """About the bytes of a value, and one more for each value within it; 0 for a number."""
+    """About the size of a value in bytes, plus one byte for each value in it; 0 for a number."""
     kind = scalar.type
     if not scalar.is_valid or pa.types.is_primitive(kind):
         return 0
@@ -47,7 +47,7 @@ def _weight(scalar: pa.Scalar) -> int:
 
 
 def _weight_of_all(values: pa.Array) -> int:
-    """The same of all values of an array."""
+    """The sum of `_weight` over all values of an array."""
     kind = values.type
     if pa.types.is_dictionary(kind):
         longest = (
@@ -70,13 +70,13 @@ def _has_length(kind: pa.DataType) -> bool:
 
 
 def typed(value: Any, kind: str) -> Any:
-    """A field's value as a type of `carry`, or null where it is none.
+    """A field's value as a type of `carry`, or None if it does not fit that type.
 
-    A number may be given as text, as Python reads it but without underscores; what is no whole number is no int64.
+    A number may be text that Python can read, without underscores. Only a whole number fits int64.
     """
     try:
         return None if value is None else _typed(value, kind)
-    except Exception:  # noqa: BLE001  # values from anywhere raise what they like over a conversion; none of it is a fault here
+    except Exception:  # noqa: BLE001  # a stranger's value may raise any error in a conversion: it does not fit
         return None
 
 
@@ -95,6 +95,6 @@ def _typed(value: Any, kind: str) -> Any:
 
 
 def _text_of(value: Any) -> str:
-    """Text as it is, all else as JSON writes it."""
+    """Text as it is, and any other value as JSON."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text.encode("utf-8", "backslashreplace").decode()  # JSON may hold halves of surrogate pairs

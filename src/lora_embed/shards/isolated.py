@@ -1,4 +1,4 @@
-"""Reading a shard in a child process, or in a process that the kernel ends: what hangs or crashes costs that shard alone."""
+"""Read a shard in a child process, or with a time limit by the kernel: a hang or a crash costs only that shard."""
 
 import signal
 from collections.abc import Generator, Iterator
@@ -11,12 +11,12 @@ from lora_embed.schema import WHOLE, Layout, Sample, Shard, Span, Wanted
 from lora_embed.shards.read import read_samples
 from lora_embed.store.store import Store
 
-READ_S = 120.0  # from one sample of a shard to the next, beyond what its store is waited for
-READ_ROOM_BYTES = 8 * 2**30  # for reading a shard: its row group, what that unpacks to, and Arrow's own
+READ_S = 120.0  # between two samples of a shard, in addition to the time that its store may take
+READ_ROOM_BYTES = 8 * 2**30  # for reading a shard: a row group, packed and unpacked, and Arrow's own memory
 
 
 def read_or_die(shard: Shard, layout: Layout, options: dict[str, Any], wanted: Wanted, span: Span = WHOLE) -> Iterator[Sample]:
-    """`read_samples`, whose process the kernel ends where a sample does not come in `READ_S` and the store's own patience."""
+    """`read_samples` in this process, which the kernel ends if the next sample takes longer than `READ_S` and `retry_s`."""
     limit_s = READ_S + Store(shard.root, options).retry_s
     with closing(cast(Generator[Sample], read_samples(shard, layout, options, wanted, span))) as samples:
         while True:
@@ -33,17 +33,17 @@ def read_or_die(shard: Shard, layout: Layout, options: dict[str, Any], wanted: W
 def read_isolated(
     shard: Shard, layout: Layout, options: dict[str, Any], wanted: Wanted, span: Span = WHOLE
 ) -> Iterator[Sample]:
-    """`read_samples` in a child of its own. What ends the child, or leaves it without a sample for so long, is a ShardError."""
-    patience_s = Store(shard.root, options).retry_s
+    """`read_samples` in a child process. Raises ShardError if the child ends, or the next sample takes too long."""
+    retry_s = Store(shard.root, options).retry_s
     child = Child("reader")
     try:
         request: tuple[Any, ...] = (READ_ROOM_BYTES, _begin_reading, shard, layout, options, wanted, span)
-        while (answer := child.ask(request, READ_S + patience_s)) is not None:
+        while (answer := child.ask(request, READ_S + retry_s)) is not None:
             if isinstance(answer, Sample):
                 yield answer
             elif is_crash(answer):
                 raise ShardError(
-                    f"{shard.root}/{shard.name}: cannot be read, {answer}. Write it anew; none of it is published."
+                    f"{shard.root}/{shard.name}: cannot be read: {answer}. Write the file again; nothing of it is published."
                 )
             else:
                 raise answer

@@ -1,4 +1,4 @@
-"""Inputs → shards: what a run reads, found by listing alone."""
+"""Inputs → shards, by listing alone; no file is opened."""
 
 import fnmatch
 import hashlib
@@ -18,8 +18,8 @@ TAR, PARQUET = (".tar",), (".parquet", ".pq")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 IMAGES_PER_GROUP = 1024
-MOST_NAMES = 10_000_000  # that one pattern may name
-NAMED_LINKS = 10  # of those that are passed over
+MOST_NAMES = 10_000_000  # files that the braces of one pattern may name
+NAMED_LINKS = 10  # ignored links that a message names
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _WILD, _WILD_OR_BRACE = re.compile(r"[*?\[]"), re.compile(r"[*?\[{]")
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python holds bytes of a local name that are not UTF-8
@@ -29,7 +29,7 @@ def list_shards(patterns: tuple[str, ...], options: dict[str, Any], *, follows: 
     """All shards of the inputs, sorted by name.
 
     A pattern is a file, a directory (searched to any depth), a glob or a brace range such as `{00..41}` or `{a,b}`. Links
-    to folders outside of an input are followed only where `follows`; else it is said that they are passed over.
+    to folders outside of an input are followed only if `follows`; otherwise a message says that they are ignored.
     Raises ConfigError for a pattern that matches nothing, for compressed tars, and for inputs whose samples could get
     equal ids.
     """
@@ -45,7 +45,9 @@ def expand_braces(pattern: str) -> list[str]:
     if match is None:
         return [pattern]
     if (count := math.prod(_values(inside) for inside in _BRACES.findall(pattern))) > MOST_NAMES:
-        raise ConfigError(f"input {pattern[:200]}: its braces name {count:,} files, expected at most {MOST_NAMES:,}. Use *.")
+        raise ConfigError(
+            f"input {pattern[:200]}: its braces name {count:,} files, expected at most {MOST_NAMES:,}. Use * instead."
+        )
     span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
     if span:
         first, last, width = int(span[1]), int(span[2]), len(span[1])
@@ -53,7 +55,7 @@ def expand_braces(pattern: str) -> list[str]:
     else:
         values = match[1].split(",")
     filled = [pattern[: match.start()] + value + pattern[match.end() :] for value in values]
-    return list(dict.fromkeys(expanded for one in filled for expanded in expand_braces(one)))
+    return list(dict.fromkeys(expanded for pattern in filled for expanded in expand_braces(pattern)))
 
 
 def _values(inside: str) -> int:
@@ -66,9 +68,9 @@ def _shards_of(pattern: str, options: dict[str, Any], follows: bool) -> list[Sha
     if not _WILD_OR_BRACE.search(pattern):
         return _shards_at(re.sub(r"(?<=[^/:])/+$", "", pattern), options, follows)
     root = _folder_of(_WILD_OR_BRACE.split(pattern)[0])  # the longest folder without wildcards
-    wanted = expand_braces(pattern[len(root) :].lstrip("/"))
-    named = frozenset(name for name in wanted if not _WILD.search(name))
-    globs = [name.split("/") for name in wanted if name not in named]
+    expanded = expand_braces(pattern[len(root) :].lstrip("/"))
+    named = frozenset(name for name in expanded if not _WILD.search(name))
+    globs = [name.split("/") for name in expanded if name not in named]
     store = Store(root, options, follows_links=True)
     store.check_reachable()
     listed = _list(store, follows)
@@ -76,8 +78,8 @@ def _shards_of(pattern: str, options: dict[str, Any], follows: bool) -> list[Sha
     missing = sorted(named - {entry.path for entry in entries})
     if missing and entries:
         raise ConfigError(
-            f"input {pattern}: {len(missing)} of the {len(named)} files it names are not there, first "
-            f"{root.rstrip('/')}/{missing[0]}. Correct the range, or use * to take what is there."
+            f"input {pattern}: {len(missing)} of the {len(named)} files that it names do not exist; the first is "
+            f"{root.rstrip('/')}/{missing[0]}. Correct the range, or use * to take all files that exist."
         )
     return _group(root, entries, named, f"input {pattern}", looked_at=len(listed))
 
@@ -92,18 +94,18 @@ def _shards_at(uri: str, options: dict[str, Any], follows: bool) -> list[Shard]:
     root, name = _folder_of(uri), posixpath.basename(uri)
     entry = Store(root, options, follows_links=True).info(name)
     if entry is None:
-        raise ConfigError(f"input {uri}: no such file or directory")
+        raise ConfigError(f"input {uri}: no such file or directory. Correct the path.")
     return _group(root, [entry], frozenset([name]), f"input {uri}", looked_at=1)
 
 
 def _list(store: Store, follows: bool) -> list[Entry]:
-    entries, passed_over = store.list_input(follows=follows)
-    if passed_over:
-        named = ", ".join(f"{path} (to {place})" for path, place in list(passed_over.items())[:NAMED_LINKS])
-        more = f" and {len(passed_over) - NAMED_LINKS} more" if len(passed_over) > NAMED_LINKS else ""
+    entries, ignored_links = store.list_input(follows=follows)
+    if ignored_links:
+        named = ", ".join(f"{path} (to {target})" for path, target in list(ignored_links.items())[:NAMED_LINKS])
+        more = f" and {len(ignored_links) - NAMED_LINKS} more" if len(ignored_links) > NAMED_LINKS else ""
         say(
-            f"input {store.uri}: links to folders outside of it are passed over: {named}{more}. Set follow_folder_links to "
-            "true in the job to read what they lead to, or name those folders as input."
+            f"input {store.uri}: links to folders outside of it are ignored: {named}{more}. To read those folders, set "
+            "follow_folder_links to true in the job, or name the folders as input."
         )
     return entries
 
@@ -114,7 +116,7 @@ def _folder_of(uri: str) -> str:
 
 
 def _fits(path: list[str], glob: list[str]) -> bool:
-    """Does a glob match a path, folder by folder? `*` stays within a folder; `**` is any number of them, none too."""
+    """True if a glob matches a path, folder by folder. `*` stays within a folder; `**` is any number of folders, even none."""
     if not glob or not path:
         return glob in ([], ["**"]) and not path
     if glob[0] == "**":
@@ -123,14 +125,14 @@ def _fits(path: list[str], glob: list[str]) -> bool:
 
 
 def _group(root: str, entries: list[Entry], named: frozenset[str], where: str, *, looked_at: int) -> list[Shard]:
-    """Entries → shards. Hidden files and other kinds of file are passed over, unless they are `named` outright."""
+    """Entries → shards. Hidden files and other kinds of files are ignored, unless their full names are in `named`."""
     shards, images = [], []
     for entry in entries:
         name = entry.path.lower()
         if entry.path not in named and posixpath.basename(name).startswith((".", "_")):
             continue
         if name.endswith(COMPRESSED_TAR):
-            raise ConfigError(f"{where}: {entry.path} is a compressed tar, which cannot be resumed. Unpack it to .tar.")
+            raise ConfigError(f"{where}: {entry.path} is a compressed tar, which cannot be read in parts. Unpack it to .tar.")
         if name.endswith(TAR):
             shards.append(_single(root, entry, "tar"))
         elif name.endswith(PARQUET):
@@ -138,12 +140,16 @@ def _group(root: str, entries: list[Entry], named: frozenset[str], where: str, *
         elif name.endswith(IMAGES):
             images.append(entry)
         elif entry.path in named:
-            raise ConfigError(f"{where}: {entry.path} is no .tar, .parquet or image file ({', '.join(IMAGES)})")
+            raise ConfigError(
+                f"{where}: {entry.path} is not a .tar, .parquet or image file ({', '.join(IMAGES)}). Name such files."
+            )
     if not shards and not images:
-        raise ConfigError(f"{where}: matches no tar, Parquet or image file ({looked_at} files looked at below {root})")
+        raise ConfigError(
+            f"{where}: matches no tar, Parquet or image file among {looked_at} files below {root}. Correct the pattern."
+        )
     for entry in [*images, *(shard.files[0] for shard in shards)]:
         if _NOT_UTF8.search(entry.path):
-            raise ConfigError(f"{where}: the name {entry.path!r} is not UTF-8, as ids must be. Rename it.")
+            raise ConfigError(f"{where}: the file name {entry.path!r} is not UTF-8, but ids must be. Rename the file.")
     return shards + _image_groups(root, images)
 
 
@@ -153,9 +159,9 @@ def _single(root: str, entry: Entry, kind: Any) -> Shard:
 
 
 def _image_groups(root: str, entries: list[Entry]) -> list[Shard]:
-    """Loose images by directory and bucket of their name's hash, so that a new image touches one group.
+    """Group loose images by directory and by a hash of their names, so that a new image changes only one group.
 
-    A directory's bucket count is a power of two, so groups are dealt anew only when its size doubles.
+    The number of a directory's groups is a power of two, so images change their group only when the directory's size doubles.
     """
     folders: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
@@ -174,24 +180,24 @@ def _image_groups(root: str, entries: list[Entry]) -> list[Shard]:
 
 
 def _refuse_shared_names(shards: list[Shard]) -> None:
-    """Ids are name + key: equal names, or one name inside another's, could give two images one id."""
-    for one, other in itertools.pairwise(shards):
-        if one.name == other.name and one.kind == other.kind == "images":
+    """An id is a shard's name and a key: equal names, or a name that begins with another's, could give two images one id."""
+    for first, second in itertools.pairwise(shards):
+        if first.name == second.name and first.kind == second.kind == "images":
             raise ConfigError(
-                f"duplicate ids: two inputs hold loose images of one folder, {one.prefix or '.'} below {one.root} and below "
-                f"{other.root}. Give them as one input, a directory or a pattern such as {{a,b}}, or each its own table."
+                f"duplicate ids: two inputs hold loose images of one folder, {first.prefix or '.'} below {first.root} and "
+                f"below {second.root}. Name one input for both, a directory or a pattern such as {{a,b}}, or use two tables."
             )
-        if one.name == other.name and one.root == other.root:
-            raise ConfigError(f"duplicate ids: two inputs both name {one.root}/{one.name}. Name it in one of them.")
-        if one.name == other.name:
+        if first.name == second.name and first.root == second.root:
+            raise ConfigError(f"duplicate ids: two inputs both name {first.root}/{first.name}. Name it in one of them.")
+        if first.name == second.name:
             raise ConfigError(
-                f"duplicate ids: {one.root} and {other.root} both hold {one.name}, whose images would get the same ids. "
+                f"duplicate ids: {first.root} and {second.root} both hold {first.name}, whose images would get the same ids. "
                 "Name the folder above both as input, or give each its own table."
             )
     images = [file.path for shard in shards if shard.kind == "images" for file in shard.files]
     if len(set(images)) != len(images):
         raise ConfigError(
-            "duplicate ids: two inputs hold images of the same relative path; name the folder above both as input"
+            "duplicate ids: two inputs hold images with the same relative path. Name the folder above both as input."
         )
     files = {shard.name: shard.root for shard in shards if shard.kind != "images"}
     for shard in shards:
@@ -199,8 +205,8 @@ def _refuse_shared_names(shards: list[Shard]) -> None:
         for above in itertools.accumulate(folder.split("/"), "{}/{}".format):
             if above in files:
                 raise ConfigError(
-                    f"duplicate ids: {files[above]}/{above} is a file, and below {shard.root} there is a folder of that name, "
-                    "so that their images could get the same ids. Rename one, or give each its own table."
+                    f"duplicate ids: {files[above]}/{above} is a file, but below {shard.root} there is a folder of that name, "
+                    "so their images could get the same ids. Rename one of them, or give each its own table."
                 )
 
 

@@ -1,4 +1,4 @@
-"""A shard → its samples in order, to a proven end; whatever else reading it ends in is an error of that shard alone."""
+"""A shard → its samples in order, up to its checked end. Any error while it is read is an error of that shard alone."""
 
 import contextlib
 import itertools
@@ -14,9 +14,9 @@ from lora_embed.store.retry import LIBRARY_ERRORS
 from lora_embed.store.store import Store
 from lora_embed.text import in_one_line
 
-MOST_KEY = 2**16  # bytes of a key; Linux takes paths of 4,096
-MOST_UNPACKED = 2**29  # bytes of a shard's images in all
-TIMES_UNPACKED = 100  # times its own, where that is more
+MOST_KEY = 2**16  # characters of a key; paths on Linux have at most 4,096 bytes
+MOST_UNPACKED = 2**29  # bytes of all images of a shard together
+TIMES_UNPACKED = 100  # or so many times the shard's size, if that is more
 _CANNOT = {
     "tar": "incomplete or damaged tar, which cannot be read to its end",
     "parquet": "cannot be read as Parquet to its end",
@@ -25,7 +25,7 @@ _CANNOT = {
 
 
 class ReadSamples(Protocol):
-    """`read_samples`, or what does the same elsewhere."""
+    """`read_samples`, or the same in another process."""
 
     def __call__(
         self, shard: Shard, layout: Layout, options: dict[str, Any], wanted: Wanted, span: Span = WHOLE
@@ -33,10 +33,10 @@ class ReadSamples(Protocol):
 
 
 def read_samples(shard: Shard, layout: Layout, options: dict[str, Any], wanted: Wanted, span: Span = WHOLE) -> Iterator[Sample]:
-    """Yield every sample of a shard, or of a span of it; to run out means that the shard's end is proven, or the span's there.
+    """Yield every sample of a shard, or of a span of it. Without an error, the end of the shard or span was checked.
 
-    Raises ShardError when the shard is cut short, damaged, unpacks to far more than it is, or is another one than was
-    listed; StorageError, StoreUnavailable or an OSError that has a number when its store fails.
+    Raises ShardError if the shard is cut short, is damaged, unpacks to far more than its size, or changed since it was
+    listed. Raises StorageError, StoreUnavailable or an OSError with a number if its store fails.
     """
     assert shard.kind == "tar" or span == WHOLE, (shard.kind, span)
     store = Store(shard.root, options, follows_links=True)
@@ -45,45 +45,45 @@ def read_samples(shard: Shard, layout: Layout, options: dict[str, Any], wanted: 
 
 
 def count_samples(shard: Shard, layout: Layout, options: dict[str, Any], most: int) -> int:
-    """Samples of a shard, counted up to `most` without reading their bytes."""
+    """The number of samples of a shard, counted up to `most` without reading their bytes."""
     samples = read_samples(shard, layout, options, wanted=lambda number: False)
     return sum(1 for _ in itertools.islice(samples, most))
 
 
 @contextlib.contextmanager
 def _errors_of(shard: Shard) -> Iterator[None]:
-    """The one place where what a reader raises, or a library below it, becomes an error of its shard: whatever it is.
+    """Turn any error of a reader, or of a library below it, into ShardError. It happens only here.
 
-    Libraries raise what they like over a file that was made to have them do so; a list of types would miss some. What
-    the machine or the store has failed in stays what it is.
+    A file that was made to harm can raise any kind of error, so a list of types would miss some. Errors of the machine or
+    the store stay as they are.
     """
     try:
         yield
     except (LoraEmbedError, *LIBRARY_ERRORS):
         raise
     except Exception as error:
-        if getattr(error, "errno", None) is not None:  # the disk's or the network's; Arrow's own OSError has no number
+        if getattr(error, "errno", None) is not None:  # of the disk or the network; Arrow's own OSError has no number
             raise
-        what = f"{type(error).__name__}: {in_one_line(error)}".removesuffix(": ")
+        cause = f"{type(error).__name__}: {in_one_line(error)}".removesuffix(": ")
         raise ShardError(
-            f"{shard.root}/{shard.name}: {_CANNOT[shard.kind]} ({what}). Upload it again; none of it is published."
+            f"{shard.root}/{shard.name}: {_CANNOT[shard.kind]} ({cause}). Upload it again; nothing of it is published."
         ) from error
 
 
 def _bounded(samples: Iterator[Sample], shard: Shard) -> Iterator[Sample]:
-    """The samples as long as keys and the sum of images are what such a shard may hold: no small file is work without end."""
+    """The samples, with ShardError for keys or images that are too large, so that a small file cannot cause endless work."""
     most = max(MOST_UNPACKED, TIMES_UNPACKED * shard.size)
     for sample in samples:
         most -= len(sample.data or b"")
         if most < 0:
             raise ShardError(
                 f"{shard.root}/{shard.name}: its {shard.size} bytes unpack to more than {TIMES_UNPACKED} times as many bytes "
-                f"of images, and more than {MOST_UNPACKED >> 20} MiB. Write it with fewer repeated images to a file."
+                f"of images, and more than {MOST_UNPACKED >> 20} MiB. Put fewer repeated images into one file."
             )
         if len(sample.key) > MOST_KEY:
             raise ShardError(
-                f"{shard.root}/{shard.name}: a sample's key has {len(sample.key)} characters, allowed are {MOST_KEY}. It "
-                f"begins with {sample.key[:40]!r}. Rename it."
+                f"{shard.root}/{shard.name}: a sample's key has {len(sample.key)} characters; at most {MOST_KEY} are allowed. "
+                f"It begins with {sample.key[:40]!r}. Rename it."
             )
         yield sample
 
@@ -102,7 +102,7 @@ def _read(store: Store, shard: Shard, layout: Layout, wanted: Wanted, span: Span
             else:
                 yield from read_parquet(file, shard, layout, wanted)
     except (ShardError, StorageError):
-        _check_unchanged(store, entry, shard)  # one that is being written looks cut short, or is another one by now
+        _check_unchanged(store, entry, shard)  # a file that is still being written looks cut short
         raise
     _check_unchanged(store, entry, shard)
 
@@ -110,10 +110,10 @@ def _read(store: Store, shard: Shard, layout: Layout, wanted: Wanted, span: Span
 def _check_unchanged(store: Store, listed: Entry, shard: Shard) -> None:
     now = store.info(listed.path)
     if now != listed:
-        state = "is gone" if now is None else f"has {now.size} bytes and mark {now.etag}"
+        state = "is gone" if now is None else f"has {now.size} bytes and etag {now.etag}"
         raise ShardError(
-            f"{shard.root}/{listed.path}: changed since it was listed with {listed.size} bytes and mark {listed.etag}: "
-            f"it {state}. Run the same command again."
+            f"{shard.root}/{listed.path}: changed since it was listed with {listed.size} bytes and etag {listed.etag}: "
+            f"now it {state}. Run the same command again."
         )
 
 

@@ -1,4 +1,4 @@
-"""A tar → its samples, to its proven end; headers are bounded, one by one and in their sum."""
+"""A tar → its samples, up to its checked end. The size of headers is limited, for each member and in total."""
 
 import json
 import posixpath
@@ -13,51 +13,51 @@ from lora_embed.shards.fields import MOST_FIELD
 from lora_embed.shards.listing import IMAGES
 
 BLOCK = tarfile.BLOCKSIZE
-MOST_HEADERS = 2**20 + 16 * BLOCK  # bytes before one member: its own header, and those that only name what follows
-MEAN_HEADERS = 2**13  # bytes a member in the mean, beyond that: two of the longest paths that Linux takes
-MOST_PADDING = 2**20 + 2 * BLOCK  # tar pads with zeros to a record of 10 KiB, or of up to 1 MiB where it is told to
-_DIGITS = re.compile(rb"[0-9]{257}")  # in a row: on those `tarfile` spends the square of their number
+MOST_HEADERS = 2**20 + 16 * BLOCK  # bytes of headers before one member: its own, and those with its long name or attributes
+MEAN_HEADERS = 2**13  # bytes of headers for each member on average, in addition: two of the longest paths on Linux
+MOST_PADDING = 2**20 + 2 * BLOCK  # tar pads with zeros to a record of 10 KiB, or by an option of up to 1 MiB
+_DIGITS = re.compile(rb"[0-9]{257}")  # so many digits in a row: the time of `tarfile` grows with the square of their number
 _PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
-_OF_ALL = ("path", "size")  # what a header for the whole tar may say that changes what is read
+_GLOBAL_FIELDS = ("path", "size")  # fields of a header for the whole tar that change what is read
 
 
 def read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted, span: Span = WHOLE) -> Iterator[Sample]:
-    """WebDataset: consecutive members that share a name up to the first dot of its last part are one sample.
+    """Read WebDataset: consecutive members whose file names are equal up to the first dot are one sample.
 
-    A member that the sample already has begins a sample of the same key, so that no image goes uncounted. Raises
-    ShardError for a tar that is cut short or has too many headers, and whatever `tarfile` raises on damaged ones.
+    A second member with the same extension begins a new sample of the same key, so that every image is counted. Raises
+    ShardError for a tar that is cut short or has too many headers, and any error of `tarfile` for a damaged one.
     """
     where, size = f"{shard.root}/{shard.name}", shard.files[0].size
     if size == 0:
-        raise ShardError(f"{where}: is an empty file, not a tar; an empty tar has an end of its own")
+        raise ShardError(f"{where}: has 0 bytes, but even an empty tar has at least 1,024. Upload it again, or remove it.")
     current: Sample | None = None
     taken: set[str] = set()  # extensions of the current sample
     number = span.first
     file.seek(span.begin)
     headers = _Headers(file, where)
     try:
-        # Names that are not UTF-8 are escaped: an id must be UTF-8, and the same on every machine.
+        # Names that are not UTF-8 are escaped, since an id must be UTF-8 and equal on every machine.
         with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:  # type: ignore[call-overload]
             for member in _members(tar, headers, span.end):
                 key, extension = _split_name(member.name)
                 if not member.isreg() or posixpath.basename(member.name).startswith("."):  # macOS adds ._name to each
                     continue
                 if current is None or key != current.key or extension in taken:
-                    begin = None if headers.has_global else member.offset  # those for the whole tar stand at its beginning
+                    begin = None if headers.has_global else member.offset  # a reader from here on would miss global headers
                     if current is not None:
                         current.end = begin
                         yield current
                         number += 1
                     current, taken = Sample(key, begin=begin), set()
                 taken.add(extension)
-                if not member.issparse() and member.offset_data + member.size > size:  # before memory is taken for it
+                if not member.issparse() and member.offset_data + member.size > size:  # before memory is allocated for it
                     raise tarfile.ReadError("unexpected end of data")
                 if wanted(number):
                     _add_field(current, tar, headers, member, extension, layout)
             end = tar.offset
     except (tarfile.TarError, EOFError) as error:
         if size >= BLOCK and current is None and not span.begin and not _begins_with_header(file):
-            raise ShardError(f"{where}: is not a tar, whatever its name says") from None
+            raise ShardError(f"{where}: is not a tar, although its name says so. Rename it or remove it.") from None
         raise ShardError(_cut_short(where, size, str(error))) from None
     if span.end is None:
         _prove_end(file, end, size, where)
@@ -69,25 +69,24 @@ def read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted, span:
 
 
 class _Headers:
-    """The tar's file as `tarfile` reads headers of it: so many bytes, and with each member that was passed a few more.
+    """The file from which `tarfile` reads headers. It allows a certain number of bytes, and some more with each member.
 
-    So all kinds of headers are bounded, also those that continue others or name what follows, before one is read, and
-    their sum is no more than in proportion to the members.
+    So the size of every kind of header is limited before it is read, and their total grows only with the members.
     """
 
     def __init__(self, file: BinaryIO, where: str) -> None:
         self._file, self._where = file, where
         self.seek, self.tell = file.seek, file.tell
         self._left = float(MOST_HEADERS)
-        self._is_pax = False  # is what comes next the content of a pax header?
-        self.has_global = False  # did any header say something of the whole tar?
+        self._is_pax = False  # True if the next bytes are the content of a pax header
+        self.has_global = False  # True after a header with attributes for the whole tar
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= self._left:
             raise ShardError(
                 f"{self._where}: incomplete or damaged tar: the headers before the member at byte {self.tell()} have more than "
-                f"the {MOST_HEADERS} bytes that are allowed, or than {MEAN_HEADERS} bytes a member in the mean. Write it anew "
-                "with shorter names and without headers for the whole tar."
+                f"{MOST_HEADERS} bytes, or all headers more than {MEAN_HEADERS} bytes a member on average. Write the tar again "
+                "with shorter names and without global pax headers."
             )
         self._left -= size
         data = self._file.read(size)
@@ -97,17 +96,17 @@ class _Headers:
         return data
 
     def pass_member(self, tar: tarfile.TarFile) -> None:
-        """A member's headers are read. Of headers for the whole tar the few fields stay that change what is read.
+        """Called when a member's headers were read. Of headers for the whole tar, only `_GLOBAL_FIELDS` are kept.
 
-        `tarfile` goes over all of them with each member.
+        Otherwise `tarfile` would go through all of them again for each member.
         """
         self._left = min(self._left + MEAN_HEADERS, MOST_HEADERS)
         if tar.pax_headers:
             self.has_global = True
-            tar.pax_headers = {name: tar.pax_headers[name] for name in _OF_ALL if name in tar.pax_headers}
+            tar.pax_headers = {name: tar.pax_headers[name] for name in _GLOBAL_FIELDS if name in tar.pax_headers}
 
     def content(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-        """A member's bytes, which are no header."""
+        """A member's content, which does not count as a header."""
         if not member.issparse():
             self.seek(member.offset_data)
             return self._file.read(member.size)
@@ -120,13 +119,13 @@ class _Headers:
 
 
 def _check_pax(data: bytes) -> None:
-    """Refuse what is no row of records `length keyword=value`: on some such, `tarfile` of Python 3.11 spends hours."""
+    """Raises ValueError unless data are records `length keyword=value`: some others take `tarfile` of Python 3.11 hours."""
     place = 0
     while place < len(data) and data[place]:
         length = data[place : place + 10].partition(b" ")[0]
         end = place + int(length) if length.isdigit() else 0
         if end <= place or data[end - 1 : end] != b"\n" or data.find(b"=", place, end) < 0:
-            raise ValueError(f"a pax header whose record at its byte {place} is none")
+            raise ValueError(f"a pax header with a damaged record at its byte {place}")
         place = end
     if _DIGITS.search(data):
         raise ValueError("a pax header with more than 256 digits in a row")
@@ -143,9 +142,9 @@ def _begins_with_header(file: BinaryIO) -> bool:
 
 def _members(tar: tarfile.TarFile, headers: _Headers, end: int | None) -> Iterator[tarfile.TarInfo]:
     for member in tar:
-        tar.members = []  # type: ignore[attr-defined]  # a tar of a million members need not be remembered
+        tar.members = []  # type: ignore[attr-defined]  # to save memory: a tar may have a million members
         headers.pass_member(tar)
-        if member.size < 0:  # tarfile would go back by it, and on for ever
+        if member.size < 0:  # tarfile would go back by so many bytes, and never end
             raise tarfile.ReadError(f"a member of {member.size} bytes")
         yield member
         if tar.offset == end:
@@ -161,12 +160,12 @@ def _split_name(name: str) -> tuple[str, str]:
 def _add_field(
     sample: Sample, tar: tarfile.TarFile, headers: _Headers, member: tarfile.TarInfo, extension: str, layout: Layout
 ) -> None:
-    """The first image member is the sample's image; JSON keys and text members are fields that may be carried."""
+    """Read a member: the first image is the sample's image; keys of JSON and text members are fields that may be carried."""
     names = {name for name, _ in layout.carry}
     is_image = f".{extension}" in IMAGES and sample.data is None and not sample.excess
     if not is_image and extension != "json" and extension not in names:
         return
-    if member.size > (layout.max_bytes if is_image else MOST_FIELD):  # also of a sparse member, which is short in the file
+    if member.size > (layout.max_bytes if is_image else MOST_FIELD):  # also for a sparse member, which is small in the file
         sample.excess = member.size if is_image else sample.excess
         return
     data = headers.content(tar, member)
@@ -189,24 +188,24 @@ def _json_fields(data: bytes, names: set[str]) -> dict[str, Any]:
 
 
 def _prove_end(file: BinaryIO, end: int, size: int, where: str) -> None:
-    """`tarfile` ends silently on a cut archive; a whole one ends in two blocks of zeros and zeros up to its size."""
+    """Check the end, since `tarfile` ends silently on a cut archive: a whole tar ends with two or more blocks of zeros."""
     file.seek(end)
     rest = 0
     while data := file.read(1 << 20):
         if data.count(0) != len(data):
             raise ShardError(
                 f"{where}: incomplete or damaged tar: its members end at byte {end} of {size} without the closing blocks of "
-                "a tar. Upload it again; none of it is published."
+                "a tar. Upload it again; nothing of it is published."
             )
         rest += len(data)
     if rest > MOST_PADDING:
         raise ShardError(
-            f"{where}: incomplete or damaged tar: its members end at byte {end} of {size}, and zeros follow, as where space "
-            "was reserved and never filled. Upload it again; none of it is published."
+            f"{where}: incomplete or damaged tar: its members end at byte {end} of {size}, and only zeros follow, as if the "
+            "file was never written to its end. Upload it again; nothing of it is published."
         )
     if rest < 2 * BLOCK or end + rest != size:
         raise ShardError(_cut_short(where, size, f"members end at byte {end} without the two closing blocks of a tar"))
 
 
 def _cut_short(where: str, size: int, detail: str) -> str:
-    return f"{where}: incomplete tar, cut short at {size} bytes ({detail}). Upload it again; none of it is published."
+    return f"{where}: incomplete tar, cut short at {size} bytes ({detail}). Upload it again; nothing of it is published."

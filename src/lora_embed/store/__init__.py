@@ -1,1 +1,1 @@
-"""Bytes on disks and in object stores, and the hub: the only user of fsspec. Imports the ground alone."""
+"""Files on local disks, in object stores and on the Hugging Face hub; the only user of fsspec. Imports the ground alone."""

@@ -1,4 +1,4 @@
-"""Files and folders on a disk that are there only once they are whole: made beside their place, then moved to it."""
+"""Write a local file or folder under a temporary name, and rename it when it is complete: readers never see a part of it."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def file_aside(path: Path) -> Iterator[Path]:
-    """Where to write a file, which takes its place in one step when the block went well, whether or not one is there."""
+    """A temporary path for a file. When the block succeeds, the file replaces `path` in one step."""
     aside = path.with_name(f".{path.name}.part")
     try:
         yield aside
@@ -20,11 +20,11 @@ def file_aside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_aside(path: Path) -> Iterator[Path]:
-    """An empty folder that takes its place when the block went well, and is gone when not, with those made to hold it.
+    """An empty temporary folder. When the block succeeds, it becomes `path`; when it fails, all folders made are removed.
 
-    An empty folder may be there already; for another one, OSError is raised at the end.
+    `path` may be an empty folder already. Where it is another one, OSError is raised at the end.
     """
-    made = [above for above in path.parents if not above.exists()]
+    made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as aside:
@@ -33,7 +33,7 @@ def folder_aside(path: Path) -> Iterator[Path]:
             yield folder
             folder.rename(path)
     except BaseException:
-        for above in made:
-            with contextlib.suppress(OSError):  # somebody else's files are in it by now
-                above.rmdir()
+        for parent in made:
+            with contextlib.suppress(OSError):  # another process has put files there since
+                parent.rmdir()
         raise

@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face hub: how a recipe names one, `hf://owner/name`, and its files on this machine."""
+"""Repositories of the Hugging Face hub, which recipes name as `hf://owner/name`, and their files on this machine."""
 
 import re
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from lora_embed.errors import StorageError
 from lora_embed.text import in_one_line
 
 SCHEME = "hf://"
-_OTHER_KINDS = ("hf://datasets/", "hf://spaces/", "hf://buckets/")  # which fsspec reads
+_OTHER_KINDS = ("hf://datasets/", "hf://spaces/", "hf://buckets/")  # fsspec reads these
 _PART = r"(?!\.)[A-Za-z0-9_.-]+"
 _NAME = re.compile(rf"{_PART}(/{_PART})?")
 _URI = re.compile(rf"hf://(?P<name>{_NAME.pattern})(@(?P<revision>[^/]+))?(/(?P<folder>.+?))?/?")
@@ -17,7 +17,7 @@ _URI = re.compile(rf"hf://(?P<name>{_NAME.pattern})(@(?P<revision>[^/]+))?(/(?P<
 
 @dataclass(frozen=True, kw_only=True)
 class Repository:
-    """A model's repository, or a folder in it, at a revision; None is the newest."""
+    """A model's repository, or a folder in it, at a revision; None stands for the newest."""
 
     name: str  # owner/name
     revision: str | None
@@ -25,45 +25,45 @@ class Repository:
 
 
 def is_repository(uri: str) -> bool:
-    """Does a place begin as that of a model's repository does?"""
+    """True if a URI begins like that of a model's repository."""
     return uri.startswith(SCHEME) and not uri.startswith(_OTHER_KINDS)
 
 
 def may_be_repository(name: str) -> bool:
-    """Could a name without `hf://` be meant for a repository: `owner/name`, or one of the first ones, which have no owner?"""
+    """True if a name without `hf://` could mean a repository: `owner/name`, or the name of an old one without an owner."""
     return _NAME.fullmatch(name) is not None
 
 
 def parse(uri: str, revision: str | None = None) -> Repository:
-    """`hf://owner/name`, where wanted with `@revision` and a folder. Raises StorageError for what is not that."""
-    found = _URI.fullmatch(uri)
-    if found is None or ".." in (found["folder"] or "").split("/"):
-        raise StorageError(f"{uri}: names no repository of the hub; expected hf://owner/name or hf://owner/name@revision")
-    named = unquote(found["revision"]) if found["revision"] else None
-    if named and revision and named != revision:
-        raise StorageError(f"{uri}: names revision {named}, and revision beside it is {revision}. Name one of them.")
-    return Repository(name=found["name"], revision=named or revision, folder=found["folder"] or "")
+    """Parse `hf://owner/name`, which may have `@revision` and a folder. Raises StorageError for any other text."""
+    match = _URI.fullmatch(uri)
+    if match is None or ".." in (match["folder"] or "").split("/"):
+        raise StorageError(f"{uri}: is not a repository of the hub; expected hf://owner/name or hf://owner/name@revision")
+    uri_revision = unquote(match["revision"]) if match["revision"] else None
+    if uri_revision and revision and uri_revision != revision:
+        raise StorageError(f"{uri}: names revision {uri_revision}, but the key revision is {revision}. Remove one of them.")
+    return Repository(name=match["name"], revision=uri_revision or revision, folder=match["folder"] or "")
 
 
 def plain_name(uri: str) -> str:
-    """A repository's `owner/name`, as the hub's own libraries take it; any other place as it is."""
+    """A repository's `owner/name`, as the hub's own libraries take it; any other URI or path as it is."""
     return parse(uri).name if is_repository(uri) else uri
 
 
 def no_directory(name: str, folder: Path) -> str:
-    """What a message says of a name that is no directory below `folder` and could be meant for a repository."""
+    """A message about a name that is not a directory below `folder`, and could mean a repository."""
     return (
-        f"there is no directory {folder / name}. Correct the path, or write {SCHEME}{name} if that repository of the "
-        "Hugging Face hub is meant."
+        f"there is no directory {folder / name}. Correct the path, or write {SCHEME}{name} if you mean that repository of "
+        "the Hugging Face hub."
     )
 
 
 def download(repository: Repository, patterns: tuple[str, ...], refusal: str, *, asks_hub: bool = True) -> Path:
-    """The files of a repository, from the hub or from the cache that its library keeps; unless it `asks_hub`, from that alone.
+    """A folder with the files of a repository, from the hub's library and its cache; without `asks_hub`, from the cache only.
 
-    Raises StorageError when they cannot be read: `refusal`, and in brackets the library's own words.
+    Raises StorageError where they cannot be read, with the text `refusal` and the library's own message in brackets.
     """
-    import huggingface_hub  # slow to import, and only a name of the hub needs it
+    import huggingface_hub  # here, since it is slow to import and only repositories need it
 
     within = [f"{repository.folder}/{pattern}" if repository.folder else pattern for pattern in patterns]
     try:
@@ -72,5 +72,5 @@ def download(repository: Repository, patterns: tuple[str, ...], refusal: str, *,
         )
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = in_one_line(error)
-        raise StorageError(f"{refusal} ({reason}). Check the name, log in, or give a directory or URI.") from None
+        raise StorageError(f"{refusal} ({reason}). Check the name, log in, or name a directory or URI.") from None
     return Path(copied, repository.folder)

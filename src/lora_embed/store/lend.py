@@ -1,4 +1,4 @@
-"""A store lent to other libraries: a read-only file system of fsspec whose reads are tried again as our own are."""
+"""A store for other libraries: a read-only file system of fsspec that repeats failed reads like `Store` does."""
 
 import os
 from typing import Any
@@ -10,17 +10,17 @@ from lora_embed.store.store import Store
 
 
 def lend(store: Store) -> Any:
-    """The store as a file system of fsspec to read from, for pyarrow, pandas, DuckDB, Ray and whatever else takes one.
+    """The store as a read-only file system of fsspec, for pyarrow, pandas, DuckDB, Ray and other libraries.
 
-    Of a local store fsspec's own, which libraries replace by theirs; paths are those of `Store.full_path`.
+    For a local store it is fsspec's own, which libraries replace by theirs. Paths are those of `Store.full_path`.
     """
     return store.filesystem if store.is_local else LentFileSystem(store.uri, store.options)
 
 
 class LentFileSystem(AbstractFileSystem):
-    """Files below a URI, by the full paths that its own file system has. Picklable: it connects where it is used.
+    """Files below a URI, by the full paths of the URI's own file system. Picklable: it connects where it is used.
 
-    Its methods raise what those of `Store` raise; FileNotFoundError for what is not there.
+    Its methods raise what those of `Store` raise, and FileNotFoundError for a path that does not exist.
     """
 
     protocol = "lora-embed"
@@ -30,7 +30,7 @@ class LentFileSystem(AbstractFileSystem):
         self._store = Store(uri, options)
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
-        """Name, type, size in bytes and time in seconds since 1970."""
+        """Name, type, size in bytes and time in seconds since 1970 of a file or folder."""
         below = self._below(path)
         entry = self._store.info(below) if below else None
         if entry is not None:
@@ -40,7 +40,7 @@ class LentFileSystem(AbstractFileSystem):
         raise FileNotFoundError(path)
 
     def exists(self, path: str, **_: Any) -> bool:
-        """Not fsspec's own, for which a store that does not answer is a file that is not there; likewise `isfile`."""
+        """Replaces fsspec's own, which takes a store that does not answer for a missing file; so does `isfile`."""
         try:
             return bool(self.info(path))
         except FileNotFoundError:
@@ -50,29 +50,29 @@ class LentFileSystem(AbstractFileSystem):
         return self._store.info(self._below(path)) is not None
 
     def find(self, path: str, maxdepth: int | None = None, withdirs: bool = False, detail: bool = False, **_: Any) -> Any:
-        """All files below a folder, by one listing; folders too where they are asked for."""
-        found = {described["name"]: described for described in map(self._describe, self._store.list_files(self._below(path)))}
+        """All files below a folder, by one listing; folders too if `withdirs`."""
+        infos = {info["name"]: info for info in map(self._describe, self._store.list_files(self._below(path)))}
         if withdirs:
-            above = {name for file in found for name in _folders(file, path)}
-            found |= {name: {"name": name, "type": "directory", "size": 0} for name in above}
+            folders = {name for file in infos for name in _folders(file, path)}
+            infos |= {name: {"name": name, "type": "directory", "size": 0} for name in folders}
         base = path.rstrip("/").count("/")
-        kept = {name: found[name] for name in sorted(found) if maxdepth is None or name.count("/") - base <= maxdepth}
+        kept = {name: infos[name] for name in sorted(infos) if maxdepth is None or name.count("/") - base <= maxdepth}
         return kept if detail else list(kept)
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
-        """What lies in a folder itself."""
-        found = self.find(path, maxdepth=1, withdirs=True, detail=True)
-        if not found and not self._store.is_directory(self._below(path)):
+        """The files and folders directly in a folder."""
+        infos = self.find(path, maxdepth=1, withdirs=True, detail=True)
+        if not infos and not self._store.is_directory(self._below(path)):
             raise FileNotFoundError(path)
-        return list(found.values()) if detail else list(found)
+        return list(infos.values()) if detail else list(infos)
 
     def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
         if mode != "rb":
-            raise OSError(f"{path}: is lent for reading alone, not for mode {mode!r}")
+            raise OSError(f"{path}: can only be read, not opened with mode {mode!r}")
         return self._store.open(self._below(path))
 
     def _below(self, path: str) -> str:
-        """A full path as one from the store's root."""
+        """A full path as a path from the store's root."""
         root = self._store.full_path("").rstrip("/")
         below = path.rstrip("/").removeprefix(root)
         if not path.startswith(root) or (below and not below.startswith("/")):
@@ -85,9 +85,9 @@ class LentFileSystem(AbstractFileSystem):
 
 
 def _folders(file: str, below: str) -> list[str]:
-    """Full paths of the folders between one and a file in it."""
-    found, folder = [], os.path.dirname(file)
+    """Full paths of the folders between the folder `below` and a file in it."""
+    folders, folder = [], os.path.dirname(file)
     while len(folder) > len(below.rstrip("/")):
-        found.append(folder)
+        folders.append(folder)
         folder = os.path.dirname(folder)
-    return found
+    return folders

@@ -1,4 +1,4 @@
-"""Local disks: listing that misses nothing, and writing in one atomic step."""
+"""Local disks: list all files, and write a file in one atomic step."""
 
 import contextlib
 import ctypes
@@ -15,17 +15,17 @@ from typing import Any
 
 from lora_embed.schema import Entry
 
-TEMPORARY = "_tmp"  # below a root: files being written, hidden from listings
-# What a file system without hard links answers: exFAT and vfat the first, which otherwise means that access is denied.
+TEMPORARY = "_tmp"  # folder below a root for files that are being written; listings leave it out
+# Errors of file systems without hard links. exFAT and vfat give EPERM, which otherwise means that access is denied.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-_CURRENT_FOLDER, _RENAME_NOREPLACE = -100, 1  # of renameat2
+_CURRENT_FOLDER, _RENAME_NOREPLACE = -100, 1  # arguments of renameat2
 
 
 def walk(root: str, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
-    """Regular files below a folder, by path from the root, of what holds no links: OSError names one that is there."""
+    """Regular files below a folder, by path from the root. Raises OSError for a link, since no link there is followed."""
     try:
-        with os.scandir(f"{root}/{prefix}" if prefix else root) as found:
-            entries = list(found)
+        with os.scandir(f"{root}/{prefix}" if prefix else root) as scan:
+            entries = list(scan)
     except FileNotFoundError:
         return
     for entry in entries:
@@ -43,9 +43,9 @@ def walk(root: str, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def refuse_links(root: str, parts: list[str]) -> None:
-    """Raises OSError where a part of a path below the root is a link, or what it ends at is neither file nor folder.
+    """Raises OSError where a part of a path below the root is a link, or the path is neither a file nor a folder.
 
-    Reading a pipe might never end.
+    A pipe, for example: reading it might never end.
     """
     place, mode = root, 0
     for number, part in enumerate(parts):
@@ -57,41 +57,41 @@ def refuse_links(root: str, parts: list[str]) -> None:
         if stat.S_ISLNK(mode):
             raise _link_at("/".join(parts[: number + 1]))
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        says = f"{'/'.join(parts)} is neither a file nor a folder, so it is not opened. Remove it."
-        raise OSError(errno.EINVAL, says)
+        message = f"{'/'.join(parts)} is neither a file nor a folder, so it is not opened. Remove it."
+        raise OSError(errno.EINVAL, message)
 
 
 def _link_at(path: str) -> OSError:
-    says = f"{path} is a link, and no link in a table is followed. Remove it, or put what it names in its place."
-    return OSError(errno.ELOOP, says)
+    message = f"{path} is a link, and links in a table are not followed. Remove it, or replace it by the file that it leads to."
+    return OSError(errno.ELOOP, message)
 
 
 def walk_input(root: str, *, follows: bool) -> Iterator[tuple[str, os.stat_result | str]]:
-    """Regular files below an input's folder, by path from it, links to files among them; each folder is looked at once.
+    """Regular files, and links to files, below an input's folder, by path from it. Each folder is read once.
 
-    A link to a folder that lies below the root too is no other folder. One to a folder elsewhere is walked where
-    `follows`, by its own name, and else it is given with the place that it leads to, as text, in place of a state.
+    A link to a folder below the root is ignored, since that folder is read anyway. A link to a folder elsewhere is
+    followed if `follows`; otherwise it is yielded with the path that it leads to, as text, in place of a state.
     """
-    seen: set[tuple[int, int] | None] = {None}  # None: what is not there any more
+    seen: set[tuple[int, int] | None] = {None}  # None stands for a folder that does not exist any more
     folders, links = [("", root)], list[tuple[str, str]]()
     while folders or links:
         if folders:
-            found = _look_at(*folders.pop(), seen)
-            folders += found.folders
-            links = sorted([*links, *found.links], reverse=True)
-            yield from found.files
+            content = _look_at(*folders.pop(), seen)
+            folders += content.folders
+            links = sorted([*links, *content.links], reverse=True)
+            yield from content.files
             continue
-        path, place = links.pop()  # only now: all that lies below the root in truth has been seen
-        if _identity(place) not in seen:
+        path, target = links.pop()  # only now, when every real folder below the root has been seen
+        if _identity(target) not in seen:
             if follows:
-                folders.append((path, place))
+                folders.append((path, target))
             else:
-                yield path, os.path.realpath(place)
+                yield path, os.path.realpath(target)
 
 
 @dataclass
 class _Folder:
-    """What lies in a folder: files with their state, folders, and links to folders, by path from the root."""
+    """The content of a folder: files with their state, folders, and links to folders, by path from the root."""
 
     files: list[tuple[str, os.stat_result]] = field(default_factory=list)
     folders: list[tuple[str, str]] = field(default_factory=list)
@@ -99,27 +99,27 @@ class _Folder:
 
 
 def _look_at(path: str, place: str, seen: set[tuple[int, int] | None]) -> _Folder:
-    found = _Folder()
+    content = _Folder()
     try:
         with os.scandir(place) as entries:
             identity = _identity(place)
             if identity in seen:
-                return found
+                return content
             seen.add(identity)
             for entry in entries:
                 name = f"{path}/{entry.name}" if path else entry.name
                 state = _state(entry)
                 if state is not None and stat.S_ISREG(state.st_mode):
-                    found.files.append((name, state))
+                    content.files.append((name, state))
                 elif state is not None and stat.S_ISDIR(state.st_mode):
-                    (found.links if entry.is_symlink() else found.folders).append((name, entry.path))
-    except FileNotFoundError:  # it was deleted meanwhile, or never there
+                    (content.links if entry.is_symlink() else content.folders).append((name, entry.path))
+    except FileNotFoundError:  # the folder was deleted meanwhile, or never existed
         return _Folder()
-    return found
+    return content
 
 
 def _state(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """Of what a link leads to; None for what was deleted meanwhile, or a link to nothing."""
+    """The state of a file or folder, or of a link's target. None where it was deleted meanwhile, or the link is broken."""
     try:
         return entry.stat()
     except OSError as error:
@@ -144,7 +144,7 @@ def create(root: Path, target: Path, data: bytes) -> bool:
         return False
     with _written_aside(root, target, data) as temporary:
         try:
-            _name(temporary, target)  # fails if the name exists: the commit, and whoever comes first wins
+            _name(temporary, target)  # the commit: it fails if the name exists, so the first writer wins
         except FileExistsError:
             return False
     _sync_folder(target.parent)
@@ -152,10 +152,10 @@ def create(root: Path, target: Path, data: bytes) -> bool:
 
 
 def _name(temporary: Path, target: Path) -> None:
-    """Give a written file its name unless that is taken, in one step: by a link, else by a rename that replaces nothing.
+    """Give a written file its name in one step, unless the name exists: by a hard link, or a rename that replaces nothing.
 
-    Not by `open("xb")`, which would show readers a part of the file. Raises FileExistsError, and OSError with what the file
-    system lacks.
+    Not by `open("xb")`, which would show readers a part of the file. Raises FileExistsError, and OSError for a file system
+    that has neither.
     """
     try:
         os.link(temporary, target)
@@ -166,7 +166,7 @@ def _name(temporary: Path, target: Path) -> None:
 
 
 def _rename_to_free(temporary: Path, target: Path) -> None:
-    rename: Any = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # of Linux, which Python does not show
+    rename: Any = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # on Linux; Python has no function for it
     code = errno.ENOSYS
     if rename is not None:
         if rename(_CURRENT_FOLDER, os.fsencode(temporary), _CURRENT_FOLDER, os.fsencode(target), _RENAME_NOREPLACE) == 0:
@@ -176,8 +176,8 @@ def _rename_to_free(temporary: Path, target: Path) -> None:
         raise OSError(code, os.strerror(code), str(target))
     raise OSError(
         errno.ENOTSUP,
-        "its file system has no hard links, and no rename that replaces nothing, so of two runs at once it could not tell "
-        "which was first. Name a place on another disk, or in an object store.",
+        "its file system has neither hard links nor a rename that replaces no file, so two runs at once could overwrite each "
+        "other's files. Use another disk or an object store.",
     )
 
 
@@ -189,7 +189,7 @@ def replace(root: Path, target: Path, data: bytes) -> None:
 
 
 def now(root: Path) -> float:
-    """Seconds since 1970 by the disk's own clock, which is another machine's where the disk is: that of a nameless file.
+    """Seconds since 1970 by the disk's clock, which for a network disk is another machine's: the time of a temporary file.
 
     This machine's time where nothing can be written below `root`.
     """
@@ -201,7 +201,7 @@ def now(root: Path) -> float:
 
 
 def clear_temporary(root: Path, older_than_s: float) -> None:
-    """Remove what writers that were killed left behind."""
+    """Remove temporary files that killed writers left behind."""
     folder = root / TEMPORARY
     oldest = now(root) - older_than_s
     for file in folder.iterdir() if folder.is_dir() else ():
@@ -213,7 +213,7 @@ def clear_temporary(root: Path, older_than_s: float) -> None:
 
 @contextlib.contextmanager
 def _written_aside(root: Path, target: Path, data: bytes) -> Iterator[Path]:
-    """A file with these bytes, safely on the disk; gone afterwards, whether or not it was used."""
+    """A temporary file with these bytes, synced to the disk. It is removed afterwards, whether or not it was used."""
     refuse_links(str(root), [TEMPORARY])
     target.parent.mkdir(parents=True, exist_ok=True)
     (root / TEMPORARY).mkdir(parents=True, exist_ok=True)
@@ -229,7 +229,7 @@ def _written_aside(root: Path, target: Path, data: bytes) -> Iterator[Path]:
 
 
 def entry(path: str, state: os.stat_result) -> Entry:
-    """What a file's state says of it."""
+    """A file's `Entry`, from its state."""
     return Entry(path=path, size=state.st_size, etag=str(state.st_mtime_ns), modified=state.st_mtime)
 
 
@@ -238,7 +238,7 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # of a file system that syncs files alone
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # file systems that can sync files only
             raise
     finally:
         os.close(descriptor)

@@ -1,6 +1,6 @@
-"""What fsspec's remote file systems do differently from each other, or not at all: connecting, listing and writing.
+"""Connect to, list and write remote stores, where fsspec's file systems differ from each other or lack something.
 
-Also all of fsspec and s3fs that is used and is not public; `tests/model/test_private.py` takes each part away.
+Also all private parts of fsspec and s3fs that are used; `tests/model/test_private.py` tests what happens without each.
 """
 
 import io
@@ -20,9 +20,9 @@ from lora_embed.errors import StorageError
 from lora_embed.libraries import part
 from lora_embed.schema import Entry
 
-SILENCE_S = 15.0  # without a byte, of a store that is told no `read_timeout`; s3fs's own for reading
-MOST_PAGES_IN_VAIN = 10  # of a listing, in a row, that name no new key
-SLOWEST = 2**18  # bytes per second of an upload that is still under way
+SILENCE_S = 15.0  # how long a store may send no byte, unless `read_timeout` is set; s3fs's own limit for reading
+MOST_PAGES_IN_VAIN = 10  # pages of a listing, in a row, without a new key
+SLOWEST = 2**18  # bytes per second; a slower upload counts as broken
 _WALKS = "tell whether a file system's listing leaves out the folders that it may not list"
 _find_of_fsspec = part("fsspec", "fsspec.asyn:AsyncFileSystem._find", _WALKS)
 part("fsspec", "fsspec.asyn:sync", "end an upload that the store no longer receives", takes=("timeout",))
@@ -33,15 +33,15 @@ def is_s3(uri: str) -> bool:
 
 
 def connect(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, str]:
-    """The file system and the root in it; StorageError for options or a kind of storage that it does not know."""
+    """The file system and the root in it. Raises StorageError for unknown options or an unknown kind of storage."""
     try:
         fs, root = _connect_cached(uri, options) if _is_hashable(options) else _connect_anew(uri, options)
     except ImportError as error:
         raise StorageError(f"{uri}: this kind of storage needs another package: {error}") from None
     except (ValueError, TypeError) as error:
-        raise StorageError(f"{uri}: unknown kind of storage, or storage options that do not fit it: {error}") from None
+        raise StorageError(f"{uri}: unknown kind of storage, or unknown storage options: {error}") from None
     if not root and is_s3(uri):
-        raise StorageError(f"{uri}: names no bucket; expected s3://bucket/path")
+        raise StorageError(f"{uri}: the bucket is missing; expected s3://bucket/path")
     return fs, root
 
 
@@ -50,9 +50,9 @@ def _connect_anew(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, 
     if "http://" in uri or "https://" in uri:
         _keep_to_host(uri, given)
     if is_s3(uri):
-        # One patience, that of `retry`: botocore and s3fs would try five times each, and a stalled read 25 times.
+        # Only `retry` repeats requests: botocore and s3fs would try five times each, and a stalled read 25 times.
         given["config_kwargs"] = {"retries": {"total_max_attempts": 1}} | given.get("config_kwargs", {})
-        given.setdefault("max_concurrency", 1)  # else each read asks for the size first
+        given.setdefault("max_concurrency", 1)  # otherwise each read first asks for the size
     fs, root = fsspec.core.url_to_fs(uri, **given)
     if is_s3(uri):
         _check_s3fs()
@@ -61,7 +61,7 @@ def _connect_anew(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, 
 
 
 def _keep_to_host(uri: str, given: dict[str, Any]) -> None:
-    """Follow no redirect to another host: a server that the user named would choose whom this machine asks next."""
+    """Follow no redirect to another host: otherwise a server could choose which host this machine contacts next."""
     chain = [part.partition("://")[0] for part in uri.split("::")]
     for scheme in {"http", "https"} & set(chain):
         options = given if chain[0] == scheme else given.setdefault(scheme, {})
@@ -75,8 +75,8 @@ async def _refuse_other_host(_session: Any, _context: Any, request: aiohttp.Trac
     is_same_port = target.port == url.port or (target.is_default_port() and url.is_default_port())  # http → https
     if target.host != url.host or not is_same_port:
         raise StorageError(
-            f"{url}: is sent on to {target.host}:{target.port}, and redirects to another host are not followed. If that "
-            "is right, name the place there."
+            f"{url}: the server redirects to another host, {target.host}:{target.port}, which is not followed. If you trust "
+            "that host, use a URI there."
         )
 
 
@@ -85,7 +85,7 @@ _SAME_HOST.on_request_redirect.append(_refuse_other_host)
 
 
 def _check_s3fs() -> None:
-    """Without `mode`, s3fs would take it for an option of the request, drop it, and write over what is there."""
+    """An s3fs without `mode` would ignore it as an unknown request option, and overwrite an existing object."""
     part("s3fs", "s3fs:S3FileSystem._pipe_file", "create an object only where there is none", takes=("mode",))
     part("s3fs", "s3fs:S3FileSystem.retries", "keep s3fs from trying again what is tried again here")
 
@@ -94,7 +94,7 @@ _connect_cached = lru_cache(maxsize=64)(_connect_anew)
 
 
 def _is_hashable(options: tuple[tuple[str, Any], ...]) -> bool:
-    """Nested options cannot be a cache key; fsspec then keeps the connection by itself."""
+    """False for nested options, which cannot be a cache key; fsspec then caches the connection itself."""
     try:
         hash(options)
     except TypeError:
@@ -103,64 +103,64 @@ def _is_hashable(options: tuple[tuple[str, Any], ...]) -> bool:
 
 
 def date_of(answer: Mapping[str, Any]) -> float:
-    """Seconds since 1970 by the clock of the S3 store that gave this answer; this machine's where the answer has no date."""
+    """Seconds since 1970 by the clock of the S3 store that sent this answer; this machine's time if it has no date."""
     date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
     return parsedate_to_datetime(date).timestamp() if date else time.time()
 
 
 def put(fs: Any, path: str, data: bytes, silence_s: float, **options: Any) -> None:
-    """Write an object; TimeoutError once the store has been silent for too long to be still receiving it.
+    """Write an object. Raises TimeoutError when the upload takes longer than any working store needs.
 
-    The libraries limit how long an answer may take, but not how long they wait to be let send (`100 Continue`) or for
-    a peer that receives nothing.
+    The libraries limit how long an answer may take, but not how long they wait for permission to send (`100 Continue`), or
+    for a server that does not receive.
     """
-    if isinstance(fs, AsyncFileSystem):  # of the others, none takes a limit
+    if isinstance(fs, AsyncFileSystem):  # no other file system takes a limit
         options["timeout"] = silence_s + len(data) / SLOWEST
     fs.pipe_file(path, data, **options)
 
 
 def find(fs: Any, folder: str, uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Full paths of the files below a folder and what is known of them; none where there is no such folder.
+    """Full paths of the files below a folder, with their properties; none where the folder does not exist.
 
-    Raises StorageError where a listing of S3 does not come to an end.
+    Raises StorageError where a listing of S3 never ends.
     """
     fs.invalidate_cache()
     is_async, kind = isinstance(fs, AsyncFileSystem), type(fs)
     walks = kind._find is _find_of_fsspec if is_async else kind.find is AbstractFileSystem.find
     try:
-        # fsspec's own walk leaves out every folder that it cannot list; file systems with a `find` of theirs raise.
+        # fsspec's own walk silently leaves out every folder that it cannot list; file systems with their own `find` raise.
         if is_s3(uri):
-            found = _find_in_pages(fs, folder, uri)
+            files = _find_in_pages(fs, folder, uri)
         else:
-            found = dict(_walk(fs, folder)) if walks else fs.find(folder, detail=True)
+            files = dict(_walk(fs, folder)) if walks else fs.find(folder, detail=True)
     except FileNotFoundError:
         if fs.exists(folder):
             raise StorageError(f"{uri}: changed while it was listed. Run the same command again.") from None
         return
-    yield from ((name, info) for name, info in found.items() if info["type"] == "file")
+    yield from ((name, info) for name, info in files.items() if info["type"] == "file")
 
 
 def _find_in_pages(fs: Any, folder: str, uri: str) -> dict[str, dict[str, Any]]:
-    """By the pages of S3's listing, each of which says how the next is asked for; s3fs itself would ask for ever."""
+    """List S3 page by page; each page has the token for the next. s3fs would ask a faulty store for pages for ever."""
     bucket, _, prefix = folder.partition("/")
-    asked = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""} | getattr(fs, "req_kw", {})
-    found: dict[str, dict[str, Any]] = {}
+    request = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""} | getattr(fs, "req_kw", {})
+    files: dict[str, dict[str, Any]] = {}
     tokens, in_vain = set[str](), 0
     while True:
-        page, before = fs.call_s3("list_objects_v2", **asked), len(found)
+        page, before = fs.call_s3("list_objects_v2", **request), len(files)
         for described in page.get("Contents", []):
-            found[f"{bucket}/{described['Key']}"] = described | {"size": described["Size"], "type": "file"}
+            files[f"{bucket}/{described['Key']}"] = described | {"size": described["Size"], "type": "file"}
         if not page.get("IsTruncated"):
-            return found
+            return files
         token = page.get("NextContinuationToken")
-        in_vain = 0 if len(found) > before else in_vain + 1
+        in_vain = 0 if len(files) > before else in_vain + 1
         if not token or token in tokens or in_vain >= MOST_PAGES_IN_VAIN:
             raise StorageError(
-                f"{uri}: its listing does not come to an end: after {len(tokens) + 1} pages the store says that there is more, "
-                "and gives nothing new. Look at the store, or at what answers in its place."
+                f"{uri}: its listing never ends: after {len(tokens) + 1} pages the store says that there are more objects, but "
+                "sends no new ones. Check the store, and any proxy in front of it."
             )
         tokens.add(token)
-        asked["ContinuationToken"] = token
+        request["ContinuationToken"] = token
 
 
 def _walk(fs: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -168,14 +168,14 @@ def _walk(fs: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
         name = info["name"].rstrip("/")
         if info["type"] != "directory":
             yield name, info
-        elif name != folder.rstrip("/"):  # some list the folder itself too
+        elif name != folder.rstrip("/"):  # some file systems list the folder itself too
             yield from _walk(fs, name)
 
 
 def entry(path: str, info: dict[str, Any]) -> Entry:
-    """What a listing, or an answer about one object, says of it."""
+    """An object's `Entry`, from a listing or from an answer about this object."""
     etag = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or info.get("created")
-    if isinstance(etag, datetime):  # some give a number when they list, and a date when they are asked for one object
+    if isinstance(etag, datetime):  # some file systems give a number in a listing, and a date for a single object
         etag = etag.timestamp()
     modified = info.get("LastModified") or info.get("mtime") or info.get("created") or 0.0
     if isinstance(modified, datetime):
@@ -184,7 +184,7 @@ def entry(path: str, info: dict[str, Any]) -> Entry:
 
 
 def delete_at_once(fs: Any, paths: list[str]) -> None:
-    """Up to a thousand objects of one bucket in one request. Not by `fs.rm`, which does not tell what it could not remove."""
+    """Delete up to 1,000 objects of one bucket in one request. Not by `fs.rm`, which hides objects that it could not remove."""
     objects = {"Objects": [{"Key": path.partition("/")[2]} for path in paths], "Quiet": True}
     answer = fs.call_s3("delete_objects", Bucket=paths[0].partition("/")[0], Delete=objects)
     for error in answer.get("Errors", []):
@@ -193,7 +193,7 @@ def delete_at_once(fs: Any, paths: list[str]) -> None:
 
 
 class RetriedFile(io.RawIOBase):
-    """A remote file whose reads are tried again; its position moves only when a read succeeds."""
+    """A remote file whose failed reads are repeated. Its position moves only when a read succeeds."""
 
     def __init__(self, file: Any, retried: Callable[[Callable[[], bytes]], bytes]) -> None:
         self._file, self._retried = file, retried

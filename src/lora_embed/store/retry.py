@@ -1,4 +1,4 @@
-"""Transient errors of object stores: which ones they are, and trying again with jittered back-off up to a limit."""
+"""Transient errors of object stores: which errors are transient, and repeating a request with jittered back-off."""
 
 import contextlib
 import http.client
@@ -17,30 +17,30 @@ from lora_embed.errors import StorageError, StoreUnavailable
 from lora_embed.text import in_one_line, redacted
 
 LONGEST_PAUSE_S = 15.0
-SAY_AFTER_S = 3.0  # what is over sooner needs no word
+SAY_AFTER_S = 3.0  # shorter waits are not logged
 PRECONDITION_FAILED = 412  # HTTP
 R = TypeVar("R")
 _counting = threading.Lock()
-_retries = 0  # of this process, since they were taken
+_retries = 0  # of this process, since the last `take_retries`
 
-# What fsspec lets through of its libraries besides OSError, of which most are.
+# Errors of fsspec's libraries that are not OSError; most of them are.
 LIBRARY_ERRORS = (boto.BotoCoreError, boto.ClientError, aiohttp.ClientError, http.client.HTTPException)
 CONNECTION_ERRORS = (boto.EndpointConnectionError, boto.ConnectTimeoutError, aiohttp.ClientConnectorError)
 _TRANSIENT = (
     ConnectionError, TimeoutError, boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError,
     boto.ResponseStreamingError, aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, http.client.IncompleteRead,
 )  # fmt: skip
-# Answers in 4xx that a second try may not get: an upload that arrived damaged, and a conditional PUT that met another.
+# Answers with a status 4xx that may not come again: the upload arrived damaged, or two conditional PUTs met.
 _TRANSIENT_CODES = {
     "BadDigest", "ConditionalRequestConflict", "IncompleteBody", "OperationAborted", "RequestTimeout", "SlowDown",
     "Throttling", "ThrottlingException", "XAmzContentSHA256Mismatch",
 }  # fmt: skip
 
 
-def retried(operation: Callable[[], R], what: str, limit_s: float) -> R:
-    """The operation's result, tried again for up to `limit_s` seconds as long as its errors are transient.
+def retried(operation: Callable[[], R], where: str, limit_s: float) -> R:
+    """The operation's result. It is repeated for up to `limit_s` seconds as long as its errors are transient.
 
-    Raises StoreUnavailable when the time is up, and every other error at once.
+    Raises StoreUnavailable when the time is over, and every permanent error immediately.
     """
     started = time.monotonic()
     for tries in itertools.count(1):
@@ -52,14 +52,14 @@ def retried(operation: Callable[[], R], what: str, limit_s: float) -> R:
                 raise
             if waited >= limit_s:
                 raise StoreUnavailable(
-                    f"{what}: no proper answer for {waited:.0f} s, {tries} tries; the last: {describe(error)}. What is "
-                    "committed stays; run the same command again once the store answers."
+                    f"{where}: no usable answer in {waited:.0f} s and {tries} tries; last error: {describe(error)}. What was "
+                    "committed is kept. Run the same command again when the store answers."
                 ) from error
             _count_retry()
             pause = min(LONGEST_PAUSE_S, 0.1 * 2**tries) * random.uniform(0.5, 1.0)
             if waited + pause > SAY_AFTER_S:
                 logging.getLogger(__name__).warning(
-                    "%s: %s; trying again for up to %g s", redacted(what), describe(error), limit_s
+                    "%s: %s; trying again for up to %g s", redacted(where), describe(error), limit_s
                 )
             time.sleep(min(pause, max(0.0, limit_s - waited)))
     raise AssertionError("unreachable")
@@ -72,15 +72,15 @@ def _count_retry() -> None:
 
 
 def take_retries() -> int:
-    """How often this process has tried a request again since the last call; counting begins anew."""
+    """How many requests this process has repeated since the last call of this function."""
     global _retries
     with _counting:
-        taken, _retries = _retries, 0
-    return taken
+        count, _retries = _retries, 0
+    return count
 
 
 def is_transient(error: BaseException) -> bool:
-    """Connection lost, time out, body cut short, too many requests, or the server's own fault: may differ next time."""
+    """True if the next try may succeed: connection lost, time-out, body cut short, too many requests, or a server error."""
     return any(_is_transient(cause) for cause in _causes(error))
 
 
@@ -89,21 +89,21 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _is_transient_status(status: int) -> bool:
-    return status == 429 or (status >= 500 and status not in (501, 507))  # not implemented; no room left
+    return status == 429 or (status >= 500 and status not in (501, 507))  # 501: not implemented; 507: storage is full
 
 
 def is_refused_create(error: BaseException) -> bool:
-    """A conditional PUT that the store refused, since the object is there: by its status, whatever the store says."""
+    """True if the store refused a conditional PUT since the object exists. The status decides, not the message."""
     return any(_status(cause) == PRECONDITION_FAILED for cause in _causes(error))
 
 
 def is_no_connection(error: BaseException) -> bool:
-    """Nobody listens at the endpoint, or it has no address: a wrong setting as likely as an outage."""
+    """True if no server listens at the endpoint, or the name has no address: a wrong setting, or an outage."""
     return any(isinstance(cause, CONNECTION_ERRORS) for cause in _causes(error))
 
 
 def _status(error: BaseException) -> int:
-    """The HTTP status that an error stands for; 0 for none."""
+    """The HTTP status of an error; 0 if it has none."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # a botocore ClientError
         return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
@@ -112,7 +112,7 @@ def _status(error: BaseException) -> int:
 
 
 def _code(error: BaseException) -> str:
-    """What S3 calls the error."""
+    """S3's code for the error, such as `SlowDown`; empty if it has none."""
     response = getattr(error, "response", None)
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
@@ -130,32 +130,32 @@ def describe(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def explained(where: str, options: dict[str, Any], *, writes: bool = False) -> Iterator[None]:
-    """Turn what a store refuses into one message that names the object, `where`, of a store with these options.
+    """Turn a store's errors into StorageError with one message that names the object, `where`. `options` are the store's.
 
-    When reading, absent objects stay FileNotFoundError.
+    FileNotFoundError stays as it is, unless `writes`.
     """
     try:
         yield
     except PermissionError as error:
         raise StorageError(f"{where}: access denied ({error.strerror or error}). Check its permissions or keys.") from None
     except (NotADirectoryError, FileExistsError):
-        raise StorageError(f"{where}: a file stands where a directory is expected") from None
+        raise StorageError(f"{where}: expected a directory, found a file. Remove it, or use another path.") from None
     except IsADirectoryError:
-        raise StorageError(f"{where}: a directory stands where a file is expected") from None
+        raise StorageError(f"{where}: expected a file, found a directory. Remove it, or use another path.") from None
     except FileNotFoundError as error:
         if not writes:
             raise
-        raise StorageError(f"{where}: cannot be written, what should hold it is not there ({error})") from None
+        raise StorageError(f"{where}: cannot be written, since its bucket or folder does not exist ({error})") from None
     except OSError as error:
         raise StorageError(f"{where}: {error.strerror or error}") from None
     except LIBRARY_ERRORS as error:
         raise StorageError(f"{where}: cannot be reached: {error}. Check network, endpoint and keys.") from None
-    except TypeError as error:  # file systems take their options late, and say only this of one they do not know
+    except TypeError as error:  # file systems look at their options late, and raise this for an unknown one
         if not options or not is_unknown_option(error):
             raise
-        raise StorageError(f"{where}: a storage option is not known: {error}; given are {sorted(options)}") from None
+        raise StorageError(f"{where}: unknown storage option: {error}. Options given: {sorted(options)}.") from None
 
 
 def is_unknown_option(error: TypeError) -> bool:
-    """An option that a library's function does not take: Python tells that from other mistakes in its words alone."""
+    """True if a function was given an option that it does not take. Only the message shows that in Python."""
     return "unexpected keyword argument" in str(error)

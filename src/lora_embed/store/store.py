@@ -23,26 +23,26 @@ from lora_embed.schema import Entry
 from lora_embed.store import local, remote
 from lora_embed.store.retry import LIBRARY_ERRORS, describe, explained, is_no_connection, is_refused_create, retried
 
-RETRY_S = 120.0  # how long transient errors are tried again; `retry_s` beside fsspec's own options changes it
+RETRY_S = 120.0  # how long a request is repeated after transient errors; the option `retry_s` changes it
 FIRST_CONTACT_S = 5.0
-READ_AHEAD = 16 * 2**20  # bytes of one request when a remote file is read on
+READ_AHEAD = 16 * 2**20  # bytes of one request while a remote file is read from begin to end
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Store:
-    """A root on a local disk or in an object store. Picklable: the connection is made where it is used.
+    """A root on a local disk or in an object store. Picklable: it connects where it is used.
 
-    `options` go to fsspec, but for `retry_s`, the seconds for which transient errors are tried again. Every method
-    raises StorageError for what the store refuses, for a path that leads out of the root, and on a disk for a link below
-    the root unless links are followed; and StoreUnavailable once that time is over.
+    `options` go to fsspec, except `retry_s`, the seconds for which a request is repeated after transient errors. Every
+    method raises StorageError when the store refuses a request, for a path that leads out of the root, and, on a local disk,
+    for a link below the root unless links are followed. It raises StoreUnavailable when `retry_s` is over.
     """
 
     uri: str
     options: dict[str, Any] = field(default_factory=dict, hash=False, repr=False)  # they may hold keys
-    exclusive: bool | None = None  # does it honour conditional PUT? None until `claim` has found out
-    follows_links: bool = False  # of inputs, which a user names; what is written to holds none
+    exclusive: bool | None = None  # True if it obeys conditional PUT; None until `claim` has tried
+    follows_links: bool = False  # True for inputs, which a user names; tables hold no links
 
     @property
     def is_local(self) -> bool:
@@ -50,12 +50,12 @@ class Store:
 
     @property
     def filesystem(self) -> Any:
-        """The fsspec file system itself, which tries nothing again; `lend.lend` makes one for other libraries."""
+        """The fsspec file system itself, which does not repeat requests; `lend.lend` makes one that does."""
         return self._connection[0]
 
     @property
     def _connection(self) -> tuple[Any, str]:
-        uri = self.uri if "://" in self.uri else os.path.abspath(self.uri)  # of the folder now, which a process may change
+        uri = self.uri if "://" in self.uri else os.path.abspath(self.uri)  # a process may change its current folder
         return remote.connect(uri, tuple(sorted((key, value) for key, value in self.options.items() if key != "retry_s")))
 
     @property
@@ -63,9 +63,9 @@ class Store:
         return Path(self.full_path(""))
 
     def full_path(self, path: str) -> str:
-        """Where a path is in the file system: the one place where root and path are joined.
+        """The path from the file system's root. Only here are root and path joined.
 
-        Raises StorageError for a path that leads, or on a disk through a link may lead, out of the root.
+        Raises StorageError for a path that leads out of the root, or, on a local disk, through a link.
         """
         fs, whole = self._connection
         root = whole.rstrip("/")
@@ -74,8 +74,8 @@ class Store:
         parts, is_local = path.split("/"), isinstance(fs, LocalFileSystem)
         if ".." in parts or "\0" in path or _SCHEME.match(path) or (is_local and ("" in parts or "." in parts)):
             raise StorageError(
-                f"{self.uri}: the path {path!r} leads out of it or names nothing in it, so it is not followed. Something that "
-                "was not written by lora-embed names it: find out what, and remove that."
+                f"{self.uri}: the path {path!r} does not lie in it, so it is not opened. lora-embed did not write that path: "
+                "find the file that names it, and remove that file."
             )
         if is_local and not self.follows_links:
             try:
@@ -86,15 +86,15 @@ class Store:
         return f"{root}/{path}"
 
     def name(self, path: str) -> str:
-        """A path's whole URI, as messages give it."""
+        """A path's whole URI, for messages."""
         return f"{self.uri.rstrip('/')}/{path}".rstrip("/")
 
     def explained(self, path: str, *, writes: bool = False) -> contextlib.AbstractContextManager[None]:
-        """For a block that works with an object: what the store refuses there becomes one message that names it."""
+        """A context for work with an object: errors of the store become StorageError with a message that names the object."""
         return explained(self.name(path), self.options, writes=writes)
 
     def check_reachable(self) -> None:
-        """First contact, before any work: a wrong endpoint or key, or a bucket that is not there, is said at once."""
+        """Contact the store before any work, so that a wrong endpoint, key or bucket fails within seconds."""
         first_s = min(self.retry_s, FIRST_CONTACT_S)
         if self.is_local:
             return
@@ -102,14 +102,14 @@ class Store:
             self._list_one(first_s)
         except StoreUnavailable as error:
             if error.__cause__ is None or not is_no_connection(error.__cause__):
-                self._list_one(self.retry_s)  # somebody is there, who may answer later
+                self._list_one(self.retry_s)  # a server is there, and may answer later
                 return
             raise StorageError(
                 f"{self.uri}: cannot be reached: {describe(error.__cause__)}. Check network, endpoint and keys."
             ) from None
 
     def list_files(self, prefix: str = "") -> list[Entry]:
-        """All objects below a folder, sorted by path; an absent folder is an empty one. Never from a cache."""
+        """All objects below a folder, sorted by path; none for a folder that does not exist. Never from a cache."""
         if self.is_local:
             self.full_path(prefix)
             with self.explained(prefix):
@@ -119,23 +119,23 @@ class Store:
         return sorted((e for e in entries if not e.path.startswith(f"{local.TEMPORARY}/")), key=lambda entry: entry.path)
 
     def list_input(self, *, follows: bool) -> tuple[list[Entry], dict[str, str]]:
-        """All files of an input, sorted by path, and the links to folders elsewhere that were passed over → where they lead.
+        """All files of an input, sorted by path, and the ignored links to folders elsewhere → the paths that they lead to.
 
-        On a local disk links to files are files, and those to folders elsewhere are followed only where `follows`; no
-        folder is looked at twice. An object store has no links.
+        On a local disk, a link to a file counts as a file, and a link to a folder elsewhere is followed only if `follows`.
+        No folder is read twice. An object store has no links.
         """
         if not self.is_local:
             return self.list_files(), {}
         with self.explained(""):
             states = dict(local.walk_input(self.full_path(""), follows=follows))
-        passed_over = {path: state for path, state in sorted(states.items()) if isinstance(state, str)}
+        ignored_links = {path: state for path, state in sorted(states.items()) if isinstance(state, str)}
         files = [local.entry(path, state) for path, state in sorted(states.items()) if not isinstance(state, str)]
-        return [entry for entry in files if not entry.path.startswith(f"{local.TEMPORARY}/")], passed_over
+        return [entry for entry in files if not entry.path.startswith(f"{local.TEMPORARY}/")], ignored_links
 
     def open(self, path: str, ahead: int = READ_AHEAD) -> BinaryIO:
-        """Open for reading at random, at most `ahead` bytes beyond what is asked for; FileNotFoundError when it is gone.
+        """Open an object for random reads, with at most `ahead` bytes read ahead. Raises FileNotFoundError if it is gone.
 
-        On S3 every read carries If-Match, so that all bytes are of the object as it was when it was opened.
+        On S3 every read carries If-Match, so all bytes come from the object as it was when it was opened.
         """
         fs, full = self.filesystem, self.full_path(path)
         is_local = isinstance(fs, LocalFileSystem)
@@ -147,7 +147,7 @@ class Store:
         )
 
     def read(self, path: str) -> bytes | None:
-        """The whole object, or None where there is none."""
+        """The object's bytes, or None where it does not exist."""
         fs, full = self.filesystem, self.full_path(path)
         try:
             return self._retried(path, lambda: cast(bytes, fs.cat_file(full)))
@@ -155,7 +155,7 @@ class Store:
             return None
 
     def info(self, path: str) -> Entry | None:
-        """The object's size and etag as they are now, or None where there is none."""
+        """The object's present size and etag, or None where it does not exist."""
         fs, full = self.filesystem, self.full_path(path)
         try:
             if isinstance(fs, LocalFileSystem):
@@ -174,29 +174,29 @@ class Store:
         return self._retried(path, lambda: bool(fs.isdir(full)))
 
     def now(self) -> float:
-        """Seconds since 1970 by the clock that dates what is stored, which need not be this machine's.
+        """Seconds since 1970 by the store's clock, which dates its objects and may differ from this machine's.
 
-        Known of local disks and of S3; of other stores this machine's time is all there is.
+        It is known for local disks and S3. For other stores, this machine's clock is used.
         """
         if self.is_local:
             return local.now(self._root)
         return remote.date_of(self._list_one(self.retry_s)) if remote.is_s3(self.uri) else time.time()
 
     def check_writable(self) -> None:
-        """On a local disk, refuse before any work what could not be written."""
+        """On a local disk, raise StorageError before any work if nothing could be written."""
         if not self.is_local:
             return
         nearest = next(parent for parent in [self._root, *self._root.parents] if parent.exists())
         if not nearest.is_dir():
-            raise StorageError(f"{self.uri}: {nearest} is a file, so nothing can be written below it")
+            raise StorageError(f"{self.uri}: {nearest} is a file, so nothing can be written below it. Use another path.")
         if not os.access(nearest, os.W_OK):
             raise StorageError(f"{self.uri}: {nearest} is not writable for this user. Change its permissions or the path.")
 
     def claim(self, marker: str, data: bytes) -> "Store":
-        """Create the marker unless it is there; the store as it is to be used from then on.
+        """Create the marker unless it exists, and return the store with `exclusive` set.
 
-        The first write, which shows whether there may be others. A store that lets the marker be created twice ignores
-        conditional PUT: two runs that publish at the same moment could both believe that they were first.
+        This is the first write, so it shows whether the store can be written. A store that lets the marker be created twice
+        ignores conditional PUT: two runs that publish at the same moment could both believe that they were first.
         """
         refuses_second = not self.create(marker, data) or not self.create(marker, data)
         return replace(self, exclusive=refuses_second)
@@ -204,8 +204,8 @@ class Store:
     def create(self, path: str, data: bytes) -> bool:
         """Commit an object in one atomic step unless it exists; True if this call made it.
 
-        Readers see the whole object or none. False may also mean that this call made it and the answer got lost, so
-        that it was sent again: whoever needs to know compares the content.
+        Readers see the whole object or none. False may also mean that this call made it, but the answer was lost and the
+        request was repeated: a caller that must know compares the content.
         """
         if self.is_local:
             with self.explained(path, writes=True):
@@ -218,9 +218,9 @@ class Store:
             try:
                 retried(lambda: self._put(path, data, mode=mode), self.name(path), self.retry_s)
             except (OSError, *LIBRARY_ERRORS) as error:
-                if is_refused_create(error):  # by now the object may be gone again
+                if is_refused_create(error):  # the object exists, or has been deleted since
                     return False
-                if isinstance(error, FileExistsError) and self.info(path) is not None:  # not for what stands above it
+                if isinstance(error, FileExistsError) and self.info(path) is not None:  # the error may be of a folder above
                     return False
                 raise
         return True
@@ -234,19 +234,20 @@ class Store:
                 retried(lambda: self._put(path, data), self.name(path), self.retry_s)
 
     def delete(self, paths: list[str]) -> None:
-        """Remove objects; one that is gone already is no error."""
+        """Remove objects. An object that does not exist is no error."""
         fs = self.filesystem
         if remote.is_s3(self.uri):
             whole = [self.full_path(path) for path in paths]
             for start in range(0, len(paths), 1000):
-                self._retried(paths[start], lambda some=whole[start : start + 1000]: remote.delete_at_once(fs, some))  # type: ignore[misc]
+                batch = whole[start : start + 1000]
+                self._retried(paths[start], lambda batch=batch: remote.delete_at_once(fs, batch))  # type: ignore[misc]
             return
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
                 self._retried(path, lambda path=path: fs.rm_file(self.full_path(path)))  # type: ignore[misc]
 
     def clear_temporary(self, older_than_s: float = 3600.0) -> None:
-        """Remove what writers that were killed left behind on a local disk."""
+        """Remove temporary files that killed writers left behind on a local disk."""
         if self.is_local:
             self.full_path(local.TEMPORARY)
             with self.explained(local.TEMPORARY):
@@ -254,7 +255,7 @@ class Store:
 
     @property
     def retry_s(self) -> float:
-        """Seconds for which transient errors are tried again."""
+        """Seconds for which a request is repeated after transient errors."""
         given = self.options.get("retry_s", RETRY_S)
         with contextlib.suppress(TypeError, ValueError):
             if math.isfinite(seconds := float(given)) and seconds >= 0:
@@ -271,7 +272,7 @@ class Store:
         return [remote.entry(name[start:], info) for name, info in remote.find(fs, self.full_path(prefix), self.uri)]
 
     def _list_one(self, limit_s: float) -> dict[str, Any]:
-        """The answer to the cheapest request that fails where the bucket is not there; s3fs takes such a one for empty."""
+        """The answer to the cheapest request that fails where the bucket does not exist; s3fs would show it as empty."""
         fs = self.filesystem
         bucket, _, prefix = self.full_path("").partition("/")
         try:

@@ -1,1 +1,1 @@
-"""What a set of vectors is like: lengths, neighbours, agreement. NumPy alone; imports nothing of this package but `errors`."""
+"""Measures of vectors: lengths, neighbours, agreement of two sets. In NumPy; imports only `errors` of this package."""

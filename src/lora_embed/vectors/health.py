@@ -1,4 +1,4 @@
-"""What a set of vectors is like, measured file by file: lengths, directions, dimensions that say nothing, doubles."""
+"""Figures of a set of vectors, measured file by file: lengths, directions, constant dimensions, duplicates."""
 
 import heapq
 from collections.abc import Iterable, Sequence
@@ -15,18 +15,18 @@ from lora_embed.vectors.rows import unit, vectors_of
 
 SAMPLE_ROWS = 2000
 BLOCK_ROWS = 8192
-DISTINCT = 2**20  # vectors that are counted one by one, 32 bytes each; of a larger set, those with the lowest hashes
-FLAT = 1e-5  # a deviation below this share of a dimension's size is rounding: float32 keeps 6e-8, sums over tokens 1e-6
+DISTINCT = 2**20  # distinct vectors that are counted, 32 bytes each; in a larger set, those with the lowest hashes
+FLAT = 1e-5  # a smaller deviation, relative to a dimension's size, is rounding: float32 keeps 6e-8, sums over tokens 1e-6
 QUANTILES = (0.01, 0.5, 0.99)
 
 Vectors = NDArray[np.float32]
 
 
 def seeded_sample(ids: Iterable[str], n: int, seed: int = 0) -> list[str]:
-    """The n ids whose hashes with the seed are lowest, lowest first; all of them where there are fewer.
+    """The n ids whose hashes with the seed are lowest, lowest first; all ids where there are fewer than n.
 
-    Neither order nor the other ids matter, so a sample changes only where its own images come and go, the first m are the
-    sample of m, and the sample of several lists is the sample of their samples. Ids are to differ. The bottom-k sample of
+    The ids' order does not matter, and an id is in the sample by its own hash. So the first m ids are the sample of size m,
+    and the sample of several lists is the sample of their samples. Ids must be distinct. This is the bottom-k sample of
     Cohen & Kaplan, "Summarizing data using bottom-k sketches" (2007).
     """
     salt = seed.to_bytes(8, "big")
@@ -35,10 +35,10 @@ def seeded_sample(ids: Iterable[str], n: int, seed: int = 0) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Doubles:
-    """Which vectors stand in several rows: by hash of the vector, rows and the two extreme hashes of their images.
+    """Which vectors occur in several rows: for each vector's hash, its rows, and the lowest and highest hash of their images.
 
-    Of more than `DISTINCT` vectors those with the lowest hashes are kept. They are among the lowest of each file too, so
-    that all their rows are counted, in whatever order files are put together.
+    Of more than `DISTINCT` vectors, those with the lowest hashes are kept. They are among the lowest of each file too, so
+    all their rows are counted, whatever the order in which files are combined.
     """
 
     vector: NDArray[np.uint64]  # sorted, distinct
@@ -48,21 +48,21 @@ class Doubles:
 
     @property
     def share(self) -> float:
-        """Rows whose vector another row has too, though of another image, of all rows counted."""
+        """The share of rows whose vector is also that of another image, among all rows counted."""
         return float(self.rows[self.low != self.high].sum() / max(int(self.rows.sum()), 1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """A set of vectors in a few numbers, small enough for a manifest. Shares are of 1."""
+    """A set of vectors in a few numbers, small enough for a manifest. Shares are between 0 and 1."""
 
     count: int  # vectors that can be used
-    unusable: float  # share of rows of length zero, or with a value that is not finite
-    constant: float  # share of dimensions that are the same in all vectors
-    rank: float  # directions that the vectors spread over: see `participation_ratio`
+    unusable: float  # share of rows with length zero, or with a value that is not finite
+    constant: float  # share of dimensions that have the same value in all vectors
+    rank: float  # effective number of directions: see `participation_ratio`
     spread: float  # mean cosine distance of two vectors
-    norms: tuple[float, float, float]  # lengths: quantiles of 1, 50 and 99 %
-    duplicates: float  # share of rows whose vector is another's too, though the images differ
+    norms: tuple[float, float, float]  # lengths of the vectors: quantiles of 1, 50 and 99 %
+    duplicates: float  # share of rows whose vector is also that of another image
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,7 +70,7 @@ class Figures:
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """What `measure` has seen of some rows, in bounded memory; `combine` puts those of several files together.
+    """The sums that `measure` keeps of some rows, in bounded memory; `combine` adds up those of several files.
 
     Arrays over d dimensions are float64; the sample holds up to `SAMPLE_ROWS` rows, as `seeded_sample` takes them.
     """
@@ -86,9 +86,9 @@ class Health:
     doubles: Doubles
 
     def figures(self) -> Figures:
-        """Raises ValueError when no vector was seen that can be used."""
+        """The figures of these rows. Raises ValueError where no vector is usable."""
         if not self.count:
-            raise ValueError("no vectors, or none that can be used: there is nothing to measure")
+            raise ValueError("there are no vectors, or all are zero or not finite, so nothing can be measured")
         size = self.mean**2 + self.squares / self.count
         lengths = np.linalg.norm(self.sample.astype(np.float64), axis=1)
         low, median, high = (float(value) for value in np.quantile(lengths, QUANTILES))
@@ -99,13 +99,13 @@ class Health:
             rank=participation_ratio(self.sample),
             spread=float(max(0.0, 1 - np.sum((self.directions / self.count) ** 2))),
             norms=(low, median, high),
-            # A vector that very many rows have may not be among those counted: the sample of rows holds it all the surer.
+            # A vector of very many rows may not be among those counted. Then the sample of rows is almost sure to hold it.
             duplicates=max(self.doubles.share, _doubles(self.sample, self.images).share),
         )
 
 
 def measure(ids: Sequence[str], images: Sequence[bytes | None], vectors: NDArray[Any]) -> Health:
-    """Measure rows that have a vector: ids, SHA-256 of the image bytes, and vectors (n, d), of any float type."""
+    """Measure rows with a vector: their ids, the SHA-256 of their images' bytes, and their vectors (n, d) of any float type."""
     starts = range(0, max(len(vectors), 1), BLOCK_ROWS)
     blocks = [slice(start, start + BLOCK_ROWS) for start in starts]
     return combine([_measure_block(ids[block], images[block], vectors[block]) for block in blocks])
@@ -133,17 +133,17 @@ def _measure_block(ids: Sequence[str], images: Sequence[bytes | None], vectors: 
 
 
 def measure_rows(rows: pa.Table) -> Health:
-    """`measure` of a table's columns id, sha256 and embedding; of a staged part, the rows without a reject's reason."""
+    """`measure` a table's columns id, sha256 and embedding. In a staged part, rejects are left out."""
     if "reason" in rows.column_names:
         rows = rows.filter(pc.is_null(rows.column("reason")))
     return measure(rows.column("id").to_pylist(), rows.column("sha256").to_pylist(), vectors_of(rows))
 
 
 def combine(parts: Sequence[Health]) -> Health:
-    """What `measure` would have said of all rows at once, but for rounding. At least one part, all of one dimension.
+    """The result of `measure` for all rows together, except for rounding. Takes one or more parts, all of one dimension.
 
-    Mean and sums of squares are put together in float64 by the formula of Chan, Golub & LeVeque, "Updating formulae and a
-    pairwise algorithm for computing sample variances" (1979): no difference of large sums is taken.
+    Means and sums of squares are combined in float64 by the formula of Chan, Golub & LeVeque, "Updating formulae and a
+    pairwise algorithm for computing sample variances" (1979), which subtracts no large sums.
     """
     count = sum(part.count for part in parts)
     weights = [part.count / max(count, 1) for part in parts]
@@ -166,10 +166,10 @@ def combine(parts: Sequence[Health]) -> Health:
 def participation_ratio(vectors: NDArray[Any]) -> float:
     """Effective number of directions among vectors (n, d), at length 1: (Σλ)² / Σλ² of their covariance's eigenvalues λ.
 
-    1 where they lie on a line, d where they fill all dimensions alike (Gao et al., "A theory of multineuronal
-    dimensionality, dynamics and measurement", 2017). Of the measures of rank this one does not depend on how many rows
-    were sampled: Σλ² is taken by the estimator of Srivastava, "Some tests concerning the covariance matrix in high
-    dimensional data" (2005). Measured on 64, 100, 300 and 600 rows of one real encoder: 25, 23, 23, 23.
+    It is 1 for vectors on a line, and d for vectors that fill all dimensions equally (Gao et al., "A theory of multineuronal
+    dimensionality, dynamics and measurement", 2017). It hardly depends on how many rows were sampled, since Σλ² is
+    computed by the estimator of Srivastava, "Some tests concerning the covariance matrix in high dimensional data" (2005).
+    Measured on 64, 100, 300 and 600 rows of one real encoder: 25, 23, 23, 23.
     """
     n, d = vectors.shape
     if n < 3:
@@ -185,12 +185,12 @@ def participation_ratio(vectors: NDArray[Any]) -> float:
 
 
 def _doubles(vectors: Vectors, images: NDArray[np.uint64]) -> Doubles:
-    hashes = hash_each(row.data for row in vectors + np.float32(0))  # which makes −0 a 0
+    hashes = hash_each(row.data for row in vectors + np.float32(0))  # adding 0 turns −0 into 0
     return _reduced([Doubles(vector=hashes, rows=np.ones(len(hashes), np.int64), low=images, high=images)])
 
 
 def _reduced(parts: Sequence[Doubles]) -> Doubles:
-    """Several counts as one, of no more than `DISTINCT` vectors."""
+    """Several counts as one count of at most `DISTINCT` vectors."""
     vector, rows, low, high = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("vector", "rows", "low", "high")
     )
@@ -207,6 +207,6 @@ def _reduced(parts: Sequence[Doubles]) -> Doubles:
 
 
 def hash_each(values: Iterable[Any]) -> NDArray[np.uint64]:
-    """The first 64 bits of BLAKE2b of each value, which is bytes or a buffer."""
+    """The first 64 bits of BLAKE2b of each value (bytes or a buffer)."""
     digests = b"".join(blake2b(value, digest_size=8).digest() for value in values)
     return np.frombuffer(digests, dtype=">u8").astype(np.uint64)

@@ -1,4 +1,4 @@
-"""Rows of vectors: those of a table as an array, and directions."""
+"""Rows of vectors: a table's vectors as an array, and vectors scaled to length 1."""
 
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ def vectors_of(rows: pa.RecordBatch | pa.Table) -> NDArray[np.float32]:
 def unit(vectors: NDArray[Real]) -> NDArray[Real]:
     """Rows (n, d) scaled to length 1, in their own precision.
 
-    A row without a direction, of zeros or with a value that is not finite, becomes zeros: its cosine to everything is 0.
+    A row of zeros, or with a value that is not finite, has no direction and becomes zeros: its cosine to every vector is 0.
     """
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     has_direction = np.isfinite(norms) & (norms > 0)
