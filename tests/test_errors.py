@@ -399,14 +399,14 @@ VERSION_CASES = [
     Case(
         "a rollback to a version that is not there",
         nothing,
-        ["table", "no version 9", "versions there: 1"],
+        ["table", "no version 9", "Existing versions: 1"],
         arguments=["rollback", "table", "--to", "9", "--why", "search got worse"],
         published=True,
     ),
     Case(
         "a rollback to the current version",
         nothing,
-        ["table", "version 1 is the current one"],
+        ["table", "version 1 is already the current version"],
         arguments=["rollback", "table", "--to", "1", "--why", "search got worse"],
         published=True,
     ),
@@ -438,7 +438,14 @@ VERSION_CASES = [
         arguments=["status", "table"],
         published=True,
     ),
-    Case("a damaged file", damage, ["table/data/", "bytes that"], arguments=["verify", "table"], published=True, code=1),
+    Case(
+        "a damaged file",
+        damage,
+        ["table/data/", "was changed since it was published", "lora-embed rollback"],
+        arguments=["verify", "table"],
+        published=True,
+        code=1,
+    ),
 ]
 
 SEARCH_CASES = [

@@ -104,7 +104,7 @@ def test_a_missing_library_is_named_with_its_remedy(kind: str, tmp_path: Path, m
 def test_an_export_that_fails_midway_leaves_nothing(kind: str, tmp_path: Path) -> None:
     table = publish_vectors(tmp_path / "table", spread(noise_vectors(50), 4))
     Path(table.files[-1]).unlink()
-    with pytest.raises(VerificationFailed, match="is gone, though it is referred to"):
+    with pytest.raises(VerificationFailed, match="is missing, but the table needs it"):
         export_index(table, kind, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["table"]
 

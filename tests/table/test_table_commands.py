@@ -100,7 +100,7 @@ def test_no_command_on_a_table_is_left_out() -> None:
 
 def test_overrides_are_those_of_a_run(job: Path, do: Command, server: S3Server, tmp_path: Path) -> None:
     other = f"s3://images/{tmp_path.name}/other"
-    assert "is not a table, or nothing was ever written to it" in do("status", "--set", f"table={other}", code=2)
+    assert "is not a table: it has no versions, staged parts or encoders" in do("status", "--set", f"table={other}", code=2)
     assert do("status", "--set", "chunk_size=7")["version"] == 1
     said = do("status", "--set", "table_storage_options.secret=mistaken", code=2)
     assert "access denied" in said
