@@ -207,7 +207,7 @@ def test_a_port_that_is_none_is_said_and_another_taken(
 ) -> None:
     monkeypatch.setenv(cluster.METRICS_PORT, port)
     assert cluster._metrics_port() is None
-    assert f"LORA_EMBED_METRICS_PORT is {port}, which cannot be had" in capfd.readouterr().err
+    assert f"LORA_EMBED_METRICS_PORT is {port}, which cannot be used" in capfd.readouterr().err
     with socket.create_server(("127.0.0.1", 0)) as taken:
         free = taken.getsockname()[1]
     monkeypatch.setenv(cluster.METRICS_PORT, str(free))

@@ -339,7 +339,7 @@ def test_killed_runs_resume_to_the_same_table(tmp_path: Path, tiny: Path) -> Non
         else:
             process.terminate()
             assert process.wait(30) == 1, (tmp_path / f"log{attempt}").read_text()
-            assert "stopped by a signal; what is committed stays" in (tmp_path / f"log{attempt}").read_text()
+            assert "stopped by a signal. What is committed stays" in (tmp_path / f"log{attempt}").read_text()
         now = {name: state for name, state in snapshot(staging).items() if name.endswith(".parquet")}
         assert len(now) >= wanted
         assert {name: now[name] for name in seen} == seen, "a committed part was written again"
