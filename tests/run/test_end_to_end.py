@@ -236,7 +236,7 @@ def test_changed_new_and_removed_shards_make_the_next_version(tmp_path: Path, ti
     (source / "0003.tar").unlink()
     with pytest.raises(
         GateFailed,
-        match=r"removed: 1 of 4 shards and \d+ of \d+ images of the version before are gone \(0\.25, at most 0\.05\)",
+        match=r"removed: 1 of 4 shards and \d+ of \d+ images of the version before are missing \(0\.25, at most 0\.05\)",
     ):
         run_job(job)
     assert open_table(str(tmp_path / "table")).version == 1

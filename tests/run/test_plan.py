@@ -71,5 +71,5 @@ def test_the_reckoning(job: JobConfig) -> None:
 
 
 def test_nothing_is_reckoned_from_nothing(job: JobConfig) -> None:
-    with pytest.raises(IncompleteRun, match="no image of the sample could be read"):
+    with pytest.raises(IncompleteRun, match="no image of the forecast's sample could be read"):
         reckon(job, [], 10, 1.0, Workers(actors=1))

@@ -44,5 +44,5 @@ def test_a_table_in_the_submitted_folder_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path / "submitted")
     job = job_of(tmp_path / "submitted", tmp_path / "recipe.yaml", tmp_path / "shards")
     monkeypatch.setenv(SUBMITTED, "{}")
-    with pytest.raises(ConfigError, match="lies in Ray's copy of the submitted folder and would be lost with it"):
+    with pytest.raises(ConfigError, match="is in Ray's copy of the submitted folder, which Ray removes"):
         refuse_local_paths(job, [], Store(job.table), None)

@@ -231,7 +231,7 @@ def test_what_cannot_be_cleared_does_not_undo_a_publication(
     encoder = type("Encoder", (), {"space_id": SPACE})
     _clear(pipeline.Job.of(job, store, encoder, LAYOUT), manifest)  # type: ignore[arg-type]
     said = capfd.readouterr().err
-    assert "version 3 is published, but what it replaces could not be cleared" in said
+    assert "version 3 is published, but its staged parts could not be removed" in said
     assert "no proper answer for 120 s" in said
 
 
