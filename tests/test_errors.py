@@ -393,7 +393,7 @@ VERSION_CASES = [
     Case(
         "a gate let through without a reason",
         nothing,
-        ["--accept", "Say why with --why"],
+        ["--accept", "Give the reason with --why"],
         arguments=["publish", "job.yaml", "--accept", "processor"],
     ),
     Case(

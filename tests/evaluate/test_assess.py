@@ -196,7 +196,10 @@ def test_the_job_script_takes_the_same_options() -> None:
         (["--label", "kind", "--head", "ten=colour"], "'colour' is given for a head, but is no --label"),
         (["--label", "kind", "--classes", "kind=/nowhere"], "--classes kind=/nowhere: /nowhere cannot be read"),
         (["--label", "kind", "--precision", "int8"], "--precision is 'int8', expected auto, float32"),
-        (["--label", "kind", "--out", "/nowhere/x.json"], "--out /nowhere/x.json: cannot be written"),
+        (
+            ["--label", "kind", "--out", "/nowhere/x.json"],
+            "--out /nowhere/x.json: is a directory, or its directory does not exist",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_starts(

@@ -123,11 +123,11 @@ def test_an_image_beside_the_table_is_read_as_the_input_is(do: Command, server: 
         (["status", "recipe.yaml"], "recipe.yaml: key 'table' is missing"),
         (
             ["verify", "table", "--set", "chunk_size=7"],
-            "--set chunk_size=…: changes a job file, and table is none. Name the job",
+            "--set chunk_size=…: changes a key of a job file, but table is not a job file. Name the job",
         ),
         (
             ["evaluate", "--recipe", "recipe.yaml", "--label", "label", "--data", "job.yaml", "--data", "shards"],
-            "--data names the job file job.yaml and 1 inputs besides. Name the job file alone.",
+            "--data names the job file job.yaml and 1 other inputs. Name only the job file.",
         ),
     ],
 )
