@@ -1,4 +1,4 @@
-"""Labelled shards → pixels, decoded once into a mapped file, with labels and groups; what a search embeds many times over."""
+"""Labelled shards → pixels in a memory-mapped file, decoded once, with labels and groups; a search embeds them many times."""
 
 import hashlib
 import heapq
@@ -29,9 +29,9 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """Which samples take part: those with a label of a task, at most so many, drawn by seed, groups as whole as that allows."""
+    """Which samples a search uses: those with a label, at most `most`, drawn by seed, with groups kept whole if possible."""
 
-    fields: tuple[str, ...]  # of labels, one a task
+    fields: tuple[str, ...]  # fields with labels, one per task
     group: str | None  # field: samples that share it stay together in every split
     most: int
     seed: int
@@ -39,7 +39,7 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How inputs are reached, and which columns of Parquet are image and key; None are found by name."""
+    """How inputs are read: storage options, and the image and key columns of Parquet (None: found by name)."""
 
     options: dict[str, Any] = field(default_factory=dict, repr=False)  # storage options; they may hold keys
     image_column: str | None = None
@@ -51,23 +51,23 @@ AS_IT_IS = Reading()
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledImages:
-    """Images ready for a model (n, H, W, 3), mapped from a file, and what is known of them, row by row."""
+    """Images ready for a model (n, H, W, 3), mapped from a file, with ids, groups and labels of each row."""
 
     pixels: Pixels
     ids: tuple[str, ...]
-    names: tuple[str, ...]  # of groups; the ids where there are none
+    names: tuple[str, ...]  # group of each image; its id if there are no groups
     classes: dict[str, tuple[str, ...]]  # field → names of its classes
     labels: dict[str, NDArray[np.int64]]  # field → (n,) class, −1 where there is none
-    samples: int  # seen
+    samples: int  # samples read
     unlabelled: int
-    decoded: int  # in this process: 0 where they were decoded before
+    decoded: int  # images decoded in this process; 0 if they were decoded before
     rejects: dict[str, int]  # reason → samples with a label
-    fingerprint: str  # 12 hex digits over images, labels, groups and how pixels are made
+    fingerprint: str  # 12 hex digits of a hash of images, labels, groups and preprocessing
 
 
 @dataclass
 class _Drawn:
-    """What was read, in the order of the rows of the mapped file."""
+    """The samples that were drawn, in the order of the rows of the mapped file."""
 
     ids: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -81,9 +81,9 @@ class _Drawn:
 def read_labelled(
     inputs: tuple[str, ...], wanted: Wanted, preprocessing: Preprocessing, folder: Path, reading: Reading = AS_IT_IS
 ) -> LabelledImages:
-    """The labelled images of the inputs, decoded into a file below `folder`, or found there.
+    """The labelled images of the inputs, decoded into a file below `folder` unless that was done before.
 
-    Raises ConfigError where no image has a label of some task, and ShardError for a shard that cannot be read to its end.
+    Raises ConfigError if a task has no labelled image, and ShardError for a shard that cannot be read to its end.
     """
     shards = list_shards(inputs, reading.options)
     about = [FORMAT, [shard.id for shard in shards], asdict(wanted), preprocessing.settings()]
@@ -92,13 +92,13 @@ def read_labelled(
     pixels, record = folder / f"pixels-{name}.npy", folder / f"images-{name}.json"
     decoded = 0
     if not record.is_file():
-        pixels.unlink(missing_ok=True)  # of a run that was stopped while it decoded
-        with IsolatedDecoder() as decode:  # an image that kills its process is a reject, and the search goes on
+        pixels.unlink(missing_ok=True)  # left by a run that was stopped while it decoded
+        with IsolatedDecoder() as decode:  # an image that kills its process is a reject, and the search continues
             drawn, decoded = _Drawing(wanted, preprocessing, pixels, decode).draw(shards, reading)
         _check(drawn, wanted, inputs)
         local.replace(folder, record, json.dumps(asdict(drawn)).encode())
     drawn = _Drawn(**json.loads(record.read_bytes()))
-    how = json.dumps([drawn.ids, drawn.names, drawn.sums, drawn.labels, wanted.fields, preprocessing.settings()])
+    content = json.dumps([drawn.ids, drawn.names, drawn.sums, drawn.labels, wanted.fields, preprocessing.settings()])
     classes = [sorted({label for row in drawn.labels if (label := row[task])}) for task in range(len(wanted.fields))]
     places: list[dict[str | None, int]] = [{name: at for at, name in enumerate(names)} | {None: -1} for names in classes]
     return LabelledImages(
@@ -113,24 +113,24 @@ def read_labelled(
         unlabelled=drawn.unlabelled,
         decoded=decoded,
         rejects=drawn.rejects,
-        fingerprint=hashlib.sha256(how.encode()).hexdigest()[:12],
+        fingerprint=hashlib.sha256(content.encode()).hexdigest()[:12],
     )
 
 
 class _Drawing:
-    """The drawing of `wanted.most` samples in one pass: those of the smallest hashes, whose rows others may take over later."""
+    """Draws `wanted.most` samples in one pass: those with the smallest hashes. A later sample may replace an earlier one."""
 
     def __init__(self, wanted: Wanted, preprocessing: Preprocessing, path: Path, decode: Decode) -> None:
         self._wanted, self._preprocessing, self._decode = wanted, preprocessing, decode
         path.parent.mkdir(parents=True, exist_ok=True)
-        shape = (wanted.most, *preprocessing.size, 3)  # a sparse file: rows that are not written take no room
+        shape = (wanted.most, *preprocessing.size, 3)  # a sparse file: rows that are not written take no disk space
         self._pixels: Pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
         self._heap: list[tuple[int, int]] = []  # (−hash, row) of those drawn so far, the largest hash first
         self._drawn = _Drawn()
         self._decoded = 0
 
     def draw(self, shards: list[Shard], reading: Reading) -> tuple[_Drawn, int]:
-        """Read all shards; returns what was drawn, and how many images were decoded for it."""
+        """Read all shards; returns the drawn samples, and how many images were decoded for it."""
         names = (*self._wanted.fields, *([self._wanted.group] if self._wanted.group else []))
         layout = Layout(
             precision="float32",
@@ -170,7 +170,7 @@ class _Drawing:
         self._put(place, pixels, [id_, name, hashlib.sha256(sample.data).hexdigest(), labels])
 
     def _put(self, place: int, pixels: Pixels, values: list[Any]) -> None:
-        """Into the next free row, or that of the largest hash."""
+        """Write a sample to the next free row, or in place of the sample with the largest hash."""
         columns: list[list[Any]] = [self._drawn.ids, self._drawn.names, self._drawn.sums, self._drawn.labels]
         row = len(self._heap)
         if row < self._wanted.most:
@@ -192,7 +192,7 @@ def _samples(shards: list[Shard], layout: Layout, options: dict[str, Any]) -> It
 
 
 def _text(value: Any) -> str | None:
-    """A field as the name of a class: as `carry` keeps it as text, without space around it; none where there is nothing."""
+    """A field as the name of a class: the text that `carry` makes of it, stripped; None if it is empty."""
     return (typed(value, "string") or "").strip() or None
 
 
@@ -204,8 +204,8 @@ def _check(drawn: _Drawn, wanted: Wanted, inputs: tuple[str, ...]) -> None:
     for task, name in enumerate(wanted.fields):
         classes = {row[task] for row in drawn.labels} - {None}
         if len(classes) < 2:
-            found = f"one class, {next(iter(classes))!r}" if classes else f"no sample with it among {drawn.samples:,}"
+            problem = f"has one class, {next(iter(classes))!r}," if classes else f"none of {drawn.samples:,} samples has it"
             raise ConfigError(
-                f"--label {name}: {found} in {', '.join(inputs)}, expected a field of the samples' JSON, a text member or a "
-                "Parquet column with two classes or more. Correct the field's name, or the input."
+                f"--label {name}: {problem} in {', '.join(inputs)}. Expected a field of the samples' JSON, a text member or a "
+                "Parquet column with at least two classes. Correct the field's name, or the input."
             )
