@@ -56,7 +56,7 @@ def clock_of_its_own(rng: random.Random) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "time", lambda: right() + off_s)
-        for module in ("run.journal", "monitor.runs", "table.versions", "table.compact"):
+        for module in ("text", "monitor.runs", "monitor.progress"):
             patch.setattr(f"lora_embed.{module}.datetime", Shifted)
         yield
 

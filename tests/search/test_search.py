@@ -211,8 +211,10 @@ def test_the_page_shows_pictures_and_hostile_names_as_text(
     assert "‮" not in said
     text = out.read_text()
     page = Page(text)
-    assert sorted(page.names[1:]) == sorted([f"a.tar/{n}" for n in range(6)] + [f"b.tar/{printable(key)}" for key in HOSTILE])
-    assert page.names[0].endswith("<img src=x onerror=alert(1)>.jpg")
+    lead, (image, *names) = page.names[:4], page.names[4:]
+    assert lead == [f"version 1 of {searched.store.uri}", f"space {searched.space_id}", "exact", "cosine"]
+    assert sorted(names) == sorted([f"a.tar/{n}" for n in range(6)] + [f"b.tar/{printable(key)}" for key in HOSTILE])
+    assert image.endswith("<img src=x onerror=alert(1)>.jpg")
     allowed = {
         "html",
         "head",

@@ -29,7 +29,7 @@ from models import save_adapter
 from tuning import tiny_search
 
 FOREVER = 60  # evaluations: a second or two of the tiny model
-COMMAND = "import sys; from lora_embed import cli; sys.exit(main.run_command(sys.argv[1:]))"
+COMMAND = "import sys; from lora_embed.cli import main; sys.exit(main.run_command(sys.argv[1:]))"
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_embed.cli.options import Json, input_of, options_like
+from lora_embed.cli.options import Json, input_of, options_like, read_as
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import ConfigError, StorageError
 from lora_embed.monitor.progress import LogFormat, log_as
@@ -89,12 +89,7 @@ def _check_options(precision: str, out: Path | None, report: Path | None) -> Non
 
 def _reached_as(job: JobConfig, work: str) -> dict[str, Any]:
     """A job's settings for reading its images, and its table's storage options for a work folder of the same kind."""
-    return {
-        "input_options": job.input_storage_options,
-        "image_column": job.image_column,
-        "key_column": job.key_column,
-        "work_options": options_like(work, (job.table,), job.table_storage_options),
-    }
+    return read_as(job) | {"work_options": options_like(work, (job.table,), job.table_storage_options)}
 
 
 def _pair(option: str, expected: str, text: str) -> tuple[str, str]:

@@ -45,6 +45,13 @@ def input_of(data: list[str]) -> JobConfig | None:
     return job_of(data[0]) if jobs else None
 
 
+def read_as(job: JobConfig | None) -> dict[str, Any]:
+    """A job's settings for reading its images, as `evaluate` and `tune` take them; empty without a job."""
+    if job is None:
+        return {}
+    return {"input_options": job.input_storage_options, "image_column": job.image_column, "key_column": job.key_column}
+
+
 def options_like(place: str, known: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
     """Storage options of known places, if another place has the same kind of storage; else none, so keys stay secret."""
     kinds = {uri.partition("://")[0] for uri in known if "://" in uri}

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lora_embed.cli.options import Json, input_of
+from lora_embed.cli.options import Json, input_of, read_as
 from lora_embed.errors import ConfigError
 from lora_embed.monitor.progress import LogFormat, log_as
 
@@ -66,9 +66,7 @@ def tune(
         seed=seed,
         most_images=images,
         work=work,
-        input_options={} if job is None else job.input_storage_options,
-        image_column=None if job is None else job.image_column,
-        key_column=None if job is None else job.key_column,
+        **read_as(job),
     )
     tuned = tune_recipe(search)
     print(json.dumps(tuned.as_json()) if as_json else tuned.describe())

@@ -13,13 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoImageProcessor,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from lora_embed.errors import ChangedMeanwhile, EncoderError

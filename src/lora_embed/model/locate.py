@@ -5,11 +5,7 @@ import math
 from typing import Any
 
 import torch
-from transformers import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    MODEL_MAPPING,
-    PretrainedConfig,
-)
+from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING, PretrainedConfig
 
 from lora_embed.model.base import model_class, without_pooler
 from lora_embed.model.transformers_private import dual_encoder_of

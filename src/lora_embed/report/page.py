@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_embed.errors import StorageError
-from lora_embed.text import in_lines, printable, span
+from lora_embed.text import printable, span
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -30,11 +30,11 @@ def page(title: str, lead: Sequence[str], folder: str, sections: dict[str, str],
     that it leaves blank is left out.
     """
     contents = {anchor: render(f"{folder}/{anchor}.html", **values).strip() for anchor in sections}
-    shown = [(anchor, sections[anchor], content) for anchor, content in contents.items() if content]
+    filled = [(anchor, sections[anchor], content) for anchor, content in contents.items() if content]
     style = (PACKAGE / "report/templates/style.css").read_text(encoding="utf-8")
     style_hash = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    frame = {"title": title, "lead": lead, "sections": shown, "style": style, "style_hash": style_hash}
-    return in_lines(render("report/templates/frame.html", **frame).split("\n"))
+    frame = {"title": title, "lead": lead, "sections": filled, "style": style, "style_hash": style_hash}
+    return render("report/templates/frame.html", **frame)
 
 
 def render(template: str, **values: Any) -> str:
@@ -47,12 +47,22 @@ def environment() -> "Environment":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     made = Environment(
-        autoescape=True, undefined=StrictUndefined, loader=FileSystemLoader(PACKAGE), trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        finalize=shown,
+        undefined=StrictUndefined,
+        loader=FileSystemLoader(PACKAGE),
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     made.filters |= {"printable": printable, "shortened": shortened, "moment": moment, "span": span}
     made.filters |= {"number": number, "percentage": percentage, "share": share, "points": points}
     made.tests["base64"] = is_base64
     return made
+
+
+def shown(value: Any) -> Any:
+    """What a template shows of a value: text without control characters, which is escaped next. HTML stays as it is."""
+    return value if hasattr(value, "__html__") else printable(str(value))
 
 
 def write(text: str, out: Path) -> None:
@@ -65,11 +75,11 @@ def write(text: str, out: Path) -> None:
 
 def shortened(text: str, length: int = NAME_LENGTH) -> str:
     """At most `length` characters of a text, the middle left out."""
-    shown = printable(text)
-    if len(shown) <= length:
-        return shown
+    whole = printable(text)
+    if len(whole) <= length:
+        return whole
     tail = length // 4
-    return f"{shown[: length - tail - 1]}…{shown[-tail:]}"
+    return f"{whole[: length - tail - 1]}…{whole[-tail:]}"
 
 
 def moment(text: str) -> str:

@@ -8,12 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lora_embed.config.foreign import parse_record
 from lora_embed.errors import ConfigError, StorageError, VerificationFailed
 from lora_embed.search.faiss_index import open_faiss, write_faiss
-from lora_embed.search.index import (
-    DESCRIPTION,
-    FORMAT,
-    Index,
-    IndexDescription,
-)
+from lora_embed.search.index import DESCRIPTION, FORMAT, Index, IndexDescription
 from lora_embed.search.index_files import check_plain
 from lora_embed.search.lance_index import open_lance, write_lance
 from lora_embed.store.aside import folder_aside

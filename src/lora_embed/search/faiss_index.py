@@ -10,17 +10,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lora_embed.errors import ConfigError
-from lora_embed.search.index import (
-    DESCRIPTION,
-    FAISS_FILE,
-    HIT_COLUMNS,
-    IDS,
-    IDS_FILE,
-    Hit,
-    IndexDescription,
-    Nearest,
-    Vectors,
-)
+from lora_embed.search.index import DESCRIPTION, FAISS_FILE, HIT_COLUMNS, IDS, IDS_FILE, Hit, IndexDescription, Nearest, Vectors
 from lora_embed.search.index_files import check_faiss, check_ids
 from lora_embed.text import in_one_line
 from lora_embed.vectors.rows import unit, vectors_of

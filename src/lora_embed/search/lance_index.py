@@ -8,16 +8,7 @@ import pyarrow as pa
 
 from lora_embed.errors import ConfigError, LoraEmbedError
 from lora_embed.schema import carry_fields
-from lora_embed.search.index import (
-    DESCRIPTION,
-    HIT_COLUMNS,
-    IDS,
-    LANCE_NAME,
-    Hit,
-    IndexDescription,
-    Nearest,
-    Vectors,
-)
+from lora_embed.search.index import DESCRIPTION, HIT_COLUMNS, IDS, LANCE_NAME, Hit, IndexDescription, Nearest, Vectors
 from lora_embed.search.index_files import check_lance
 from lora_embed.text import in_one_line
 from lora_embed.vectors.rows import vectors_of
