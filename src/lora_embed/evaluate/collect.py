@@ -115,16 +115,16 @@ def check_fields(source: Source, options: Sequence[tuple[str, str]]) -> None:
         )
 
 
-def collect(source: Source, wanted: Sequence[Wanted], topology: Topology) -> Collected:
+def collect(source: Source, encoders: Sequence[Wanted], topology: Topology) -> Collected:
     """The vectors of all encoders: those kept before, and for the others one pass over the images per way of decoding.
 
     Raises IncompleteRun if a shard cannot be read to its end.
     """
     raw = source.store.read(source.samples_path)
     samples = None if raw is None else pa.Table.from_batches([from_ipc(raw)])
-    kept = {encoder_wanted.space_id: _read_kept(source, encoder_wanted) for encoder_wanted in wanted}
-    missing = [encoder_wanted for encoder_wanted in wanted if kept[encoder_wanted.space_id] is None] or (
-        list(wanted[:1]) if samples is None else []
+    kept = {encoder_wanted.space_id: _read_kept(source, encoder_wanted) for encoder_wanted in encoders}
+    missing = [encoder_wanted for encoder_wanted in encoders if kept[encoder_wanted.space_id] is None] or (
+        list(encoders[:1]) if samples is None else []
     )
     seconds: dict[str, float] = {}
     decoded = 0
@@ -193,11 +193,11 @@ def _with_rejects(samples: pa.Table, others: pa.Table) -> pa.Table:
     return samples.set_column(samples.schema.get_field_index("reason"), "reason", reasons)
 
 
-def _embedded(chunks: list[VectorChunk], wanted: Sequence[Wanted]) -> list[Embedded]:
+def _embedded(chunks: list[VectorChunk], encoders: Sequence[Wanted]) -> list[Embedded]:
     """Split the chunks' vectors and classes by encoder, in order."""
     good = np.concatenate([np.array(c.samples.column("reason").is_null().to_numpy(zero_copy_only=False), bool) for c in chunks])
     dealt, column, place = [], 0, 0
-    for number, encoder_wanted in enumerate(wanted):
+    for number, encoder_wanted in enumerate(encoders):
         width, heads = encoder_wanted.encoder.dimension, {}
         vectors = np.full((len(good), width), np.nan, np.float32)
         if good.any():

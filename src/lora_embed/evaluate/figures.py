@@ -218,9 +218,9 @@ def query_changes(labelled: Labelled, task: str, pair: tuple[str, str], scored: 
     ]
 
 
-def _jaccard(one: Classes, other: Classes) -> float:
-    both = len(np.intersect1d(one, other))
-    return both / (len(one) + len(other) - both)
+def _jaccard(first: Classes, second: Classes) -> float:
+    both = len(np.intersect1d(first, second))
+    return both / (len(first) + len(second) - both)
 
 
 def _neighbours(labelled: Labelled, task: str, ranked: Ranked, bank: Classes, row: int) -> tuple[Neighbour, ...]:
@@ -262,20 +262,24 @@ def right_by_head(
 
 
 def retention_of(
-    labelled: Labelled, names: tuple[str, str, str], order: Sequence[str], own: NDArray[np.int32], kept: NDArray[np.int32]
+    labelled: Labelled,
+    names: tuple[str, str, str],
+    order: Sequence[str],
+    on_adapter: NDArray[np.int32],
+    kept: NDArray[np.int32],
 ) -> Retention:
     """Accuracy of an adapter's head on its own adapter and on a candidate; `names` are task, adapter and candidate."""
     task, adapter, candidate = names
-    rows, own_right = right_by_head(labelled, task, order, own)
+    rows, adapter_right = right_by_head(labelled, task, order, on_adapter)
     kept_right = right_by_head(labelled, task, order, kept)[1]
-    _, low, high = score_interval(kept_right - own_right, labelled.groups[rows])
-    shares = {"own": float(own_right.mean()), "kept": float(kept_right.mean())}
+    _, low, high = score_interval(kept_right - adapter_right, labelled.groups[rows])
+    shares = {"own": float(adapter_right.mean()), "kept": float(kept_right.mean())}
     return Retention(task=task, adapter=adapter, candidate=candidate, **shares, low=low, high=high, images=len(rows))
 
 
 def cka_relations(spaces: Mapping[str, NDArray[np.float32]]) -> tuple[Relation, ...]:
     """CKA of each pair of encoders; the vectors must be of the same images in the same order."""
     return tuple(
-        Relation(kind="cka", one=one, other=other, layer=None, value=linear_cka(spaces[one], spaces[other]))
-        for one, other in itertools.combinations(spaces, 2)
+        Relation(kind="cka", one=first, other=second, layer=None, value=linear_cka(spaces[first], spaces[second]))
+        for first, second in itertools.combinations(spaces, 2)
     )

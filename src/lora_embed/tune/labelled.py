@@ -79,14 +79,14 @@ class _Drawn:
 
 
 def read_labelled(
-    inputs: tuple[str, ...], wanted: Wanted, preprocessing: Preprocessing, folder: Path, reading: Reading = AS_IT_IS
+    inputs: tuple[str, ...], selection: Wanted, preprocessing: Preprocessing, folder: Path, reading: Reading = AS_IT_IS
 ) -> LabelledImages:
     """The labelled images of the inputs, decoded into a file below `folder` unless that was done before.
 
     Raises ConfigError if a task has no labelled image, and ShardError for a shard that cannot be read to its end.
     """
     shards = list_shards(inputs, reading.options)
-    about = [FORMAT, [shard.id for shard in shards], asdict(wanted), preprocessing.settings()]
+    about = [FORMAT, [shard.id for shard in shards], asdict(selection), preprocessing.settings()]
     about += [reading.image_column, reading.key_column] if reading.image_column or reading.key_column else []
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
     pixels, record = folder / f"pixels-{name}.npy", folder / f"images-{name}.json"
@@ -94,20 +94,21 @@ def read_labelled(
     if not record.is_file():
         pixels.unlink(missing_ok=True)  # left by a run that was stopped while it decoded
         with IsolatedDecoder() as decode:  # an image that kills its process is a reject, and the search continues
-            drawn, decoded = _Drawing(wanted, preprocessing, pixels, decode).draw(shards, reading)
-        _check(drawn, wanted, inputs)
+            drawn, decoded = _Drawing(selection, preprocessing, pixels, decode).draw(shards, reading)
+        _check(drawn, selection, inputs)
         local.replace(folder, record, json.dumps(asdict(drawn)).encode())
     drawn = _Drawn(**json.loads(record.read_bytes()))
-    content = json.dumps([drawn.ids, drawn.names, drawn.sums, drawn.labels, wanted.fields, preprocessing.settings()])
-    classes = [sorted({label for row in drawn.labels if (label := row[task])}) for task in range(len(wanted.fields))]
+    content = json.dumps([drawn.ids, drawn.names, drawn.sums, drawn.labels, selection.fields, preprocessing.settings()])
+    classes = [sorted({label for row in drawn.labels if (label := row[task])}) for task in range(len(selection.fields))]
     places: list[dict[str | None, int]] = [{name: at for at, name in enumerate(names)} | {None: -1} for names in classes]
     return LabelledImages(
         pixels=np.load(pixels, mmap_mode="r")[: len(drawn.ids)],
         ids=tuple(drawn.ids),
         names=tuple(drawn.names),
-        classes={of: tuple(names) for of, names in zip(wanted.fields, classes, strict=True)},
+        classes={of: tuple(names) for of, names in zip(selection.fields, classes, strict=True)},
         labels={
-            of: np.array([places[task][row[task]] for row in drawn.labels], np.int64) for task, of in enumerate(wanted.fields)
+            of: np.array([places[task][row[task]] for row in drawn.labels], np.int64)
+            for task, of in enumerate(selection.fields)
         },
         samples=drawn.samples,
         unlabelled=drawn.unlabelled,
@@ -118,12 +119,12 @@ def read_labelled(
 
 
 class _Drawing:
-    """Draws `wanted.most` samples in one pass: those with the smallest hashes. A later sample may replace an earlier one."""
+    """Draws `selection.most` samples in one pass: those with the smallest hashes. A later sample may replace an earlier one."""
 
-    def __init__(self, wanted: Wanted, preprocessing: Preprocessing, path: Path, decode: Decode) -> None:
-        self._wanted, self._preprocessing, self._decode = wanted, preprocessing, decode
+    def __init__(self, selection: Wanted, preprocessing: Preprocessing, path: Path, decode: Decode) -> None:
+        self._selection, self._preprocessing, self._decode = selection, preprocessing, decode
         path.parent.mkdir(parents=True, exist_ok=True)
-        shape = (wanted.most, *preprocessing.size, 3)  # a sparse file: rows that are not written take no disk space
+        shape = (selection.most, *preprocessing.size, 3)  # a sparse file: rows that are not written take no disk space
         self._pixels: Pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
         self._heap: list[tuple[int, int]] = []  # (−hash, row) of those drawn so far, the largest hash first
         self._drawn = _Drawn()
@@ -131,7 +132,7 @@ class _Drawing:
 
     def draw(self, shards: list[Shard], reading: Reading) -> tuple[_Drawn, int]:
         """Read all shards; returns the drawn samples, and how many images were decoded for it."""
-        names = (*self._wanted.fields, *([self._wanted.group] if self._wanted.group else []))
+        names = (*self._selection.fields, *([self._selection.group] if self._selection.group else []))
         layout = Layout(
             precision="float32",
             batch_size=1,
@@ -154,16 +155,16 @@ class _Drawing:
         return self._drawn, self._decoded
 
     def _take(self, id_: str, sample: Sample) -> None:
-        labels = [_text(sample.fields.get(name)) for name in self._wanted.fields]
+        labels = [_text(sample.fields.get(name)) for name in self._selection.fields]
         if not any(label is not None for label in labels):
             self._drawn.unlabelled += 1
             return
         if sample.data is None:
             raise BadImage("no_image", "the sample has no image")
-        name = (_text(sample.fields.get(self._wanted.group)) if self._wanted.group else None) or id_
-        rank = (_hash(self._wanted.seed, name), _hash(self._wanted.seed, id_))
+        name = (_text(sample.fields.get(self._selection.group)) if self._selection.group else None) or id_
+        rank = (_hash(self._selection.seed, name), _hash(self._selection.seed, id_))
         place = -(rank[0] << 64 | rank[1])
-        if len(self._heap) == self._wanted.most and place < self._heap[0][0]:
+        if len(self._heap) == self._selection.most and place < self._heap[0][0]:
             return
         pixels = self._decode(sample.data, self._preprocessing, MAX_PIXELS).pixels
         self._decoded += 1
@@ -173,7 +174,7 @@ class _Drawing:
         """Write a sample to the next free row, or in place of the sample with the largest hash."""
         columns: list[list[Any]] = [self._drawn.ids, self._drawn.names, self._drawn.sums, self._drawn.labels]
         row = len(self._heap)
-        if row < self._wanted.most:
+        if row < self._selection.most:
             heapq.heappush(self._heap, (place, row))
             for column, value in zip(columns, values, strict=True):
                 column.append(value)
@@ -200,8 +201,8 @@ def _hash(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode("utf-8", "backslashreplace")).digest()[:8], "big")
 
 
-def _check(drawn: _Drawn, wanted: Wanted, inputs: tuple[str, ...]) -> None:
-    for task, name in enumerate(wanted.fields):
+def _check(drawn: _Drawn, selection: Wanted, inputs: tuple[str, ...]) -> None:
+    for task, name in enumerate(selection.fields):
         classes = {row[task] for row in drawn.labels} - {None}
         if len(classes) < 2:
             problem = f"has one class, {next(iter(classes))!r}," if classes else f"none of {drawn.samples:,} samples has it"

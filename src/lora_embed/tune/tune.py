@@ -87,12 +87,12 @@ def tune(search: Search) -> Tuned:
     refolder = Refolder(gather(search.recipe), "cuda" if torch.cuda.is_available() else "cpu")
     with alone_in(search.work_folder):
         started = time.perf_counter()
-        wanted = Wanted(
+        selection = Wanted(
             fields=tuple(task.field for task in search.tasks), group=search.group, most=search.most_images, seed=search.seed
         )
         reading = Reading(options=search.input_options, image_column=search.image_column, key_column=search.key_column)
         preprocessing = refolder.encoder.description.preprocessing
-        images = read_labelled(search.inputs, wanted, preprocessing, search.work_folder, reading)
+        images = read_labelled(search.inputs, selection, preprocessing, search.work_folder, reading)
         decoded = time.perf_counter()
         in_tuning = split_by_name(images.names, TUNING_SHARE, search.seed)
         held = Held(search, refolder, images, np.flatnonzero(~in_tuning))
