@@ -30,7 +30,7 @@ from strikes import strike
 
 PAGE = ROOT / "docs" / "faults.md"
 BEGIN, END = "<!-- written by campaigns/campaign.py --report -->", "<!-- end -->"
-NOT_CLEARED = "could not be cleared"  # said by a run that has published; the next one does it
+NOT_CLEARED = "staged parts could not be removed"  # said by a run that has published; the next one does it
 NOT_STARTED = "timed out during startup"
 PATIENCE_S = 60.0  # for what a killed driver leaves behind to end by itself
 

@@ -40,7 +40,7 @@ NIGHT_S = 900.0  # a night that takes longer hangs
 SETTLED_S, DAEMONS_S = 1.5, 10.0  # for workers to end after a night; for Ray's daemons to be there
 WARM_UP = 0.25  # of the time
 FORMS = {"process": 4, "resident": 6, "own ray": 1}  # who spends a night → how often
-HELD = ("is held back since", "not embedded anew", "not published, the version before stays")
+HELD = ("a rollback holds it back", "not embedded anew", "not published, the version before stays")
 # Most that a figure may grow an hour, by how its name begins; the first that fits. None: told, not judged, since it is of
 # the S3 server, or of Ray itself: its daemons keep something of each job, and logs of workers that ended are never removed.
 LIMITS: dict[str, float | None] = {

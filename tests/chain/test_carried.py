@@ -52,7 +52,7 @@ def failing_actor() -> Any:
 
 def raised_by_actor(message: str, how: str) -> LoraEmbedError:
     actor: Any = ray.remote(failing_actor()).options(num_cpus=0).remote(message, how)
-    with pytest.raises(LoraEmbedError) as caught, pipeline._own_errors():
+    with pytest.raises(LoraEmbedError) as caught, pipeline._package_errors():
         ray.get(actor.__call__.remote(1))
     return caught.value
 
@@ -81,7 +81,7 @@ def test_an_error_of_a_constructor_comes_out_of_a_dataset_whole() -> None:
     pool = ray.data.ActorPoolStrategy(size=1)
     arguments = (MESSAGES["several"], "from")
     rows = ray.data.from_items([{"a": 1}]).map_batches(failing_actor(), fn_constructor_args=arguments, compute=pool, num_cpus=0)
-    with pytest.raises(GateFailed, match="^" + re.escape(MESSAGES["several"]) + "$"), pipeline._own_errors():
+    with pytest.raises(GateFailed, match="^" + re.escape(MESSAGES["several"]) + "$"), pipeline._package_errors():
         rows.take_all()
 
 
@@ -97,7 +97,7 @@ def test_what_was_not_packed_is_read_to_the_end_of_its_traceback() -> None:
         def do(self) -> None: ...
 
     actor: Any = ray.remote(Plain).options(num_cpus=0).remote()
-    with pytest.raises(GateFailed) as caught, pipeline._own_errors():
+    with pytest.raises(GateFailed) as caught, pipeline._package_errors():
         ray.get(actor.do.remote())
     assert str(caught.value) == MESSAGES["several"]
 

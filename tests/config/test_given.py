@@ -55,7 +55,7 @@ def test_methods_that_name_none_are_not_all(tmp_path: Path, methods: str, capsys
     tiny_search(tmp_path)
     command = ["tune", str(tmp_path / "recipe.yaml"), "--data", str(tmp_path / "shards"), "--label", "colour"]
     assert run_command([*command, "--out", str(tmp_path / "tuned.yaml"), "--methods", methods]) == 2
-    assert "which names none. Name one or more, or leave the option out for all." in capsys.readouterr().err
+    assert "which names no method. Name one or more, or omit the option for all." in capsys.readouterr().err
 
 
 def test_a_group_without_a_name_is_refused_by_tune(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_time_for_retries_that_is_none_is_refused(tmp_path: Path, given: objec
 def test_a_reason_that_says_nothing_is_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     for why in ("", "  "):
         assert run_command([*command, "--why", why]) == 2
-        assert "--why is empty. Say why" in capsys.readouterr().err
+        assert "--why is empty. Give the reason" in capsys.readouterr().err
 
 
 def test_version_0_is_not_the_current_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,7 +207,7 @@ def test_a_port_that_is_none_is_said_and_another_taken(
 ) -> None:
     monkeypatch.setenv(cluster.METRICS_PORT, port)
     assert cluster._metrics_port() is None
-    assert f"LORA_EMBED_METRICS_PORT is {port}, which cannot be had" in capfd.readouterr().err
+    assert f"LORA_EMBED_METRICS_PORT is {port}, which cannot be used" in capfd.readouterr().err
     with socket.create_server(("127.0.0.1", 0)) as taken:
         free = taken.getsockname()[1]
     monkeypatch.setenv(cluster.METRICS_PORT, str(free))

@@ -190,13 +190,16 @@ def test_the_job_script_takes_the_same_options() -> None:
         ([], "--label is missing. Name at least one."),
         (["--label", "kind", "--label", "kind"], "--label kind is given 2 times"),
         (["--label", "kind", "--splits", "1"], "--splits is 1, expected 2 or more"),
-        (["--label", "kind", "--reference", "best"], "--reference best: is none of the candidates, which are half"),
+        (["--label", "kind", "--reference", "best"], "--reference best: is not a candidate; choose from half"),
         (["--label", "kind", "--group", "colour"], "--group colour: none of the first 16 samples"),
         (["--label", "kind", "--head", "ten"], "--head ten: expected ADAPTER=FIELD"),
-        (["--label", "kind", "--head", "ten=colour"], "'colour' is given for a head, but is no --label"),
+        (["--label", "kind", "--head", "ten=colour"], "'colour' is named for a head, but is not a --label"),
         (["--label", "kind", "--classes", "kind=/nowhere"], "--classes kind=/nowhere: /nowhere cannot be read"),
         (["--label", "kind", "--precision", "int8"], "--precision is 'int8', expected auto, float32"),
-        (["--label", "kind", "--out", "/nowhere/x.json"], "--out /nowhere/x.json: cannot be written"),
+        (
+            ["--label", "kind", "--out", "/nowhere/x.json"],
+            "--out /nowhere/x.json: is a directory, or its directory does not exist",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_starts(
@@ -211,4 +214,4 @@ def test_a_recipe_that_is_not_there(world: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_recipe_given_twice(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = failed(world, capsys, "--label", "kind", recipes=("half", "half"))
-    assert "two candidates are called 'half'" in message
+    assert "two candidates have the name 'half'" in message

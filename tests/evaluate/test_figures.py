@@ -194,7 +194,7 @@ def test_the_order_of_a_heads_outputs() -> None:
 @pytest.mark.parametrize(
     ("labels", "classes", "message"),
     [
-        (np.zeros(240, int), ("a",), "all of 'a'; two classes or more"),
+        (np.zeros(240, int), ("a",), "all of class 'a'; expected two classes or more"),
         (np.full(240, -1), (), "none of them labelled"),
         (np.where(np.arange(240) < 2, np.arange(240), -1), ("a", "b"), "expected two classes or more and one query or more"),
     ],

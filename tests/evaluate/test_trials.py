@@ -46,14 +46,14 @@ def test_a_line_that_is_no_trial_is_named(tmp_path: Path) -> None:
     path = tmp_path / "trials.jsonl"
     TrialLog(path).add(tried("one"))
     path.write_bytes(path.read_bytes() + b'{"recipe_id": "two"}\n')
-    with pytest.raises(ConfigError, match=r"line 2 is no trial"):
+    with pytest.raises(ConfigError, match=r"line 2 is not a trial"):
         TrialLog(path)
 
 
 def test_one_search_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
     with (
         alone_in(tmp_path / "work"),
-        pytest.raises(ConfigError, match="another search is at work"),
+        pytest.raises(ConfigError, match="another search is using this folder"),
         alone_in(tmp_path / "work"),
     ):
         pass

@@ -136,7 +136,7 @@ warnings.simplefilter("error", RayDeprecationWarning)
 from lora_embed.chain import cluster
 from lora_embed.chain import ray_private
 from lora_embed.config.models import Resources
-from lora_embed.chain.pipeline import _own_errors
+from lora_embed.chain.pipeline import _package_errors
 from lora_embed.errors import WorkersLost
 
 folder = Path(sys.argv[1])
@@ -167,7 +167,7 @@ stages = {
 }
 for stage, mapped in stages.items():
     try:
-        with _own_errors():
+        with _package_errors():
             list(mapped().iter_rows())
     except WorkersLost as error:
         found[stage] = (folder / stage).read_text()
@@ -197,7 +197,7 @@ from pathlib import Path
 import ray
 from lora_embed.chain import cluster
 from lora_embed.errors import WorkersLost
-from lora_embed.chain.pipeline import _own_errors
+from lora_embed.chain.pipeline import _package_errors
 
 folder = Path(sys.argv[1])
 
@@ -216,7 +216,7 @@ actor = ray.remote(Wait).options(max_restarts=1, max_task_retries=1).remote()
 found = {}
 for name, begin in {"task": task.remote, "actor": actor.call.remote}.items():
     try:
-        with _own_errors():
+        with _package_errors():
             ray.get(begin(name))
     except WorkersLost as error:
         found[name] = [(folder / name).read_text() if (folder / name).exists() else "", str(error)]
@@ -236,7 +236,7 @@ def test_ray_knows_the_limit_to_retries_for_want_of_memory(tmp_path: Path) -> No
     assert set(found) == {"task", "actor"}
     assert len(found["task"][0]) <= 2
     for _, said in found.values():
-        assert said.startswith("Ray gave the run up: a node ran low on memory, so it ended workers there")
+        assert said.startswith("Ray gave up the run: a node ran low on memory, so Ray ended workers there")
 
 
 LISTENING = """
@@ -266,7 +266,7 @@ def test_a_ray_that_listens_to_others_is_ended() -> None:
     if address is not None and address.startswith("127."):
         pytest.skip("this machine has no address but the loopback one")
     assert not goes_on, said
-    assert re.search(r"it listens at [\d.]+ whatever ENABLE_RAY_CLUSTER says, and it is needed to keep a Ray that is", said)
+    assert re.search(r"it listens at [\d.]+ although ENABLE_RAY_CLUSTER is false, and it is needed to keep a Ray that is", said)
 
 
 REFUSED = {

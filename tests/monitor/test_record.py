@@ -89,7 +89,7 @@ def test_a_run_does_not_fail_for_its_report(job: JobConfig, capfd: pytest.Captur
     Path(job.table).mkdir()
     Path(job.table, "runs").write_text("in the way")
     assert run_job(job).published
-    assert "how the run ended could not be written to its table" in capfd.readouterr().err
+    assert "the end of the run could not be written to its table" in capfd.readouterr().err
 
 
 def test_secrets_in_uris_are_left_out() -> None:

@@ -91,9 +91,9 @@ def test_a_run_goes_on_where_its_state_cannot_be_written(job: JobConfig, capfd: 
     Path(job.table).mkdir()
     Path(job.table, "runs").write_text("in the way")
     assert run_job(job).published
-    assert capfd.readouterr().err.count("the run's state could not be written, so `status` does not see it") == 1
+    assert capfd.readouterr().err.count("the run's state could not be written, so `status` does not show it") == 1
     assert not run_job(job).published
-    assert "how the run ended could not be written to its table" in capfd.readouterr().err
+    assert "the end of the run could not be written to its table" in capfd.readouterr().err
 
 
 def test_what_old_runs_left_is_removed(job: JobConfig) -> None:

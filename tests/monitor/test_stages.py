@@ -42,8 +42,8 @@ def test_actors_that_do_all_are_bound_by_what_takes_most(seconds: dict[str, floa
 @pytest.mark.parametrize(
     ("seconds", "by", "says"),
     [
-        ({"read": 5, "decode": 20, "forward": 19}, "forward", "more devices make it faster"),
-        ({"read": 8, "decode": 70, "forward": 6}, "decode", "add 9 CPUs per device; about 13 keep one busy"),
+        ({"read": 5, "decode": 20, "forward": 19}, "forward", "use more devices"),
+        ({"read": 8, "decode": 70, "forward": 6}, "decode", "add 9 CPUs per device; about 13 CPUs keep one device busy"),
         ({"read": 60, "decode": 15, "forward": 6}, "read", "storage is slow"),
         ({"read": 5, "decode": 15, "forward": 6}, "transfer", "neither is busy"),
     ],
@@ -60,7 +60,7 @@ def test_the_sentence_has_the_figures() -> None:
         by="decode",
         shares={"read": 0.05, "decode": 0.6, "forward": 0.25, "write": 0.025, "idle": pytest.approx(0.075)},
         says="bound by decode (2 actors: read 5%, decode 60%, forward 25%, write 2%, idle 7%): "
-        "more CPUs make it faster in proportion; a GPU hardly",
+        "twice the CPUs halve the time; a GPU hardly helps",
     )
 
 

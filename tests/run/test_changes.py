@@ -79,7 +79,7 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
 
 def test_a_node_without_memory_is_named() -> None:
     said = "Task was killed due to the node running low on memory.\nMemory on the node was 0.9 …\nRefer to the documentation."
-    with pytest.raises(WorkersLost, match=r"gave the run up: a node ran low on memory"), pipeline._own_errors():
+    with pytest.raises(WorkersLost, match=r"gave up the run: a node ran low on memory"), pipeline._package_errors():
         raise ray.exceptions.OutOfMemoryError(said)
 
 
@@ -88,7 +88,10 @@ def test_a_run_that_nobody_works_for_ends(monkeypatch: pytest.MonkeyPatch) -> No
     """As when all nodes are lost and none comes: Ray's limit is half an hour."""
     monkeypatch.setattr(ray.data.DataContext.get_current(), "execution_no_progress_timeout_s", 1)
     rows = ray.data.range(1).map(lambda row: time.sleep(8) or row)
-    with pytest.raises(IncompleteRun, match=r"no worker has finished anything for too long") as raised, pipeline._own_errors():
+    with (
+        pytest.raises(IncompleteRun, match=r"no worker has finished a chunk for too long") as raised,
+        pipeline._package_errors(),
+    ):
         list(rows.iter_rows())
     assert not isinstance(raised.value, WorkersLost)
 

@@ -252,7 +252,7 @@ def test_changed_new_and_removed_shards_make_the_next_version(tmp_path: Path, ti
     (source / "0003.tar").unlink()
     with pytest.raises(
         GateFailed,
-        match=r"removed: 1 of 4 shards and \d+ of \d+ images of the version before are gone \(0\.25, at most 0\.05\)",
+        match=r"removed: 1 of 4 shards and \d+ of \d+ images of the version before are missing \(0\.25, at most 0\.05\)",
     ):
         run_job(job)
     assert open_table(str(tmp_path / "table")).version == 1
@@ -355,7 +355,7 @@ def test_killed_runs_resume_to_the_same_table(tmp_path: Path, tiny: Path) -> Non
         else:
             process.terminate()
             assert process.wait(30) == 1, (tmp_path / f"log{attempt}").read_text()
-            assert "stopped by a signal; what is committed stays" in (tmp_path / f"log{attempt}").read_text()
+            assert "stopped by a signal. What is committed stays" in (tmp_path / f"log{attempt}").read_text()
         now = {name: state for name, state in snapshot(staging).items() if name.endswith(".parquet")}
         assert len(now) >= wanted
         assert {name: now[name] for name in seen} == seen, "a committed part was written again"

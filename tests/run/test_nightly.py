@@ -76,7 +76,8 @@ def test_a_week(job: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], mo
     assert vectors_by_id(read_rows(table)) == rows
     capfd.readouterr()
     assert nightly_job(["--config", str(job)]) == 1
-    assert f"space {retrained['space_id']} is held back since a rollback (search got worse)" in capfd.readouterr().err
+    error = f"space {retrained['space_id']} is not published, because a rollback holds it back (search got worse)"
+    assert error in capfd.readouterr().err
     assert open_table(str(table)).version == 4
 
     shutil.rmtree(tmp_path / "ten")

@@ -91,7 +91,7 @@ def test_a_run_told_to_end_before_ray_has_started_says_so(tmp_path: Path, server
     process.send_signal(signal.SIGTERM)
     said = f"{process.wait(60)} {(tmp_path / 'log').read_text()}"
     assert said.startswith("1 ")
-    assert "stopped by a signal; what is committed stays" in said
+    assert "stopped by a signal. What is committed stays" in said
     assert "end: not done, exit 1" in said
 
 

@@ -63,8 +63,7 @@ def test_the_reckoning(job: JobConfig) -> None:
         start_seconds=20.0,
         images_per_second=40.0,
         cost=round(270 / 3600 * 2 * 0.1, 4),
-        bound="bound by forward (2 actors: read 6%, decode 25%, forward 62%, write 6%, idle 0%): "
-        "a GPU makes it faster, more CPUs in proportion",
+        bound="bound by forward (2 actors: read 6%, decode 25%, forward 62%, write 6%, idle 0%): use a GPU, or more CPUs",
     )
     assert reckon(job, found, 10_000, 20.0, Workers(actors=2)) == expected
     on_gpus = reckon(job, found, 10_000, 20.0, Workers(actors=1, decoders=2))
@@ -72,5 +71,5 @@ def test_the_reckoning(job: JobConfig) -> None:
 
 
 def test_nothing_is_reckoned_from_nothing(job: JobConfig) -> None:
-    with pytest.raises(IncompleteRun, match="no image of the sample could be read"):
+    with pytest.raises(IncompleteRun, match="no image of the forecast's sample could be read"):
         reckon(job, [], 10, 1.0, Workers(actors=1))

@@ -174,7 +174,7 @@ def test_a_stopped_job_goes_on_with_the_same_submit(head: Head, tmp_path: Path) 
     assert head.ask("POST", "/api/jobs/first/stop") == 200  # what `ray job stop` does, without seconds of imports
     assert submitted.wait(timeout=60) == 0
     output = (tmp_path / "first").read_text()
-    assert "stopped by a signal; what is committed stays, and the same command goes on" in output
+    assert "stopped by a signal. What is committed stays. Run the same command again to continue." in output
     assert "Job 'first' was stopped" in output
     assert not (tmp_path / "table" / "versions").exists()
     kept = len(list(staging.rglob("*.parquet")))

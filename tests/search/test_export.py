@@ -70,9 +70,9 @@ def used_directory(folder: Path) -> None:
 
 
 REFUSED: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    "no kind of index": ("faiss-ivfpq", lambda folder: None),
-    "is there already and not an empty directory": ("faiss-flat", used_directory),
-    "is there already": ("lance", lambda folder: (folder / "out").write_text("a file")),
+    "not a kind of index": ("faiss-ivfpq", lambda folder: None),
+    "exists and is not an empty directory": ("faiss-flat", used_directory),
+    "exists and is not": ("lance", lambda folder: (folder / "out").write_text("a file")),
 }
 
 
@@ -104,7 +104,7 @@ def test_a_missing_library_is_named_with_its_remedy(kind: str, tmp_path: Path, m
 def test_an_export_that_fails_midway_leaves_nothing(kind: str, tmp_path: Path) -> None:
     table = publish_vectors(tmp_path / "table", spread(noise_vectors(50), 4))
     Path(table.files[-1]).unlink()
-    with pytest.raises(VerificationFailed, match="is gone, though it is referred to"):
+    with pytest.raises(VerificationFailed, match="is missing, but the table needs it"):
         export_index(table, kind, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["table"]
 
@@ -128,7 +128,7 @@ def test_a_damaged_index_is_one_message(kind: str, harm: str, tmp_path: Path) ->
     else:
         change = {"another format": {"format": 9}, "other count": {"count": 4}}.get(harm)
         (folder / "index.json").write_text(json.dumps(about | change) if change else "{")
-    with pytest.raises(ConfigError, match=r"cannot be read|no index|is damaged|another format|holds 5 vectors"):
+    with pytest.raises(ConfigError, match=r"cannot be read|not an index|is damaged|another format|holds 5 vectors"):
         open_index(folder)
 
 
@@ -142,4 +142,4 @@ def test_the_command_writes_an_index(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main.run_command(["export", *where, "--out", str(tmp_path / "then"), "--version", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["count"] == 30
     assert main.run_command(["export", *where, "--out", str(tmp_path / "then")]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists and is not an empty directory" in capsys.readouterr().err

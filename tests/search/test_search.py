@@ -206,7 +206,7 @@ def test_the_page_shows_pictures_and_hostile_names_as_text(
     out = tmp_path / "page.html"
     assert main.run_command(["search", searched.store.uri, query, "-k", "50", "--page", str(out), *of(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "page.html: 12 of 12 with their pictures" in said
+    assert "page.html: shows 12 of 12 images with their pictures" in said
     assert "\x1b" not in said
     assert "‮" not in said
     text = out.read_text()
@@ -269,9 +269,9 @@ def test_pictures_are_left_out_where_a_shard_is_gone_or_another_one(searched: Ta
     ("data", "message"),
     [
         (None, "no such file, expected an image"),
-        (b"", "cannot be searched for: empty"),
-        (b"plain text", "cannot be searched for: not_an_image"),
-        (png(1)[:150], "cannot be searched for: corrupt_image"),
+        (b"", "cannot be embedded: empty"),
+        (b"plain text", "cannot be embedded: not_an_image"),
+        (png(1)[:150], "cannot be embedded: corrupt_image"),
     ],
 )
 def test_an_image_that_cannot_be_read_is_one_message(
@@ -286,7 +286,7 @@ def test_an_image_that_cannot_be_read_is_one_message(
     ("arguments", "message"),
     [
         (["--version", "9"], "has no version 9"),
-        (["--index", "nowhere"], "nowhere: is no index"),
+        (["--index", "nowhere"], "nowhere: is not an index"),
         (["--page", "no/such/folder/page.html"], "page.html: cannot be written"),
     ],
 )
@@ -302,7 +302,7 @@ def test_an_image_that_kills_its_decoder_is_one_message_as_a_query_and_no_pictur
 ) -> None:
     poisoned(monkeypatch, segfault=png(3))
     assert main.run_command(["search", searched.store.uri, query_file(tmp_path, png(3))]) == 2
-    assert "query.png: cannot be searched for: decoder_crashed (the decoder was killed by signal 11" in capsys.readouterr().err
+    assert "query.png: cannot be embedded: decoder_crashed (the decoder was killed by signal 11" in capsys.readouterr().err
     out = tmp_path / "page.html"
     query = query_file(tmp_path, png(4))
     assert main.run_command(["search", searched.store.uri, query, "-k", "12", "--page", str(out), *of(tmp_path)]) == 0

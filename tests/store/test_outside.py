@@ -219,7 +219,7 @@ def test_a_manifest_that_leads_out_is_refused_by_every_command(shared: Path, tmp
     path.write_text(json.dumps(manifest))
     before = state_of(tmp_path)
     for name in ("verify", "gc", "forget", "rollback", "explain", "export", "rows", "dataset"):
-        with pytest.raises(TableError, match=r"00000002\.json: .*lora-embed has not written it") as raised:
+        with pytest.raises(TableError, match=r"00000002\.json: .*lora-embed did not write it") as raised:
             COMMANDS[name](shared, tmp_path / "index")
         assert "\n" not in str(raised.value)
     assert run_command(["status", str(shared)]) == 2

@@ -175,7 +175,7 @@ def test_forget_says_until_when_the_files_stay_and_gc_shows_it(job: JobConfig, c
     assert objects_with(Store(job.table), vector) == []
     assert run_command(["gc", job.table]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"table     {job.table}, which keeps 10 versions, and for 2 days what they do not need",
+        f"table     {job.table}: keeps 10 versions, and other files for 2 days more",
         "versions  4",
         "nothing removed",
     ]
@@ -455,6 +455,6 @@ def warned_by(folder: Path, options: dict[str, Any], capfd: pytest.CaptureFixtur
     for name, act in acts.items():
         capfd.readouterr()
         act()
-        said[name] = capfd.readouterr().err.count("this store ignores conditional PUT: never run two jobs on this table")
+        said[name] = capfd.readouterr().err.count("this store ignores conditional PUT. Never run two jobs on this table")
     assert highest_version(store) == 4
     return said

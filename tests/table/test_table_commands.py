@@ -100,7 +100,7 @@ def test_no_command_on_a_table_is_left_out() -> None:
 
 def test_overrides_are_those_of_a_run(job: Path, do: Command, server: S3Server, tmp_path: Path) -> None:
     other = f"s3://images/{tmp_path.name}/other"
-    assert "is not a table, or nothing was ever written to it" in do("status", "--set", f"table={other}", code=2)
+    assert "is not a table: it has no versions, staged parts or encoders" in do("status", "--set", f"table={other}", code=2)
     assert do("status", "--set", "chunk_size=7")["version"] == 1
     said = do("status", "--set", "table_storage_options.secret=mistaken", code=2)
     assert "access denied" in said
@@ -123,11 +123,11 @@ def test_an_image_beside_the_table_is_read_as_the_input_is(do: Command, server: 
         (["status", "recipe.yaml"], "recipe.yaml: key 'table' is missing"),
         (
             ["verify", "table", "--set", "chunk_size=7"],
-            "--set chunk_size=…: changes a job file, and table is none. Name the job",
+            "--set chunk_size=…: changes a key of a job file, but table is not a job file. Name the job",
         ),
         (
             ["evaluate", "--recipe", "recipe.yaml", "--label", "label", "--data", "job.yaml", "--data", "shards"],
-            "--data names the job file job.yaml and 1 inputs besides. Name the job file alone.",
+            "--data names the job file job.yaml and 1 other inputs. Name only the job file.",
         ),
     ],
 )

@@ -93,7 +93,9 @@ def test_a_rollback_holds_the_space_that_it_replaces_back(store: Store) -> None:
     other_space(store)
     manifest = roll_back(store, 3, "search got worse")
     assert manifest.held == {OTHER: "search got worse"}
-    with pytest.raises(GateFailed, match=f"space {OTHER} is held back since a rollback \\(search got worse\\)"):
+    with pytest.raises(
+        GateFailed, match=f"space {OTHER} is not published, because a rollback holds it back \\(search got worse\\)"
+    ):
         refuse_held(current_of(store), OTHER, releases=False)
     refuse_held(current_of(store), OTHER, releases=True)
     refuse_held(current_of(store), SPACE, releases=False)
@@ -105,7 +107,8 @@ def test_a_rollback_holds_the_space_that_it_replaces_back(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("to", "message"), [(9, "has no version 9 to return to; versions there: 1, 2, 3"), (3, "version 3 is the current")]
+    ("to", "message"),
+    [(9, "has no version 9. Existing versions: 1, 2, 3"), (3, "version 3 is already the current version")],
 )
 def test_a_rollback_to_nowhere_is_refused(store: Store, to: int, message: str) -> None:
     with pytest.raises(TableError, match=message):
@@ -228,7 +231,7 @@ def test_what_cannot_be_cleared_does_not_undo_a_publication(
     encoder = type("Encoder", (), {"space_id": SPACE})
     _clear(pipeline.Job.of(job, store, encoder, LAYOUT), manifest)  # type: ignore[arg-type]
     said = capfd.readouterr().err
-    assert "version 3 is published, but what it replaces could not be cleared" in said
+    assert "version 3 is published, but its staged parts could not be removed" in said
     assert "no usable answer in 120 s and 12 tries" in said
 
 
@@ -242,6 +245,6 @@ def test_a_listing_that_ends_early_removes_nothing(store: Store, monkeypatch: py
         return [] if folder == "versions" else right(self, folder, **options)
 
     monkeypatch.setattr(Store, "list_files", short)
-    with pytest.raises(StorageError, match="is there, but the listing ends before it"):
+    with pytest.raises(StorageError, match="exists, but the storage's listing lacks it"):
         retire(store, 2, 0.0, frozenset())
     assert {path: (Path(store.uri) / path).read_bytes() for path in held} == held

@@ -76,7 +76,7 @@ def test_columns_of_parquet_are_labels(tmp_path: Path) -> None:
 
 
 def test_a_field_that_labels_nothing_is_named(tmp_path: Path, shards: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--label color: no sample with it among 28 in .*Correct the field's name"):
+    with pytest.raises(ConfigError, match=r"--label color: none of 28 samples has it in .*Correct the field's name"):
         read(tmp_path, shards, fields=("colour", "color"))
 
 

@@ -81,7 +81,7 @@ def test_the_evidence_is_an_evaluation_with_its_trials(folder: Path, tuned: Tune
     page = (folder / "tuned.evidence.html").read_text()
     assert "<html" in page
     assert "stripes" in page
-    assert "tuned less equal" in (folder / "tuned.yaml").read_text()
+    assert "tuned minus equal" in (folder / "tuned.yaml").read_text()
 
 
 def test_final_figures_are_of_held_back_groups_alone(folder: Path, tuned: Tuned) -> None:
@@ -212,8 +212,8 @@ def test_a_lead_beyond_noise_is_taken(folder: Path, tuned: Tuned, tmp_path: Path
 
 
 def test_goals() -> None:
-    own = {"a": [0.8, 0.8], "b": [0.5, 0.7]}
-    worst = Goal(kind="worst", importance={"a": 1, "b": 1}, own=own)
+    alone = {"a": [0.8, 0.8], "b": [0.5, 0.7]}
+    worst = Goal(kind="worst", importance={"a": 1, "b": 1}, alone=alone)
     figures = {"a": [0.9, 0.9], "b": [0.4, 0.7]}
     assert worst.rank(figures) == pytest.approx((-0.05, 0.025))
     assert worst.by_split(figures) == pytest.approx([-0.1, 0])
@@ -236,10 +236,10 @@ def test_labels_as_users_write_them() -> None:
     [
         ({"tasks": (TaskLabel(field="colour", adapter="three"),)}, "the recipe's adapters are one, two"),
         ({"tasks": (TaskLabel(field="colour"), TaskLabel(field="colour"))}, "'colour' twice"),
-        ({"methods": ("concat",)}, "'concat' is no method that has weights"),
+        ({"methods": ("concat",)}, "'concat' is not a method with weights"),
         ({"budget": Budget(evaluations=2)}, "expected 3 or more"),
-        ({"out": Path("/nowhere/tuned.yaml")}, "there is no folder /nowhere"),
-        ({"tasks": (TaskLabel(field="color"),)}, "--label color: no sample with it"),
+        ({"out": Path("/nowhere/tuned.yaml")}, "the folder /nowhere does not exist"),
+        ({"tasks": (TaskLabel(field="color"),)}, "samples has it in "),
         ({"most_images": 4}, "too few to split"),
     ],
 )
@@ -253,7 +253,7 @@ def test_what_cannot_be_searched_is_one_message(
 def test_a_recipe_of_one_adapter_has_nothing_to_search(folder: Path, tuned: Tuned, tmp_path: Path) -> None:
     recipe = load_recipe(folder / "recipe.yaml")
     one = recipe.model_copy(update={"adapters": recipe.adapters[:1]})
-    with pytest.raises(ConfigError, match="names 1 adapters, expected 2 to 5"):
+    with pytest.raises(ConfigError, match="names 1 adapters, but tune needs 2 to 5"):
         tune(tiny_search(folder, work=tmp_path, recipe=one))
 
 
@@ -277,7 +277,7 @@ def test_the_command(folder: Path, tuned: Tuned, capsys: pytest.CaptureFixture[s
     assert Evaluation.from_json(printed).trials == tuned.evaluation.trials
     assert json.loads(printed)["tuning"]["evaluated_now"] == 0
     assert main.run_command(arguments(folder, "--evaluations", "20")) == 0
-    assert "tuned less one" in capsys.readouterr().out
+    assert "tuned minus one" in capsys.readouterr().out
     assert main.run_command(arguments(folder, "--evaluations", "2")) == 2
     assert "error: --evaluations is 2" in capsys.readouterr().err
     assert yaml.safe_load((folder / "tuned.yaml").read_text())["adapters"]

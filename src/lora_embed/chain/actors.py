@@ -1,4 +1,4 @@
-"""The actors of the chain: embed a chunk's pixels with one or several encoders, write its part, or do all of it on one core."""
+"""The actors of the chain: embed a chunk's pixels with one or several encoders, write its part, or do everything."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -32,23 +32,23 @@ class EncoderSource:
     options: dict[str, Any] = field(default_factory=dict, repr=False)  # of the store that holds it
     dimension: int
     preprocessing: Preprocessing
-    base: str | None = None  # where its base lies, by the user's word, for one that is kept as an adapter
+    base: str | None = None  # the place of the base that the user named, for an encoder that is kept as an adapter
     heads: tuple[tuple[int, str], ...] = ()  # number of the model in the encoder, path of the head in the pass's store
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """What all actors of one pass over the images share; all its encoders decode alike (`preprocess.decoding`)."""
+    """What all actors of one pass over the images share. All encoders of a pass use the same `preprocess.decoding`."""
 
     encoders: tuple[EncoderSource, ...]
     layout: Layout
     input_options: dict[str, Any] = field(repr=False)
-    store: Store  # that parts are written to and heads are read from
-    space_id: str | None = None  # of the parts; None: no parts are written, the vectors come back to the driver
+    store: Store  # to write parts to and read heads from
+    space_id: str | None = None  # space of the parts; None: no parts are written, the vectors go back to the driver
 
     @property
     def dimension(self) -> int:
-        """Of the vectors of all encoders side by side."""
+        """The sum of the dimensions of all encoders, whose vectors are concatenated."""
         return sum(encoder.dimension for encoder in self.encoders)
 
     @property
@@ -58,11 +58,11 @@ class Pass:
 
     @property
     def prepare(self) -> Prepare:
-        """What is done with an image, once, for all encoders."""
+        """The preparation of an image, done once for all encoders."""
         return self.preparations[0] if len(self.preparations) == 1 else Joint(parts=self.preparations)
 
     def split(self, prepared: Pixels) -> dict[Preprocessing, Pixels]:
-        """What `prepare` made of n images → pixels (n, H, W, 3) for each preparation."""
+        """The output of `prepare` for n images → pixels (n, H, W, 3) for each preparation."""
         prepare = self.prepare
         parts = prepare.split(prepared) if isinstance(prepare, Joint) else [prepared]
         return dict(zip(self.preparations, parts, strict=True))
@@ -70,7 +70,7 @@ class Pass:
 
 @dataclass(frozen=True, kw_only=True)
 class VectorChunk:
-    """One chunk: its samples, and for the good ones the vectors (good, Σd) and the class by each head (good, heads)."""
+    """One chunk: all samples, and for the good ones their vectors (good, Σd) and each head's class (good, heads)."""
 
     head: ChunkHead
     samples: pa.RecordBatch
@@ -79,7 +79,7 @@ class VectorChunk:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By stage; those of single encoders, `forward i`, are left out: they are in `forward`."""
+        """Seconds by stage. `forward` is the sum over encoders; `forward i` of single encoders are left out."""
         return {stage: seconds for stage, seconds in self.head.seconds.items() if " " not in stage}
 
     @classmethod
@@ -96,11 +96,11 @@ class VectorChunk:
 
 
 class EmbedImages:
-    """The actor: loads all encoders, each proven on its golden images, then turns a chunk's pixels into vectors."""
+    """The actor that loads all encoders, checks each on its golden images, and turns a chunk's pixels into vectors."""
 
     @carries_errors
     def __init__(self, shared: Pass, kind: str) -> None:
-        from lora_embed.model.encoder import load_encoder  # with torch, which decoders can do without
+        from lora_embed.model.encoder import load_encoder  # imports torch, which decoders do not need
 
         device = take_device(kind)
         self._shared = shared
@@ -121,8 +121,8 @@ class EmbedImages:
         ]
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Rows of `decode_items` → rows of `VectorChunk`; seconds of encoder i are those of the stage `forward i`."""
-        assert len(batch["head"]) == 1, "chunks go one by one: batch_size=1"
+        """Rows of `decode_items` → rows of `VectorChunk`. The stage `forward i` has the seconds of encoder i."""
+        assert len(batch["head"]) == 1, "expected one chunk: batch_size=1"
         head = ChunkHead.from_json(batch["head"][0])
         pixels = self._shared.split(np.asarray(batch["pixels"][0])[: head.good])
         clock = Stopwatch()
@@ -136,7 +136,7 @@ class EmbedImages:
         if not head.error:
             head = replace(head, seconds=head.seconds | clock.seconds | {"forward": sum(clock.seconds.values())})
         arrays = {"vectors": np.concatenate(vectors, axis=1), "classes": np.concatenate(classes, axis=1)}
-        # As bytes: Ray's blocks hold no tensor without elements, and most chunks have no classes.
+        # As bytes, because Ray's blocks cannot hold a tensor without elements, and most chunks have no classes.
         packed = {name: np.array([values.tobytes()], dtype=object) for name, values in arrays.items()}
         return {"head": np.array([head.to_json()], dtype=object), "samples": batch["samples"]} | packed
 
@@ -155,7 +155,7 @@ def _load_heads(store: Store, source: EncoderSource, encoder: "Encoder") -> "lis
 
 
 class WriteParts:
-    """Commits parts; an actor, since Ray would start a process anew for each task that holds no CPU."""
+    """Commits parts. An actor, since Ray starts a new process for each task that holds no CPU."""
 
     def __init__(self, shared: Pass) -> None:
         assert shared.space_id is not None
@@ -163,8 +163,8 @@ class WriteParts:
         self._space_id = shared.space_id
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Rows of `EmbedImages` → committed parts, and for each a row with its `head`, counted."""
-        assert len(batch["head"]) == 1, "chunks go one by one: batch_size=1"
+        """Rows of `EmbedImages` → committed parts; returns a row with the part's `head`, which now has its counts."""
+        assert len(batch["head"]) == 1, "expected one chunk: batch_size=1"
         chunk = VectorChunk.from_row({name: values[0] for name, values in batch.items()})
         head = chunk.head
         if not head.error:
@@ -179,7 +179,7 @@ class WriteParts:
 
 
 class EmbedShards:
-    """The whole chain in one actor, for cores that decode and embed: pixels never leave the process."""
+    """The whole chain in one actor, for clusters without GPU: pixels never leave the process."""
 
     def __init__(self, shared: Pass, kind: str, was_tried: Callable[[], bool]) -> None:
         self._embed = EmbedImages(shared, kind)
@@ -187,7 +187,7 @@ class EmbedShards:
         self._decoding = (shared.layout, shared.prepare, shared.input_options, was_tried)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Blocks of work items → rows `head` of the parts, or rows of `VectorChunk`; one per chunk."""
+        """Blocks of work items → one row per chunk: the `head` of its part, or a row of `VectorChunk`."""
         for row in decode_blocks(batch, *self._decoding):
             embedded = self._embed(row)
             yield embedded if self._write is None else self._write(embedded)

@@ -1,4 +1,4 @@
-"""A block of work items → decoded chunks: samples read in order, images decoded, each chunk whole and inside one shard."""
+"""A block of work items → decoded chunks: read samples in order, decode their images, yield one whole chunk at a time."""
 
 import contextlib
 import hashlib
@@ -23,7 +23,7 @@ from lora_embed.shards.isolated import read_isolated, read_or_die
 from lora_embed.shards.read import ReadSamples, read_samples
 from lora_embed.store.retry import take_retries
 
-MOST_TEXT = 2**29  # characters of a chunk's keys and carried fields; Arrow takes 2 GiB to a column
+MOST_TEXT = 2**29  # characters of a chunk's keys and carried fields; an Arrow column holds up to 2 GiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,10 @@ class DecodedChunk:
 def decode_blocks(
     batch: dict[str, Any], layout: Layout, preprocessing: Prepare, options: dict[str, Any], was_tried: Callable[[], bool]
 ) -> Iterator[dict[str, Any]]:
-    """`decode_items`, but in child processes where a process died of the same task before, or hung with it.
+    """Like `decode_items`, but in child processes if a process has died of this task before, or hung.
 
-    If an image or a shard killed it, that is the end of a child this time, and a reject or the shard's error; else the
-    children do no harm.
-    Raises EncoderError where this process makes other pixels than the encoder was built with.
+    An image or a shard that kills a process then kills only a child, and becomes a reject or the shard's error.
+    Raises EncoderError if this process makes other pixels than the encoder was built with.
     """
     check_once(preprocessing)
     keep_freed_memory()
@@ -64,7 +63,7 @@ def decode_items(
 ) -> Iterator[dict[str, Any]]:
     """Blocks of work items → one row per chunk: `head` (JSON), `samples` (Arrow IPC), `pixels` (1, n, *shape).
 
-    A shard that cannot be read on becomes a row whose head says why; the others go on.
+    A shard that cannot be read further becomes a row whose head holds the error; the other shards continue.
     """
     for item in (item for block in batch["block"] for item in block.items):
         try:
@@ -85,7 +84,7 @@ def decode_items(
 
 
 def _row(head: ChunkHead, samples: pa.RecordBatch, pixels: Pixels) -> dict[str, Any]:
-    if not len(pixels):  # an empty tensor does not survive Ray's blocks; head.good says that this one holds nothing
+    if not len(pixels):  # Ray's blocks cannot hold an empty tensor; head.good is 0, so this one is ignored
         pixels = np.zeros((1, *pixels.shape[1:]), np.uint8)
     return {
         "head": np.array([head.to_json()], dtype=object),
@@ -103,41 +102,41 @@ def decode_shard(
     read: ReadSamples = read_samples,
     decode: Decode = decode_image,
 ) -> Iterator[DecodedChunk]:
-    """Yield a shard's chunks but those that are done, the same bytes at every call.
+    """Yield a shard's chunks except those that are done; each call yields the same bytes.
 
-    A chunk is yielded when the sample after it was seen or the end proven. Chunks count samples, good or bad.
-    Raises ShardError where the shard cannot be read on.
+    A chunk is yielded once the sample after it was read or the shard's end is proven. Rejects count as samples of a chunk.
+    Raises ShardError if the shard cannot be read further.
     """
     shard, done, size = item.shard, item.done, layout.chunk_size
     keys: set[str] = set()
     clock = Stopwatch()
     for stretch in find_stretches(item, layout):
-        span, held = stretch.span, _Chunk(stretch.span.first // size, layout, preprocessing, decode)
+        span, open_chunk = stretch.span, _Chunk(stretch.span.first // size, layout, preprocessing, decode)
         keys |= stretch.passed
         samples = read(shard, layout, options, _Missing(done, size), span)
         for number, sample in enumerate(clock.timed("read", samples), span.first):
             if item.limit is not None and number >= item.limit:
                 break
-            if number // size != held.chunk:
-                if held.chunk not in done:
-                    yield held.finish(shard, clock.take(), last=False)
-                held = _Chunk(number // size, layout, preprocessing, decode)
-            if held.chunk not in done:
+            if number // size != open_chunk.chunk:
+                if open_chunk.chunk not in done:
+                    yield open_chunk.finish(shard, clock.take(), last=False)
+                open_chunk = _Chunk(number // size, layout, preprocessing, decode)
+            if open_chunk.chunk not in done:
                 with clock.timing("decode"):
-                    held.add(sample, is_duplicate=sample.key in keys)
-                if held.text > MOST_TEXT:
+                    open_chunk.add(sample, is_duplicate=sample.key in keys)
+                if open_chunk.text > MOST_TEXT:
                     raise ShardError(
-                        f"{shard.root}/{shard.name}: keys and carried fields of its chunk {held.chunk} have more than "
+                        f"{shard.root}/{shard.name}: the keys and carried fields of chunk {open_chunk.chunk} have more than "
                         f"{MOST_TEXT >> 20} MiB. Set chunk_size smaller, or carry fewer fields."
                     )
             keys.add(sample.key)
-        if held.chunk not in done:
-            yield held.finish(shard, clock.take(), last=span.end is None)
+        if open_chunk.chunk not in done:
+            yield open_chunk.finish(shard, clock.take(), last=span.end is None)
 
 
 @dataclass(frozen=True)
 class _Missing:
-    """Is a sample of a chunk that is not done? A class, for a reader in another process."""
+    """Tells whether a sample belongs to a chunk that is not done. A class, so that it can be sent to another process."""
 
     done: frozenset[int]
     chunk_size: int
@@ -147,7 +146,7 @@ class _Missing:
 
 
 class _Chunk:
-    """A chunk that is being filled; pixels go into one array at once, so that no copy is made at the end."""
+    """A chunk that is being filled; pixels are written directly into one array, so that they are never copied."""
 
     def __init__(self, chunk: int, layout: Layout, preprocessing: Prepare, decode: Decode) -> None:
         self.chunk = chunk

@@ -1,4 +1,4 @@
-"""The Ray cluster: joining one, what it has or may come to have, and how the chain lies on it."""
+"""The Ray cluster: join or start one, wait for its resources, and decide how the chain is laid out on it."""
 
 import logging
 import os
@@ -23,15 +23,15 @@ from lora_embed.monitor.ending import at_end
 from lora_embed.monitor.progress import say
 from lora_embed.monitor.stages import Workers
 
-MAX_RETRIES = 3  # of a task whose process died; Ray Data's default is for ever
-METRICS_PORT = "LORA_EMBED_METRICS_PORT"  # the environment's word for the port of a cluster that is started here
-# How long a node is waited for, by default: for a GPU that may be there, for what must be there, for one that is started.
+MAX_RETRIES = 3  # of a task whose process died; Ray Data by default retries without end
+METRICS_PORT = "LORA_EMBED_METRICS_PORT"  # environment variable: the metrics port of a cluster that is started here
+# How long to wait for a node by default: for an optional GPU, for a required resource, for a node that is being started.
 ASKING_S, JOINING_S, SCALING_S = 20.0, 60.0, 1800.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """How the chain lies on the cluster: Ray's arguments for its three stages, and for a task on an actor's device."""
+    """How the chain is laid out: Ray's arguments for its three stages, and for a task that runs on an actor's device."""
 
     decode: dict[str, Any] | None  # None: the embedding actors decode and write
     embed: dict[str, Any]
@@ -41,48 +41,48 @@ class Topology:
 
     @property
     def kind(self) -> str:
-        """The device that actors compute on, as torch names it. Ray does not hide GPUs from those that hold none."""
+        """The device that actors compute on, as torch names it. It is passed on, since Ray shows GPUs to all processes."""
         return "cuda" if self.device.get("num_gpus") else "cpu"
 
 
 def connect(num_cpus: int | None = None, num_gpus: int | None = None) -> None:
     """Join the cluster at RAY_ADDRESS, or start one on this machine that ends with this process.
 
-    The numbers are what a cluster started here declares, by default what the machine has. A joined cluster's nodes need
-    the dependencies alone: this package goes to them as it is here.
-    Raises ResourcesError for a cluster that cannot be joined or started.
+    The numbers are the resources of a cluster that is started here, by default those of the machine. Nodes of a joined
+    cluster need only the dependencies: this package is copied to them.
+    Raises ResourcesError for a cluster that cannot be joined, IncompleteRun for one that cannot be started.
     """
     if ray.is_initialized():
         return
     at_end(leave)
     address = _address()
-    is_own = address == "local"
+    starts_here = address == "local"
     _check_reachable(address)
     declared: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
     quietly: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
-        if is_own:
+        if starts_here:
             ray_private.start_here(metrics_port=_metrics_port(), **declared, **quietly)
         else:
             package = {"py_modules": [str(Path(__file__).parents[1])]}
             ray_private.join(address, runtime_env=package, **declared, **quietly)
     except LibraryMismatch:
         raise
-    except Exception as error:  # Ray raises no other when its processes do not come up
-        if is_own:
+    except Exception as error:  # Ray raises plain Exception if its processes do not start
+        if starts_here:
             raise IncompleteRun(
-                f"Ray could not be started on this machine: {_line(error)}. Nothing was embedded yet: free memory, disk or "
-                "CPU here, and run the same command again. Its own words are in the newest ray-… in /tmp or RAY_TMPDIR."
+                f"Ray could not be started on this machine: {_line(error)}. Nothing was embedded yet. Free memory, disk or "
+                "CPU here, and run the same command again. Ray's logs are in the newest folder ray-… of /tmp or RAY_TMPDIR."
             ) from None
         if not isinstance(error, ConnectionError | RuntimeError | ValueError | ray.exceptions.AuthenticationError):
             raise
         text = _line(error)
-        reason = re.sub(r"{.*}", "…", text)  # environments that do not fit together, secrets and all
+        reason = re.sub(r"{.*}", "…", text)  # Ray may print two environments that do not match, with their secrets
         raise ResourcesError(
             f"the Ray cluster at {address} cannot be joined: {reason}. Correct RAY_ADDRESS, give the cluster's token "
             "(RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH), or unset RAY_ADDRESS to run on this machine alone."
         ) from None
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it prints the tracebacks of what is raised anyway
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # else it prints tracebacks of errors that are raised anyway
     ray_private.log_messages()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -94,9 +94,9 @@ def _line(error: Exception) -> str:
 
 
 def leave(failed: bool) -> None:
-    """End what this process has of Ray. A Ray that was started here leaves its folder of logs only where the run failed.
+    """Leave the cluster. If Ray was started here and the run succeeded, its folder of logs is removed.
 
-    Ray itself never removes it: a night each would fill the disk of temporary files.
+    Ray itself never removes the folder, so nightly runs would fill the disk of temporary files.
     """
     ray.shutdown()
     if not failed:
@@ -104,22 +104,22 @@ def leave(failed: bool) -> None:
 
 
 def _metrics_port() -> int | None:
-    """Where Prometheus looks, by the environment; None for any port, also where that one is taken."""
+    """The metrics port that the environment names; None for any free port, also if the named port is in use."""
     port = os.environ.get(METRICS_PORT, "")
     if not port:
         return None
     try:
         if not re.fullmatch("[0-9]{1,5}", port):
-            raise OSError("it is no port")
+            raise OSError("not a port number")
         socket.create_server(("127.0.0.1", int(port))).close()
     except (OSError, OverflowError) as error:  # beyond 65535
-        say(f"{METRICS_PORT} is {port}, which cannot be had ({error}): this run's metrics are at another port", level="warning")
+        say(f"{METRICS_PORT} is {port}, which cannot be used ({error}); using another port for metrics", level="warning")
         return None
     return int(port)
 
 
 def say_where_metrics_are() -> None:
-    """The metrics endpoint of this process's node."""
+    """Log the URL of the metrics endpoint of this process's node."""
     here = ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
     for node in ray.nodes() if here is not None else ():
         if node["NodeID"] == here and node.get("MetricsExportPort", 0) > 0:
@@ -133,12 +133,12 @@ def counter(name: str, help_: str, tags: tuple[str, ...]) -> Any:
 
 
 def gauge(name: str, help_: str, tags: tuple[str, ...]) -> Any:
-    """A gauge there; Ray drops it some seconds after this process's end."""
+    """A gauge on the same endpoint; Ray drops it some seconds after this process ends."""
     return Gauge(name, description=help_, tag_keys=tags)
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself tries an address that nobody listens at for minutes."""
+    """Raises ResourcesError at once if nothing listens at the address; Ray itself would retry for minutes."""
     match = re.fullmatch(r"(?:ray://)?([^/:]+):(\d+)", address)
     if match is None:
         return
@@ -146,17 +146,18 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((match[1], int(match[2])), timeout=10).close()
     except OSError as error:
         raise ResourcesError(
-            f"RAY_ADDRESS is {address}, but nobody answers there ({error}). Start the cluster, correct the address, or "
+            f"RAY_ADDRESS is {address}, but no cluster answers there ({error}). Start the cluster, correct RAY_ADDRESS, or "
             "unset it to run on this machine alone."
         ) from None
 
 
 def choose_topology(resources: Resources) -> Topology:
-    """Lay the chain out by what the cluster has or its autoscaler adds, never by the driver's own devices.
+    """Lay out the chain by the resources that the cluster has or its autoscaler adds, not by the driver's own devices.
 
-    With GPUs: an actor on each, decoding on the CPUs, and writers that hold no CPU, so that a decode task which waits
-    for room downstream never waits for itself. Without: one actor per CPU does it all: no transfer, every core busy.
-    A cluster may grow to `actors.max`. Raises ResourcesError for what it can never schedule, or not within `wait_s`.
+    With GPUs: one actor on each, decode tasks on the CPUs, and writers that hold no CPU, so that writing never has to wait
+    for a CPU that a decode task holds. Without GPUs: one actor per CPU does everything, so that pixels are never sent and
+    every core is busy. A cluster may grow to `actors.max`. Raises ResourcesError for resources that the cluster can never
+    provide, or not within `wait_s`.
     """
     on_gpu = resources.device != "cpu" and _wait_for("GPU", 1.0, resources)
     device = {"num_gpus": 1, "num_cpus": 0} if on_gpu else {"num_cpus": resources.cpus_per_decode}
@@ -167,8 +168,9 @@ def choose_topology(resources: Resources) -> Topology:
     may_grow = _is_joined() and resources.actors.max is not None
     if not may_grow and (least or 1) > room:
         raise ResourcesError(
-            f"resources.actors asks for at least {least or 1} actors, but the cluster has room for {room} "
-            f"({has.get('GPU', 0):g} GPUs, {has.get('CPU', 0):g} CPUs); lower the minimum, or start a larger cluster"
+            f"resources.actors needs at least {least or 1} actors, but the cluster has room for {room} "
+            f"({has.get('GPU', 0):g} GPUs, {has.get('CPU', 0):g} CPUs). Set resources.actors.min lower, or start a larger "
+            "cluster."
         )
     actors = most if may_grow else min(most, room)
     pool = ActorPoolStrategy(min_size=least or min(actors, room), max_size=actors)
@@ -187,7 +189,7 @@ def choose_topology(resources: Resources) -> Topology:
 
 
 def count_nodes() -> int:
-    """Nodes that are there now."""
+    """Number of live nodes."""
     return len(_nodes())
 
 
@@ -200,22 +202,22 @@ def _is_joined() -> bool:
 
 
 def _address() -> str:
-    """Of the cluster to join; an empty RAY_ADDRESS is none, as everywhere in an environment."""
+    """The address of the cluster to join, or "local". An empty RAY_ADDRESS counts as not set."""
     return os.environ.get("RAY_ADDRESS") or "local"
 
 
 def _wait_for(resource: str, amount: float, resources: Resources) -> bool:
-    """Wait until a node has this much of a resource; a cluster that was joined is asked to add one.
+    """Wait until a node has this much of a resource; a joined cluster is asked to add a node.
 
-    Ray does not tell which nodes its autoscaler could add; whether it starts any when it is asked is all there is to
-    see. False for a GPU that is not there and not demanded. Raises ResourcesError when the time is up.
+    Ray does not say which nodes its autoscaler could add, so the only sign is whether it starts one after the request.
+    False if there is no GPU and none is required. Raises ResourcesError when the time is up.
     """
-    started, asked, grows = time.monotonic(), False, False
+    started, has_requested, grows = time.monotonic(), False, False
     is_optional = resource == "GPU" and resources.device == "auto"
     try:
         while (largest := max((node.get(resource, 0.0) for node in _nodes()), default=0.0)) < amount:
             waited = time.monotonic() - started
-            grows = grows or (asked and ray_private.is_adding_nodes())
+            grows = grows or (has_requested and ray_private.is_adding_nodes())
             limit_s = SCALING_S if grows else ASKING_S if is_optional else JOINING_S
             if resources.wait_s is not None and (grows or not is_optional):
                 limit_s = resources.wait_s
@@ -223,14 +225,14 @@ def _wait_for(resource: str, amount: float, resources: Resources) -> bool:
                 if is_optional and not grows:
                     return False
                 raise ResourcesError(_lacking(resource, amount, largest, waited, resources.device))
-            if not asked:
+            if not has_requested:
                 say(f"asking the cluster for a node with {amount:g} {resource}")
                 request_resources(bundles=[{resource: amount}])
-                asked = True
+                has_requested = True
             time.sleep(1.0)
     finally:
-        if asked:
-            request_resources(bundles=[])  # from now on the actors themselves hold it
+        if has_requested:
+            request_resources(bundles=[])  # from now on, the actors' own requests count
     return True
 
 
@@ -239,10 +241,10 @@ def _lacking(resource: str, amount: float, largest: float, waited: float, device
     cpus = sum(node.get("CPU", 0.0) for node in _nodes())
     if resource == "GPU":
         return (
-            f"resources.device is {device}, but the cluster has none{after} (it has {cpus:g} "
-            "CPUs); start GPU workers, or set device to cpu"
+            f"resources.device is {device}, but the cluster has no GPU{after}; it has {cpus:g} CPUs. Start GPU workers, or "
+            "set resources.device to cpu."
         )
     return (
-        f"resources.cpus_per_decode is {amount:g}, but the largest node of the cluster has {largest:g} CPUs{after}; set it "
-        "lower, or start the cluster with larger nodes"
+        f"resources.cpus_per_decode is {amount:g}, but the largest node of the cluster has {largest:g} CPUs{after}. Set it "
+        "lower, or start the cluster with larger nodes."
     )

@@ -1,4 +1,4 @@
-"""What the chain is given to do: shards, and which of their chunks are committed already."""
+"""The work that the chain is given: shards, and which of their chunks are already committed."""
 
 from dataclasses import dataclass
 
@@ -8,17 +8,17 @@ from lora_embed.store.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class WorkItem:
-    """A shard to embed: all of it but the chunks that are committed already, or its first samples in a trial run."""
+    """A shard to embed: all chunks that are not yet committed or, in a trial run, its first samples."""
 
     shard: Shard
     done: frozenset[int] = frozenset()
     limit: int | None = None
-    staged: "Staged | None" = None  # None: reading begins at the shard's start, whatever is done
+    staged: "Staged | None" = None  # None: reading begins at the shard's start
 
 
 @dataclass(frozen=True, kw_only=True)
 class Staged:
-    """Where the parts of a shard's committed chunks are, and the number of its last chunk, once its end was proven."""
+    """Where the parts of a shard's committed chunks are, and the number of its last chunk if that is known."""
 
     store: Store
     space_id: str
@@ -27,6 +27,6 @@ class Staged:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """What one worker is given at once: one large work item, or several small ones."""
+    """What one worker gets at a time: one large work item, or several small ones."""
 
     items: tuple[WorkItem, ...]

@@ -1,4 +1,4 @@
-"""The chain on a Ray cluster. Besides `ray_private`, `cluster` and the entry points, the only user of ray."""
+"""Run the chain on a Ray cluster: waves of blocks, three stages, and tasks for verification and compaction."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -22,27 +22,27 @@ from lora_embed.model.description import Description
 from lora_embed.schema import ChunkHead, Layout, encoder_path
 from lora_embed.store.store import Store
 
-WAVE, BLOCKS_IN_WAVE = 2000, 32  # blocks of one Dataset, which starts its actors anew: at least, and for each that reads
-BLOCK_BYTES, BLOCK_ITEMS = 32 * 2**20, 64  # what small shards are put together to
-BLOCKS_PER_READER = 8  # at least, where there are shards enough, so that none waits long for the last
+WAVE, BLOCKS_IN_WAVE = 2000, 32  # blocks in one Dataset: at least, and per reader; each Dataset starts new actors
+BLOCK_BYTES, BLOCK_ITEMS = 32 * 2**20, 64  # limits of a block into which small shards are grouped
+BLOCKS_PER_READER = 8  # at least, if there are enough shards, so that readers finish at about the same time
 R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What all chunks of a run share."""
+    """The settings that all chunks of a run share."""
 
     input_options: dict[str, Any] = field(repr=False)
-    store: Store  # where parts go
+    store: Store  # to write parts to
     encoder_uri: str
     encoder_options: dict[str, Any] = field(repr=False)
     encoder: Description
     layout: Layout
-    base: str | None = None  # where the base lies, by the user's word, of an encoder that is kept as an adapter
+    base: str | None = None  # the place of the base that the user named, for an encoder that is kept as an adapter
 
     @property
     def embedding(self) -> Pass:
-        """What the actors need of it."""
+        """The settings that the actors need."""
         encoder = EncoderSource(
             uri=self.encoder_uri,
             options=self.encoder_options,
@@ -60,7 +60,7 @@ class Job:
 
     @classmethod
     def of(cls, job: JobConfig, store: Store, encoder: Description, layout: Layout, base: str | None = None) -> "Job":
-        """A job whose encoder and parts lie on its table's storage."""
+        """A job whose encoder and parts are on its table's storage."""
         return cls(
             input_options=job.input_storage_options,
             store=store,
@@ -73,16 +73,16 @@ class Job:
 
 
 def embed_items(items: list[WorkItem], job: Job, topology: Topology) -> Iterator[ChunkHead]:
-    """Embed work items and commit their parts; yields what became of each chunk.
+    """Embed work items and commit their parts; yields the head of each chunk with its counts or its error.
 
-    Raises EncoderError when an actor does not reproduce the golden vectors, WorkersLost when Ray gives up.
+    Raises EncoderError if an actor does not reproduce the golden vectors, WorkersLost if Ray gives up.
     """
     for row in _run_chain(items, job.embedding, topology):
         yield ChunkHead.from_json(row["head"])
 
 
 def embed_with_each(items: list[WorkItem], shared: Pass, topology: Topology) -> Iterator[VectorChunk]:
-    """Read and decode work items once, and give every image to each encoder of the pass; yields their vectors.
+    """Read and decode work items once, and embed each image with every encoder of the pass; yields the vectors.
 
     Raises as `embed_items` does.
     """
@@ -91,9 +91,9 @@ def embed_with_each(items: list[WorkItem], shared: Pass, topology: Topology) -> 
 
 
 def _run_chain(items: list[WorkItem], shared: Pass, topology: Topology) -> Iterator[dict[str, Any]]:
-    """The chain, in waves: blocks of work items → decoded chunks → vectors → committed parts, where there are any.
+    """The chain, in waves: blocks of work items → decoded chunks → vectors → committed parts (if the pass writes parts).
 
-    One row is one chunk and goes alone (`batch_size=1`), so that chunks stay whole and inside one shard.
+    One row is one chunk and is passed on alone (`batch_size=1`), so that chunks stay whole and inside one shard.
     """
     decoding = (shared.layout, shared.prepare, shared.input_options, was_tried_before)
     for blocks in _waves(items, topology.workers.readers):
@@ -106,7 +106,7 @@ def _run_chain(items: list[WorkItem], shared: Pass, topology: Topology) -> Itera
             rows = map_rows(rows, EmbedImages, fn_constructor_args=(shared, topology.kind), **topology.embed)
             if shared.space_id is not None:
                 rows = map_rows(rows, WriteParts, fn_constructor_args=(shared,), **topology.write)
-        with _own_errors():
+        with _package_errors():
             yield from rows.iter_rows()
 
 
@@ -116,7 +116,7 @@ def _waves(items: list[WorkItem], readers: int) -> Iterator[list[Block]]:
 
 
 def plan_blocks(items: list[WorkItem], readers: int) -> list[Block]:
-    """One large item to a block, or several small ones in their order, but blocks enough for all that read at a time."""
+    """Make blocks of one large item or several small ones, in order, but enough blocks to keep all readers busy."""
     most = max(1, min(BLOCK_ITEMS, len(items) // (readers * BLOCKS_PER_READER)))
     blocks: list[list[WorkItem]] = []
     size = 0
@@ -130,7 +130,7 @@ def plan_blocks(items: list[WorkItem], readers: int) -> list[Block]:
 
 
 def ask_device(topology: Topology) -> Device:
-    """The kind of device that actors will get, asked of one."""
+    """Inspect, in a Ray task, the kind of device that actors will get."""
     device: Device = ray.get(ray.remote(inspect_device).options(**topology.device).remote(topology.kind))
     return device
 
@@ -138,12 +138,13 @@ def ask_device(topology: Topology) -> Device:
 def map_tasks(
     task: Callable[..., R], shared: tuple[Any, ...], arguments: list[Any], *, each_has: int = 1, here: bool = False
 ) -> list[R]:
-    """`task(*shared, argument)` for each argument, results in order: as Ray tasks that take `each_has` arguments each.
+    """Call `task(*shared, argument)` for each argument, in Ray tasks of `each_has` arguments each; results are in order.
 
-    A bounded number runs at a time. `here`: in this process, for what is not worth the seconds that a worker's start takes.
+    A bounded number of tasks runs at a time. With `here`, everything runs in this process, because starting a worker takes
+    seconds.
     """
 
-    # Local, and of no type of this module, so that a worker need not import it, and torch with it.
+    # A local function with types of no module of ours, so that a worker does not import this module and torch.
     def do(group: list[Any]) -> list[Any]:
         return [task(*shared, argument) for argument in group]
 
@@ -155,7 +156,7 @@ def map_tasks(
     results: dict[int, list[R]] = {}
     pending: dict[Any, int] = {}
     queue = iter(enumerate(groups))
-    with _own_errors():
+    with _package_errors():
         while len(results) < len(groups):
             while len(pending) < most and (following := next(queue, None)) is not None:
                 pending[remote.remote(following[1])] = following[0]
@@ -166,32 +167,32 @@ def map_tasks(
 
 
 @contextlib.contextmanager
-def _own_errors() -> Iterator[None]:
-    """Bring an error of this package back out of Ray's wrappers; anything else of Ray's ends the run with its cause."""
+def _package_errors() -> Iterator[None]:
+    """Raise an error of this package without Ray's wrapper; any other error of Ray ends the run with its cause."""
     try:
         yield
     except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as error:
-        own = _find_own(error)
-        if own is not None:
-            raise own from None
+        package_error = _find_package_error(error)
+        if package_error is not None:
+            raise package_error from None
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         if isinstance(error, ray.exceptions.OutOfMemoryError):  # its last line is an address
-            lines = ["a node ran low on memory, so it ended workers there: take fewer actors, smaller chunks or larger nodes"]
-        # An exception stays one, and after half an hour without progress another would be no better.
+            lines = ["a node ran low on memory, so Ray ended workers there: use fewer actors, smaller chunks or larger nodes"]
+        # Another attempt would raise the same exception, or again make no progress for half an hour.
         is_final = isinstance(error, ray.exceptions.RayTaskError | ray.data.exceptions.ExecutionTimeoutError)
         if isinstance(error, ray.data.exceptions.ExecutionTimeoutError):
-            lines = ["no worker has finished anything for too long; has the cluster nodes left, and do they answer?"]
+            lines = ["no worker has finished a chunk for too long; check that the cluster has nodes and that they respond"]
         kind = IncompleteRun if is_final else WorkersLost
         raise kind(
-            f"Ray gave the run up: {lines[-1][:300]}. What was embedded is kept, and the same command goes on."
+            f"Ray gave up the run: {lines[-1][:300]}. What was embedded is kept. Run the same command again to continue."
         ) from error
 
 
-def _find_own(error: BaseException | None) -> LoraEmbedError | None:
-    """The error as it was raised in a task, or as the text in which Ray hands on what an actor's constructor raised."""
-    cause = getattr(error, "cause", None)  # first: Ray's own error is of the cause's class too, with a traceback for text
+def _find_package_error(error: BaseException | None) -> LoraEmbedError | None:
+    """The error of this package that was raised in a task, or restored from the text of an actor's constructor's error."""
+    cause = getattr(error, "cause", None)  # first, since Ray's error also has the cause's class, but a traceback for text
     if isinstance(cause, LoraEmbedError):
         return cause
     if error is None or isinstance(error, LoraEmbedError):
         return error
-    return carried_error(str(error)) or _find_own(error.__cause__)
+    return carried_error(str(error)) or _find_package_error(error.__cause__)

@@ -1,7 +1,7 @@
-"""All of Ray that is used and is not public, or that Ray may change without notice; checked when this is imported.
+"""The parts of Ray that are used but not public, or that Ray may change without notice; checked at import.
 
-Each part has a public way to be replaced by as soon as Ray has one. `tests/model/test_private.py` takes each away, and shows on
-a running Ray that it does what it is used for.
+Each is to be replaced as soon as Ray has a public way. `tests/model/test_private.py` removes each part in turn, and checks
+on a running Ray that it still has its effect.
 """
 
 import inspect
@@ -26,7 +26,7 @@ _RETRIES = "limit how often a task is tried again after its process died"
 _METRICS = "serve metrics at the port that LORA_EMBED_METRICS_PORT names"
 
 _constants: Any = part("ray", "ray._private.ray_constants", _LOOPBACK)
-_is_reachable = bool(part("ray", "ray._private.ray_constants:ENABLE_RAY_CLUSTER", _LOOPBACK))  # unless told otherwise
+_is_reachable = bool(part("ray", "ray._private.ray_constants:ENABLE_RAY_CLUSTER", _LOOPBACK))  # Ray's own default
 _worker: Any = part("ray", "ray._private.worker", _MESSAGES)
 part("ray", "ray._private.worker:print_to_stdstream", _MESSAGES, takes=("data", "ignore_prefix"))
 part("ray", "ray._private.worker:global_worker", _ATTEMPTS)
@@ -35,7 +35,7 @@ _get_cluster_status = part("ray", "ray.autoscaler.v2.sdk:get_cluster_status", _S
 part("ray", "ray.autoscaler.v2.schema:ClusterStatus", _SCALING, takes=("pending_launches", "pending_nodes"))
 _ARGUMENTS = ("fn", "batch_size", "compute", "fn_args", "fn_constructor_args", "num_cpus", "num_gpus", "ray_remote_args")
 part("ray", "ray.data:Dataset.map_batches_internal", _RETRIES, takes=_ARGUMENTS)
-check(  # `init` takes all arguments and refuses by name those that it does not know
+check(  # `init` takes any keyword and compares it with the names it knows, so look for the name in its code
     "ray",
     "_metrics_export_port" in inspect.unwrap(ray.init).__code__.co_consts,
     "ray.init does not take _metrics_export_port",
@@ -48,35 +48,35 @@ check(
     "keep what Ray writes from other users of this machine",
 )
 
-LONGEST_ROOT = 25  # characters: a socket's path has at most 107, and Ray's names below take most of them
+LONGEST_ROOT = 25  # characters: a socket's path has at most 107, and Ray's names below the root take most of them
 _TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
-_folders: list[str] = []  # of the Rays that were started here
-OOM_RETRIES = 5  # of a task whose process Ray's memory monitor ended, 1 to 16 s apart; Ray's default is for ever
-# Words of the environment. Ray does not complain of one that it no longer knows: tests see that they have their effect.
+_folders: list[str] = []  # folders of the Rays that were started here
+OOM_RETRIES = 5  # of a task whose process Ray's memory monitor ended, 1 to 16 s apart; Ray by default retries without end
+# Environment variables. Ray ignores those that it does not know, so tests check that they still have their effect.
 _SETTINGS = {"RAY_task_oom_retries": str(OOM_RETRIES), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
 def start_here(*, metrics_port: int | None, **arguments: Any) -> None:
-    """`ray.init` of a Ray of this process's own, which listens on the loopback address alone.
+    """Start a Ray for this process that listens on the loopback address alone.
 
-    Ray does so by itself on macOS and Windows, and has no public way to be told: else everybody who reaches this machine
-    could run code in it. Raises LibraryMismatch, with that Ray ended, should it listen elsewhere all the same.
+    Otherwise, everybody who can reach this machine could run code on it. Ray does so by itself on macOS and Windows, but
+    has no public setting for it. If Ray listens elsewhere all the same, it is ended and LibraryMismatch is raised.
     """
     _set_environment()
     _constants.ENABLE_RAY_CLUSTER = False
     _folders.append(_new_folder())
     _set_token(_folders[-1])
-    below = os.path.join(_folders[-1], "r")  # not that one itself: Ray lets everybody write to what it is given
+    below = os.path.join(_folders[-1], "r")  # a folder below, because Ray lets everybody write to the folder it is given
     ray.init(address="local", include_dashboard=False, _metrics_export_port=metrics_port, _temp_dir=below, **arguments)
     address = ray.get_runtime_context().gcs_address.rpartition(":")[0].strip("[]")
     listens = {address, *(node["NodeManagerAddress"] for node in ray.nodes())}
     if beyond := sorted(ip for ip in listens if not ipaddress.ip_address(ip).is_loopback):
         ray.shutdown()
-        raise mismatch("ray", f"it listens at {', '.join(beyond)} whatever ENABLE_RAY_CLUSTER says", _LOOPBACK)
+        raise mismatch("ray", f"it listens at {', '.join(beyond)} although ENABLE_RAY_CLUSTER is false", _LOOPBACK)
 
 
 def _new_folder() -> str:
-    """For sockets, logs and spilled objects, of this user alone: Ray makes its own so that everybody may write there."""
+    """Make a folder for sockets, logs and spilled objects that only this user can enter; Ray's own would be open to all."""
     root = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if len(root) > LONGEST_ROOT and "RAY_TMPDIR" not in os.environ:
         root = "/tmp"
@@ -85,9 +85,9 @@ def _new_folder() -> str:
 
 
 def _set_token(folder: str) -> None:
-    """Other users of this machine reach the loopback address, too; Ray asks for a token, which this user alone may read.
+    """Make Ray require a token that only this user can read, since other users of the machine reach the loopback address.
 
-    Ray itself would write one that everybody may read. One that the environment names stays.
+    Ray itself would write a token that everybody can read. A token that the environment names is kept.
     """
     if not {"RAY_AUTH_TOKEN", _TOKEN_PATH} & os.environ.keys():
         path = os.path.join(folder, "token")
@@ -97,20 +97,20 @@ def _set_token(folder: str) -> None:
 
 
 def _forget_token() -> None:
-    """No other Ray has the token of one that was started here."""
+    """Unset the token of a Ray that was started here: other Rays do not have it."""
     if os.path.dirname(os.environ.get(_TOKEN_PATH, "")) in _folders:
         del os.environ[_TOKEN_PATH]
 
 
 def remove_folders() -> None:
-    """What a Ray that was started here wrote, once it has ended."""
+    """Remove what Rays that were started here wrote, once they have ended."""
     _forget_token()
     while _folders:
         shutil.rmtree(_folders.pop(), ignore_errors=True)
 
 
 def join(address: str, **arguments: Any) -> None:
-    """`ray.init` of a cluster that runs already; whoever started it has the say where it listens."""
+    """Join a running cluster; where it listens was decided by whoever started it."""
     _set_environment()
     _forget_token()
     _constants.ENABLE_RAY_CLUSTER = _is_reachable
@@ -123,12 +123,12 @@ def _set_environment() -> None:
 
 
 def log_messages() -> None:
-    """Log what Ray prints of tasks and workers that failed, a line each; Ray itself would print it to stdout."""
+    """Log Ray's messages about failed tasks and workers, one line each; Ray itself would print them to stdout."""
     _worker.print_to_stdstream = _log
 
 
 def _log(data: dict[str, Any], ignore_prefix: Any = None, *_: Any, **__: Any) -> None:
-    """Without the traceback: the run goes on, or says why it cannot."""
+    """Log a message without its traceback: the run continues, or ends with an error of its own."""
     for message in data["lines"]:
         said, _, trace = message.partition("Error: Traceback")
         cause = [line.strip() for line in trace.splitlines() if line.strip()][-1:]
@@ -136,24 +136,24 @@ def _log(data: dict[str, Any], ignore_prefix: Any = None, *_: Any, **__: Any) ->
 
 
 def was_tried_before() -> bool:
-    """Inside a task: did a process die that had it before?
+    """Inside a task: did a process die in an earlier attempt at this task?
 
-    In an actor, for the body of a generator alone: Ray Data calls what is no generator in another thread, where Ray knows
-    of no task and answers that this is the first attempt.
+    In an actor it works only inside a generator: Ray Data calls other functions in another thread, where Ray does not know
+    the task and says that this is the first attempt.
     """
     return bool(_worker.global_worker.core_worker.get_current_task_attempt_number() > 0)
 
 
 def is_adding_nodes() -> bool:
-    """Is the autoscaler of the cluster starting nodes?"""
+    """Is the cluster's autoscaler starting nodes?"""
     status = _get_cluster_status(ray.get_runtime_context().gcs_address)
     return bool(status.pending_launches or status.pending_nodes)
 
 
 def map_rows(rows: Any, function: Any, **arguments: Any) -> Any:
-    """`Dataset.map_batches` of one row at a time, with limits to how often Ray tries again.
+    """`Dataset.map_batches`, one row at a time, with limits to how often Ray retries a task.
 
-    Ray deprecates arguments for `ray.remote` (`max_retries`, `max_restarts`, `max_task_retries`) in `map_batches` and offers
-    nothing in their place; what `map_batches` itself calls, and Ray's own batch processors too, takes them as before.
+    In `map_batches`, Ray deprecates arguments for `ray.remote` (`max_retries`, `max_restarts`, `max_task_retries`) and
+    offers no replacement. The function that `map_batches` and Ray's own batch processors call still accepts them.
     """
     return rows.map_batches_internal(function, batch_size=1, **arguments)

@@ -1,4 +1,4 @@
-"""Where reading goes on in a tar of which some chunks are committed: from what their parts tell."""
+"""Find where to read in a tar of which some chunks are committed, from the byte ranges that their parts record."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,12 +9,12 @@ from lora_embed.chain.items import Staged, WorkItem
 from lora_embed.schema import WHOLE, Layout, Part, Span
 from lora_embed.table.parts import ChunkPlace, part_path, read_place
 
-READERS = 8  # threads: parts are small, and a store takes its time for each
+READERS = 8  # threads; parts are small, so most of the time is spent on waiting for the store
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stretch:
-    """Samples to read one after the other, and the keys of those that were passed over since the stretch before."""
+    """Samples to read one after the other, and the keys of the samples that were skipped just before them."""
 
     span: Span
     passed: frozenset[str] = frozenset()
@@ -24,10 +24,10 @@ FROM_THE_START = [Stretch(span=WHOLE)]
 
 
 def find_stretches(item: WorkItem, layout: Layout) -> list[Stretch]:
-    """What is to be read of a shard, in order: where its chunks are missing, and nothing before or between.
+    """The stretches of a shard that must be read, in order: only those whose chunks are missing.
 
-    The whole shard where nothing is committed, and where parts do not tell enough: those of a shard that another run
-    published meanwhile are gone, and none knows its bytes in a tar with global headers.
+    The whole shard if nothing is committed or the parts do not tell enough: another run may have published and removed
+    them, and parts of a tar with global headers do not record byte ranges.
     """
     if not item.done or item.staged is None or item.shard.kind != "tar" or item.limit is not None:
         return FROM_THE_START
@@ -42,16 +42,16 @@ def find_stretches(item: WorkItem, layout: Layout) -> list[Stretch]:
 
 
 def _read_places(staged: Staged, shard_id: str, chunks: list[int], layout: Layout) -> dict[int, ChunkPlace]:
-    """Of those chunks whose parts tell their places."""
+    """The places of those chunks whose parts record them."""
     parts = [Part(shard_id=shard_id, chunk=chunk, last=chunk == staged.last) for chunk in chunks]
     paths = [part_path(staged.space_id, layout.layout_id, part) for part in parts]
     with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(partial(read_place, staged.store), paths)
-        return {chunk: place for chunk, place in zip(chunks, found, strict=True) if place is not None}
+        places = pool.map(partial(read_place, staged.store), paths)
+        return {chunk: place for chunk, place in zip(chunks, places, strict=True) if place is not None}
 
 
 def missing_runs(done: frozenset[int], last: int | None) -> Iterator[tuple[int, int | None]]:
-    """Chunks that are not done, as ranges [first, end); the one without an end goes on to the shard's, where that is open."""
+    """Chunks that are not done, as ranges [first, end). The last range has no end if the shard's last chunk is not known."""
     first = 0
     for chunk in sorted(done):
         if chunk > first:

@@ -1,1 +1,1 @@
-"""The command line: parse, call, print. Imports everything; nothing imports it."""
+"""The command line: parse options, call a function, print its result. Imports everything; nothing imports it."""

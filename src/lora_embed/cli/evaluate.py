@@ -1,4 +1,4 @@
-"""`lora-embed evaluate` and `jobs/evaluate.py`: options → a request, its evaluation → stdout and a file."""
+"""`lora-embed evaluate` and `jobs/evaluate.py`: make a request from options, evaluate it, print and write the result."""
 
 import os
 from pathlib import Path
@@ -15,31 +15,31 @@ if TYPE_CHECKING:
     from lora_embed.evaluate.request import Request
 
 Many = list[str] | None
-Data = Annotated[Many, typer.Option(metavar="INPUT", help="Labelled shards, as `input` of a job, or a job file; repeat it.")]
+Data = Annotated[Many, typer.Option(metavar="INPUT", help="Labelled shards, as `input` of a job, or a job file. Repeatable.")]
 
 
 def evaluate(
-    recipe: Annotated[Many, typer.Option(help="Recipe file or encoder directory; repeat it for several.")] = None,
+    recipe: Annotated[Many, typer.Option(help="Recipe file or encoder directory. Repeatable.")] = None,
     data: Data = None,
-    label: Annotated[Many, typer.Option(metavar="FIELD", help="Field with the class, a task each; repeat it.")] = None,
-    group: Annotated[str | None, typer.Option(metavar="FIELD", help="Images with one value stay on one side.")] = None,
+    label: Annotated[Many, typer.Option(metavar="FIELD", help="Field with a task's class. Repeatable.")] = None,
+    group: Annotated[str | None, typer.Option(metavar="FIELD", help="Images with the same value stay in one part.")] = None,
     split: Annotated[str | None, typer.Option(metavar="FIELD", help="Your own split: bank or train, query or test …")] = None,
-    splits: Annotated[int, typer.Option(help="Seeded splits, two thirds of the images in the bank.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Of the splits.")] = 0,
-    reference: Annotated[str | None, typer.Option(metavar="NAME", help="Candidate that others are held against.")] = None,
-    alone: Annotated[bool, typer.Option("--alone", help="Judge the base and each adapter by itself as well.")] = False,
-    heads: Annotated[bool, typer.Option(help="Put the adapters' own heads on every candidate.")] = True,
+    splits: Annotated[int, typer.Option(help="Number of seeded splits; two thirds of the images are the bank.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the splits.")] = 0,
+    reference: Annotated[str | None, typer.Option(metavar="NAME", help="Candidate to compare the others with.")] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Also evaluate the base and each single adapter.")] = False,
+    heads: Annotated[bool, typer.Option(help="Evaluate the adapters' own heads on every candidate.")] = True,
     head: Annotated[Many, typer.Option(metavar="ADAPTER=FIELD", help="The task of an adapter's head.")] = None,
     classes: Annotated[Many, typer.Option(metavar="FIELD=FILE", help="Classes in the order of a head's outputs.")] = None,
     precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    work: Annotated[str | None, typer.Option(metavar="URI", help="Where encoders and vectors are kept.")] = None,
+    work: Annotated[str | None, typer.Option(metavar="URI", help="Folder to keep encoders and vectors in.")] = None,
     shared_filesystem: Annotated[bool, typer.Option("--shared-filesystem", help="All nodes mount the local paths.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the evaluation as JSON.")] = None,
-    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as a page (HTML).")] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the evaluation as an HTML page.")] = None,
     as_json: Json = False,
-    log_format: Annotated[LogFormat, typer.Option(callback=log_as, help="How stderr is written.")] = LogFormat.TEXT,
+    log_format: Annotated[LogFormat, typer.Option(callback=log_as, help="Format of messages on stderr.")] = LogFormat.TEXT,
 ) -> None:
-    """Compare recipes on labelled images: each image decoded once, metrics on seeded splits, paired differences."""
+    """Compare recipes on labelled images: metrics on seeded splits, and paired differences to a reference."""
     _check_options(precision, out, report)
     from lora_embed.evaluate.request import Request
 
@@ -79,37 +79,37 @@ def _evaluate(request: "Request", out: Path | None, report: Path | None, as_json
 
 
 def _check_options(precision: str, out: Path | None, report: Path | None) -> None:
-    """Before minutes of work. Raises ConfigError, and StorageError for files that cannot be written."""
+    """Check options before minutes of work. Raises ConfigError, and StorageError for files that cannot be written."""
     if precision not in ("auto", "float32", "bfloat16", "float16"):
         raise ConfigError(f"--precision is {precision!r}, expected auto, float32, bfloat16 or float16")
     for option, path in (("--out", out), ("--report", report)):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise StorageError(f"{option} {path}: cannot be written: it is a directory, or lies in none. Name a file.")
+            raise StorageError(f"{option} {path}: is a directory, or its directory does not exist. Name a file.")
 
 
 def _reached_as(job: JobConfig, work: str) -> dict[str, Any]:
-    """What a job says of how its images are read, and how a work folder beside its table is reached."""
+    """A job's settings for reading its images, and its table's storage options for a work folder of the same kind."""
     return read_as(job) | {"work_options": options_like(work, (job.table,), job.table_storage_options)}
 
 
 def _pair(option: str, expected: str, text: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
     if not (name and separator and value):
-        raise ConfigError(f"{option} {text}: expected {expected}")
+        raise ConfigError(f"{option} {text}: expected {option} {expected}")
     return name, value
 
 
 def _read_classes(text: str) -> tuple[str, tuple[str, ...]]:
-    """A task, and its classes in the order of a head's outputs: a line each."""
+    """Read a task's classes, one a line, in the order of a head's outputs."""
     name, path = _pair("--classes", "FIELD=FILE", text)
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise ConfigError(f"--classes {text}: {path} cannot be read: {reason}. Give a file with a class a line.") from None
+        raise ConfigError(f"--classes {text}: {path} cannot be read: {reason}. Give a file with one class per line.") from None
     return name, tuple(line.strip() for line in lines if line.strip())
 
 
 def _absolute(path: str) -> str:
-    """Workers have other current folders."""
+    """Make a path absolute, since workers have other current folders."""
     return path if "://" in path or not path else os.path.abspath(os.path.expanduser(path))

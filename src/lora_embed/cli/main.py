@@ -1,4 +1,4 @@
-"""The command line: parse, call, print."""
+"""The commands and job scripts: parse options, call a function, print its result."""
 
 import enum
 import sys
@@ -26,11 +26,11 @@ app = typer.Typer(
 )
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
-Log = Annotated[LogFormat, typer.Option("--log-format", callback=log_as, help="How stderr is written.")]
+Log = Annotated[LogFormat, typer.Option("--log-format", callback=log_as, help="Format of progress and messages on stderr.")]
 
 
 class Store(enum.StrEnum):
-    """How an encoder's weights are kept."""
+    """How an encoder's weights are stored."""
 
     MODEL = "model"
     ADAPTER = "adapter"
@@ -40,8 +40,8 @@ class Store(enum.StrEnum):
 def build(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")],
     out: Annotated[Path, typer.Option(help="Directory to write the encoder to.")],
-    store: Annotated[Store, typer.Option(help="Whole weights, or the base's name and one merged LoRA adapter.")] = Store.MODEL,
-    rank: Annotated[int | None, typer.Option(min=1, help="With --store adapter: its largest rank.")] = None,
+    store: Annotated[Store, typer.Option(help="Store whole weights, or one merged adapter and the base's name.")] = Store.MODEL,
+    rank: Annotated[int | None, typer.Option(min=1, help="With --store adapter: the adapter's largest rank.")] = None,
     energy: Annotated[float, typer.Option(help="With --store adapter: share of the change's squared norm to keep.")] = 1.0,
     as_json: Json = False,
     log_format: Log = LogFormat.TEXT,
@@ -51,7 +51,7 @@ def build(
     from lora_embed.model.fold import Limit
 
     if store is Store.MODEL and (rank is not None or energy != 1.0):
-        raise ConfigError("--rank and --energy say how much of the merge an adapter keeps. Add --store adapter.")
+        raise ConfigError("--rank and --energy limit the adapter that --store adapter writes. Add --store adapter.")
     if not 0 < energy <= 1:
         raise ConfigError(f"--energy is {energy:g}, expected more than 0 and at most 1")
     limit = Limit(rank=rank, energy=energy) if store is Store.ADAPTER else None
@@ -64,10 +64,10 @@ def build(
 def plan(
     job: JobFile,
     set_: Set = None,
-    forecast: Annotated[bool, typer.Option("--forecast", help="Embed a few images on the cluster to say how long.")] = False,
+    forecast: Annotated[bool, typer.Option("--forecast", help="Embed a few images to estimate the time.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what a run would do, by listing alone; write nothing."""
+    """Show what a run would do, from listings alone; write nothing."""
     from lora_embed.run.plan import plan_job
 
     outlook = plan_job(load_job(job, set_), forecasts=forecast)
@@ -91,8 +91,8 @@ def publish(
     job: JobFile,
     set_: Set = None,
     release: Annotated[bool, typer.Option("--release", help="Publish a space that a rollback holds back.")] = False,
-    accept: Annotated[list[str] | None, typer.Option(metavar="GATE", help="Let a failed gate through.")] = None,
-    why: Annotated[str, typer.Option(help="The reason for that, kept in the version.")] = "",
+    accept: Annotated[list[str] | None, typer.Option(metavar="GATE", help="Publish even if this gate fails.")] = None,
+    why: Annotated[str, typer.Option(help="The reason for --accept, kept in the version.")] = "",
     as_json: Json = False,
     log_format: Log = LogFormat.TEXT,
 ) -> None:
@@ -100,14 +100,14 @@ def publish(
     from lora_embed.run.job import publish_job
 
     if accept and not why.strip():
-        raise ConfigError("--accept lets a failed gate through. Say why with --why: the version keeps the reason.")
+        raise ConfigError("--accept publishes although a gate fails. Give the reason with --why: the version keeps it.")
     result = publish_job(load_job(job, set_), releases=release, accepted=dict.fromkeys(accept or [], why))
     print_result(asdict(result), as_json, result.describe())
 
 
 @app.command()
-def demo(folder: Annotated[Path, typer.Argument(help="Where everything is written.")] = Path("demo-run")) -> None:
-    """All of it on real images, in minutes: merge, embed, publish, compare, search."""
+def demo(folder: Annotated[Path, typer.Argument(help="Folder to write everything to.")] = Path("demo-run")) -> None:
+    """Show everything on real images, in minutes: merge, embed, publish, compare, search."""
     from lora_embed.demo.tour import run_demo
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,22 +136,22 @@ def reembed_nightly(
     as_json: Json = False,
     log_format: Log = LogFormat.TEXT,
 ) -> None:
-    """Embed what is stale: new and changed shards, or everything where the recipe makes another space; publish."""
+    """Embed new and changed shards, or everything if the recipe makes another space; then publish."""
     _run(config, set_, as_json, replaces=True, releases=release)
 
 
 def embed_job(arguments: list[str]) -> int:
-    """`jobs/embed.py`: `--config JOB [--set KEY=VALUE …] [--no-publish] [--json]`; returns the exit code."""
+    """Run `jobs/embed.py`: `--config JOB [--set KEY=VALUE …] [--no-publish] [--json]`; returns the exit code."""
     return _exit_code_of_job(embed, arguments)
 
 
 def nightly_job(arguments: list[str]) -> int:
-    """`jobs/reembed_nightly.py`: `--config JOB [--set KEY=VALUE …] [--release] [--json]`; returns the exit code."""
+    """Run `jobs/reembed_nightly.py`: `--config JOB [--set KEY=VALUE …] [--release] [--json]`; returns the exit code."""
     return _exit_code_of_job(reembed_nightly, arguments)
 
 
 def evaluate_job(arguments: list[str]) -> int:
-    """`jobs/evaluate.py`, with the options of `lora-embed evaluate`; returns the exit code."""
+    """Run `jobs/evaluate.py`, with the options of `lora-embed evaluate`; returns the exit code."""
     return _exit_code_of_job(evaluate, arguments)
 
 
@@ -167,14 +167,14 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> int:
-    """`lora-embed` with these arguments; returns the exit code."""
+    """Run `lora-embed` with these arguments; returns the exit code."""
     return exit_code_of(lambda: app(arguments, prog_name="lora-embed"))
 
 
-def _run(path: Path, overrides: list[str] | None, as_json: bool, **how: bool) -> None:
-    note(is_run=True)  # from here on a last line says how it ended
+def _run(path: Path, overrides: list[str] | None, as_json: bool, **options: bool) -> None:
+    note(is_run=True)  # so that the process ends with a last line
     job = load_job(path, overrides)
     from lora_embed.run.job import run_job
 
-    result = run_job(job, **how)
+    result = run_job(job, **options)
     print_result(asdict(result), as_json, result.describe())

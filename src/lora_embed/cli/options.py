@@ -1,4 +1,4 @@
-"""What commands share: their options, what an argument names, and how a result is printed."""
+"""Code that commands share: options, finding the job or table that an argument names, printing a result."""
 
 import json
 from dataclasses import dataclass
@@ -19,54 +19,54 @@ if TYPE_CHECKING:
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 TableOrJob = Annotated[
-    str, typer.Argument(metavar="TABLE", help="URI or path of a table, or a job file: its table, reached with its options.")
+    str, typer.Argument(metavar="TABLE", help="URI or path of a table, or a job file, for its table and storage options.")
 ]
 
 
 def job_of(named: str, overrides: list[str] | None = None) -> JobConfig | None:
-    """The job whose file (.yaml or .yml) is named where a table or an input may be; None where that itself is named.
+    """The job, if a job file (.yaml or .yml) is named in place of a table or an input; else None.
 
-    Raises ConfigError for a job file that is wrong, and for overrides without one.
+    Raises ConfigError for a wrong job file, and for overrides without a job file.
     """
     path = Path(named)
     if "://" not in named and path.suffix in (".yaml", ".yml") and not path.is_dir():
         return load_job(path, overrides)
     if overrides:
         key = overrides[0].partition("=")[0]
-        raise ConfigError(f"--set {key}=…: changes a job file, and {named} is none. Name the job file in its place.")
+        raise ConfigError(f"--set {key}=…: changes a key of a job file, but {named} is not a job file. Name the job file.")
     return None
 
 
 def input_of(data: list[str]) -> JobConfig | None:
-    """The job whose file stands for all of `--data`; None where inputs are named. Raises ConfigError for both at once."""
+    """The job, if `--data` names a job file; None if it names inputs. Raises ConfigError for both at once."""
     jobs = [name for name in data if "://" not in name and Path(name).suffix in (".yaml", ".yml")]
     if jobs and len(data) > 1:
-        raise ConfigError(f"--data names the job file {jobs[0]} and {len(data) - 1} inputs besides. Name the job file alone.")
+        raise ConfigError(f"--data names the job file {jobs[0]} and {len(data) - 1} other inputs. Name only the job file.")
     return job_of(data[0]) if jobs else None
 
 
 def read_as(job: JobConfig | None) -> dict[str, Any]:
-    """How a job's images are read, as evaluating and tuning take it; nothing where inputs are named without a job."""
+    """A job's settings for reading its images, as `evaluate` and `tune` take them; empty without a job."""
     if job is None:
         return {}
     return {"input_options": job.input_storage_options, "image_column": job.image_column, "key_column": job.key_column}
 
 
 def options_like(place: str, known: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """The options of known places for another one, where it is of their kind of storage: keys are sent nowhere else."""
+    """Storage options of known places, if another place has the same kind of storage; else none, so keys stay secret."""
     kinds = {uri.partition("://")[0] for uri in known if "://" in uri}
     return options if "://" in place and place.partition("://")[0] in kinds else {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Named:
-    """The table that TABLE names, and the job where it is a job file."""
+    """The table that TABLE names, and the job if TABLE is a job file."""
 
     store: "Store"
     job: JobConfig | None
 
     def open(self, version: int | None) -> "Table":
-        """A version, by default the current one. Raises TableError where there is none."""
+        """Open a version, by default the current one. Raises TableError if it does not exist."""
         from lora_embed.table.read import open_table
 
         return open_table(self.store.uri, version, self.store.options)
@@ -82,12 +82,12 @@ class Named:
         return () if self.job is None else self.job.input
 
     def options_of(self, image: str) -> dict[str, Any]:
-        """Those of an image that is named beside the table."""
+        """Storage options of an image that is named beside the table."""
         return {} if self.job is None else options_like(image, self.job.input, self.input_options)
 
 
 def find_table(named: str, overrides: list[str] | None) -> Named:
-    """What TABLE names; the one place where commands find a table.
+    """Find the table that TABLE names.
 
     Raises ConfigError for a job file that is wrong, and StorageError for a table that cannot be reached.
     """
@@ -100,5 +100,5 @@ def find_table(named: str, overrides: list[str] | None) -> Named:
 
 
 def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:
-    """On stdout, as JSON or for a person."""
+    """Print a result on stdout, as JSON or as text."""
     print(json.dumps(without_secrets(result)) if as_json else shown(text))

@@ -1,4 +1,4 @@
-"""The commands that look at a published table, or change what is current in it."""
+"""The commands that read a published table, or change which content is current."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +13,12 @@ from lora_embed.text import counted
 
 def rollback(
     table: TableOrJob,
-    to: Annotated[int, typer.Option(metavar="VERSION", help="The version whose content is to be current again.")],
+    to: Annotated[int, typer.Option(metavar="VERSION", help="The earlier version whose content becomes current again.")],
     why: Annotated[str, typer.Option(help="The reason, kept in the new version.")],
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Make an earlier version's content the next version, and hold back the space that it replaces."""
+    """Publish an earlier version's content as the next version, and hold back the space that it replaces."""
     from lora_embed.table.versions import roll_back
 
     store = find_table(table, set_).store
@@ -31,7 +31,7 @@ def rollback(
 
 
 def explain(table: TableOrJob, id: str, version: int | None = None, set_: Set = None, as_json: Json = False) -> None:
-    """Say where a row came from: image, shard, encoder, adapters, and the first version that holds it."""
+    """Show where a row came from: image, shard, encoder, adapters, and the first version that holds it."""
     from lora_embed.table.lineage import explain_row
 
     explanation = explain_row(find_table(table, set_).open(version), id)
@@ -45,7 +45,7 @@ def forget(
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Publish a version without these images, keep them out, and retire the versions that hold them."""
+    """Publish a version without these images, keep them out of later versions, and retire the versions that hold them."""
     from lora_embed.table.lineage import forget as forget_images
 
     forgotten = forget_images(find_table(table, set_).store, ids, _reason(why))
@@ -54,11 +54,11 @@ def forget(
 
 def gc(
     table: TableOrJob,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed; write nothing.")] = False,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Retire old versions, and remove what no version has needed for the grace period, as each night does."""
+    """Retire old versions, and remove files that no version has needed for the grace period, as each run does."""
     from lora_embed.table.retention import collect_garbage
 
     named = find_table(table, set_)
@@ -73,7 +73,7 @@ def status(
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Show a table's versions, what is staged for the next, the runs that go on and how the last ones ended."""
+    """Show a table's versions, its staged parts, the live runs, and how the last runs ended."""
     from lora_embed.monitor.runs import describe_runs, read_runs, to_prometheus
     from lora_embed.table.status import describe_table
 
@@ -85,7 +85,7 @@ def status(
 
 
 def verify(table: TableOrJob, version: int | None = None, set_: Set = None, as_json: Json = False) -> None:
-    """Read a version's files again and check sums, counts, ids and space."""
+    """Read a version's files again and check their SHA-256, counts and ids, and that the encoder exists."""
     from lora_embed.table.verify import verify_table
 
     opened = find_table(table, set_).open(version)
@@ -100,11 +100,11 @@ def export(
     table: TableOrJob,
     to: Annotated[str, typer.Option(metavar="KIND", help="faiss-flat, faiss-ivf, faiss-hnsw or lance.")],
     out: Annotated[Path, typer.Option(help="New directory to write the index to.")],
-    version: Annotated[int | None, typer.Option(help="Another version than the current one.")] = None,
+    version: Annotated[int | None, typer.Option(help="The version to export; by default the current one.")] = None,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Write a version's vectors as an index for search by cosine."""
+    """Write a version's vectors as an index for search by cosine similarity."""
     from lora_embed.search.export import export_index
 
     about = export_index(find_table(table, set_).open(version), to, out)
@@ -115,38 +115,38 @@ def export(
 def search(
     table: TableOrJob,
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="Path or URI of the image to look for.")],
-    k: Annotated[int, typer.Option("-k", "--k", min=1, help="How many to find.")] = 10,
-    index: Annotated[Path | None, typer.Option(help="Search this index, which `export` wrote, not all vectors.")] = None,
-    page: Annotated[Path | None, typer.Option(help="Write an HTML page that shows what was found.")] = None,
+    k: Annotated[int, typer.Option("-k", "--k", min=1, help="Number of images to find.")] = 10,
+    index: Annotated[Path | None, typer.Option(help="Search this index, written by `export`.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write an HTML page that shows the images found.")] = None,
     input_: Annotated[
         list[str] | None,
-        typer.Option("--input", metavar="INPUT", help="Read pictures there, if the table names it as its input."),
+        typer.Option("--input", metavar="INPUT", help="With --page: read pictures from there, if it is the table's input."),
     ] = None,
-    version: Annotated[int | None, typer.Option(help="Another version than the current one.")] = None,
+    version: Annotated[int | None, typer.Option(help="The version to search; by default the current one.")] = None,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Find the images of a table that are nearest to one, by the table's own encoder."""
+    """Find the images of a table that are nearest to an image, which the table's own encoder embeds."""
     from lora_embed.search.search import find_pictures, search_image
 
     named = find_table(table, set_)
     opened = named.open(version)
-    found = search_image(opened, image, k, index, named.options_of(image))
-    text = found.describe()
+    result = search_image(opened, image, k, index, named.options_of(image))
+    text = result.describe()
     if page is not None:
         from lora_embed.search.page import write_page
 
-        pictures = find_pictures(opened, found.hits, named.input_options, (*named.inputs, *(input_ or ())))
-        write_page(found, pictures, page)
-        text += f"\n{page}: {len(pictures)} of {len(found.hits)} with their pictures"
+        pictures = find_pictures(opened, result.hits, named.input_options, (*named.inputs, *(input_ or ())))
+        write_page(result, pictures, page)
+        text += f"\n{page}: shows {len(pictures)} of {len(result.hits)} images with their pictures"
     names = ("image", "table", "version", "space_id", "method", "count")
-    result = {name: getattr(found, name) for name in names} | {"hits": [asdict(hit) for hit in found.hits]}
-    print_result(result, as_json, text)
+    fields = {name: getattr(result, name) for name in names} | {"hits": [asdict(hit) for hit in result.hits]}
+    print_result(fields, as_json, text)
 
 
 def _reason(why: str) -> str:
     if not why.strip():
-        raise ConfigError("--why is empty. Say why: the version keeps the reason.")
+        raise ConfigError("--why is empty. Give the reason: the version keeps it.")
     return why
 
 

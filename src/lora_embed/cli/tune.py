@@ -1,4 +1,4 @@
-"""`lora-embed tune`: options → a search, its result → stdout."""
+"""The command `lora-embed tune`: make a search from its options, run it, print the result."""
 
 import enum
 import json
@@ -13,7 +13,7 @@ from lora_embed.monitor.progress import LogFormat, log_as
 
 
 class Objective(enum.StrEnum):
-    """What a tuned merge is best in."""
+    """What the search maximises."""
 
     WORST = "worst"
     MEAN = "mean"
@@ -22,27 +22,29 @@ class Objective(enum.StrEnum):
 Data = Annotated[
     list[str], typer.Option(metavar="INPUT", help="Labelled shards: tar, Parquet, pattern; or a job file. Repeatable.")
 ]
-Best = Annotated[Objective, typer.Option(help="The worst task's gain over its adapter, or the mean.")]
+Best = Annotated[Objective, typer.Option(help="Maximise the worst task's gain over its adapter, or the mean.")]
 
 
 def tune(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML): the base and 2 to 5 adapters.")],
     data: Data,
-    label: Annotated[list[str], typer.Option(metavar="[ADAPTER=]FIELD[:IMPORTANCE]", help="A task. Repeatable.")],
+    label: Annotated[
+        list[str], typer.Option(metavar="[ADAPTER=]FIELD[:IMPORTANCE]", help="Field with a task's label. Repeatable.")
+    ],
     out: Annotated[Path, typer.Option(help="Recipe file to write.")],
     minutes: Annotated[float | None, typer.Option(min=0.0, help="Time for trials; 10 unless --evaluations is given.")] = None,
-    evaluations: Annotated[int | None, typer.Option(min=1, help="Merges to try.")] = None,
+    evaluations: Annotated[int | None, typer.Option(min=1, help="Number of merges to try.")] = None,
     objective: Best = Objective.WORST,
     methods: Annotated[str | None, typer.Option(metavar="METHOD,…", help="Methods to try; all by default.")] = None,
-    best: Annotated[bool, typer.Option("--best", help="Write the best trial also where its lead is within noise.")] = False,
-    group: Annotated[str | None, typer.Option(metavar="FIELD", help="Images that share it are never split.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="Write the best trial even if its lead is within noise.")] = False,
+    group: Annotated[str | None, typer.Option(metavar="FIELD", help="Images with the same value stay in one part.")] = None,
     images: Annotated[int, typer.Option(min=1, help="Labelled images to use at most, drawn by seed.")] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="Of splits and of the search.")] = 0,
-    work: Annotated[Path | None, typer.Option(help="Where trials and pixels are kept; beside --out by default.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of splits and of the search.")] = 0,
+    work: Annotated[Path | None, typer.Option(help="Folder for trials and pixels; beside --out by default.")] = None,
     as_json: Json = False,
-    log_format: Annotated[LogFormat, typer.Option(callback=log_as, help="How stderr is written.")] = LogFormat.TEXT,
+    log_format: Annotated[LogFormat, typer.Option(callback=log_as, help="Format of messages on stderr.")] = LogFormat.TEXT,
 ) -> None:
-    """Search weights and method of a merge on labelled images; judge the winner on images that the search never saw."""
+    """Search the weights and method of a merge on labelled images; test the winner on images that the search did not use."""
     from lora_embed.config.models import load_recipe
     from lora_embed.tune.goal import Budget, Search, read_label
     from lora_embed.tune.tune import tune as tune_recipe
@@ -50,7 +52,7 @@ def tune(
     job = input_of(data)
     names = tuple(name.strip() for name in (methods or "").split(",") if name.strip())
     if methods is not None and not names:
-        raise ConfigError(f"--methods is {methods!r}, which names none. Name one or more, or leave the option out for all.")
+        raise ConfigError(f"--methods is {methods!r}, which names no method. Name one or more, or omit the option for all.")
     search = Search(
         recipe=load_recipe(recipe),
         inputs=tuple(data) if job is None else job.input,

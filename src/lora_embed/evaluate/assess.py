@@ -1,4 +1,4 @@
-"""An evaluation from recipes and labelled shards to its record: build → embed in one pass → figures, heads, relations."""
+"""Make an evaluation from recipes and labelled shards: build → embed in one pass → figures, heads, relations."""
 
 import time
 from collections import Counter
@@ -25,18 +25,18 @@ from lora_embed.store.fetch import private_folder
 from lora_embed.store.store import Store
 from lora_embed.text import utc
 
-MOST_ALIGNED = 2000  # images whose vectors two spaces are compared by
+MOST_ALIGNED = 2000  # images on which the vectors of two encoders are compared by CKA
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """All that figures are made from: for `evaluate`, and for a search that asks for other figures of the same images."""
+    """The embedded images, classes, splits and heads that figures are computed from."""
 
     labelled: Labelled
     collected: Collected
-    rows: NDArray[np.int64]  # of the collected samples that are labelled's
-    built: tuple[Built, ...]  # the candidates, in order; behind them adapters alone that only heads need
-    heads: tuple[tuple[AdapterHead, str, list[str]], ...]  # with its task and the class of each output
+    rows: NDArray[np.int64]  # rows of the collected samples that `labelled` holds
+    built: tuple[Built, ...]  # the candidates in order, then the single adapters that only heads need
+    heads: tuple[tuple[AdapterHead, str, list[str]], ...]  # each head with its task and the class of each output
 
     def vectors(self, built: Built) -> NDArray[np.float32]:
         """A candidate's vectors, in the order of `labelled`."""
@@ -44,13 +44,13 @@ class Prepared:
 
 
 def assess(request: Request) -> Evaluation:
-    """Evaluate. Raises ConfigError and its kinds for a wrong request or unfit data, IncompleteRun for shards not read."""
+    """Evaluate a request. Raises ConfigError for a wrong request or unsuitable data, IncompleteRun for unreadable shards."""
     started = time.perf_counter()
     check_request(request)
     entrants = candidates.find_entrants(request.recipes, alone=request.alone)
     names = [entrant.name for entrant in entrants]
     if request.reference is not None and request.reference not in names:
-        raise ConfigError(f"--reference {request.reference}: is none of the candidates, which are {', '.join(names)}")
+        raise ConfigError(f"--reference {request.reference}: is not a candidate; choose from {', '.join(names)}")
     source, topology = open_source(request)
     prepared = prepare(request, entrants, source, topology)
     built = prepared.built[: len(entrants)]
@@ -90,7 +90,7 @@ def assess(request: Request) -> Evaluation:
 
 
 def open_source(request: Request) -> tuple[Source, cluster.Topology]:
-    """List the input, look for the fields, join the cluster."""
+    """List the input, check that it has the fields, and join the cluster."""
     work = request.work if request.work is not None else str(private_folder("evaluate"))
     store = Store(work, request.work_options)
     shards = list_shards(request.inputs, request.input_options)
@@ -113,8 +113,8 @@ def open_source(request: Request) -> tuple[Source, cluster.Topology]:
     if not request.shared_filesystem:
         refuse_unshared(
             local_places(store, shards, request.input_options),
-            "Use URIs that all nodes reach for --data and --work, such as s3://…, or add --shared-filesystem if they all "
-            "mount it there.",
+            "Use URIs that all nodes reach for --data and --work, such as s3://…, or add --shared-filesystem if all nodes "
+            "mount the path.",
         )
     device = pipeline.ask_device(topology)
     precision = device.precision if request.precision == "auto" else request.precision
@@ -122,16 +122,16 @@ def open_source(request: Request) -> tuple[Source, cluster.Topology]:
 
 
 def prepare(request: Request, entrants: Sequence[Entrant], source: Source, topology: cluster.Topology) -> Prepared:
-    """Build all encoders, embed all images with each, and make out classes, groups, splits and heads."""
+    """Build all encoders, embed all images with each, and find classes, groups, splits and heads."""
     heads: list[AdapterHead] = []
     if request.judges_heads:
         heads, notes = candidates.find_heads(entrants)
         for note in notes:
             say(f"note: {note}")
-    own = [head.entrant for head in heads]
-    built = [candidates.build(entrant, source.store) for entrant in [*entrants, *own]]
-    wanted = {one.encoder.space_id: candidates.want(one, heads, source.store) for one in built}
-    collected = collect(source, list(wanted.values()), topology)
+    of_heads = [head.entrant for head in heads]
+    built = [candidates.build(entrant, source.store) for entrant in [*entrants, *of_heads]]
+    by_space = {encoder.encoder.space_id: candidates.want(encoder, heads, source.store) for encoder in built}
+    collected = collect(source, list(by_space.values()), topology)
     labelled = label(request, collected)
     return Prepared(
         labelled=labelled,
@@ -143,15 +143,17 @@ def prepare(request: Request, entrants: Sequence[Entrant], source: Source, topol
 
 
 def label(request: Request, collected: Collected) -> Labelled:
-    """Classes, groups and splits of the samples that have vectors. Raises ConfigError for labels that cannot be asked."""
+    """Classes, groups and splits of the samples that have vectors. Raises ConfigError for labels that cannot be used."""
     good = collected.samples.filter(collected.samples.column("reason").is_null())
     if not good.num_rows:
-        raise ConfigError(f"none of the {collected.samples.num_rows} samples could be embedded: {collected.rejects}")
+        raise ConfigError(
+            f"none of the {collected.samples.num_rows} samples could be embedded; rejects by reason: {collected.rejects}"
+        )
     columns = {name: good.column(name).to_pylist() for name in good.column_names}
     ids = columns["id"]
     twice = [sample_id for sample_id, count in Counter(ids).items() if count > 1]
     if twice:
-        raise ConfigError(f"{len(twice)} ids are held by several images, first {twice[0]}")
+        raise ConfigError(f"{len(twice)} ids belong to several images, such as {twice[0]}. Give each image its own id.")
     names = (
         ids
         if request.group is None
@@ -176,12 +178,12 @@ def label(request: Request, collected: Collected) -> Labelled:
 
 
 def _with_tasks(request: Request, heads: Sequence[AdapterHead], labelled: Labelled) -> list[tuple[AdapterHead, str, list[str]]]:
-    """Each head with the task that it is for: the one named for it, else the only one whose classes it can have."""
+    """Each head with its task: the one that the user named, or else the only task whose classes fit its outputs."""
     judged = []
     for head in heads:
-        named = request.heads.get(head.adapter)
+        task_of_head = request.heads.get(head.adapter)
         orders = {}
-        for task in [named] if named else request.labels:
+        for task in [task_of_head] if task_of_head else request.labels:
             saved = [head.names[n] for n in sorted(head.names)] if head.names else None
             order = figures.head_order(labelled.classes[task], head.head.classes, request.head_classes.get(task) or saved)
             if order is not None:
@@ -189,10 +191,10 @@ def _with_tasks(request: Request, heads: Sequence[AdapterHead], labelled: Labell
         if len(orders) == 1:
             judged += [(head, task, order) for task, order in orders.items()]
             continue
-        why = f"may be that of {', '.join(orders)}" if orders else f"has {head.head.classes} outputs, as no task has classes"
+        why = f"fits {', '.join(orders)}" if orders else f"has {head.head.classes} outputs, which fit the classes of no task"
         say(
-            f"note: {head.adapter}: its head is not judged: it {why}. Say with --head {head.adapter}=FIELD which it is for, "
-            "and with --classes FIELD=FILE in which order its outputs are."
+            f"note: {head.adapter}: its head is not judged: it {why}. Name its task with --head {head.adapter}=FIELD, and the "
+            "order of its outputs with --classes FIELD=FILE."
         )
     return judged
 
@@ -200,7 +202,7 @@ def _with_tasks(request: Request, heads: Sequence[AdapterHead], labelled: Labell
 def _pairs(
     labelled: Labelled, scored: dict[str, dict[str, Scored]], reference: str
 ) -> list[tuple[str, str, dict[str, Scored]]]:
-    """Each task with each candidate but the reference, and what the reference scored."""
+    """Each task with each candidate except the reference, and the reference's scores."""
     return [(task, name, scored[reference]) for task in labelled.labels for name in scored if name != reference]
 
 
@@ -208,7 +210,7 @@ def _figures(labelled: Labelled, scored: dict[str, dict[str, Scored]]) -> tuple[
     by_candidate = [
         figures.figures_of(labelled, task, name, by[task]) for task in labelled.labels for name, by in scored.items()
     ]
-    return tuple(figure for some in by_candidate for figure in some)
+    return tuple(figure for of_candidate in by_candidate for figure in of_candidate)
 
 
 def _differences(labelled: Labelled, scored: dict[str, dict[str, Scored]], reference: str) -> tuple[Difference, ...]:
@@ -228,8 +230,8 @@ def _class_changes(labelled: Labelled, scored: dict[str, dict[str, Scored]], ref
 
 
 def _retention(prepared: Prepared, built: Sequence[Built]) -> tuple[Retention, ...]:
-    """Every head on every candidate that it was put on, against the same head on its own adapter."""
-    said = {
+    """Compare every head on every candidate that it fits with the same head on its own adapter."""
+    answers = {
         (space_id, head_id): classes[prepared.rows]
         for space_id, embedded in prepared.collected.embedded.items()
         for head_id, classes in embedded.classes.items()
@@ -243,12 +245,12 @@ def _retention(prepared: Prepared, built: Sequence[Built]) -> tuple[Retention, .
     for head, task, order in prepared.heads:
         ingredients = head.entrant.ingredients
         assert ingredients is not None
-        own = said[alone[ingredients.recipe_id], head.head_id]
+        on_adapter = answers[alone[ingredients.recipe_id], head.head_id]
         for candidate in built:
-            kept = said.get((candidate.encoder.space_id, head.head_id))
+            kept = answers.get((candidate.encoder.space_id, head.head_id))
             if kept is not None:
                 names = (task, head.adapter, candidate.entrant.name)
-                kept_heads.append(figures.retention_of(prepared.labelled, names, order, own, kept))
+                kept_heads.append(figures.retention_of(prepared.labelled, names, order, on_adapter, kept))
     return tuple(kept_heads)
 
 
@@ -270,7 +272,7 @@ def _alone(prepared: Prepared, built: Sequence[Built]) -> dict[str, NDArray[np.f
 
 
 def relate(entrants: Sequence[Entrant]) -> tuple[Relation, ...]:
-    """How all adapters of one base lie to each other by their weights, over all layers and by layer."""
+    """How similar the weights of all adapters of one base are, over all layers and by layer."""
     from lora_embed.model.relate import relate_adapters
 
     relations = []

@@ -1,4 +1,4 @@
-"""What is judged: recipes and encoders, each built once and kept by the id of its recipe, and the heads of its adapters."""
+"""The candidates of an evaluation: recipes and encoders, each built once, and the heads of their adapters."""
 
 import hashlib
 import json
@@ -28,18 +28,18 @@ from lora_embed.store.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class Entrant:
-    """One that is judged, before it is built: a recipe with all it names, or an encoder's directory."""
+    """A candidate before it is built: a recipe with the files that it names, or an encoder's directory."""
 
     name: str
     recipe: Recipe
-    ingredients: Ingredients | None  # None where an encoder's recipe names what is not there any more
-    adapters: tuple[Adapter, ...] = ()  # of it, matched to the base
-    folder: Path | None = None  # of an encoder built before
+    ingredients: Ingredients | None  # None if an encoder's recipe names files that no longer exist
+    adapters: tuple[Adapter, ...] = ()  # the recipe's adapters, matched to the base
+    folder: Path | None = None  # directory of an encoder built before
 
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """One that is judged, as an encoder on storage."""
+    """A candidate as an encoder on storage."""
 
     entrant: Entrant
     encoder: Description
@@ -49,19 +49,19 @@ class Built:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterHead:
-    """An adapter's own head."""
+    """The classification head that an adapter was trained with."""
 
     adapter: str  # its name
     head_id: str
     head: SavedHead
-    names: dict[int, str]  # of its outputs, where they are saved
+    names: dict[int, str]  # class names of its outputs, if the adapter has them
     entrant: Entrant  # the adapter alone, at weight 1
 
 
 def find_entrants(recipes: Sequence[str], *, alone: bool) -> list[Entrant]:
-    """Read what recipe files and encoder directories name; with `alone`, also the base and each adapter of theirs.
+    """Read recipe files and encoder directories; with `alone`, add their bases and each of their adapters.
 
-    Raises ConfigError and its kinds for what cannot be read.
+    Raises ConfigError for files that cannot be read.
     """
     names = distinct_names([path.rstrip("/").removesuffix(".yaml").removesuffix(".yml") for path in recipes])
     entrants = [_read(name, path) for name, path in zip(names, recipes, strict=True)]
@@ -74,7 +74,7 @@ def find_entrants(recipes: Sequence[str], *, alone: bool) -> list[Entrant]:
                 entrants.append(entrant)
     twice = {entrant.name for entrant in entrants if [other.name for other in entrants].count(entrant.name) > 1}
     if twice:
-        raise ConfigError(f"two candidates are called {min(twice)!r}. Rename one of the recipe files.")
+        raise ConfigError(f"two candidates have the name {min(twice)!r}. Rename one of the recipe files.")
     return entrants
 
 
@@ -89,7 +89,7 @@ def _read(name: str, path: str) -> Entrant:
             refuse_elsewhere(place, path)
         return replace(_entrant(name, recipe), folder=Path(path))
     except (StorageError, EncoderError, AdapterMismatch) as error:
-        say(f"note: {path}: judged without its adapters' heads, since what it was built from is not there: {error}")
+        say(f"note: {path}: judged without its adapters' heads, because the files it was built from cannot be read: {error}")
         return Entrant(name=name, recipe=recipe, ingredients=None, folder=Path(path))
 
 
@@ -99,7 +99,7 @@ def _entrant(name: str, recipe: Recipe) -> Entrant:
 
 
 def _alone(entrants: Sequence[Entrant]) -> Iterator[Entrant]:
-    """The base of each, and each of its adapters by itself."""
+    """The base of each entrant, and each of its adapters alone."""
     for entrant in entrants:
         if entrant.ingredients is None:
             continue
@@ -110,7 +110,7 @@ def _alone(entrants: Sequence[Entrant]) -> Iterator[Entrant]:
 
 
 def single(entrant: Entrant, number: int) -> Entrant:
-    """One adapter of a recipe by itself, at weight 1."""
+    """One adapter of a recipe alone, at weight 1."""
     spec = entrant.recipe.adapters[number].model_copy(update={"weight": 1.0})
     changes = {"adapters": (spec,), "merge_method": "weighted_sum", "merge_options": {}}
     recipe, name = entrant.recipe.model_copy(update=changes), entrant.recipe.adapter_names[number]
@@ -125,7 +125,7 @@ class BuildTime:
 
 
 def build(entrant: Entrant, store: Store) -> Built:
-    """The entrant's encoder on storage, built and copied there unless it is there already."""
+    """Build the entrant's encoder and copy it to storage, unless storage has it already."""
     source = entrant.folder or entrant.ingredients
     assert source is not None
     encoder = find_encoder(source, store)
@@ -143,7 +143,7 @@ def build(entrant: Entrant, store: Store) -> Built:
 
 
 def find_heads(entrants: Sequence[Entrant]) -> tuple[list[AdapterHead], list[str]]:
-    """The heads of all adapters that entrants name, each once, and a note for each adapter without."""
+    """The heads of all adapters that entrants name, each once, and a note for each adapter without a usable head."""
     heads: dict[str, AdapterHead] = {}
     notes: dict[str, str] = {}
     for entrant in entrants:
@@ -168,7 +168,7 @@ def find_heads(entrants: Sequence[Entrant]) -> tuple[list[AdapterHead], list[str
 
 
 def want(built: Built, heads: Sequence[AdapterHead], store: Store) -> Wanted:
-    """What to ask of an encoder: its vectors, and what the heads say that fit its base; those are put on storage."""
+    """The request to embed with an encoder and its fitting heads; all heads are copied to storage."""
     entrant, encoder = built.entrant, built.encoder
     base = entrant.ingredients.base.content_hash if entrant.ingredients else None
     source = entrant.folder or entrant.ingredients
@@ -190,23 +190,23 @@ def want(built: Built, heads: Sequence[AdapterHead], store: Store) -> Wanted:
 
 
 def _model_of(entrant: Entrant, head: AdapterHead, base: str | None) -> int | None:
-    """The number of the encoder's model that a head is put on: of `concat`, the adapter's own; None where none fits."""
-    own = head.entrant.ingredients
-    assert own is not None
+    """Number of the encoder's model that a head fits (for `concat`, the model of its adapter); None if none fits."""
+    of_head = head.entrant.ingredients
+    assert of_head is not None
     if (
         entrant.ingredients is None
-        or base != own.base.content_hash
+        or base != of_head.base.content_hash
         or entrant.recipe.image_size != head.entrant.recipe.image_size
     ):
         return None
     if entrant.recipe.merge_method != CONCAT:
         return 0
     hashes = sorted(adapter.content_hash for adapter in entrant.ingredients.adapters)
-    return hashes.index(own.adapters[0].content_hash) if own.adapters[0].content_hash in hashes else None
+    return hashes.index(of_head.adapters[0].content_hash) if of_head.adapters[0].content_hash in hashes else None
 
 
 def candidate_of(built: Built, forward_s: float) -> Candidate:
-    """The record of one that was judged."""
+    """The record of a candidate."""
     recipe = built.entrant.recipe
     return Candidate(
         name=built.entrant.name,
@@ -223,7 +223,7 @@ def candidate_of(built: Built, forward_s: float) -> Candidate:
 
 
 def related(entrants: Sequence[Entrant]) -> dict[str, tuple[Ingredients, dict[str, Adapter]]]:
-    """Bases that several adapters are for: content hash → one recipe's ingredients, and all its adapters by name."""
+    """Bases with several adapters: content hash → one recipe's ingredients, and all adapters of the base by name."""
     by_base: dict[str, tuple[Ingredients, dict[str, Adapter]]] = {}
     for entrant in entrants:
         if entrant.ingredients is not None:

@@ -1,4 +1,4 @@
-"""Labelled shards → the vectors of several encoders on the driver, each image decoded once; what was embedded is kept."""
+"""Embed labelled shards with several encoders, decoding each image once, and keep the vectors for later evaluations."""
 
 import hashlib
 import io
@@ -27,15 +27,15 @@ from lora_embed.shards.read import read_samples
 from lora_embed.store.store import Store
 from lora_embed.table.parts import reasons_of
 
-LOOK_AT = 16  # samples of a shard in which a field is looked for before anything is embedded
-MOST_LOOKED_AT = 64  # shards
+LOOK_AT = 16  # samples of a shard that are checked for a field before anything is embedded
+MOST_LOOKED_AT = 64  # shards that are checked for a field
 
 Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """An encoder whose vectors are wanted, and what its heads are kept under."""
+    """An encoder to embed with, and the ids of its heads."""
 
     space_id: str
     encoder: EncoderSource
@@ -44,21 +44,21 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Embedded:
-    """One encoder's work on all samples: NaN and −1 stand in rows of rejects."""
+    """One encoder's vectors and its heads' classes for all samples; rejects have NaN and −1."""
 
     vectors: Vectors  # (n, d)
-    classes: dict[str, NDArray[np.int32]]  # head id → (n,) the output that is largest
+    classes: dict[str, NDArray[np.int32]]  # head id → (n,) number of the largest output
     forward_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """All samples, sorted by shard and place, and every encoder's vectors of them."""
+    """All samples, sorted by shard and position in it, and every encoder's vectors of them."""
 
-    samples: pa.Table  # id, the carried fields, reason (null where there is a vector)
+    samples: pa.Table  # id, the carried fields, reason (null if the sample has vectors)
     embedded: dict[str, Embedded]  # by space id
-    decoded: int  # by this call: 0 where all was kept
-    seconds: dict[str, float] = field(default_factory=dict)  # of this call's workers, by stage
+    decoded: int  # images decoded by this call; 0 if all vectors had been kept
+    seconds: dict[str, float] = field(default_factory=dict)  # seconds of this call's workers, by stage
 
     @property
     def rejects(self) -> dict[str, int]:
@@ -67,13 +67,13 @@ class Collected:
 
     @property
     def good(self) -> NDArray[np.bool_]:
-        """Rows (n,) that have a vector of every encoder."""
+        """Mask (n,) of the samples that have a vector of every encoder."""
         return np.array(self.samples.column("reason").is_null().to_numpy(), dtype=bool)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What is read, how, and where vectors of it are kept."""
+    """The shards to read, how to read them, and the store that keeps their vectors."""
 
     shards: tuple[Shard, ...]
     options: dict[str, Any]
@@ -82,7 +82,7 @@ class Source:
 
     @property
     def folder(self) -> str:
-        """Where they are kept: named by the input and all of the layout that shapes a vector."""
+        """The folder that keeps vectors; its name hashes the input and all settings of the layout that affect a vector."""
         layout = self.layout
         settings = [FORMAT, layout.precision, layout.batch_size, layout.max_pixels, layout.image_column, layout.key_column]
         return f"evaluated/{_hash([sorted(shard.id for shard in self.shards), settings])}"
@@ -96,9 +96,9 @@ class Source:
 
 
 def check_fields(source: Source, options: Sequence[tuple[str, str]]) -> None:
-    """Look for fields in the first samples of shards, before anything is embedded; pairs of option and field.
+    """Check, before anything is embedded, that the first samples of shards have the fields: pairs of option and field.
 
-    Raises ConfigError for one that none of them has.
+    Raises ConfigError for a field that none of these samples has.
     """
     missing = list(options)
     shards = source.shards[:: -(-len(source.shards) // MOST_LOOKED_AT)]
@@ -110,28 +110,29 @@ def check_fields(source: Source, options: Sequence[tuple[str, str]]) -> None:
     for option, name in missing:
         raise ConfigError(
             f"{option} {name}: none of the first {LOOK_AT} samples of {len(shards)} shards has that field. A field is a key "
-            f"of a sample's .json, a text member such as .cls, or a column of Parquet; the first shard is {shards[0].name}."
+            f"of a sample's .json, a text member such as .cls, or a column of Parquet. Correct the name; the first shard is "
+            f"{shards[0].name}."
         )
 
 
-def collect(source: Source, wanted: Sequence[Wanted], topology: Topology) -> Collected:
-    """Vectors of all that are wanted: those kept before, and for the others one pass over the images for each decoding.
+def collect(source: Source, encoders: Sequence[Wanted], topology: Topology) -> Collected:
+    """The vectors of all encoders: those kept before, and for the others one pass over the images per way of decoding.
 
-    Raises IncompleteRun when a shard cannot be read to its end.
+    Raises IncompleteRun if a shard cannot be read to its end.
     """
     raw = source.store.read(source.samples_path)
     samples = None if raw is None else pa.Table.from_batches([from_ipc(raw)])
-    kept = {encoder_wanted.space_id: _read_kept(source, encoder_wanted) for encoder_wanted in wanted}
-    missing = [encoder_wanted for encoder_wanted in wanted if kept[encoder_wanted.space_id] is None] or (
-        list(wanted[:1]) if samples is None else []
+    kept = {encoder_wanted.space_id: _read_kept(source, encoder_wanted) for encoder_wanted in encoders}
+    missing = [encoder_wanted for encoder_wanted in encoders if kept[encoder_wanted.space_id] is None] or (
+        list(encoders[:1]) if samples is None else []
     )
     seconds: dict[str, float] = {}
     decoded = 0
     for _, group in itertools.groupby(sorted(missing, key=_decoding), key=_decoding):
-        some = list(group)
-        say(f"{len(source.shards)} shards: embedding with {len(some)} encoders in one pass")
+        in_pass = list(group)
+        say(f"{len(source.shards)} shards: embedding with {len(in_pass)} encoders in one pass")
         shared = Pass(
-            encoders=tuple(encoder_wanted.encoder for encoder_wanted in some),
+            encoders=tuple(encoder_wanted.encoder for encoder_wanted in in_pass),
             store=source.store,
             input_options=source.options,
             layout=source.layout,
@@ -141,14 +142,16 @@ def collect(source: Source, wanted: Sequence[Wanted], topology: Topology) -> Col
         for chunk in chunks:
             add_seconds(seconds, chunk.seconds)
         if not any(chunk.samples.num_rows for chunk in chunks):
-            raise ConfigError(f"{len(source.shards)} shards hold no sample at all, first {source.shards[0].name}")
+            raise ConfigError(
+                f"{len(source.shards)} shards hold no sample; the first is {source.shards[0].name}. Correct the input."
+            )
         samples = _samples(chunks) if samples is None else _with_rejects(samples, _samples(chunks))
-        for encoder_wanted, found in zip(some, _embedded(chunks, some), strict=True):
-            kept[encoder_wanted.space_id] = found
-            source.store.replace(source.vectors_path(encoder_wanted), _to_bytes(found))
+        for encoder_wanted, new in zip(in_pass, _embedded(chunks, in_pass), strict=True):
+            kept[encoder_wanted.space_id] = new
+            source.store.replace(source.vectors_path(encoder_wanted), _to_bytes(new))
         source.store.replace(source.samples_path, to_ipc(samples.combine_chunks().to_batches()[0]))
     assert samples is not None
-    embedded = {space_id: found for space_id, found in kept.items() if found is not None}
+    embedded = {space_id: vectors for space_id, vectors in kept.items() if vectors is not None}
     return Collected(samples=_mark_unsound(samples, embedded), embedded=embedded, decoded=decoded, seconds=seconds)
 
 
@@ -157,7 +160,7 @@ def _decoding(encoder_wanted: Wanted) -> str:
 
 
 def _watched(source: Source, shared: Pass, topology: Topology) -> Iterator[VectorChunk]:
-    """The chain's rows, counted on the way."""
+    """Run the chain, and show progress."""
     with Progress(list(source.shards), topology.workers) as progress:
         for chunk in pipeline.embed_with_each([WorkItem(shard=shard) for shard in source.shards], shared, topology):
             samples, reasons = chunk.samples.num_rows, reasons_of(chunk.samples)
@@ -166,7 +169,7 @@ def _watched(source: Source, shared: Pass, topology: Topology) -> Iterator[Vecto
 
 
 def _in_order(chunks: Iterable[VectorChunk], source: Source) -> list[VectorChunk]:
-    """All chunks by shard and place."""
+    """All chunks, sorted by shard and number. Raises IncompleteRun for shards that could not be read."""
     place = {shard.id: number for number, shard in enumerate(source.shards)}
     in_order = sorted(chunks, key=lambda chunk: (place[chunk.head.shard_id], chunk.head.chunk))
     failed = [chunk.head.error for chunk in in_order if chunk.head.error]
@@ -185,16 +188,16 @@ def _samples(chunks: list[VectorChunk]) -> pa.Table:
 
 
 def _with_rejects(samples: pa.Table, others: pa.Table) -> pa.Table:
-    """A reject of any pass is one of all."""
+    """A sample that is a reject in one pass is a reject in all."""
     reasons = pc.coalesce(samples.column("reason"), others.column("reason"))
     return samples.set_column(samples.schema.get_field_index("reason"), "reason", reasons)
 
 
-def _embedded(chunks: list[VectorChunk], wanted: Sequence[Wanted]) -> list[Embedded]:
-    """The chunks' rows, dealt to the encoders in their order."""
+def _embedded(chunks: list[VectorChunk], encoders: Sequence[Wanted]) -> list[Embedded]:
+    """Split the chunks' vectors and classes by encoder, in order."""
     good = np.concatenate([np.array(c.samples.column("reason").is_null().to_numpy(zero_copy_only=False), bool) for c in chunks])
     dealt, column, place = [], 0, 0
-    for number, encoder_wanted in enumerate(wanted):
+    for number, encoder_wanted in enumerate(encoders):
         width, heads = encoder_wanted.encoder.dimension, {}
         vectors = np.full((len(good), width), np.nan, np.float32)
         if good.any():
@@ -211,7 +214,7 @@ def _embedded(chunks: list[VectorChunk], wanted: Sequence[Wanted]) -> list[Embed
 
 
 def _mark_unsound(samples: pa.Table, embedded: dict[str, Embedded]) -> pa.Table:
-    """A vector that is not finite under any encoder is a reject under all, as in a table."""
+    """A sample whose vector of any encoder is not finite becomes a reject for all, as in a table."""
     sound = np.logical_and.reduce([np.isfinite(encoded.vectors).all(axis=1) for encoded in embedded.values()])
     reasons = [
         reason if reason or fine else "non_finite_vector"

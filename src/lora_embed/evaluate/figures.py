@@ -1,4 +1,4 @@
-"""Vectors and labels → figures with intervals, differences, what became of each class and of single queries."""
+"""Compute figures with intervals from vectors and labels: metrics, differences, changes of classes and single queries."""
 
 import itertools
 import re
@@ -38,7 +38,7 @@ Verdict = Literal["better", "worse", "within noise"]
 
 @dataclass(frozen=True, kw_only=True)
 class Labelled:
-    """n images, their classes by task, and which of them are in the bank in each split."""
+    """n images, their classes by task, and which images are in the bank of each split."""
 
     ids: tuple[str, ...]
     classes: Mapping[str, tuple[str, ...]]  # task → names
@@ -55,15 +55,15 @@ class Labelled:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """One candidate on one task; lists have an entry a split."""
+    """One candidate's scores on one task; lists have one entry per split."""
 
-    scores: dict[str, list[NDArray[np.float64]]]  # metric → of each query (m,); of nmi (1,)
+    scores: dict[str, list[NDArray[np.float64]]]  # metric → score of each query (m,); nmi has one value (1,)
     predicted: list[Classes]  # by kNN
     first: Ranked  # of the first split
 
 
 def own_split(values: Sequence[str | None], field: str) -> tuple[Mask, ...]:
-    """The user's own split, by the values of a field. Raises ConfigError for one that says neither bank nor query."""
+    """The user's own split, by the values of a field. Raises ConfigError for an unknown value."""
     unknown = sorted({str(value) for value in values} - set(SIDES))
     if unknown:
         raise ConfigError(
@@ -74,18 +74,18 @@ def own_split(values: Sequence[str | None], field: str) -> tuple[Mask, ...]:
 
 
 def seeded_splits(names: Sequence[str], splits: int, seed: int) -> tuple[Mask, ...]:
-    """Two thirds of the names in the bank, drawn anew for each split; another seed draws all of them anew."""
+    """Splits with two thirds of the names in the bank; each split and each seed draws other names."""
     return tuple(split_by_name(names, BANK_SHARE, seed * splits + number) for number in range(splits))
 
 
 def classes_of(values: Sequence[str | None]) -> tuple[tuple[str, ...], Classes]:
-    """Names of classes, and the class of each value, −1 for none.
+    """Names of classes, and the class of each value (−1 for none).
 
-    Where all names are whole numbers they are in the order of these, equal ones such as 1 and 01 by name; else by name.
+    The names are sorted by number if all are whole numbers (equal ones such as 1 and 01 by name), else by name.
     """
-    found = {value for value in values if value is not None}
-    are_numbers = all(map(_WHOLE_NUMBER.fullmatch, found))
-    names = tuple(sorted(found, key=lambda name: (int(name) if are_numbers else 0, name)))
+    distinct = {value for value in values if value is not None}
+    are_numbers = all(map(_WHOLE_NUMBER.fullmatch, distinct))
+    names = tuple(sorted(distinct, key=lambda name: (int(name) if are_numbers else 0, name)))
     place = {name: number for number, name in enumerate(names)}
     return names, np.array([-1 if value is None else place[value] for value in values], np.int64)
 
@@ -98,11 +98,11 @@ def tasks_of(classes: Mapping[str, tuple[str, ...]], labels: Mapping[str, Classe
 
 
 def check_sides(labelled: Labelled) -> None:
-    """Raises ConfigError for a task that cannot be asked: of one class, or with an empty side."""
+    """Raises ConfigError for a task that cannot be judged: with fewer than two classes, or no query in a split."""
     for task, names in labelled.classes.items():
         if len(names) < 2:
-            held = f"all of {names[0]!r}" if names else "none of them labelled"
-            raise ConfigError(f"--label {task}: {len(labelled.ids)} images, {held}; two classes or more can be told apart")
+            problem = f"all of class {names[0]!r}" if names else "none of them labelled"
+            raise ConfigError(f"--label {task}: {len(labelled.ids)} images, {problem}; expected two classes or more")
         for split in range(len(labelled.banks)):
             bank, queries = labelled.sides(task, split)
             if not len(queries) or len(np.unique(labelled.labels[task][bank])) < 2:
@@ -125,19 +125,19 @@ def _score_task(labelled: Labelled, task: str, vectors: NDArray[np.float32]) -> 
     ranks: list[Ranked] = []
     for split in range(len(labelled.banks)):
         bank, queries = labelled.sides(task, split)
-        asked = (vectors[bank], labels[bank], vectors[queries])
-        ranked = rank(*asked, labels[queries])
+        sides = (vectors[bank], labels[bank], vectors[queries])
+        ranked = rank(*sides, labels[queries])
         same = labels[bank][ranked.nearest] == labels[queries][:, None]
         predicted.append(vote(labels[bank][ranked.nearest], ranked.cosines))
-        found = {
+        by_metric = {
             "knn": predicted[-1] == labels[queries],
-            "probe": probe(*asked) == labels[queries],
+            "probe": probe(*sides) == labels[queries],
             "recall@1": same[:, :1].any(axis=1),
             "recall@5": same[:, :5].any(axis=1),
             "map": ranked.precision,
             "nmi": np.array([cluster_nmi(vectors[queries], labels[queries])]),
         }
-        for metric, values in found.items():
+        for metric, values in by_metric.items():
             scores[metric].append(values.astype(np.float64))
         ranks += [ranked] if not ranks else []
     return Scored(scores=scores, predicted=predicted, first=ranks[0])
@@ -145,61 +145,61 @@ def _score_task(labelled: Labelled, task: str, vectors: NDArray[np.float32]) -> 
 
 def figures_of(labelled: Labelled, task: str, name: str, scored: Scored) -> list[Figure]:
     """All metrics of one candidate on one task, each with its interval."""
-    found = []
+    figures = []
     for metric in METRICS:
         per_split = tuple(float(scores.mean()) for scores in scored.scores[metric])
         mean, low, high = _interval(labelled, task, metric, scored.scores[metric])
         low, high = max(low, 0.0), min(high, 1.0)
-        found.append(Figure(task=task, metric=metric, candidate=name, per_split=per_split, mean=mean, low=low, high=high))
-    return found
+        figures.append(Figure(task=task, metric=metric, candidate=name, per_split=per_split, mean=mean, low=low, high=high))
+    return figures
 
 
 def differences_of(labelled: Labelled, task: str, pair: tuple[str, str], scored: Scored, reference: Scored) -> list[Difference]:
-    """All metrics of one candidate on one task less the reference's, paired by split or, in the user's own, by query."""
-    found = []
+    """One candidate's metrics minus the reference's, paired by split or, for the user's own split, by query."""
+    results = []
     for metric in METRICS:
         differences = [a - b for a, b in zip(scored.scores[metric], reference.scores[metric], strict=True)]
         mean, low, high = _interval(labelled, task, metric, differences, least=-1.0)
         names = {"task": task, "metric": metric, "candidate": pair[0], "reference": pair[1]}
-        found.append(Difference(**names, mean=mean, low=low, high=high, verdict=verdict_of(low, high)))
-    return found
+        results.append(Difference(**names, mean=mean, low=low, high=high, verdict=verdict_of(low, high)))
+    return results
 
 
 def verdict_of(low: float, high: float) -> Verdict:
-    """What a difference's interval says."""
+    """The verdict on a difference, from its interval."""
     return "better" if low > 0 else "worse" if high < 0 else "within noise"
 
 
 def _interval(
     labelled: Labelled, task: str, metric: str, scores: list[NDArray[np.float64]], least: float = 0.0
 ) -> tuple[float, float, float]:
-    """Mean and 95 % interval: over splits, or over the queries of the user's own split, where nmi has none but all values."""
+    """Mean and 95 % interval: over splits, or over the queries of the user's own split (nmi: all possible values)."""
     if labelled.bank_share is not None:
-        return mean_interval([float(one.mean()) for one in scores], labelled.bank_share)
+        return mean_interval([float(of_split.mean()) for of_split in scores], labelled.bank_share)
     if metric == "nmi":
         return float(scores[0][0]), least, 1.0
     return score_interval(scores[0], labelled.groups[labelled.sides(task, 0)[1]])
 
 
 def class_changes(labelled: Labelled, task: str, pair: tuple[str, str], scored: Scored, reference: Scored) -> list[ClassChange]:
-    """Share of each class's queries that kNN gives their class, over all splits, under both."""
+    """Share of each class's queries that kNN classifies correctly, over all splits, with candidate and reference."""
     labels = np.concatenate([labelled.labels[task][labelled.sides(task, split)[1]] for split in range(len(labelled.banks))])
-    after, before = (np.concatenate(one.predicted) == labels for one in (scored, reference))
-    found = []
+    after, before = (np.concatenate(by.predicted) == labels for by in (scored, reference))
+    changes = []
     for number, name in enumerate(labelled.classes[task]):
         of = labels == number
         images = int((labelled.labels[task] == number).sum())
         shares = [float(right[of].mean()) if of.any() else 0.0 for right in (before, after)]
-        found.append(
+        changes.append(
             ClassChange(
                 task=task, candidate=pair[0], reference=pair[1], label=name, images=images, before=shares[0], after=shares[1]
             )
         )
-    return found
+    return changes
 
 
 def query_changes(labelled: Labelled, task: str, pair: tuple[str, str], scored: Scored, reference: Scored) -> list[QueryChange]:
-    """Queries of the first split whose nearest images have least in common under both (Jaccard), the most changed first."""
+    """Queries of the first split whose nearest images differ most between both (Jaccard), the most changed first."""
     bank, queries = labelled.sides(task, 0)
     overlap = [_jaccard(*rows) for rows in zip(scored.first.nearest, reference.first.nearest, strict=True)]
     order = sorted(range(len(queries)), key=lambda row: (overlap[row], labelled.ids[queries[row]]))
@@ -218,16 +218,16 @@ def query_changes(labelled: Labelled, task: str, pair: tuple[str, str], scored: 
     ]
 
 
-def _jaccard(one: Classes, other: Classes) -> float:
-    both = len(np.intersect1d(one, other))
-    return both / (len(one) + len(other) - both)
+def _jaccard(first: Classes, second: Classes) -> float:
+    both = len(np.intersect1d(first, second))
+    return both / (len(first) + len(second) - both)
 
 
 def _neighbours(labelled: Labelled, task: str, ranked: Ranked, bank: Classes, row: int) -> tuple[Neighbour, ...]:
-    found = [int(place) for place in bank[ranked.nearest[row]]]
+    places = [int(place) for place in bank[ranked.nearest[row]]]
     return tuple(
         Neighbour(id=labelled.ids[place], label=_label(labelled, task, place), cosine=round(float(cosine), 4))
-        for place, cosine in zip(found, ranked.cosines[row], strict=True)
+        for place, cosine in zip(places, ranked.cosines[row], strict=True)
     )
 
 
@@ -236,9 +236,9 @@ def _label(labelled: Labelled, task: str, row: int) -> str:
 
 
 def head_order(names: tuple[str, ...], outputs: int, given: Sequence[str] | None) -> list[str] | None:
-    """Class names in the order of a head's outputs: as given, or the labels themselves where they number or fill it.
+    """Class names in the order of a head's outputs: as given, or the labels if they are numbers 0 … n−1 or n names.
 
-    None where neither is so, and the head is not for these classes.
+    None if they do not fit: then the head is not for these classes.
     """
     if given is not None:
         return list(given) if len(given) == outputs and set(names) <= set(given) else None
@@ -251,9 +251,9 @@ def head_order(names: tuple[str, ...], outputs: int, given: Sequence[str] | None
 def right_by_head(
     labelled: Labelled, task: str, order: Sequence[str], said: NDArray[np.int32]
 ) -> tuple[Classes, NDArray[np.float64]]:
-    """Rows that are asked, and for each 1 where the head's largest output (n,) is its class.
+    """Rows that a head is judged on, and for each 1 if the head's largest output is its class, else 0.
 
-    All labelled images are asked, or the queries of the user's own split: a head learns nothing from the bank.
+    A head is judged on all labelled images, since it learns nothing from the bank, or on the queries of the user's own split.
     """
     labels = labelled.labels[task]
     rows = np.flatnonzero(labels >= 0) if labelled.bank_share is not None else labelled.sides(task, 0)[1]
@@ -262,20 +262,24 @@ def right_by_head(
 
 
 def retention_of(
-    labelled: Labelled, names: tuple[str, str, str], order: Sequence[str], own: NDArray[np.int32], kept: NDArray[np.int32]
+    labelled: Labelled,
+    names: tuple[str, str, str],
+    order: Sequence[str],
+    on_adapter: NDArray[np.int32],
+    kept: NDArray[np.int32],
 ) -> Retention:
-    """How much of what an adapter's own head gets right it still gets right on a candidate; names: task, adapter, candidate."""
+    """Accuracy of an adapter's head on its own adapter and on a candidate; `names` are task, adapter and candidate."""
     task, adapter, candidate = names
-    rows, own_right = right_by_head(labelled, task, order, own)
+    rows, adapter_right = right_by_head(labelled, task, order, on_adapter)
     kept_right = right_by_head(labelled, task, order, kept)[1]
-    _, low, high = score_interval(kept_right - own_right, labelled.groups[rows])
-    shares = {"own": float(own_right.mean()), "kept": float(kept_right.mean())}
+    _, low, high = score_interval(kept_right - adapter_right, labelled.groups[rows])
+    shares = {"own": float(adapter_right.mean()), "kept": float(kept_right.mean())}
     return Retention(task=task, adapter=adapter, candidate=candidate, **shares, low=low, high=high, images=len(rows))
 
 
 def cka_relations(spaces: Mapping[str, NDArray[np.float32]]) -> tuple[Relation, ...]:
-    """CKA of each pair of encoders, by name; the vectors are of the same images in the same order."""
+    """CKA of each pair of encoders; the vectors must be of the same images in the same order."""
     return tuple(
-        Relation(kind="cka", one=one, other=other, layer=None, value=linear_cka(spaces[one], spaces[other]))
-        for one, other in itertools.combinations(spaces, 2)
+        Relation(kind="cka", one=first, other=second, layer=None, value=linear_cka(spaces[first], spaces[second]))
+        for first, second in itertools.combinations(spaces, 2)
     )

@@ -1,4 +1,4 @@
-"""What an evaluation found, as plain data: the JSON that commands print, and all that a report or a notebook shows.
+"""The result of an evaluation as plain data: the JSON that commands print, and what a report or a notebook shows.
 
 Figures are shares (0 to 1) unless said otherwise; `task`, `candidate` and `adapter` are names of records beside them.
 """
@@ -13,25 +13,25 @@ from lora_embed.errors import ConfigError
 
 FORMAT = 1
 METRICS = ("knn", "probe", "recall@1", "recall@5", "map", "nmi")
-HEADLINE = "knn"  # what one figure a task is, where only one is shown
+HEADLINE = "knn"  # the metric that is shown if there is room for only one per task
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One classification task: a label field of the samples, and the classes that it was seen to have."""
+    """One classification task: a label field of the samples, and the classes that occur in it."""
 
     name: str
     label: str  # field of the samples
     classes: tuple[str, ...]
-    images: int  # with a label
+    images: int  # images with a label
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One encoder that was judged."""
+    """One encoder that was evaluated."""
 
-    name: str  # distinct
-    method: str  # of the merge; "none" for the base alone
+    name: str  # unique
+    method: str  # merge method; "none" for the base alone
     weights: dict[str, float]  # adapter → weight
     options: dict[str, Any]
     recipe_id: str
@@ -39,7 +39,7 @@ class Candidate:
     dimension: int
     build_s: float
     encoder_bytes: int
-    forward_s: float  # spent on all images, summed over the workers
+    forward_s: float  # seconds for all images, summed over the workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A candidate's figure less the reference's on the same splits; `verdict` is of the 95 % interval of both bounds."""
+    """A candidate's figure minus the reference's on the same splits; `verdict` follows from the 95 % interval."""
 
     task: str
     metric: str
@@ -71,7 +71,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """An adapter's own head on a body: the share of its images that it gets right, on the adapter alone and on a candidate."""
+    """The accuracy of an adapter's own head: on the adapter alone (`own`), and on a candidate (`kept`)."""
 
     task: str
     adapter: str
@@ -85,7 +85,7 @@ class Retention:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassChange:
-    """Share of one class's queries that find their class, before (the reference) and after, over all splits."""
+    """Share of one class's queries that are classified correctly, before (the reference) and after, over all splits."""
 
     task: str
     candidate: str
@@ -98,7 +98,7 @@ class ClassChange:
 
 @dataclass(frozen=True, kw_only=True)
 class Relation:
-    """How two things lie to each other; `layer` is a weight's name, or None for all of them."""
+    """How similar two adapters or encoders are; `layer` is a weight's name, or None for all weights."""
 
     kind: Literal["cosine", "sign_conflicts", "subspace_overlap", "cka"]
     one: str  # adapter, or "base"
@@ -109,7 +109,7 @@ class Relation:
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbour:
-    """An image that was found, nearest first."""
+    """One of the nearest images of a query."""
 
     id: str
     label: str
@@ -118,7 +118,7 @@ class Neighbour:
 
 @dataclass(frozen=True, kw_only=True)
 class QueryChange:
-    """One query whose neighbours changed most: those under the reference and under the candidate."""
+    """One query whose neighbours changed much: its neighbours with the reference and with the candidate."""
 
     task: str
     candidate: str
@@ -131,7 +131,7 @@ class QueryChange:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One point of a search over weights and methods: its scores by task, on the images of the search alone."""
+    """One merge that a search tried: its scores by task, on the images of the search."""
 
     number: int
     method: str
@@ -144,12 +144,12 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """All of it."""
+    """The whole evaluation."""
 
     created: str  # UTC, ISO 8601
     inputs: tuple[str, ...]
     samples: int
-    decoded: int  # images, each once however many candidates
+    decoded: int  # images decoded, each once for all candidates
     rejects: dict[str, int]  # reason → samples
     seconds: dict[str, float]  # by stage, summed over the workers
     splits: int
@@ -157,7 +157,7 @@ class Evaluation:
     seed: int
     tasks: tuple[Task, ...]
     candidates: tuple[Candidate, ...]
-    reference: str  # candidate that others are held against
+    reference: str  # the candidate that others are compared with
     figures: tuple[Figure, ...]
     differences: tuple[Difference, ...]
     retention: tuple[Retention, ...] = ()
@@ -172,17 +172,18 @@ class Evaluation:
         return json.dumps(asdict(self), ensure_ascii=False)
 
     def to_arrow(self) -> pa.Table:
-        """The figures for a notebook: a row each of task, metric, candidate and split, and one without a split for the mean.
+        """The figures for a notebook: one row per task, metric, candidate and split, and a row without split for the mean.
 
-        Beside the mean stand its interval and, but for the reference, the difference to the reference and that one's interval.
+        The row of the mean also has its interval and, except for the reference, the difference to the reference with its
+        interval.
         """
-        differences = {(one.task, one.metric, one.candidate): one for one in self.differences}
+        differences = {(row.task, row.metric, row.candidate): row for row in self.differences}
         rows: list[dict[str, Any]] = []
-        for one in self.figures:
-            key = {"task": one.task, "metric": one.metric, "candidate": one.candidate}
-            rows += [key | {"split": split, "value": value} for split, value in enumerate(one.per_split)]
-            mean = key | {"split": None, "value": one.mean, "low": one.low, "high": one.high}
-            if (other := differences.get((one.task, one.metric, one.candidate))) is not None:
+        for figure in self.figures:
+            key = {"task": figure.task, "metric": figure.metric, "candidate": figure.candidate}
+            rows += [key | {"split": split, "value": value} for split, value in enumerate(figure.per_split)]
+            mean = key | {"split": None, "value": figure.mean, "low": figure.low, "high": figure.high}
+            if (other := differences.get((figure.task, figure.metric, figure.candidate))) is not None:
                 mean |= {"difference": other.mean, "difference_low": other.low, "difference_high": other.high}
                 mean |= {"verdict": other.verdict}
             rows.append(mean)
@@ -190,20 +191,22 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, text: str, where: str = "the evaluation") -> "Evaluation":
-        """Raises ConfigError, naming `where`, for what this release did not write."""
+        """Read an evaluation. Raises ConfigError, naming `where`, for text that this release did not write."""
         try:
-            found = json.loads(text)
-            if found["format"] != FORMAT:
-                raise ConfigError(f"{where}: is of format {found['format']}, this release reads {FORMAT}. Evaluate again.")
-            return cls(**{of.name: _restore(_HINTS[of.name], found[of.name]) for of in fields(cls)})
+            content = json.loads(text)
+            if content["format"] != FORMAT:
+                raise ConfigError(
+                    f"{where}: has format {content['format']}, but this release reads format {FORMAT}. Evaluate again."
+                )
+            return cls(**{of.name: _restore(_HINTS[of.name], content[of.name]) for of in fields(cls)})
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{where}: is not an evaluation as `lora-embed evaluate --json` prints it ({error!r}).") from None
 
 
 def _restore(kind: Any, value: Any) -> Any:
-    """A value as JSON has it → as the record has it: tuples of records, else itself."""
+    """Convert a JSON value to the record's type: tuples of records; other values stay as they are."""
     if get_origin(kind) is tuple:
-        return tuple(_restore(get_args(kind)[0], one) for one in value)
+        return tuple(_restore(get_args(kind)[0], item) for item in value)
     if is_dataclass(kind):
         hints = get_type_hints(kind)
         return kind(**{of.name: _restore(hints[of.name], value[of.name]) for of in fields(kind)})  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""What is to be evaluated, and how; refused where options do not go together."""
+"""The request for an evaluation, and the check of its options."""
 
 import importlib.util
 from dataclasses import dataclass, field
@@ -12,22 +12,22 @@ _OPTIONS = {"recipes": "recipe", "inputs": "data", "labels": "label"}  # as the 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be evaluated, and how."""
+    """The candidates, data and settings of an evaluation."""
 
     recipes: tuple[str, ...]  # recipe files, or directories of encoders
     inputs: tuple[str, ...]
-    labels: tuple[str, ...]  # fields, one a task
-    group: str | None = None  # field: images with the same value are on one side
+    labels: tuple[str, ...]  # fields, one per task
+    group: str | None = None  # field: images with the same value are on the same side of a split
     split: str | None = None  # field of the user's own split
     splits: int = 5
     seed: int = 0
-    reference: str | None = None  # a candidate's name; the first
-    alone: bool = False  # judge the base and each adapter by itself as well
+    reference: str | None = None  # name of a candidate; None: the first
+    alone: bool = False  # also judge the base and each single adapter
     judges_heads: bool = True
-    heads: dict[str, str] = field(default_factory=dict)  # adapter → task, where the classes do not tell
+    heads: dict[str, str] = field(default_factory=dict)  # adapter → task, if its classes fit several tasks
     head_classes: dict[str, tuple[str, ...]] = field(default_factory=dict)  # task → names in the order of a head's outputs
     precision: str = "auto"
-    work: str | None = None  # where encoders and vectors are kept
+    work: str | None = None  # folder that keeps encoders and vectors
     shared_filesystem: bool = False
     resources: Resources = field(default_factory=Resources)
     input_options: dict[str, Any] = field(default_factory=dict, repr=False)  # storage options; they may hold keys
@@ -37,7 +37,7 @@ class Request:
 
 
 def check_request(request: Request) -> None:
-    """Raises ConfigError for options that do not go together."""
+    """Raises ConfigError for options that are missing, wrong or contradict each other."""
     for option, given in (("--recipe", request.recipes), ("--data", request.inputs), ("--label", request.labels)):
         if not given:
             raise ConfigError(f"{option} is missing. Name at least one.")
@@ -48,12 +48,12 @@ def check_request(request: Request) -> None:
     if request.seed < 0:
         raise ConfigError(f"--seed is {request.seed}, expected 0 or more")
     if importlib.util.find_spec("sklearn") is None:
-        raise ConfigError("scikit-learn is not installed. Run: pip install 'lora-embed[evaluation]', on every node.")
+        raise ConfigError("scikit-learn is not installed. Install it on every node: pip install 'lora-embed[evaluation]'")
     for label in request.labels:
         if request.labels.count(label) > 1:
             raise ConfigError(f"--label {label} is given {request.labels.count(label)} times. Name it once.")
     if request.split is None and request.splits < 2:
-        raise ConfigError(f"--splits is {request.splits}, expected 2 or more: one says nothing of noise")
+        raise ConfigError(f"--splits is {request.splits}, expected 2 or more, since noise cannot be estimated from one")
     for task in [*request.heads.values(), *request.head_classes]:
         if task not in request.labels:
-            raise ConfigError(f"{task!r} is given for a head, but is no --label. Those are {', '.join(request.labels)}.")
+            raise ConfigError(f"{task!r} is named for a head, but is not a --label. Choose from {', '.join(request.labels)}.")

@@ -1,4 +1,4 @@
-"""An evaluation as Markdown, for a terminal or a page: figures with intervals, heads, how adapters lie to each other."""
+"""Format an evaluation as Markdown, for a terminal or a page: figures with intervals, heads, similarity of adapters."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ MARKS = {"better": " ▲", "worse": " ▼", "within noise": ""}
 
 
 def to_markdown(evaluation: Evaluation) -> str:
-    """All tables but those by class, layer and query, which the JSON holds."""
+    """All tables except those by class, layer and query, which only the JSON holds."""
     parts = [_about(evaluation), *(_task_table(evaluation, task.name) for task in evaluation.tasks), _legend(evaluation)]
     return "\n\n".join(part for part in [*parts, _retention(evaluation), _relations(evaluation), _cost(evaluation)] if part)
 
@@ -39,20 +39,20 @@ def _cell(figure: Figure, difference: Difference | None) -> str:
 def _legend(evaluation: Evaluation) -> str:
     return (
         f"Percent, mean and 95 % interval. ▲ ▼: the paired difference to {evaluation.reference} has a 95 % interval "
-        "above or below 0, for one comparison, not for all of the table at once."
+        "above or below 0; the interval is for one comparison, not for the whole table."
     )
 
 
 def _retention(evaluation: Evaluation) -> str:
     if not evaluation.retention:
         return ""
-    lines = [["head of", "task", "on", "right", "on its own adapter", "difference, points", "images"]]
+    lines = [["head of", "task", "on", "correct", "on its own adapter", "difference, points", "images"]]
     for head in evaluation.retention:
         points = [f"{100 * value:+.1f}".replace("-", "−") for value in (head.kept - head.own, head.low, head.high)]
         difference = f"{points[0]} [{points[1]}, {points[2]}]"
         own, kept = f"{100 * head.own:.1f}", f"{100 * head.kept:.1f}"
         lines.append([head.adapter, head.task, head.candidate, kept, own, difference, f"{head.images:,}"])
-    return f"Adapters' own heads: percent of labelled images that they get right\n\n{_table(lines)}"
+    return f"Adapters' own heads: percent of labelled images that they classify correctly\n\n{_table(lines)}"
 
 
 def _relations(evaluation: Evaluation) -> str:
@@ -70,7 +70,7 @@ def _relations(evaluation: Evaluation) -> str:
     for first, second in pairs:
         cells = [over_all.get((first, second, kind)) for kind in shown]
         lines.append([f"{first}, {second}", *("–" if value is None else f"{value:.3f}" for value in cells)])
-    return f"How the adapters' changes lie to each other, over all layers\n\n{_table(lines)}"
+    return f"Similarity of the adapters' changes, over all layers\n\n{_table(lines)}"
 
 
 def _cost(evaluation: Evaluation) -> str:
@@ -87,7 +87,7 @@ def _cost(evaluation: Evaluation) -> str:
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:
-    """Markdown with columns of equal width, so that it reads as plain text too."""
+    """A Markdown table with padded columns, so that it is readable as plain text too."""
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     rows = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]

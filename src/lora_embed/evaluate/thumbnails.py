@@ -1,4 +1,4 @@
-"""Small pictures of the images that a report shows, read once more from their shards."""
+"""Make small pictures of the images that a report shows; their shards are read once more."""
 
 from collections.abc import Iterable
 

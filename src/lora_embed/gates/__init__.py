@@ -1,1 +1,4 @@
-"""May this version be published? Figures held against limits. Imports `chain`, `table`, `vectors` and what is below them."""
+"""Decide whether a version may be published: gates compare figures of its vectors with limits.
+
+Imports `chain`, `table`, `vectors` and what is below them.
+"""

@@ -1,7 +1,8 @@
-"""Checks before a version: figures of vectors against limits, and whether a new encoder is worth a full pass.
+"""The gates of a version: compare figures of its vectors with limits.
 
-The default limits were chosen by measuring a real ViT-S/14 on 600 real images: 23 good updates (merges of the demo's two
-adapters by other recipes, copies of them with noise) and 15 that were broken on purpose, each against the encoder before.
+The default limits were chosen by measurements with a real ViT-S/14 on 600 real images: 23 good updates (other merges of
+the demo's two adapters, and copies of them with noise) and 15 that were broken on purpose, each compared with the encoder
+before.
 """
 
 import json
@@ -17,14 +18,14 @@ from lora_embed.vectors.health import Figures, Vectors
 from lora_embed.vectors.metrics import knn_accuracy, split_by_name
 from lora_embed.vectors.rows import unit
 
-MIN_ROWS = 64  # of fewer vectors the figures say little, and no gate is made of them
+MIN_ROWS = 64  # with fewer vectors the figures are too uncertain, so no gate is made
 SPLITS = 5
 BANK_SHARE = 2 / 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """One check: a figure, its limit, and a sentence for a person. A figure that is not a number never holds."""
+    """One check: a figure, its limit, and a sentence for a person. A gate whose figure is NaN always fails."""
 
     name: str
     value: float
@@ -37,41 +38,41 @@ class Gate:
         return self.value <= self.limit if self.direction == "at most" else self.value >= self.limit
 
     def to_dict(self) -> dict[str, Any]:
-        """For a manifest: JSON's own types, and None for a figure that is not finite."""
+        """The gate as JSON types, for a manifest; None for a figure that is not finite."""
         value = self.value if isfinite(self.value) else None
         return asdict(self) | {"value": value, "holds": self.holds}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Limits of the gates, and what they leave on both sides.
+    """Limits of the gates. The comments give the measured figures of good and of bad updates.
 
-    Good and bad as measured: bad are adapters at weights −1, 2, 5 and 20, the patch embedding at a hundredth and a tenth,
-    the late blocks at 1/100 and 30 times, a large constant added to all vectors, pixels from 0 to 255. All good ones pass
-    and all of these are stopped but one, the patch embedding at a tenth (overlap 0.39, accuracy −0.06). Processors that
-    are wrong by less (mean and deviation swapped, not normalised, not cropped) move the figures no more than a good
-    update does (overlap 0.55 to 0.71, accuracy −0.02 to 0.01): only `processor` sees them.
+    Bad updates were: adapters at weights −1, 2, 5 and 20, the patch embedding scaled to a hundredth and a tenth, the late
+    blocks scaled to 1/100 and 30 times, a large constant added to all vectors, pixels from 0 to 255. All good updates pass,
+    and all bad ones are stopped except one, the patch embedding scaled to a tenth (overlap 0.39, accuracy −0.06). Smaller
+    mistakes of the processor (mean and deviation swapped, not normalised, not cropped) change the figures no more than a
+    good update does (overlap 0.55 to 0.71, accuracy −0.02 to 0.01): only the gate `processor` notices them.
     """
 
-    unusable: float = 0.001  # share of rows; all measured: 0. An encoder may give zeros for a blank image
-    constant: float = 0.05  # share of dimensions, beyond the old share; all measured: 0
-    duplicates: float = 0.05  # share of rows, beyond the old share; all measured: 0. Some per cent of a set may be blank
-    norm_factor: float = 2.0  # median length against the old one of the same space; one class against all: up to 1.25
-    norm_tail: float = 10.0  # lengths of the 1 % against the median; good ≤ 1.9, bad ≤ 2.2: it is for a set half broken
-    rank: float = 0.6  # of the old rank, in another space; good ≥ 0.86, bad ≤ 0.48 for those that it is to stop
-    rank_floor: float = 1.5  # 1 is a line; the base has 3.4, tiny random models 2.5
-    spread: float = 0.2  # of the old spread, in another space; good ≥ 0.50, bad ≤ 0.07 for those that it is to stop
+    unusable: float = 0.001  # share of rows; all measured updates: 0. An encoder may give zeros for a blank image
+    constant: float = 0.05  # share of dimensions, added to the old share; all measured updates: 0
+    duplicates: float = 0.05  # share of rows, added to the old share; all measured: 0. A few per cent may be blank images
+    norm_factor: float = 2.0  # factor to the old median length in the same space; one class alone: up to 1.25
+    norm_tail: float = 10.0  # extreme 1 % of lengths to the median; good ≤ 1.9, bad ≤ 2.2; for a set that is half broken
+    rank: float = 0.6  # share of the old rank, in another space; good ≥ 0.86, bad ≤ 0.48 if rank is what is wrong
+    rank_floor: float = 1.5  # 1 means all vectors lie on a line; the base has 3.4, tiny random models 2.5
+    spread: float = 0.2  # share of the old spread, in another space; good ≥ 0.50, bad ≤ 0.07 if spread is what is wrong
     spread_floor: float = 1e-3  # good ≥ 0.13, bad 3e-6 to 1e-2; the rounding of bfloat16 alone makes 3e-5
-    overlap: float = 0.35  # beyond chance; good ≥ 0.40, most of the bad ≤ 0.27
-    overlap_floor: float = 0.1  # where labels show a gain; from the base to good 0.14 to 0.19, to adapters at 5, 20 ≤ 0.03
-    accuracy: float = 0.05  # largest loss, beyond two standard errors; good ≤ 0.05, bad ≥ 0.10
+    overlap: float = 0.35  # above chance; good ≥ 0.40, most bad ones ≤ 0.27
+    overlap_floor: float = 0.1  # if labels show a gain; base to good update 0.14 to 0.19, base to adapter at 5, 20 ≤ 0.03
+    accuracy: float = 0.05  # largest loss, added to two standard errors; good ≤ 0.05, bad ≥ 0.10
 
 
 def health_gates(new: Figures, before: Figures | None, *, same_space: bool, limits: Limits) -> list[Gate]:
-    """`unusable`, `constant`, `duplicates`, `norms`, and for a new space `collapsed` and `spread`; of few rows, none.
+    """`unusable`, `constant`, `duplicates`, `norms`, and for a new space `collapsed` and `spread`; none for few rows.
 
-    In the space of the version before, `new` may be the new rows alone. A night's images may be all of one kind (one class
-    of the demo's has a fifth of the spread of all), so rank and spread are judged only where the encoder is another.
+    In the space of the version before, `new` may be the new rows alone. They may all be of one kind (one class of the demo
+    has a fifth of the spread of all images), so rank and spread are judged only for another encoder.
     """
     if new.count < MIN_ROWS:
         return []
@@ -82,7 +83,7 @@ def health_gates(new: Figures, before: Figures | None, *, same_space: bool, limi
 
 
 def _unusable(new: Figures, limits: Limits) -> Gate:
-    says = f"{new.unusable:.2%} of the vectors are zero or not finite, and have no neighbours"
+    says = f"{new.unusable:.2%} of the vectors are zero or not finite, so they have no neighbours"
     return Gate(name="unusable", value=new.unusable, limit=limits.unusable, direction="at most", says=says)
 
 
@@ -100,7 +101,7 @@ def _duplicates(new: Figures, before: Figures | None, limits: Limits) -> Gate:
 
 def _norms_as_before(new: Figures, before: Figures, limits: Limits) -> Gate:
     median, was = new.norms[1], before.norms[1]
-    says = f"the median length of a vector is {median:.4g}, and was {was:.4g} in the version before, of the same encoder"
+    says = f"the median length of a vector is {median:.4g}; it was {was:.4g} in the version before, of the same encoder"
     value = max(_ratio(median, was), _ratio(was, median))
     return Gate(name="norms", value=value, limit=limits.norm_factor, direction="at most", says=says)
 
@@ -127,15 +128,15 @@ def _spread(new: Figures, before: Figures | None, limits: Limits) -> Gate:
 
 
 def _least(floor: float, share: float, before: float | None) -> float:
-    """The floor or a share of what was, whichever is more, and never more than what was: that has been published."""
+    """The larger of the floor and a share of the old value, but never more than the old value, which was published."""
     return floor if before is None else min(max(floor, share * before), before)
 
 
 def processor(before: Mapping[str, Any], new: Mapping[str, Any]) -> Gate:
-    """What an encoder does to pixels is the same as in the version before, by the two descriptions' `preprocessing`.
+    """Check that images are prepared as in the version before, by the `preprocessing` of both encoders' descriptions.
 
-    A wrong processor may move vectors no more than a good update does, and is plain to see here. The figure is the number
-    of settings that differ.
+    A wrong processor may change vectors no more than a good update does, but its settings differ visibly. The figure is the
+    number of settings that differ.
     """
     before, new = (json.loads(json.dumps(dict(settings))) for settings in (before, new))  # tuples are lists in a file
     changed = sorted(key for key in before.keys() | new.keys() if before.get(key) != new.get(key))
@@ -160,19 +161,19 @@ class AccuracyChange:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two spaces on the same images: the share of neighbours that stay, plain and beyond chance, and accuracies."""
+    """Two spaces compared on the same images: the share of neighbours that stay, plain and above chance, and accuracies."""
 
     rows: int
     k: int
     shared: float
     overlap: float
-    accuracy: AccuracyChange | None = None  # where labels are carried that say something
+    accuracy: AccuracyChange | None = None  # if usable labels are carried
 
 
 def compare(
     ids: Sequence[str], old: Vectors, new: Vectors, labels: Sequence[str | int | None] | None = None, *, k: int = 10
 ) -> Comparison | None:
-    """Compare two spaces on a sample of a few thousand images: (n, d) and (n, e), rows aligned; None for too few."""
+    """Compare two spaces on a few thousand images, (n, d) and (n, e) with aligned rows; None for too few images."""
     _check_aligned(old, new)
     if len(ids) < MIN_ROWS:
         return None
@@ -185,8 +186,9 @@ def compare(
 def neighbour_overlap(old: NDArray[Any], new: NDArray[Any], k: int = 10) -> float:
     """Mean share of a row's k nearest rows by cosine, itself left out, that are the same in both spaces.
 
-    It falls to k / (n − 1) by chance and so depends on the rows n; `compare` takes that off, as Cohen's kappa does (1960):
-    then 100, 300, 600 and 1,172 real images say 0.56, 0.55, 0.53 and 0.51 of one pair of encoders, 0.17 to 0.19 of another.
+    By chance it is k / (n − 1), which depends on the number of rows n. `compare` corrects for chance as Cohen's kappa does
+    (1960): then 100, 300, 600 and 1,172 real images give 0.56, 0.55, 0.53 and 0.51 for one pair of encoders, and 0.17 to
+    0.19 for another.
     """
     nearest = [_nearest(vectors, k) for vectors in (old, new)]
     return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(*nearest, strict=True)]))
@@ -194,7 +196,7 @@ def neighbour_overlap(old: NDArray[Any], new: NDArray[Any], k: int = 10) -> floa
 
 def _nearest(vectors: NDArray[Any], k: int) -> NDArray[np.intp]:
     if not 1 <= k < len(vectors):
-        raise ValueError(f"k is {k}, expected from 1 to {len(vectors) - 1}, one less than the {len(vectors)} vectors")
+        raise ValueError(f"k is {k}, expected 1 to {len(vectors) - 1}, since there are {len(vectors)} vectors")
     directions = unit(np.asarray(vectors, np.float64))
     similarity = directions @ directions.T
     np.fill_diagonal(similarity, -np.inf)
@@ -204,10 +206,10 @@ def _nearest(vectors: NDArray[Any], k: int) -> NDArray[np.intp]:
 def accuracy_change(
     ids: Sequence[str], old: NDArray[Any], new: NDArray[Any], labels: Sequence[str | int | None], *, k: int = 10, seed: int = 0
 ) -> AccuracyChange | None:
-    """kNN accuracy on the labels in both spaces: mean over five seeded splits, two thirds the bank, the rest the queries.
+    """kNN accuracy on the labels in both spaces: mean over five seeded splits, two thirds bank and one third queries.
 
-    Rows without a label, or alone with theirs, take no part; None for fewer than `MIN_ROWS` others or a single class.
-    The error is Nadeau & Bengio's, "Inference for the Generalization Error" (2003), since splits overlap.
+    Rows without a label, or whose label no other row has, are left out. None for fewer than `MIN_ROWS` rows or a single
+    class. The error is that of Nadeau & Bengio, "Inference for the Generalization Error" (2003), since splits overlap.
     """
     named = np.array([label is not None for label in labels])
     texts = [str(label) for label in labels]
@@ -230,22 +232,22 @@ def _accuracy(vectors: Vectors, classes: NDArray[np.int64], bank: NDArray[np.boo
 
 
 def comparison_gates(compared: Comparison, limits: Limits) -> list[Gate]:
-    """`neighbours`, and `accuracy` where labels are carried.
+    """The gates `neighbours` and, if labels are carried, `accuracy`.
 
-    A first adapter changes most neighbours, and for the better: where labels show that, the lower limit holds.
+    A first adapter changes most neighbours and improves them. If labels show a gain, the lower limit is used.
     """
     accuracy = compared.accuracy
     is_better = accuracy is not None and accuracy.change > 2 * accuracy.error
     says = (
         f"of the {compared.k} nearest images of an image, {compared.k * compared.shared:.1f} are still the same "
-        f"(mean of {compared.rows} images; {compared.overlap:.0%} beyond chance)"
+        f"(mean of {compared.rows} images; {compared.overlap:.0%} above chance)"
     )
     limit = limits.overlap_floor if is_better else limits.overlap
     gates = [Gate(name="neighbours", value=compared.overlap, limit=limit, direction="at least", says=says)]
     if accuracy is not None:
         says = (
-            f"by their {compared.k} nearest images, {accuracy.new:.1%} of {accuracy.rows} images get their label, "
-            f"{accuracy.old:.1%} before (standard error of the change {accuracy.error:.1%})"
+            f"the {compared.k} nearest images give {accuracy.new:.1%} of {accuracy.rows} images the right label, before it was "
+            f"{accuracy.old:.1%} (standard error of the change {accuracy.error:.1%})"
         )
         least = -limits.accuracy - 2 * accuracy.error
         gates.append(Gate(name="accuracy", value=accuracy.change, limit=least, direction="at least", says=says))
@@ -258,4 +260,4 @@ def _ratio(value: float, of: float) -> float:
 
 def _check_aligned(old: NDArray[Any], new: NDArray[Any]) -> None:
     if len(old) != len(new):
-        raise ValueError(f"vectors of shapes {old.shape} and {new.shape} are not of the same images; align them by id")
+        raise ValueError(f"vectors have the shapes {old.shape} and {new.shape}, expected the same images; align rows by id")

@@ -1,4 +1,4 @@
-"""A version about to be created, measured on storage and held against the one before: the gates after compaction."""
+"""The gates after compaction: measure a version's files on storage before it is created, and compare it with the current."""
 
 from collections.abc import Iterable
 from dataclasses import fields, replace
@@ -26,36 +26,36 @@ from lora_embed.vectors.health import Figures, Health, combine, measure_rows, se
 
 Rows = dict[str, dict[str, Any]]
 SAMPLE_SHARDS, SAMPLE_IMAGES = 200, 2000
-FLOAT16_STEP = 2**-10  # relative, between neighbours: two that are all but equal may be rounded apart
+FLOAT16_STEP = 2**-10  # relative step between float16 values; two almost equal values may be rounded to different ones
 LABEL = "label"  # the carried field that evaluation takes for an image's class
 
 
 def limits_of(job: JobConfig) -> Limits:
-    """The job's limits, those it does not set at their defaults. Raises ConfigError for a name that is none."""
+    """The job's limits, with defaults for those that it does not set. Raises ConfigError for an unknown name."""
     known = {limit.name: (float, limit.default) for limit in fields(Limits)}
     return Limits(**check_options("gates", known, job.gates))
 
 
 def measure(shared: pipeline.Job, written: list[FileEntry], *, here: bool) -> Figures | None:
-    """Figures of the files written for a version; None where they hold no vector."""
+    """Figures of the files that were written for a version; None if they hold no vector."""
     parts = pipeline.map_tasks(measure_file, (shared.store,), [entry for entry in written if entry.rows], here=here)
     health = combine(parts) if parts else None
     return health.figures() if health is not None and health.count else None
 
 
 def measure_file(store: Store, entry: FileEntry) -> Health:
-    """What one data file's vectors are like; read in batches, of which a sample of each is held."""
+    """Measure the vectors of one data file, in batches; memory holds a sample of each batch."""
     batches = file_batches(store, entry.path, ["id", "sha256", "embedding"])
     return combine([measure_rows(pa.Table.from_batches([batch])) for batch in batches])
 
 
-def judge(shared: pipeline.Job, new: Manifest, found: Figures | None, before: Manifest | None, limits: Limits) -> list[Gate]:
-    """The gates of a version whose files are written, of which `found` are the figures.
+def judge(shared: pipeline.Job, new: Manifest, figures: Figures | None, before: Manifest | None, limits: Limits) -> list[Gate]:
+    """The gates of a version whose files are written; `figures` are those of its new rows.
 
-    `before` is the current version: of the same space, the new rows must be like those that are there; of another, a
-    seeded sample of the images of both is compared.
+    `before` is the current version. In the same space, the new rows must be similar to its rows. In another space, a seeded
+    sample of the images that both hold is compared.
     """
-    judged = judge_space(shared.store, before, new.space_id, found, limits)
+    judged = judge_space(shared.store, before, new.space_id, figures, limits)
     if before is None or before.space_id == new.space_id:
         return judged
     compared = compare(shared.store, before, new)
@@ -63,45 +63,45 @@ def judge(shared: pipeline.Job, new: Manifest, found: Figures | None, before: Ma
 
 
 def drift(shared: pipeline.Job, before: Manifest, again: list[str], count: int) -> Gate | None:
-    """Do unchanged images still get the vectors that a version has of them? `again` are parts of such, embedded anew.
+    """Check that unchanged images still get the same vectors; `again` are paths of parts that were embedded again.
 
-    The figure is the largest relative L2 difference of a seeded few, its limit that of the golden vectors in the same
-    precision, and the rounding of float16 where vectors are stored so. None where there is nothing to compare.
+    The figure is the largest relative L2 difference of a seeded sample. The limit is that of the golden vectors in the same
+    precision, plus the rounding of float16 if vectors are stored in it. None if there is nothing to compare.
     """
     parts = [read_rows(shared.store, path) for path in again]
-    found = by_id(some_rows(pa.concat_tables(parts).filter(pc.field("reason").is_null()), count)) if parts else {}
-    old, new = align(rows_of(shared.store, before, list(found)), found)[1:]
+    rows = by_id(some_rows(pa.concat_tables(parts).filter(pc.field("reason").is_null()), count)) if parts else {}
+    old, new = align(rows_of(shared.store, before, list(rows)), rows)[1:]
     if not len(old):
         return None
     value = golden.relative_difference(new, old)
     limit = golden.BOUNDS[shared.layout.precision] + (FLOAT16_STEP if shared.layout.vector_type == "float16" else 0.0)
     says = (
-        f"{len(old)} unchanged images, embedded again, differ by up to {value:.1e} from their vectors of version "
-        f"{before.version}; if libraries or device are at fault, mend them and remove "
+        f"{len(old)} unchanged images were embedded again; their vectors differ by up to {value:.1e} from those of version "
+        f"{before.version}. If changed libraries or another device are the cause, restore them and remove "
         f"{shared.store.uri}/staging/{shared.encoder.space_id} before the next run"
     )
     return Gate(name="drift", value=value, limit=limit, direction="at most", says=says)
 
 
-def judge_space(store: Store, before: Manifest | None, space_id: str, found: Figures | None, limits: Limits) -> list[Gate]:
-    """The gates that need no image by image comparison: figures of vectors, and how another space prepares images."""
+def judge_space(store: Store, before: Manifest | None, space_id: str, figures: Figures | None, limits: Limits) -> list[Gate]:
+    """The gates that do not compare images one by one: figures of vectors, and how another space prepares images."""
     same_space = before is not None and before.space_id == space_id
     known = before.lineage.get("figures") if before is not None else None
-    figures = taken_as(Figures, known, f"{store.uri}: the `figures` of its current version") if known else None
-    judged = checks.health_gates(found, figures, same_space=same_space, limits=limits) if found is not None else []
+    old = taken_as(Figures, known, f"{store.uri}: the `figures` of its current version") if known else None
+    judged = checks.health_gates(figures, old, same_space=same_space, limits=limits) if figures is not None else []
     if before is not None and not same_space:
         judged.append(checks.processor(_preprocessing(store, before.space_id), _preprocessing(store, space_id)))
     return judged
 
 
 def compare(store: Store, before: Manifest, new: Manifest) -> checks.Comparison | None:
-    """Two versions on a seeded sample of the images that both hold; None for too few."""
+    """Compare two versions on a seeded sample of the images that both hold; None for too few images."""
     ids = _common_ids(store, before, new)
     return compare_rows(rows_of(store, before, ids), rows_of(store, new, ids))
 
 
 def compare_rows(before: Rows, new: Rows) -> checks.Comparison | None:
-    """Two spaces on the images that both have rows of, with the same bytes; None for too few."""
+    """Compare two spaces on the images whose rows both have, with the same bytes; None for too few images."""
     same, old, now = align(before, new)
     if not same:
         return None
@@ -110,20 +110,20 @@ def compare_rows(before: Rows, new: Rows) -> checks.Comparison | None:
 
 
 def align(before: Rows, new: Rows) -> tuple[list[str], NDArray[np.float32], NDArray[np.float32]]:
-    """The ids that both have with the same bytes, and the vectors of both, (n, d) each."""
+    """The ids whose images both have with the same bytes, and the vectors of both, (n, d) each."""
     same = [id_ for id_ in before if id_ in new and before[id_]["sha256"] == new[id_]["sha256"]]
     old, now = (np.array([rows[id_]["embedding"] for id_ in same], np.float32) for rows in (before, new))
     return same, old, now
 
 
 def some_rows(rows: pa.Table, count: int) -> pa.Table:
-    """A seeded few of the rows: whole shards may hold many more than a sample is to."""
+    """At most `count` of the rows, drawn by seed."""
     ids = seeded_sample(rows.column("id").to_pylist(), count)
-    return rows.filter(pc.field("id").isin(pa.array(ids, pa.string())))  # of none, Arrow takes the type for null
+    return rows.filter(pc.field("id").isin(pa.array(ids, pa.string())))  # typed, since an empty list would have type null
 
 
 def rows_of(store: Store, manifest: Manifest, ids: list[str]) -> Rows:
-    """A version's rows of these ids, with what a comparison needs."""
+    """A version's rows of these ids, with the columns that a comparison needs."""
     return by_id(Table(store, manifest).rows(ids, _columns_of(manifest)))
 
 
@@ -149,13 +149,13 @@ def by_id(rows: pa.Table) -> Rows:
 
 def _preprocessing(store: Store, space_id: str) -> dict[str, Any]:
     where = f"{encoder_path(space_id)}/{DESCRIPTION}"
-    found = read_json(store.read(where) or b"{}", store.name(where))
-    settings = found.get("preprocessing") if isinstance(found, dict) else None
+    description = read_json(store.read(where) or b"{}", store.name(where))
+    settings = description.get("preprocessing") if isinstance(description, dict) else None
     return settings if isinstance(settings, dict) else {}
 
 
 def decide(where: str, judged: Iterable[Gate], accepted: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """The gates for the manifest. Raises GateFailed for those that do not hold and that nobody has accepted."""
+    """The gates as the manifest has them. Raises GateFailed for gates that fail and are not accepted."""
     kept = {gate.name: gate.to_dict() for gate in judged}
     failed = [gate for gate in judged if not gate.holds and gate.name not in accepted]
     if failed:
@@ -163,8 +163,8 @@ def decide(where: str, judged: Iterable[Gate], accepted: dict[str, str]) -> dict
             f"\n  {gate.name}: {gate.says} ({gate.value:.4g}, {gate.direction} {gate.limit:.4g})" for gate in failed
         )
         raise GateFailed(
-            f"{where}: not published, the version before stays. What was embedded is kept. Mend the input or the recipe and "
-            f"run it again, or let it through with `lora-embed publish JOB --accept {failed[0].name} --why …`:{lines}"
+            f"{where}: not published, the version before stays. What was embedded is kept. Correct the input or the recipe and "
+            f"run again, or accept the gate with `lora-embed publish JOB --accept {failed[0].name} --why …`. Failed:{lines}"
         )
     for name in accepted.keys() & kept.keys():
         kept[name]["accepted"] = accepted[name]

@@ -1,4 +1,4 @@
-"""Is a new encoder worth a full pass? Decided by the gates of a sample."""
+"""Decide from the gates of a sample whether a new encoder is worth embedding all images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,11 +9,11 @@ from lora_embed.gates.checks import Comparison, Gate, Limits, comparison_gates
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """When a new encoder is worth a full pass.
+    """When a new encoder is worth embedding all images.
 
-    `skip_overlap`: neighbours beyond chance from which on a change is too small, unless labels show a gain of more than
-    `skip_gain` and two errors; None never skips. Measured: bfloat16 for float32 0.987, adapters with a tenth of noise 0.96,
-    one merge with other random masks 0.79.
+    `skip_overlap`: if at least this share of neighbours (above chance) stays the same, the change is too small, unless
+    labels show a gain of more than `skip_gain` plus two standard errors; None never skips. Measured overlaps: bfloat16 in
+    place of float32 0.987, adapters with a tenth of noise 0.96, one merge with other random masks 0.79.
     """
 
     skip_overlap: float | None = 0.98
@@ -23,29 +23,29 @@ class Policy:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What to do about a new encoder, and the sentence that says why."""
+    """Whether to embed all images with a new encoder, and a sentence that says why."""
 
     action: Literal["go on", "skip", "ask"]
     says: str
 
 
 def re_embed_decision(compared: Comparison | None, policy: Policy, hours: float, extra: Sequence[Gate] = ()) -> Decision:
-    """Decide on a full pass from a sample: "ask" where a gate fails, "skip" where too little changes, else "go on".
+    """Decide from a sample: "ask" if a gate fails, "skip" if too little changes, else "go on".
 
-    `hours` is what the pass would take; `extra` are further gates of the sample (`health_gates`, `processor`). Of a sample
-    that is too small to compare only those speak.
+    `hours` is the time that all other images would take; `extra` are further gates of the sample (`health_gates`,
+    `processor`), and the only ones if the sample is too small to compare.
     """
     cost = f"about {hours:.1f} hours" if hours >= 1 else f"about {max(hours * 60, 1):.0f} minutes"
     gates = [*extra, *(comparison_gates(compared, policy.limits) if compared is not None else [])]
     if failed := [gate for gate in gates if not gate.holds]:
         reasons = "; ".join(f"{gate.name}: {gate.says}" for gate in failed)
-        return Decision(action="ask", says=f"{reasons}. A person is to decide before {cost} are spent.")
+        return Decision(action="ask", says=f"{reasons}. A person must decide before {cost} are spent.")
     if compared is None:
         return Decision(action="go on", says=f"too few images to compare; embedding them anew takes {cost}")
     kept = f"{compared.overlap:.1%} of neighbours stay the same"
     accuracy = compared.accuracy
     gains = accuracy is not None and accuracy.change > policy.skip_gain + 2 * accuracy.error
     if policy.skip_overlap is not None and compared.overlap >= policy.skip_overlap and not gains:
-        threshold = f"the change is below your threshold: {kept}, {policy.skip_overlap:.1%} or more is skipped"
-        return Decision(action="skip", says=f"{threshold}; it would have cost {cost}")
+        threshold = f"the change is below your threshold: {kept}, and reembed.skip_overlap is {policy.skip_overlap:.1%}"
+        return Decision(action="skip", says=f"{threshold}; embedding all images anew would have taken {cost}")
     return Decision(action="go on", says=f"{kept}; embedding all images anew takes {cost}")

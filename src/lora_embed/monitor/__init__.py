@@ -1,1 +1,1 @@
-"""What a run says of itself: progress, stages, state on storage, its last line. Imports `config`, `store` and the ground."""
+"""What a run reports: progress, time by stage, its state on storage, its last line. Imports `config`, `store`, the ground."""

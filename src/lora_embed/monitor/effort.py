@@ -1,4 +1,4 @@
-"""What a run has done so far, over all its tries: what its record, its state on storage and its metrics tell."""
+"""Count what a run has done so far, over all its attempts, for its record, its state on storage and its metrics."""
 
 import copy
 import threading
@@ -12,21 +12,21 @@ from lora_embed.schema import ChunkHead
 
 @dataclass
 class Effort:
-    """Counted by the driver as chunks come in; samples, which the timeline counts, include rejects.
+    """Counts that the driver updates for each finished chunk; the number of samples includes rejects.
 
-    Other threads add what they count by `add_retries`, and read by `now`: its counts are all of one moment.
+    Other threads add retries with `add_retries`, and read with `now`, whose counts are all of the same moment.
     """
 
-    shards: int = 0  # to embed, those of this run that are done included
+    shards: int = 0  # shards that this run embeds, finished ones included
     shards_done: int = 0
-    shards_failed: int = 0  # in the present try
+    shards_failed: int = 0  # in the current attempt
     chunks: int = 0
     rejects: Counter[str] = field(default_factory=Counter)  # by reason
-    image_bytes: int = 0  # of the images' files, as they were read
-    retries: int = 0  # of requests to a store, by those who read and write chunks
+    image_bytes: int = 0  # bytes of encoded images read
+    retries: int = 0  # requests to a store that were tried again
     bound: Bound | None = None
     timeline: Timeline = field(default_factory=Timeline)
-    last_chunk: float | None = None  # when it came in, seconds since 1970
+    last_chunk: float | None = None  # when the last chunk was finished, seconds since 1970
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     @property
@@ -39,7 +39,7 @@ class Effort:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of the workers, by stage."""
+        """The workers' seconds by stage."""
         return self.timeline.now.seconds
 
     @property
@@ -48,17 +48,17 @@ class Effort:
 
     @property
     def images_per_s(self) -> float:
-        """From the beginning to the last chunk."""
+        """The mean rate from the beginning to the last chunk."""
         last = self.timeline.now
         return round(last.samples / last.elapsed_s, 1) if last.samples else 0.0
 
     def begin(self, missing: int) -> None:
-        """Another try, at that many shards."""
+        """Start another attempt, which has that many shards to embed."""
         with self._lock:
             self.shards, self.shards_failed = self.shards_done + missing, 0
 
     def add(self, chunk: ChunkHead) -> None:
-        """A chunk, or a shard that cannot go on."""
+        """Count a finished chunk, or a shard that failed."""
         with self._lock:
             self.last_chunk = time.time()
             self.timeline.add(chunk.samples, chunk.seconds)
@@ -67,16 +67,16 @@ class Effort:
                 self.shards_failed += 1
                 return
             self.chunks += 1
-            self.rejects = self.rejects + Counter(chunk.reasons)  # anew: what `now` returned shares the old one
+            self.rejects = self.rejects + Counter(chunk.reasons)  # a new object, since a copy from `now` shares the old one
             self.image_bytes += chunk.image_bytes
             self.shards_done += chunk.last
 
     def add_retries(self, times: int) -> None:
-        """Requests that this process tried again itself."""
+        """Count requests that this process tried again itself."""
         with self._lock:
             self.retries += times
 
     def now(self) -> "Effort":
-        """A copy that does not change any more."""
+        """A copy of the counts as they are now; it does not change later."""
         with self._lock:
             return replace(self, timeline=copy.copy(self.timeline))

@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, and of a run one last line of at most 200 characters for whoever is on call."""
+"""End a command: its exit code and, after a run, one last line of at most 200 characters for the person on call."""
 
 import os
 import signal
@@ -17,11 +17,12 @@ MOST_CHARACTERS, MOST_OF_TABLE = 200, 40
 WORDS = {0: "done", 1: "not done", 2: "refused"}  # by exit code
 BETWEEN = " · "
 A_BUG = "this is a bug: please report it with the traceback"
+KEPT = "What is committed stays. Run the same command again to continue."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """How a command ended; `cause` and `advice` are empty where all is well."""
+    """How a command ended; `cause` and `advice` are empty if it succeeded."""
 
     code: int
     seconds: float
@@ -29,7 +30,7 @@ class Ending:
     advice: str = ""
 
     def describe(self, facts: Mapping[str, Any]) -> str:
-        """The line, by what is known of the run. The cause is what is cut: the whole of it stands in the message before."""
+        """The last line, from the facts of the run. A long cause is cut; the message before has all of it."""
         begins = [f"end: {WORDS[self.code]}, exit {self.code}"]
         begins += [_end_of(str(facts["table"]), MOST_OF_TABLE)] if "table" in facts else []
         ends = self._counts(facts) if "outcome" in facts else []
@@ -51,9 +52,12 @@ class Ending:
 
 
 def exit_code_of(command: Callable[[], Any]) -> int:
-    """Run a command; what a user can mend ends in one message, never in a traceback, and a run in a line that sums it up."""
+    """Run a command and return its exit code.
+
+    An error that the user can correct ends in one message, never in a traceback. A run also writes its last line.
+    """
     log_as(LogFormat.TEXT)
-    if threading.current_thread() is threading.main_thread():  # Ray does the same, but only from its start on
+    if threading.current_thread() is threading.main_thread():  # Ray does the same, but only once it has started
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
     started = time.monotonic()
     code, cause, advice = 0, "", ""
@@ -67,15 +71,15 @@ def exit_code_of(command: Callable[[], Any]) -> int:
             _say_end(_ending_of_a_bug(error, started))
             raise
         code, cause, advice = 1, lack, LoraEmbedError.advice
-        say(f"error: {lack}. What is committed stays, and the same command goes on.", level="error", event="error")
+        say(f"error: {lack}. {KEPT}", level="error", event="error")
     except KeyboardInterrupt:
         code, cause, advice = 1, "interrupted", LoraEmbedError.advice
-        say("interrupted; what is committed stays, and the same command goes on", level="error", event="error")
+        say(f"interrupted. {KEPT}", level="error", event="error")
     except SystemExit as end:
         code = int(end.code or 0) if end.code in (None, 0, 1, 2) else 1
         if end.code not in (None, 0, 1, 2):
             cause, advice = "stopped by a signal", LoraEmbedError.advice
-            say("stopped by a signal; what is committed stays, and the same command goes on", level="error", event="error")
+            say(f"stopped by a signal. {KEPT}", level="error", event="error")
     except Exception as bug:
         _say_end(_ending_of_a_bug(bug, started))
         raise
@@ -87,12 +91,12 @@ _at_end: list[Callable[[bool], None]] = []
 
 
 def at_end(leave: Callable[[bool], None]) -> None:
-    """Have this called by `end_process`, with whether the command failed."""
+    """Register a function that `end_process` calls; its argument says whether the command failed."""
     _at_end.append(leave)
 
 
 def end_process(code: int) -> NoReturn:
-    """End with this exit code: after a signal the interpreter's own end aborts where Ray was loaded."""
+    """End the process with this exit code. A normal exit of the interpreter aborts after a signal if Ray was loaded."""
     for leave in _at_end:
         leave(code != 0)
     sys.stdout.flush()
@@ -105,7 +109,7 @@ def _ending_of_a_bug(bug: Exception, started: float) -> Ending:
 
 
 def _say_end(ending: Ending) -> None:
-    """How a run ended; as text not of one that was refused, of which the message before is all there is to say."""
+    """Write a run's last line. As text, a run with exit code 2 has none: its error message says everything."""
     facts = noted()
     if facts.pop("is_run", False) and (ending.code != 2 or logs_json()):
         level = "error" if ending.code else "info"
@@ -113,14 +117,14 @@ def _say_end(ending: Ending) -> None:
 
 
 def gist(message: str) -> str:
-    """What a message of several lines comes to, in one: the first of the indented ones, which say what it was."""
-    told = [line.strip() for line in message.splitlines() if line.startswith("  ")]
-    more = f" (and {len(told) - 1} more)" if len(told) > 1 else ""
-    return f"{told[0]}{more}" if told else " ".join(message.split())
+    """Summarise a message in one line: if it has indented lines, which list the causes, only the first of these."""
+    causes = [line.strip() for line in message.splitlines() if line.startswith("  ")]
+    more = f" (and {len(causes) - 1} more)" if len(causes) > 1 else ""
+    return f"{causes[0]}{more}" if causes else " ".join(message.split())
 
 
 def _became(facts: Mapping[str, Any]) -> str:
-    """What became of the table."""
+    """Whether the run published a version, or which version stays current."""
     if facts["version"] is None:
         return "not published"
     return f"version {facts['version']} {'published' if facts['outcome'] == 'published' else 'is current'}"

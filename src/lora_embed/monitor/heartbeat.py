@@ -1,16 +1,16 @@
-"""Does something every few seconds for as long as a run lives, whatever the run itself waits for."""
+"""Do something every few seconds while a run is live, even when the run itself waits."""
 
 import threading
 from collections.abc import Callable
 from types import TracebackType
 
 EVERY_S = 10.0
-LAST_BEAT_S = 15.0  # for a beat that is under way at the end
-DEAD_AFTER_S = 90.0  # without a beat a run seems dead: several have failed, or nobody is left to beat
+LAST_BEAT_S = 15.0  # how long the end waits for a beat that is under way
+DEAD_AFTER_S = 90.0  # a run seems dead after this time without a beat: several beats failed, or its process is gone
 
 
 class Heartbeat:
-    """A context manager; the first beat comes at once, and none after the block."""
+    """A context manager that calls `beat` at once and then every few seconds, but never after its block has ended."""
 
     def __init__(self, beat: Callable[[], None]) -> None:
         self._beat = beat
@@ -22,7 +22,7 @@ class Heartbeat:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended.set()
-        self._thread.join(LAST_BEAT_S)  # else a late beat could be written after the end; one that hangs holds no run
+        self._thread.join(LAST_BEAT_S)  # so that no late beat is written after the end; a beat that hangs is given up
 
     def _run(self) -> None:
         self._beat()

@@ -1,7 +1,7 @@
-"""What a job says, always on stderr: lines for a person, one of them live on a terminal, or a JSON object a line.
+"""Write messages and progress to stderr, as lines of text or as one JSON object a line.
 
-As text a running job shows one live line on a terminal and a log line every ten seconds elsewhere. As JSON everything
-that this process writes there is an object: what libraries log and a traceback, too.
+As text, a running job shows one live line on a terminal, and elsewhere a log line every ten seconds. As JSON, everything
+that this process writes to stderr is a JSON object, also the logs of libraries and tracebacks.
 """
 
 import enum
@@ -27,39 +27,39 @@ from lora_embed.schema import ChunkHead, Shard
 from lora_embed.text import in_lines, redacted, span, without_secrets
 
 LOG_EVERY_S = 10.0
-MOST_NAMED = 10  # failed shards that a log for persons names as they fail; the run's end names as many
-ALWAYS = ("run_id", "table")  # of the facts of a run, those that stand in each of its objects
-_STDERR = Console(stderr=True, highlight=False, soft_wrap=True)  # one, so that lines and a live line know of each other
-_FACTS: dict[str, Any] = {}  # of the run in this process
+MOST_NAMED = 10  # failed shards that the text log names as they fail; the run's end names as many
+ALWAYS = ("run_id", "table")  # facts of a run that are in every JSON object
+_STDERR = Console(stderr=True, highlight=False, soft_wrap=True)  # only one, so that lines do not break the live line
+_FACTS: dict[str, Any] = {}  # facts of the run in this process
 _IS_JSON = threading.Event()
 
 
 class LogFormat(enum.StrEnum):
-    """How a command speaks."""
+    """The format of what a command writes to stderr."""
 
     TEXT = "text"
     JSON = "json"
 
 
 def say(message: str, *, level: str = "info", event: str = "message", **facts: Any) -> None:
-    """One line for a person, or one object with all facts; what is of level `debug` is said as JSON alone."""
+    """Write one line of text, or one JSON object with all facts; messages of level `debug` are written as JSON only."""
     if _IS_JSON.is_set():
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         always = {name: _FACTS[name] for name in ALWAYS if name in _FACTS}
         _write(without_secrets({"time": now, "level": level, "event": event, "message": message} | always | facts))
     elif level != "debug":
-        _STDERR.print(shown(message).replace("\n", "\n  "), markup=False)  # so that no name begins a line of its own
+        _STDERR.print(shown(message).replace("\n", "\n  "), markup=False)  # indented, so that no name can fake a new message
 
 
 def shown(message: str) -> str:
-    """A message without secrets, and without what names may hold to steer a terminal."""
+    """A message without secrets, and without control characters that a name in it might send to the terminal."""
     return in_lines(redacted(message).split("\n"))
 
 
 def log_as(chosen: LogFormat) -> None:
-    """Speak in that way from now on, about no run yet."""
+    """Write in this format from now on, and forget the facts of an earlier run."""
     _FACTS.clear()
-    logging.raiseExceptions = False  # Ray keeps logs of its own, and prints a traceback where their disk is full
+    logging.raiseExceptions = False  # else Ray's own logging prints a traceback when its disk is full
     logging.lastResort = _SayingHandler(logging.WARNING)
     warnings.showwarning = _say_warning
     sys.excepthook = _say_uncaught
@@ -78,24 +78,24 @@ def logs_json() -> bool:
 
 
 def note(**facts: Any) -> None:
-    """Remember what the last line of this run says; `run_id` and `table` stand in every object."""
+    """Remember facts of this run for its last line; `run_id` and `table` are also in every JSON object."""
     _FACTS.update(without_secrets(facts))
 
 
 def noted() -> dict[str, Any]:
-    """All that was noted of this process's run."""
+    """All facts that `note` has remembered of this process's run."""
     return dict(_FACTS)
 
 
 class _SayingHandler(logging.Handler):
-    """Python's logging, which libraries use, as the same lines or objects."""
+    """Writes the records of Python's logging, which libraries use, as lines or JSON objects like all others."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage(), level=record.levelname.lower(), event="log", logger=record.name)
 
 
 def _relay_others() -> None:
-    """What is not written by Python, such as by Ray's own core, becomes objects on its way to stderr."""
+    """Turn what other code than Python writes to stderr, such as Ray's core, into JSON objects."""
     ours = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
     theirs, end = os.pipe()
     os.dup2(end, 2)
@@ -111,9 +111,9 @@ def _relay_others() -> None:
 
 
 def _say_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
-    """A warning of Python's, whose words may be those of a file that somebody else wrote."""
-    said = f"{filename}:{lineno}: {category.__name__}: {message}"
-    say(said, level="warning", event="log", logger="py.warnings")
+    """Write a Python warning; its text may come from a file of somebody else, so it goes through `say`."""
+    text = f"{filename}:{lineno}: {category.__name__}: {message}"
+    say(text, level="warning", event="log", logger="py.warnings")
 
 
 def _say_uncaught(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
@@ -123,14 +123,14 @@ def _say_uncaught(kind: type[BaseException], error: BaseException | None, trace:
 
 
 def _write(fields: dict[str, Any]) -> None:
-    sys.stderr.write(json.dumps(fields, default=str) + "\n")  # in one call, as threads speak, too
+    sys.stderr.write(json.dumps(fields, default=str) + "\n")  # in one call, since several threads write
     sys.stderr.flush()
 
 
 class Progress:
-    """Counts what the chain reports of one try; a context manager that shows the counts while it is open.
+    """Counts what the chain reports in one attempt; a context manager that shows the counts while it is open.
 
-    `effort` counts the same over all tries of the run.
+    `effort` counts the same over all attempts of the run.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class Progress:
             self._console.print(self.bound().says)
 
     def add(self, chunk: ChunkHead) -> None:
-        """Count one row of the chain's end."""
+        """Count one chunk that the chain has finished."""
         self._first = self._first or time.monotonic() - sum(chunk.seconds.values())  # when the first worker began
         self.here.add(chunk)
         self._run.add(chunk)
@@ -188,24 +188,24 @@ class Progress:
 
     def _tell_rejects(self, chunk: ChunkHead) -> None:
         reasons = ", ".join(f"{count} {reason}" for reason, count in chunk.reasons.items())
-        said = f"{chunk.shard_name}: chunk {chunk.chunk} has {chunk.rejects} rejects: {reasons}"
-        say(said, level="debug", event="rejects", shard=chunk.shard_name, chunk=chunk.chunk, rejects=chunk.reasons)
+        text = f"{chunk.shard_name}: chunk {chunk.chunk} has {chunk.rejects} rejects: {reasons}"
+        say(text, level="debug", event="rejects", shard=chunk.shard_name, chunk=chunk.chunk, rejects=chunk.reasons)
 
     def bound(self) -> Bound:
-        """What bounds the run, from when its first worker began."""
+        """What limits the run's speed, measured since its first worker began."""
         began = self._first or time.monotonic()
         return find_bound(self.here.seconds, time.monotonic() - began, self._workers)
 
     def line(self) -> str:
         """Samples, images/s, shards, rejects and the time left, as one line."""
-        said = self._figures()
-        failed = f", {said['shards_failed']} failed" if said["shards_failed"] else ""
-        left = f" · about {span(said['left_s'])} left" if said["left_s"] is not None else ""
-        bound = f" · bound by {said['bound']}" if said["bound"] else ""
+        figures = self._figures()
+        failed = f", {figures['shards_failed']} failed" if figures["shards_failed"] else ""
+        left = f" · about {span(figures['left_s'])} left" if figures["left_s"] is not None else ""
+        bound = f" · bound by {figures['bound']}" if figures["bound"] else ""
         return (
-            f"{said['samples']:,} samples · {said['images_per_s']:,.1f} images/s · "
-            f"{said['shards_done']}/{said['shards']} shards{failed} · {said['rejects']:,} rejects · "
-            f"{span(said['elapsed_s'])} elapsed{left}{bound}"
+            f"{figures['samples']:,} samples · {figures['images_per_s']:,.1f} images/s · "
+            f"{figures['shards_done']}/{figures['shards']} shards{failed} · {figures['rejects']:,} rejects · "
+            f"{span(figures['elapsed_s'])} elapsed{left}{bound}"
         )
 
     def _seconds_left(self, elapsed: float) -> float | None:
@@ -213,7 +213,7 @@ class Progress:
         return elapsed * left / self._bytes_done if self._bytes_done and left > 0 else None
 
     def _figures(self) -> dict[str, Any]:
-        """What the line says, as numbers."""
+        """The values of the progress line as numbers."""
         elapsed, here = time.monotonic() - self._started, self.here
         left = self._seconds_left(elapsed)
         return {

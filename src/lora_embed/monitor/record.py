@@ -1,4 +1,4 @@
-"""What a run leaves behind of itself, as plain data: `runs/<run_id>/record.json`, and all that its report shows."""
+"""The record of a run as plain data: what `runs/<run_id>/record.json` and `state.json` hold, and what its report shows."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -9,7 +9,7 @@ from lora_embed.config.foreign import parse_record
 from lora_embed.monitor.stages import Bound, Reading, Workers, find_bound
 
 FORMAT = 1
-OPTIONS = (  # keys of a job that a record holds: no storage options, which may hold keys
+OPTIONS = (  # keys of a job that a record holds; no storage options, because they may hold secrets
     "recipe", "input", "table", "precision", "chunk_size", "batch_size", "max_rejects", "max_removed", "max_pixels",
     "max_bytes", "carry", "image_column", "key_column", "limit", "vector_type", "resources", "reembed", "gates", "prices",
     "retain", "shared_filesystem",
@@ -29,27 +29,27 @@ class RejectExample:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """What state and record of a run have in common."""
+    """The fields that the state and the record of a run have in common."""
 
     run_id: str
     started: str  # UTC, ISO 8601
     seconds: float = 0.0
     outcome: Outcome = "running"
-    error: str = ""  # why it failed
+    error: str = ""  # why the run failed
     embedded: int = 0  # samples that this run decoded, rejects included
-    rejected: int = 0  # of these
+    rejected: int = 0  # rejects among the embedded samples
     version: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord(RunSummary):
-    """One run of embedding. It holds nothing of the environment, and no storage options."""
+    """The record of one run. It holds no environment variables and no storage options."""
 
     job: dict[str, Any]
     encoder: dict[str, Any]  # space_id, recipe_id, dimension
     layout: dict[str, Any]
     stages: dict[str, float]  # the workers' seconds by stage
-    bound: dict[str, str]  # `by` and `says`; empty where nothing was embedded
+    bound: dict[str, str]  # `by` and `says`; empty if nothing was embedded
     workers: dict[str, float]
     readings: tuple[Reading, ...]
     counts: dict[str, int] = field(default_factory=dict)  # of the version
@@ -67,7 +67,7 @@ class RunRecord(RunSummary):
 
 @dataclass(frozen=True, kw_only=True)
 class RunState(RunSummary):
-    """How far a run is, or how it ended, in a few hundred bytes: `runs/<run_id>/state.json`."""
+    """The progress of a run, or how it ended, in a few hundred bytes: `runs/<run_id>/state.json`."""
 
     host: str
     doing: str = ""
@@ -77,7 +77,7 @@ class RunState(RunSummary):
     shards_failed: int = 0
     images_per_s: float = 0.0
     bound: str | None = None
-    last_chunk: str | None = None  # UTC, ISO 8601: when the last one came in
+    last_chunk: str | None = None  # when the last chunk was finished; UTC, ISO 8601
     format: int = FORMAT
 
     def to_json(self) -> bytes:
@@ -85,7 +85,7 @@ class RunState(RunSummary):
 
     @classmethod
     def from_json(cls, data: bytes) -> "RunState | None":
-        """None for what is no state of this format; what only a newer release knows of a run is left out."""
+        """Read a state; None if it is not one of this format. Fields that only a newer release knows are ignored."""
         try:
             state = parse_record(cls, data)
         except ValueError:
@@ -95,19 +95,19 @@ class RunState(RunSummary):
 
 @dataclass(frozen=True, kw_only=True)
 class Bin:
-    """A stretch of a run."""
+    """A period of a run."""
 
     start_s: float
     end_s: float
     samples: int
-    busy: dict[str, float]  # stage → workers that were at it, on average
+    busy: dict[str, float]  # stage → mean number of workers that did it
     bound: Bound
 
 
 def bins_of(record: RunRecord) -> list[Bin]:
-    """The run in stretches of equal numbers of readings.
+    """Divide the run into periods with equal numbers of readings.
 
-    A worker's seconds count when its chunk is done, so a stretch holds a chunk of each worker where there are enough.
+    A worker's seconds are counted when its chunk is finished, so a period should be long enough for a chunk of each worker.
     """
     readings, workers = record.readings, workers_of(record)
     count = len(readings) - 1

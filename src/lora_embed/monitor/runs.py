@@ -1,4 +1,4 @@
-"""The runs of a table, as they tell of themselves on its storage: those that go on, and how the last ones ended."""
+"""The runs of a table, by the states they write to its storage: which are live, and how the last ones ended."""
 
 import contextlib
 import secrets
@@ -19,11 +19,11 @@ from lora_embed.store.store import Store
 from lora_embed.text import printable, span, without_secrets
 
 MOST_OF_CAUSE = 200  # characters
-SHOWN = 10  # runs that `status` tells of
-KEPT_S = 3600.0  # what was written within that time is of a run that may go on
-SLACK_S = 60.0  # a state may have been on its way to the store for so long
-RETRY_S = 10.0  # no run or command waits long for what only tells of it
-BEAT_RETRY_S = 2.0  # another beat follows
+SHOWN = 10  # runs that `status` shows
+KEPT_S = 3600.0  # a run that wrote its state within this time may still be live
+SLACK_S = 60.0  # a state may take this long to reach the store
+RETRY_S = 10.0  # no run or command waits longer to write what only describes it
+BEAT_RETRY_S = 2.0  # for a beat of the heartbeat; the next one follows soon
 ENDED_WELL = ("published", "current")
 
 
@@ -32,17 +32,17 @@ def state_path(run_id: str) -> str:
 
 
 def name_run(started: datetime) -> str:
-    """`<UTC>-<6 hex digits>`, so that names sort by time."""
+    """A run's name, `<UTC>-<6 hex digits>`, so that names sort by time."""
     return f"{started:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
 
 
 def impatient(store: Store, retry_s: float = RETRY_S) -> Store:
-    """The store, asked for a short time only."""
+    """The same store, whose failed requests are retried for a short time only."""
     return replace(store, options=store.options | {"retry_s": min(retry_s, store.retry_s)})
 
 
 def prune_runs(store: Store, keep: int) -> None:
-    """Remove what all but the newest `keep` runs left, unless it was written within the last hour of the store's clock."""
+    """Remove the files of all but the newest `keep` runs, unless written within the last hour by the store's clock."""
     of_run: dict[str, list[Entry]] = defaultdict(list)
     for entry in store.list_files("runs"):
         of_run[entry.path.split("/")[1]].append(entry)
@@ -58,7 +58,7 @@ def prune_runs(store: Store, keep: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run, when it was heard of last by the store's clock, and how long ago that is."""
+    """One run, when it last wrote its state by the store's clock, and how long ago that is."""
 
     state: RunState
     heard: float
@@ -66,7 +66,7 @@ class Run:
 
     @property
     def began(self) -> float:
-        """By the store's clock, or up to `SLACK_S` before: the clock of the run's machine tells only how long it took."""
+        """When the run began by the store's clock, up to `SLACK_S` too early. Its machine's clock gives only the duration."""
         return self.heard - self.state.seconds - SLACK_S
 
     @property
@@ -101,13 +101,13 @@ class Run:
 
 
 def read_runs(store: Store, most: int = SHOWN) -> list[Run]:
-    """The runs that were heard of last, the latest first: those that go on, then the others by their end."""
+    """The runs that wrote their states last, the latest first."""
     latest = sorted(_states(store), key=lambda entry: (entry.modified, entry.path), reverse=True)[:most]
     return list(_read(store, latest, store.now()))
 
 
 def find_live(store: Store, now: float) -> list[Run]:
-    """Runs and commands that may go on: none said how it ended, and all were heard of in the hour before `now`."""
+    """Runs and commands that may be live: they have not ended, and wrote their states within the hour before `now`."""
     lately = [entry for entry in _states(store) if entry.modified >= now - KEPT_S]
     return [run for run in _read(store, lately, now) if run.state.outcome == "running"]
 
@@ -126,7 +126,7 @@ def _read(store: Store, listed: Iterable[Entry], now: float) -> Iterator[Run]:
 
 @dataclass(frozen=True, kw_only=True)
 class Beginning:
-    """When a run or a command began, and its name."""
+    """The name of a run or a command, and when it began."""
 
     run_id: str
     started: datetime
@@ -139,20 +139,20 @@ class Beginning:
 
     @property
     def seconds(self) -> float:
-        """Since then."""
+        """Seconds since it began."""
         return round(time.monotonic() - self.moment, 2)
 
     def state(self, **facts: Any) -> RunState:
-        """What is known of it by now, for others to read."""
+        """Its state by now, to be written to storage."""
         started = self.started.isoformat(timespec="seconds")
         return RunState(run_id=self.run_id, host=socket.gethostname(), started=started, seconds=self.seconds, **facts)
 
 
 @contextlib.contextmanager
 def announced(store: Store, doing: str, space_id: str = "") -> Iterator[None]:
-    """Tell of a command that writes to the table, for as long as it goes on: what it needs is not removed meanwhile.
+    """Keep a state on storage while a command writes to the table, so that nobody removes the files it needs.
 
-    Raises StorageError or StoreUnavailable where not even that can be written; later it only tries.
+    Raises StorageError or StoreUnavailable if the first state cannot be written; later failures are ignored.
     """
     beginning = Beginning.now()
     path = state_path(beginning.run_id)
@@ -175,14 +175,14 @@ def announced(store: Store, doing: str, space_id: str = "") -> Iterator[None]:
 
 
 def describe_runs(runs: list[Run]) -> list[str]:
-    """Lines for a person, as those of `status`."""
+    """The lines of `status` about runs."""
     return [
         printable(f"{'run' if run.status != 'running' else 'running':<9} {run.state.run_id} {run.describe()}") for run in runs
     ]
 
 
 def to_prometheus(table: str, version: int | None, runs: list[Run]) -> str:
-    """What a table tells, as gauges for Prometheus: known also between runs and after one that died."""
+    """Gauges of a table for Prometheus, which exist also between runs and after a run that died."""
     label = _label("table", without_secrets(table))
     gauges: list[tuple[str, str, str, float | None]] = []
     gauges += [("lora_embed_table_version", "The current version.", label, version)]
@@ -202,6 +202,6 @@ def to_prometheus(table: str, version: int | None, runs: list[Run]) -> str:
 
 
 def _label(name: str, value: str) -> str:
-    """A label as Prometheus reads it, whatever its value holds."""
+    """A label in Prometheus's format, with its value escaped."""
     quoted = printable(value).replace("\\", "\\\\").replace('"', '\\"')
     return f'{name}="{quoted}"'

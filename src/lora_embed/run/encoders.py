@@ -1,4 +1,4 @@
-"""The encoder of a job: found on the table's storage, given, or built and stored there once."""
+"""The encoder of a job: find it on the table's storage, or take it from a directory, or build it; then store it once."""
 
 import json
 import tempfile
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 
 def find_source(uri: str) -> "Ingredients | Path":
-    """What a recipe file names, read and hashed, or the directory of an encoder built before."""
+    """The files that a recipe names, read and hashed, or the directory of an encoder built before."""
     if Path(uri).is_dir():
         read_description(Path(uri))
         return Path(uri)
     recipe = load_recipe(uri)
-    from lora_embed.model.build import gather  # with torch and peft, which take seconds
+    from lora_embed.model.build import gather  # imports torch and peft, which takes seconds
 
     return gather(recipe)
 
 
 def named_base(source: "Ingredients | Path") -> str | None:
-    """Where the base lies, by the word of the user: of a recipe, or of an encoder in a directory that the user names.
+    """The place of the base that the user named, in a recipe or by naming an encoder's directory.
 
-    Raises EncoderError where such an encoder names a base that lies elsewhere.
+    Raises EncoderError if such an encoder names a base that lies elsewhere.
     """
     if not isinstance(source, Path):
         return source.recipe.base_model
@@ -44,7 +44,7 @@ def named_base(source: "Ingredients | Path") -> str | None:
 
 
 def prepare_encoder(source: "Ingredients | Path", out: Path) -> Path:
-    """The directory of an encoder that the table has not: given, or built at `out`."""
+    """The directory of an encoder that the table does not have: the user's, or else built at `out`."""
     if isinstance(source, Path):
         return source
     from lora_embed.model.build import build_encoder
@@ -54,7 +54,7 @@ def prepare_encoder(source: "Ingredients | Path", out: Path) -> Path:
 
 
 def find_encoder(source: "Ingredients | Path", store: Store) -> Description | None:
-    """The encoder that this content was built into before, if it is whole on the table's storage."""
+    """The encoder that was built from this source before, if the table's storage holds it completely."""
     if isinstance(source, Path):
         return stored_encoder(store, read_description(source).space_id)
     recorded = read_record(store, record_path(source.recipe_id), RecipeRecord)
@@ -62,7 +62,7 @@ def find_encoder(source: "Ingredients | Path", store: Store) -> Description | No
 
 
 def stored_encoder(store: Store, space_id: str) -> Description | None:
-    """The description of an encoder that is whole on the table's storage."""
+    """The description of an encoder on the table's storage; None if it is not there, or not completely."""
     raw = store.read(f"{encoder_path(space_id)}/{DESCRIPTION}")
     if raw is None:
         return None
@@ -71,8 +71,8 @@ def stored_encoder(store: Store, space_id: str) -> Description | None:
         description = read_description(Path(folder))
     if description.space_id != space_id:
         raise EncoderError(
-            f"{store.name(encoder_path(space_id))}: holds an encoder that says it is of space {description.space_id}. It was "
-            "changed since: bring it back, or remove it."
+            f"{store.name(encoder_path(space_id))}: holds an encoder of space {description.space_id}, expected {space_id}. Its "
+            "files were changed: restore them from a copy, or remove the directory."
         )
     return description
 
@@ -82,9 +82,9 @@ def record_path(recipe_id: str) -> str:
 
 
 def renew_encoder(encoder: Description, store: Store, grace_days: float) -> None:
-    """Write an old encoder's description again: one that no version refers to is removed after the grace period.
+    """Write an old encoder's description again, so that retention does not remove the encoder while no version uses it.
 
-    Raises IncompleteRun where that has just happened.
+    Raises IncompleteRun if it has just been removed.
     """
     path = f"{encoder_path(encoder.space_id)}/{DESCRIPTION}"
     entry, data = store.info(path), store.read(path)
@@ -95,20 +95,20 @@ def renew_encoder(encoder: Description, store: Store, grace_days: float) -> None
 
 
 def store_encoder(folder: Path, store: Store) -> Description:
-    """Copy an encoder to the table, its description last, so that it is whole once that can be read.
+    """Copy an encoder to the table. Its description is copied last: once it can be read, the encoder is complete.
 
-    Returns the table's encoder of this recipe. That is another one where a run on another kind of processor, whose numbers
-    differ in their last digits, has stored its own in the meantime: a recipe has one space in a table.
+    Returns the table's encoder of this recipe, because a recipe has one space in a table. It may be another encoder: a run
+    on another kind of processor, whose numbers differ in their last digits, may have stored one in the meantime.
     """
     description = read_description(folder)
     target, record = encoder_path(description.space_id), record_path(description.recipe_id)
-    own = json.dumps({"space_id": description.space_id}).encode() + b"\n"
+    recipe_record = json.dumps({"space_id": description.space_id}).encode() + b"\n"
     for file in sorted(files_of(folder, description, str(folder)), key=lambda file: (file.name == DESCRIPTION, file)):
         store.create(f"{target}/{file.relative_to(folder).as_posix()}", file.read_bytes())
-    if not store.create(record, own):
+    if not store.create(record, recipe_record):
         recorded = read_record(store, record, RecipeRecord)
         settled = stored_encoder(store, recorded.space_id if recorded is not None else description.space_id)
         if settled is not None:
             return settled
-        store.replace(record, own)  # its encoder was removed, since no version needed it
+        store.replace(record, recipe_record)  # the recorded encoder was removed, since no version needed it
     return description

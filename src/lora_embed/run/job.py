@@ -39,16 +39,16 @@ class RunResult:
     counts: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)  # seconds by stage, summed over the workers
-    bound: str | None = None  # the stage that the run had to wait for
+    bound: str | None = None  # the stage that limited the speed
 
     @classmethod
     def of(cls, table: str, space_id: str, effort: Effort) -> "RunResult":
-        """What this effort came to; nothing is published yet."""
+        """The result of embedding; nothing is published yet."""
         bound = effort.bound.by if effort.bound else None
         return cls(table=table, space_id=space_id, embedded=effort.samples, stages=effort.rounded_seconds, bound=bound)
 
     def at(self, manifest: Manifest, *, published: bool = False) -> "RunResult":
-        """The same, of a table whose current version is this one."""
+        """The same result, with this version as the table's current one."""
         return replace(self, space_id=manifest.space_id, version=manifest.version, counts=manifest.counts, published=published)
 
     def describe(self) -> str:
@@ -61,12 +61,12 @@ class RunResult:
 
 
 def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, releases: bool = False) -> RunResult:
-    """Run a job to a published version, or to where it must stop.
+    """Run a job until a version is published, or until an error or gate stops it.
 
-    With `replaces`, vectors of another space may take the place of the table's: all of them are embedded anew while the
-    current version stays, as the nightly run does; with `releases`, also those that a rollback holds back. Raises a
-    ConfigError before anything is written; IncompleteRun, VerificationFailed or GateFailed afterwards, when what is
-    committed stays and the same call goes on.
+    With `replaces`, as in the nightly run, vectors of another space may replace the table's: everything is embedded anew
+    while the current version stays. With `releases`, also a space that a rollback holds back. Raises ConfigError before
+    anything is written. After that, raises IncompleteRun, VerificationFailed or GateFailed: what is committed stays, and
+    the same call continues.
     """
     beginning = journal.begin(job)
     judge.limits_of(job)
@@ -84,7 +84,7 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
         cluster.connect()
         topology = cluster.choose_topology(job.resources)
         refuse_local_paths(opened, encoder.base)
-        store = versions.claim(opened.store)  # the last that can refuse, and the first that writes
+        store = versions.claim(opened.store)  # the last check, and the first write
         with once_started(), journal.recorded(beginning, job, store, encoder.space_id, topology) as recording:
             if folder is None:
                 renew_encoder(encoder, store, job.retain.grace_days)
@@ -99,7 +99,7 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
 
 
 def _build_or_take(opened: OpenJob, scratch: Path) -> Path:
-    """The directory of an encoder that the table does not have; it keeps the id under which an older release knows it."""
+    """Build or take the directory of an encoder that the table does not have; it keeps the id that an older release gave."""
     folder, current, store = prepare_encoder(opened.source, scratch / "encoder"), opened.current, opened.store
     if current is None:
         return folder
@@ -108,9 +108,9 @@ def _build_or_take(opened: OpenJob, scratch: Path) -> Path:
 
 @contextmanager
 def _retaining(shared: pipeline.Job, job: JobConfig, shards: list[Shard], run_id: str = "") -> Iterator[None]:
-    """Retention is enforced whatever becomes of the block: also by nights that publish nothing, however many.
+    """Enforce retention after the block, also if it raises, so that runs that publish nothing remove old files as well.
 
-    What was staged for it stays, since the same command goes on with it.
+    Parts that this run staged stay, so that the same command can continue.
     """
     folder = part_path(shared.encoder.space_id, shared.layout.layout_id)
     needs = retention.Needs(run_id=run_id, shards=frozenset(shard.id for shard in shards), folder=folder)
@@ -125,7 +125,7 @@ def _retaining(shared: pipeline.Job, job: JobConfig, shards: list[Shard], run_id
 def _carry_out(
     recording: journal.Journal, current: Manifest | None, shards: list[Shard], *, publishes: bool, releases: bool
 ) -> RunResult:
-    """Embed what is missing, a sample first where all of it is, and publish it."""
+    """Embed what is missing and publish it. If everything is missing, a sample is embedded and judged first."""
     job, shared, topology = recording.job, recording.shared, recording.topology
     assert shared is not None
     store, space_id = shared.store, shared.encoder.space_id
@@ -146,15 +146,15 @@ def _carry_out(
 
 
 def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, str] | None = None) -> RunResult:
-    """Publish what is staged, without embedding anything; `accepted` gates are let through, each with a reason.
+    """Publish what is staged, without embedding anything. `accepted` are gates that may fail, each with the reason.
 
-    Raises ConfigError when nothing was ever embedded for this recipe; IncompleteRun, VerificationFailed or GateFailed.
+    Raises ConfigError if nothing was embedded for this recipe yet; IncompleteRun, VerificationFailed or GateFailed.
     """
     beginning = Beginning.now()
     opened = open_job(job)
     current, encoder, layout = opened.current, opened.encoder, opened.known_layout()
     if encoder is None or layout is None:
-        raise TableError(f"{job.table}: nothing was embedded there with this recipe yet. Use `lora-embed run`.")
+        raise TableError(f"{job.table}: nothing was embedded with this recipe yet. Run `lora-embed run` first.")
     cluster.connect()
     before = current.space_id if current is not None else None
     with once_started(), versions.writing(opened.store, "publishing", encoder.space_id) as store:
@@ -168,7 +168,7 @@ def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, s
 
 
 def _is_current(opened: OpenJob) -> bool:
-    """Does the current version hold exactly these shards, made as this job would make them? Then no cluster is needed."""
+    """Does the current version hold exactly these shards, with this job's encoder and settings? Then no cluster is needed."""
     current, encoder = opened.current, opened.encoder
     if current is None or encoder is None or current.space_id != encoder.space_id:
         return False
@@ -180,7 +180,7 @@ def _is_current(opened: OpenJob) -> bool:
 
 
 def _leave_as_it_is(beginning: Beginning, opened: OpenJob) -> RunResult:
-    """A quiet night: nothing to embed, nothing to publish, but the run is recorded and retention is enforced."""
+    """End a run that has nothing to embed or publish: it is recorded, and retention is enforced."""
     current, job, store = opened.current, opened.job, opened.store
     assert current is not None
     journal.leave_quiet(beginning, job, store, current)

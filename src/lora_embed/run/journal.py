@@ -1,4 +1,4 @@
-"""Leaves what a run was with its table: `runs/<run_id>/record.json`, and the same as a page, `report.html`."""
+"""Record a run on its table's storage: `runs/<run_id>/state.json`, `record.json`, and the same as a page, `report.html`."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -29,14 +29,14 @@ from lora_embed.table.parquet import read_rows
 from lora_embed.text import utc, without_secrets
 
 PACKAGES = ("lora-embed", "torch", "transformers", "peft", "ray", "pyarrow", "pillow")
-MOST_REJECT_FILES = 64  # read again for a report
-EXAMPLES = 5  # of each reason
+MOST_REJECT_FILES = 64  # files of rejects that are read for a report
+EXAMPLES = 5  # rejects that a report shows of each reason
 NOT_READ = "in more files than a report reads"
-FORGOTTEN = "forgotten"  # images that somebody wanted out: they are counted, not shown
+FORGOTTEN = "forgotten"  # reason of forgotten images, which are counted but not shown
 
 
 def begin(job: JobConfig) -> Beginning:
-    """Name a run; from now on what is said bears its name."""
+    """Name a run; all later messages have this name."""
     beginning = Beginning.now()
     note(run_id=beginning.run_id, table=job.table)
     return beginning
@@ -44,7 +44,7 @@ def begin(job: JobConfig) -> Beginning:
 
 @dataclass
 class Journal:
-    """What a run says of itself while it goes on."""
+    """What is known of a run while it is live."""
 
     beginning: Beginning
     job: JobConfig
@@ -58,10 +58,10 @@ class Journal:
     version: int | None = None
     published: bool = False
     error: str = ""
-    has_missed: bool = False  # a beat, and said so
+    has_missed: bool = False  # a state could not be written, and that was logged
 
     def state(self, outcome: Outcome = "running") -> RunState:
-        """How far the run is."""
+        """The run's state by now."""
         effort = self.effort.now()
         return self.beginning.state(
             outcome=outcome,
@@ -84,10 +84,10 @@ class Journal:
 def recorded(
     beginning: Beginning, job: JobConfig, store: Store, space_id: str, topology: cluster.Topology
 ) -> Iterator[Journal]:
-    """Record the run in this block: its state while it goes on and how it ended, and a report once it has embedded something.
+    """Record the run in this block: its state while it is live, how it ended and, if it embedded something, a report.
 
-    The state is there before the block begins: what a run of this space needs is not removed from then on. A run never
-    fails for what tells of it, and waits little for it: that it could not be written is said, and all.
+    The first state is written before the block begins; from then on, nobody removes what a run of this space needs. A run
+    never fails because its state or report cannot be written, and does not wait long for it: the failure is logged.
     """
     journal = Journal(beginning, job, store, space_id, topology)
     cluster.say_where_metrics_are()
@@ -109,8 +109,8 @@ def recorded(
         meters.show(journal.effort.now(), journal.version or journal.before)
         state = journal.state(outcome_of(journal))
         note(**asdict(state))
-        is_told = leave_state(state, store, job.retain.runs)  # first: who stops a run may not wait for long
-        if is_told and (journal.effort.samples or journal.published):
+        is_written = leave_state(state, store, job.retain.runs)  # first: a stopped run may be killed soon
+        if is_written and (journal.effort.samples or journal.published):
             _leave_report(journal, state)
 
 
@@ -121,29 +121,32 @@ def _reason_of(error: BaseException) -> str:
 
 
 def _leave_state(journal: Journal) -> None:
-    """A beat; the first that fails is said, since whoever looks from another machine will take the run for dead."""
+    """Write the state. The first failure is logged, since `status` on another machine will show the run as dead."""
     try:
         impatient(journal.store, BEAT_RETRY_S).replace(state_path(journal.beginning.run_id), journal.state().to_json())
     except (LoraEmbedError, OSError) as error:
         if not journal.has_missed:
             journal.has_missed = True
-            say(f"the run's state could not be written, so `status` does not see it; the run goes on: {error}", level="warning")
+            say(
+                f"the run's state could not be written, so `status` does not show it; the run continues: {error}",
+                level="warning",
+            )
 
 
 def leave_quiet(beginning: Beginning, job: JobConfig, store: Store, current: Manifest) -> None:
-    """What a run leaves that found nothing to do, so that a quiet night is not taken for a night without a run."""
+    """Write the state of a run that found nothing to do, so that it does not look as if there was no run."""
     state = beginning.state(outcome="current", space_id=current.space_id, version=current.version)
     note(**asdict(state))
     leave_state(state, store, job.retain.runs)
 
 
 def leave_state(state: RunState, store: Store, keep: int) -> bool:
-    """Write how a run ended, and remove what runs left that are too old; False where the store does not take it."""
+    """Write how a run ended, and remove the files of runs that are too old; False if the store cannot be written to."""
     try:
         impatient(store).replace(state_path(state.run_id), state.to_json())
         prune_runs(impatient(store), keep)
     except (LoraEmbedError, OSError) as error:
-        say(f"how the run ended could not be written to its table, so `status` does not tell it: {error}", level="warning")
+        say(f"the end of the run could not be written to its table, so `status` does not show it: {error}", level="warning")
         return False
     return True
 
@@ -153,7 +156,7 @@ def _leave_report(journal: Journal, state: RunState) -> None:
     try:
         record = make_record(journal, state, store)
         store.create(f"runs/{run_id}/report.html", run_page(record).encode(errors="backslashreplace"))
-        store.create(f"runs/{run_id}/record.json", record.to_json())  # last: where it is, the report is
+        store.create(f"runs/{run_id}/record.json", record.to_json())  # last: if it exists, the report exists too
     except (LoraEmbedError, OSError, ValueError, TypeError, LookupError) as error:  # files of another release, too
         say(f"the run's report could not be written: {error}")
     else:
@@ -163,7 +166,7 @@ def _leave_report(journal: Journal, state: RunState) -> None:
 def make_record(journal: Journal, state: RunState, store: Store) -> RunRecord:
     """The record of a run that has ended with this state."""
     job, shared, effort, workers = journal.job, journal.shared, journal.effort, journal.topology.workers
-    assert shared is not None, "nothing is embedded before"
+    assert shared is not None, "a run that embedded something has it"
     manifest = versions.read_manifest(store, journal.version) if journal.version is not None else None
     rejects, examples = find_rejects(store, manifest) if manifest is not None else ({}, ())
     options = job.model_dump(mode="json")
@@ -198,7 +201,7 @@ def outcome_of(journal: Journal) -> Outcome:
 
 
 def find_rejects(store: Store, manifest: Manifest) -> tuple[dict[str, int], tuple[RejectExample, ...]]:
-    """A version's rejects by reason, and a few of each, from its first files of rejects; what the others hold is counted."""
+    """A version's rejects by reason, and a few examples of each, from its first reject files; others are only counted."""
     counts: Counter[str] = Counter()
     shown: dict[str, list[RejectExample]] = {}
     for entry in manifest.rejects[:MOST_REJECT_FILES]:
@@ -206,9 +209,9 @@ def find_rejects(store: Store, manifest: Manifest) -> tuple[dict[str, int], tupl
         counts.update(rows["reason"].to_pylist())
         for reason in [reason for reason in counts if reason != FORGOTTEN and len(shown.setdefault(reason, [])) < EXAMPLES]:
             of_reason = rows.filter(pc.equal(rows["reason"], reason))
-            some = of_reason.slice(0, EXAMPLES - len(shown[reason])).select(["id", "reason", "detail"]).to_pylist()
+            examples = of_reason.slice(0, EXAMPLES - len(shown[reason])).select(["id", "reason", "detail"]).to_pylist()
             shown[reason] += [
-                RejectExample(id=row["id"], reason=reason, detail=without_secrets(row["detail"] or "")) for row in some
+                RejectExample(id=row["id"], reason=reason, detail=without_secrets(row["detail"] or "")) for row in examples
             ]
     if unread := sum(entry.rows for entry in manifest.rejects[MOST_REJECT_FILES:]):
         counts[NOT_READ] = unread
@@ -216,7 +219,7 @@ def find_rejects(store: Store, manifest: Manifest) -> tuple[dict[str, int], tupl
 
 
 def read_merge(store: Store, space_id: str) -> dict[str, Any]:
-    """The encoder's merge report, without its rows by weight; empty where there is none."""
+    """The encoder's merge report without its rows by weight; empty if there is none."""
     data = store.read(f"{encoder_path(space_id)}/merge_report.json")
     report = read_json(data, store.name(f"{encoder_path(space_id)}/merge_report.json")) if data is not None else {}
     for member in report.get("members", []):
@@ -225,7 +228,7 @@ def read_merge(store: Store, space_id: str) -> dict[str, Any]:
 
 
 def software() -> dict[str, str]:
-    """Installed versions of what makes vectors."""
+    """Installed versions of the packages that make vectors."""
     versions_of = {}
     for package in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""The layout of a job's parts: what the job says, and what `auto` becomes on the device of the actors."""
+"""The layout of a job's parts: the job's settings, with `auto` resolved by the device of the actors."""
 
 import json
 from dataclasses import asdict
@@ -17,9 +17,9 @@ from lora_embed.table.manifest import Manifest
 def resolve_layout(
     job: JobConfig, store: Store, encoder: Description, current: Manifest | None, topology: cluster.Topology
 ) -> Layout:
-    """The layout, with what `auto` leaves open taken from the table if it was resolved before, else from the device.
+    """The layout of a job. `auto` has the value that the table recorded before, or else is resolved by the device.
 
-    Raises TableError when the current version was made with other settings that all rows share.
+    Raises TableError if the current version was made with other values of settings that all rows of a table share.
     """
     if (layout := known_layout(job, store, encoder, current)) is not None:
         return layout
@@ -30,7 +30,7 @@ def resolve_layout(
 
 
 def known_layout(job: JobConfig, store: Store, encoder: Description, current: Manifest | None) -> Layout | None:
-    """The layout by job and table alone; None where `auto` was never resolved for this table."""
+    """The layout from job and table alone; None if `auto` was never resolved for this table."""
     resolved: dict[str, Any] = {}
     if leaves_open(job):
         device = read_record(store, resolved_path(encoder.space_id), DeviceRecord)
@@ -41,26 +41,26 @@ def known_layout(job: JobConfig, store: Store, encoder: Description, current: Ma
     if current is not None and current.pins != layout.pins:
         differing = [name for name, value in layout.pins.items() if current.pins[name] != value]
         raise TableError(
-            f"{store.uri}: version {current.version} was made with other settings than this job: "
+            f"{store.uri}: version {current.version} was made with other settings than this job has: "
             + "; ".join(f"{name} {current.pins[name]!r}, now {layout.pins[name]!r}" for name in differing)
-            + ". All rows of a table share them: set them back, or name another table."
+            + ". All rows of a table must have the same: set them back, or name another table."
         )
     return layout
 
 
 def leaves_open(job: JobConfig) -> bool:
-    """Is precision or batch size up to the device?"""
+    """Is precision or batch size `auto`?"""
     return "auto" in (job.precision, job.batch_size)
 
 
 def ask_device(topology: cluster.Topology) -> dict[str, Any]:
-    """What `auto` is on the device of the actors."""
+    """The values of `auto` on the device of the actors."""
     device = pipeline.ask_device(topology)
     return {"precision": device.precision, "batch_size": device.batch_size}
 
 
 def layout_of(job: JobConfig, resolved: dict[str, Any]) -> Layout:
-    """The job's layout, with `precision` and `batch_size` as resolved where the job leaves them to the device."""
+    """The job's layout, with the resolved `precision` and `batch_size` where the job has `auto`."""
     return Layout(
         precision=resolved["precision"] if job.precision == "auto" else job.precision,
         batch_size=resolved["batch_size"] if job.batch_size == "auto" else job.batch_size,

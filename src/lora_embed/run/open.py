@@ -1,4 +1,4 @@
-"""A job opened: its input listed, its recipe read, and what its table holds already, before anything is written."""
+"""Open a job before anything is written: list its input, read its recipe, and find what its table already holds."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,29 +20,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenJob:
-    """A job and what reading tells of it."""
+    """A job, and what was found by reading its input, recipe and table."""
 
     job: JobConfig
     store: Store  # the table's
     shards: list[Shard]
     source: "Ingredients | Path"  # a recipe's files, read and hashed, or the directory of an encoder
     current: Manifest | None
-    encoder: Description | None  # that this source was built into before, where the table's storage holds it whole
+    encoder: Description | None  # the encoder built from this source before, if the table's storage holds it completely
 
     @property
     def base(self) -> str | None:
-        """Where the encoder's base lies, by the user's word. Raises EncoderError for one that lies elsewhere."""
+        """The place of the encoder's base that the user named. Raises EncoderError for a base that lies elsewhere."""
         return named_base(self.source)
 
     def known_layout(self) -> Layout | None:
-        """None where the table has no such encoder, or never resolved `auto`. Raises TableError for settings that differ."""
+        """None if the table lacks the encoder, or `auto` was never resolved. Raises TableError for settings that differ."""
         return known_layout(self.job, self.store, self.encoder, self.current) if self.encoder is not None else None
 
 
 def open_job(job: JobConfig, *, writes: bool = True) -> OpenJob:
     """List the job's input, read its recipe and find its table's current version.
 
-    With `writes`, a table that cannot be written to is refused, too. Raises ConfigError and StorageError.
+    With `writes`, also checks that the table can be written to. Raises ConfigError and StorageError.
     """
     store = Store(job.table, job.table_storage_options)
     store.check_reachable()

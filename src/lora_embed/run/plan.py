@@ -1,4 +1,4 @@
-"""What a run would do, and how long it would take: for a person who is about to start it."""
+"""Show what a run would do, and how long it would take, without writing anything."""
 
 import statistics
 import tempfile
@@ -27,19 +27,19 @@ from lora_embed.vectors.health import seeded_sample
 if TYPE_CHECKING:
     from lora_embed.model.build import Ingredients
 
-SHARDS_AN_ACTOR, IMAGES_A_SHARD = 3, 32  # what a forecast embeds
+SHARDS_AN_ACTOR, IMAGES_A_SHARD = 3, 32  # size of the sample that a forecast embeds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """How long a run would take here, by a few images that were embedded for it."""
+    """How long a run would take here, estimated from a few images that were embedded for it."""
 
-    images: int  # estimated where only the bytes are known
+    images: int  # estimated from bytes if the number is not known
     seconds: float  # the start and the embedding; publication takes a few more
     start_seconds: float
     images_per_second: float
-    cost: float | None  # in the currency of the job's prices; None without such
-    bound: str  # the sentence
+    cost: float | None  # in the currency of the job's prices; None if the job has no prices
+    bound: str  # a sentence that says what limits the speed
 
     def describe(self) -> str:
         """For a person."""
@@ -81,9 +81,9 @@ class Outlook:
 
 
 def plan_job(job: JobConfig, *, forecasts: bool = False) -> Outlook:
-    """List input and table and say what a run would do; writes nothing and, unless it `forecasts`, starts no cluster.
+    """List input and table and find what a run would do. Writes nothing; starts no cluster unless `forecasts` is set.
 
-    Raises ConfigError as `run_job` does, for what can be seen by reading.
+    Raises the same ConfigErrors as `run_job`, as far as they can be found by reading.
     """
     opened = open_job(job, writes=False)
     store, shards, current, source = opened.store, opened.shards, opened.current, opened.source
@@ -118,10 +118,10 @@ def plan_job(job: JobConfig, *, forecasts: bool = False) -> Outlook:
 def forecast(
     job: JobConfig, store: Store, source: "Ingredients | Path", layout: Layout | None, items: list[WorkItem]
 ) -> Forecast:
-    """Embed the first images of a seeded few shards on the cluster, keeping nothing, and reckon from what they took.
+    """Embed the first images of a few shards on the cluster, discard the vectors, and estimate the time of a run.
 
-    Raises ConfigError where the encoder is not on the table's storage and the cluster's nodes cannot reach it here;
-    IncompleteRun where no image of the sample can be read.
+    Raises ConfigError if the encoder is not on the table's storage and other nodes cannot reach it on this machine;
+    IncompleteRun if no image of the sample can be read.
     """
     started = time.monotonic()
     cluster.connect()
@@ -129,7 +129,7 @@ def forecast(
     with tempfile.TemporaryDirectory() as scratch:
         encoder, uri = _find_or_build(job, store, source, Path(scratch) / "encoder")
         layout = layout or layout_of(job, ask_device(topology) if leaves_open(job) else {})
-        limit = max(IMAGES_A_SHARD, 2 * layout.batch_size)  # batches that are mostly padding would say nothing
+        limit = max(IMAGES_A_SHARD, 2 * layout.batch_size)  # batches that are mostly padding would give a wrong estimate
         layout = replace(layout, limit=limit)
         sample = _sample(items, SHARDS_AN_ACTOR * topology.workers.actors, limit)
         shared = replace(
@@ -147,10 +147,10 @@ def forecast(
 
 
 def reckon(job: JobConfig, chunks: list[ChunkHead], images: int, start_seconds: float, workers: Workers) -> Forecast:
-    """The forecast by what some chunks took; each actor's first, in which caches fill, does not count where there are more."""
+    """Estimate from the times of some chunks. If there are enough, each actor's first chunk, which fills caches, is ignored."""
     counted = [stats for stats in (chunks[workers.actors :] or chunks) if stats.samples]
     if not counted:
-        raise IncompleteRun("no image of the sample could be read, so nothing is known of the others")
+        raise IncompleteRun("no image of the forecast's sample could be read. Check the input with `lora-embed run`.")
     samples = sum(stats.samples for stats in counted)
     typical = {
         stage: statistics.median(stats.seconds.get(stage, 0.0) / stats.samples for stats in counted) * samples
@@ -174,29 +174,29 @@ def reckon(job: JobConfig, chunks: list[ChunkHead], images: int, start_seconds: 
 
 
 def _find_or_build(job: JobConfig, store: Store, source: "Ingredients | Path", out: Path) -> tuple[Description, str]:
-    """The encoder and where actors find it: on the table's storage, or on this machine where that is all there is."""
+    """The encoder, and where actors load it: from the table's storage, or from this machine if it is the only node."""
     if (known := find_encoder(source, store)) is not None:
         return known, f"{store.uri}/{encoder_path(known.space_id)}"
     if cluster.count_nodes() > 1 and not job.shared_filesystem:
         raise ConfigError(
-            f"{job.table}: the encoder is not there yet, and other nodes cannot reach it on this machine. Run the job once "
-            "with --set limit=1, which puts it there, and ask for the forecast again."
+            f"{job.table}: does not hold the encoder yet, and other nodes cannot reach it on this machine. Run the job once "
+            "with --set limit=1, which stores the encoder, then ask for the forecast again."
         )
     folder = prepare_encoder(source, out)
     return read_description(folder), str(folder)
 
 
 def _sample(items: list[WorkItem], count: int, limit: int) -> list[WorkItem]:
-    """The first images of a seeded few shards, from the start of each: what of them is done does not matter."""
+    """The first images of a few shards, chosen by seed; chunks that are already done are embedded again."""
     by_name = {item.shard.name: item for item in items}
     chosen = seeded_sample(by_name, count)
     return [replace(by_name[name], done=frozenset(), limit=limit) for name in chosen]
 
 
 def _count_images(job: JobConfig, layout: Layout, items: list[WorkItem], sample: list[WorkItem]) -> int:
-    """Images in all, by the bytes of all and the images of the sampled shards; those that are done in part count less."""
-    held = sum(count_samples(item.shard, layout, job.input_storage_options, job.limit or 10**9) for item in sample)
+    """Estimate the number of images to embed from the bytes of all shards and the images of the sampled ones."""
+    sampled = sum(count_samples(item.shard, layout, job.input_storage_options, job.limit or 10**9) for item in sample)
     size = sum(item.shard.size for item in sample)
-    total = round(held * sum(item.shard.size for item in items) / max(size, 1))
+    total = round(sampled * sum(item.shard.size for item in items) / max(size, 1))
     done = sum(len(item.done) * layout.chunk_size for item in items)
     return max(0, (min(total, job.limit) if job.limit is not None else total) - done)

@@ -1,4 +1,4 @@
-"""Is a new encoder worth a full pass? A seeded sample of the table goes first, and is held against the current version."""
+"""Decide whether a new encoder is worth embedding everything: embed a seeded sample and compare it with the version."""
 
 import json
 
@@ -24,10 +24,10 @@ from lora_embed.vectors.health import combine, measure_rows
 def embed_sample(
     job: JobConfig, shared: pipeline.Job, current: Manifest, shards: list[Shard], topology: cluster.Topology, effort: Effort
 ) -> bool:
-    """Embed whole shards until the sample is full, compare, and say what the job's policy makes of it.
+    """Embed whole shards until the sample is full, compare them, and log the decision of the job's policy.
 
-    Returns whether to go on with a full pass. What it embeds is counted in `effort` and staged like all else, so such a pass
-    does not embed it again. Raises GateFailed where a person is to decide.
+    Returns whether to embed everything. The sample is counted in `effort` and staged like other parts, so it is not embedded
+    twice. Raises GateFailed if a person must decide.
     """
     sample = work.choose_unchanged(current, shards, job.reembed.sample)
     if not sample:
@@ -40,8 +40,8 @@ def embed_sample(
     say(f"sample of {samples:,} images in {len(sample)} shards: {decision.says}")
     if decision.action == "ask":
         raise GateFailed(
-            f"{job.table}: not embedded anew, version {current.version} stays: {decision.says} Mend the recipe, or set "
-            "reembed.sample to 0 to go on without a sample."
+            f"{job.table}: not embedded anew, version {current.version} stays: {decision.says} Correct the recipe, or set "
+            "reembed.sample to 0 to embed everything without a sample."
         )
     return decision.action == "go on"
 
@@ -53,8 +53,8 @@ def _decide(job: JobConfig, shared: pipeline.Job, current: Manifest, sample: lis
     paths = [path for s in sample for path in staging.part_paths(shared.encoder.space_id, shared.layout, staged.get(s.id, []))]
     parts = [parquet.read_rows(shared.store, path) for path in paths]
     health = combine([measure_rows(part) for part in parts]) if parts else None
-    found = health.figures() if health is not None and health.count else None
-    extra = judge.judge_space(shared.store, current, shared.encoder.space_id, found, limits)
+    figures = health.figures() if health is not None and health.count else None
+    extra = judge.judge_space(shared.store, current, shared.encoder.space_id, figures, limits)
     embedded = pa.concat_tables(parts).filter(pc.field("reason").is_null()) if parts else None
     rows = judge.by_id(judge.some_rows(embedded, job.reembed.sample)) if embedded is not None else {}
     compared = judge.compare_rows(judge.rows_of(shared.store, current, list(rows)), rows)
@@ -62,7 +62,7 @@ def _decide(job: JobConfig, shared: pipeline.Job, current: Manifest, sample: lis
 
 
 def _seconds_an_image(shared: pipeline.Job, effort: Effort, workers: Workers) -> float:
-    """As the sample took when it was embedded, which may have been another night."""
+    """Seconds per image when the sample was embedded, which may have been in an earlier run."""
     path = f"staging/{shared.encoder.space_id}/sample.json"
     if effort.samples:
         took = seconds_an_image(effort.seconds, effort.samples, workers)

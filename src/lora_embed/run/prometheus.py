@@ -1,6 +1,6 @@
-"""What a run counts, for Prometheus, on the metrics endpoint of its Ray node.
+"""Metrics of a run for Prometheus, on the metrics endpoint of its Ray node.
 
-Every series bears the table; the run's id stands in `run_info` alone, so that a year of nights is not a year of new series.
+Every series has the label `table`. The run's id is only in `run_info`, so that nightly runs do not add series every night.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ COUNTERS = {  # name, to which Ray adds `_total` → help, further tags
     "storage_retries": ("Requests to a store that were tried again.", ()),
 }
 GAUGES = {
-    "shards": ("Shards of the run that goes on.", ("state",)),
+    "shards": ("Shards of the live run.", ("state",)),
     "version": ("The table's current version, as the run knows it.", ()),
     "run_start_timestamp_seconds": ("When the run began.", ()),
     "last_chunk_timestamp_seconds": ("When the last chunk came in; the run's beginning until then.", ()),
@@ -32,7 +32,7 @@ BOUNDS = (*STAGES, "transfer", "start")
 
 
 class Meters:
-    """The meters of one run, brought up to what it has done by `show`."""
+    """The metrics of one run; `show` brings them up to date."""
 
     def __init__(self, table: str, run_id: str, started: float) -> None:
         self._table, self._run_id, self._started = without_secrets(table), run_id, started
@@ -41,7 +41,7 @@ class Meters:
         self._shown: dict[tuple[str, str], float] = {}
 
     def show(self, effort: Effort, version: int | None) -> None:
-        """Counters grow by what was not shown yet; gauges are as they are now. For one thread at a time."""
+        """Increase counters by what is new, and set gauges to the present values. Call it from one thread at a time."""
         for name in ("samples", "vectors", "chunks", "image_bytes"):
             self._count(name, getattr(effort, name))
         self._count("storage_retries", effort.retries)

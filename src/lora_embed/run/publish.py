@@ -19,8 +19,8 @@ from lora_embed.table import compact, staging, versions
 from lora_embed.table.manifest import Manifest, ShardCounts, join_records
 
 SHARDS_PER_TASK = 64  # to verify one takes milliseconds
-BYTES_HERE = 2 * compact.DATA_FILE_BYTES  # of vectors that are compacted in this process: a worker takes seconds to start
-_GROUP = re.compile(r"/#\d+of\d+$")  # as `plan._image_groups` names them
+BYTES_HERE = 2 * compact.DATA_FILE_BYTES  # vectors up to this size are compacted here, as starting a worker takes seconds
+_GROUP = re.compile(r"/#\d+of\d+$")  # the name of a group of loose images ends like this
 
 
 def publish(
@@ -32,23 +32,23 @@ def publish(
     releases: bool = False,
     accepted: dict[str, str] | None = None,
 ) -> tuple[Manifest, bool]:
-    """Make the shards the table's current version; False beside the manifest when they already are.
+    """Publish the shards as the table's current version. Returns its manifest, and False if it existed already.
 
-    `replaces` is the space whose vectors the run set out to replace, if another one; `releases` publishes a space that a
-    rollback holds back; `accepted` are gates that a person lets through, with the reason. Raises IncompleteRun,
-    VerificationFailed or GateFailed; staged parts are removed only once a version holds their rows.
+    `replaces` is the space whose vectors this run was started to replace; `releases` allows a space that a rollback holds
+    back; `accepted` are gates that a person accepts although they fail, with the reason. Raises IncompleteRun,
+    VerificationFailed or GateFailed. Staged parts are removed only once a version holds their rows.
     """
     store = shared.store
-    wanted = {shard.id: shard for shard in shards}
+    by_id = {shard.id: shard for shard in shards}
     while True:
         current = versions.manifest_to_follow(store)
         versions.refuse_held(current, shared.encoder.space_id, releases=releases)
         _refuse_backwards(store, current, shared.encoder.space_id, replaces)
-        if current is not None and current.space_id == shared.encoder.space_id and set(current.shards) == set(wanted):
+        if current is not None and current.space_id == shared.encoder.space_id and set(current.shards) == set(by_id):
             staging.clear_absorbed(store, current, shared.layout)
             return current, False
         try:
-            manifest = _next_version(job, shared, current, wanted, accepted or {})
+            manifest = _next_version(job, shared, current, by_id, accepted or {})
             versions.refuse_gone(store, manifest)
             committed = versions.commit_version(store, manifest)
         except (IncompleteRun, VerificationFailed):
@@ -58,23 +58,27 @@ def publish(
         if committed:
             _clear(shared, manifest)
             return manifest, True
-        say(f"version {manifest.version} was published by another run meanwhile; planning again from it")
+        say(f"another run published version {manifest.version} meanwhile; planning the next version from it")
 
 
 def _clear(shared: pipeline.Job, manifest: Manifest) -> None:
-    """Remove the parts that the new version has absorbed; it is published whether or not that succeeds."""
+    """Remove the staged parts whose rows the new version holds. If that fails, it is only logged."""
     try:
         staging.clear_absorbed(shared.store, manifest, shared.layout)
     except (StorageError, StoreUnavailable) as error:
-        say(f"version {manifest.version} is published, but what it replaces could not be cleared; the next one will: {error}")
+        say(
+            f"version {manifest.version} is published, but its staged parts could not be removed: {error}. The next run "
+            "removes them."
+        )
 
 
 def _refuse_backwards(store: Store, current: Manifest | None, space_id: str, replaces: str | None) -> None:
-    """A run that took long must not put back what another one has replaced meanwhile."""
+    """Raises IncompleteRun if another run has published a third space meanwhile, which this run must not undo."""
     if current is not None and current.space_id not in (space_id, replaces):
         raise IncompleteRun(
-            f"{store.uri}: version {current.version} has vectors of space {current.space_id} by now, published while this run "
-            f"made those of space {space_id}. What was embedded is kept: if that is still wanted, run it again."
+            f"{store.uri}: version {current.version} with vectors of space {current.space_id} was published while this run "
+            f"embedded space {space_id}, so nothing was published. What was embedded is kept. To replace that version, run the "
+            "same command again."
         )
 
 
@@ -83,23 +87,23 @@ def _version(manifest: Manifest | None) -> int:
 
 
 def _next_version(
-    job: JobConfig, shared: pipeline.Job, current: Manifest | None, wanted: dict[str, Shard], accepted: dict[str, str]
+    job: JobConfig, shared: pipeline.Job, current: Manifest | None, shards: dict[str, Shard], accepted: dict[str, str]
 ) -> Manifest:
-    """The next version's manifest, its files written and its gates passed."""
+    """Write the files of the next version, check its gates, and return its manifest."""
     store, encoder, layout = shared.store, shared.encoder, shared.layout
     before = versions.newest_of(store, encoder.space_id, layout.pins, current)
     forgotten = current.forgotten if current is not None else ()
-    reuse = compact.plan_reuse(before, set(wanted), set(forgotten) - set(before.forgotten if before is not None else ()))
-    kept = set(before.shards) & set(wanted) if before is not None else set()
+    reuse = compact.plan_reuse(before, set(shards), set(forgotten) - set(before.forgotten if before is not None else ()))
+    kept = set(before.shards) & set(shards) if before is not None else set()
     staged = staging.staged_parts(store, encoder.space_id, layout.layout_id)
-    new = {shard_id: staged.get(shard_id, []) for shard_id in wanted if shard_id not in kept}
-    _refuse_incomplete(new, wanted)
+    new = {shard_id: staged.get(shard_id, []) for shard_id in shards if shard_id not in kept}
+    _refuse_incomplete(new, shards)
     few = len(new) <= SHARDS_PER_TASK
-    sources = _verified_sources(shared, new, wanted, here=few)
+    sources = _verified_sources(shared, new, shards, here=few)
     counts = join_records(record for source in sources for record in source.shards)
     shares = _shares(job, current, list(counts.values()), kept)
     if before is not None:
-        again = _embedded_again(job, shared, before, wanted, staged)
+        again = _embedded_again(job, shared, before, shards, staged)
         drift = judge.drift(shared, before, again, job.reembed.drift)
         shares += [drift] if drift is not None else []
     judge.decide(job.table, shares, accepted)
@@ -125,7 +129,7 @@ def _next_version(
 
 
 def _lineage_of(job: JobConfig, shared: pipeline.Job) -> dict[str, Any]:
-    """Where a version comes from, and how long what it leaves behind is kept."""
+    """The recipe, input and layout that a version comes from, and its retention settings."""
     return {
         "recipe_id": shared.encoder.recipe_id,
         "input": list(job.input),
@@ -135,9 +139,9 @@ def _lineage_of(job: JobConfig, shared: pipeline.Job) -> dict[str, Any]:
 
 
 def _verified_sources(
-    shared: pipeline.Job, new: dict[str, list[Part]], wanted: dict[str, Shard], *, here: bool
+    shared: pipeline.Job, new: dict[str, list[Part]], shards: dict[str, Shard], *, here: bool
 ) -> list[compact.Source]:
-    """What the parts of new shards give to data files, once their footers are checked."""
+    """Check the footers of new shards' parts, and return the parts as sources of data files."""
     store, space_id, layout = shared.store, shared.encoder.space_id, shared.layout
     where = (store, space_id, layout)
     checked = pipeline.map_tasks(staging.verify_parts, where, list(new.values()), each_has=SHARDS_PER_TASK, here=here)
@@ -145,15 +149,15 @@ def _verified_sources(
     sources = []
     for verified in checked:
         parts = staging.part_paths(space_id, layout, new[verified.shard_id])
-        sources += compact.cut_shard(wanted[verified.shard_id], verified, parts, vector_bytes)
+        sources += compact.cut_shard(shards[verified.shard_id], verified, parts, vector_bytes)
     return sources
 
 
 def _embedded_again(
-    job: JobConfig, shared: pipeline.Job, before: Manifest, wanted: dict[str, Shard], staged: dict[str, list[Part]]
+    job: JobConfig, shared: pipeline.Job, before: Manifest, shards: dict[str, Shard], staged: dict[str, list[Part]]
 ) -> list[str]:
-    """Paths of the parts that were embedded again to notice drift; of all others that a version holds, none is read."""
-    chosen = work.choose_again(job, shared.layout, before, list(wanted.values()))
+    """Paths of the parts that were embedded again to notice drift."""
+    chosen = work.choose_again(job, shared.layout, before, list(shards.values()))
     return [
         path
         for shard, chunk in chosen
@@ -163,29 +167,31 @@ def _embedded_again(
     ]
 
 
-def _refuse_incomplete(new: dict[str, list[Part]], wanted: dict[str, Shard]) -> None:
-    incomplete = [wanted[shard_id].name for shard_id, parts in new.items() if not staging.is_complete(parts)]
+def _refuse_incomplete(new: dict[str, list[Part]], shards: dict[str, Shard]) -> None:
+    incomplete = [shards[shard_id].name for shard_id, parts in new.items() if not staging.is_complete(parts)]
     if incomplete:
-        raise IncompleteRun(f"{len(incomplete)} shards are not complete, first {incomplete[0]}; run the same command again")
+        raise IncompleteRun(
+            f"{len(incomplete)} shards are not complete, such as {incomplete[0]}. Run the same command again to continue."
+        )
 
 
 def _shares(job: JobConfig, current: Manifest | None, new: list[ShardCounts], kept: set[str]) -> list[Gate]:
-    """The gates that counts alone decide, before anything is written.
+    """The gates `rejects` and `removed`, which need counts alone, before anything is written.
 
-    A group of loose images is there whatever it still holds, so `removed` looks at images as well as at shards.
+    A group of loose images stays a shard also if most of its images are removed, so `removed` also counts images.
     """
     samples, rejects = _samples(new), sum(shard.rejects for shard in new)
     before = current.shards if current is not None else {}
     replaced = [shard for shard_id, shard in before.items() if shard_id not in kept]
     now, then = _by_place(new), _by_place(replaced)
     removed = sum(1 for shard in replaced if _place(shard) not in now)
-    lost, held = (then - now).total(), _samples(before.values())
+    lost, total = (then - now).total(), _samples(before.values())
     figures = {
         "rejects": (rejects / max(samples, 1), job.max_rejects, f"{rejects:,} of {samples:,} new samples cannot be embedded"),
         "removed": (
-            max(removed / max(len(before), 1), lost / max(held, 1)),
+            max(removed / max(len(before), 1), lost / max(total, 1)),
             job.max_removed,
-            f"{removed:,} of {len(before):,} shards and {lost:,} of {held:,} images of the version before are gone",
+            f"{removed:,} of {len(before):,} shards and {lost:,} of {total:,} images of the version before are missing",
         ),
     }
     return [
@@ -206,5 +212,5 @@ def _by_place(shards: Iterable[ShardCounts]) -> Counter[str]:
 
 
 def _place(shard: ShardCounts) -> str:
-    """A shard's name, or the folder of loose images, whose groups are dealt anew when it has doubled."""
+    """A shard's name; for a group of loose images its folder, since the groups change when the folder has doubled."""
     return _GROUP.sub("", shard.name)

@@ -1,4 +1,4 @@
-"""What a run refuses before it writes anything: paths that other nodes cannot reach, and vectors of another space."""
+"""Checks before a run writes anything: all nodes must reach its paths, and its space must be the table's."""
 
 import os
 from collections.abc import Iterable
@@ -17,12 +17,12 @@ SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a subm
 
 
 def refuse_local_paths(opened: OpenJob, base: BaseReference | None) -> None:
-    """Raises ConfigError for a table that goes with the job, and when several nodes would each look on disks of their own."""
+    """Raises ConfigError for a table inside a submitted folder, and for local paths on a cluster of several nodes."""
     job, store = opened.job, opened.store
     if SUBMITTED in os.environ and store.is_local and Path(job.table).is_relative_to(Path.cwd()):
         raise ConfigError(
-            f"{job.table} lies in Ray's copy of the submitted folder and would be lost with it. Name a table outside of it, "
-            "such as s3://…"
+            f"{job.table}: is in Ray's copy of the submitted folder, which Ray removes after the job. Name a table outside of "
+            "it, such as s3://…"
         )
     local = local_places(store, opened.shards, job.input_storage_options)
     if base is not None and os.path.isabs(base.uri):  # each node rebuilds the encoder from it
@@ -30,38 +30,36 @@ def refuse_local_paths(opened: OpenJob, base: BaseReference | None) -> None:
     if not job.shared_filesystem:
         refuse_unshared(
             local,
-            "Use a URI that all nodes reach, such as s3://…, or set shared_filesystem to true if they all mount it there.",
+            "Use a URI that all nodes reach, such as s3://…, or set shared_filesystem to true if all nodes mount the path.",
         )
 
 
 def local_places(store: Store, shards: Iterable[Shard], input_options: dict[str, Any]) -> list[str]:
-    """Which of a store and the roots of these shards lie on a disk."""
+    """Those of the store and the roots of these shards that are local paths."""
     roots = {shard.root for shard in shards if Store(shard.root, input_options).is_local}
     return [store.uri] * store.is_local + sorted(roots)
 
 
 def refuse_unshared(local: list[str], remedy: str) -> None:
-    """Raises ConfigError for local paths where several nodes would each look on disks of their own."""
+    """Raises ConfigError for local paths on a cluster of several nodes, each of which has its own disks."""
     nodes = cluster.count_nodes()
     if local and nodes > 1:
-        raise ConfigError(
-            f"{local[0]} is a local path, but this cluster has {nodes} nodes, each with disks of its own. {remedy}"
-        )
+        raise ConfigError(f"{local[0]} is a local path, but this cluster has {nodes} nodes with separate disks. {remedy}")
 
 
 def refuse_space(opened: OpenJob, encoder: Description, *, replaces: bool, releases: bool) -> None:
-    """Raises TableError for a space that this run may not publish: another than the table's, or one that is held back."""
+    """Raises TableError or GateFailed for a space that this run may not publish: not the table's, or held back."""
     if not replaces:
         refuse_other_space(opened, encoder)
     versions.refuse_held(opened.current, encoder.space_id, releases=releases)
 
 
 def refuse_other_space(opened: OpenJob, encoder: Description) -> None:
-    """Raises TableError when the table's current version holds vectors of another space than the encoder's."""
+    """Raises TableError if the table's current version holds vectors of another space than the encoder's."""
     current = opened.current
     if current is not None and current.space_id != encoder.space_id:
         raise TableError(
-            f"{opened.store.uri}: version {current.version} holds vectors of space {current.space_id}, this recipe makes space "
-            f"{encoder.space_id}; vectors of two spaces never mix. Name another table or the recipe that made this one, or "
-            "let jobs/reembed_nightly.py replace them all."
+            f"{opened.store.uri}: version {current.version} holds vectors of space {current.space_id}, but this recipe makes "
+            f"space {encoder.space_id}, and vectors of two spaces must never mix. Name another table, or the recipe that made "
+            "this table, or run jobs/reembed_nightly.py to replace all vectors."
         )

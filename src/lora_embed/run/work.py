@@ -1,4 +1,4 @@
-"""What a job has yet to embed, and embedding it, however often it takes."""
+"""Find what a job has yet to embed, and embed it, in up to three attempts."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,13 +18,13 @@ from lora_embed.table.manifest import Manifest, prefixes_of_ids
 from lora_embed.vectors.health import seeded_sample
 
 ATTEMPTS = 3
-MOST_IN_A_ROW = 8  # shards that fail for a store that does not answer, before a run is given up
+MOST_IN_A_ROW = 8  # shards in a row that fail because a store does not answer, before the run is given up
 
 
 def find_work(job: JobConfig, store: Store, encoder: Description, layout: Layout, shards: list[Shard]) -> list[WorkItem]:
-    """Subtract what is published or staged from the listed shards; a trial run takes the first `limit` samples."""
+    """The listed shards without those that are published or staged; for a trial run only the first `limit` samples."""
     staged = staging.staged_parts(store, encoder.space_id, layout.layout_id)
-    current = versions.read_manifest(store)  # after the listing: another run may publish, and remove its parts, in between
+    current = versions.read_manifest(store)  # read after the listing, since another run may publish and remove parts
     before = versions.newest_of(store, encoder.space_id, layout.pins, current)
     published = set(before.shards) if before is not None else set()
     items = [
@@ -55,9 +55,10 @@ def _first_samples(items: list[WorkItem], limit: int, layout: Layout, options: d
 
 
 def choose_unchanged(current: Manifest, shards: list[Shard], samples: int, seed: int = 0) -> list[Shard]:
-    """Whole shards that a version holds as they are, in a seeded order, until they hold that many samples.
+    """Unchanged shards of a version, in a seeded order, until they hold that many samples.
 
-    Shards that may hold a forgotten image come last: what is embedded to be compared alone may stay staged for long.
+    Shards that may hold a forgotten image come last, because parts that are embedded for comparison can stay staged for
+    long.
     """
     unchanged = {shard.name: shard for shard in shards if shard.id in current.shards}
     apart = prefixes_of_ids(current.forgotten) if current.forgotten else set()
@@ -72,7 +73,7 @@ def choose_unchanged(current: Manifest, shards: list[Shard], samples: int, seed:
 
 
 def choose_again(job: JobConfig, layout: Layout, before: Manifest, shards: list[Shard]) -> list[tuple[Shard, int]]:
-    """A few unchanged shards, another few for each version, and the chunk of each that is embedded again: see `judge.drift`."""
+    """A few unchanged shards, others for each version, and for each the chunk to embed again: see `judge.drift`."""
     if not job.reembed.drift or job.limit is not None:
         return []
     chosen = choose_unchanged(before, shards, job.reembed.drift, seed=before.version)
@@ -81,7 +82,7 @@ def choose_again(job: JobConfig, layout: Layout, before: Manifest, shards: list[
 
 
 def find_drift_work(job: JobConfig, shared: pipeline.Job, shards: list[Shard]) -> list[WorkItem]:
-    """What is embedded again to notice drift, but for chunks of which that was done since the version was committed."""
+    """Chunks to embed again to notice drift, except those embedded again since the version was committed."""
     store, layout, space_id = shared.store, shared.layout, shared.encoder.space_id
     before = versions.newest_of(store, space_id, layout.pins, versions.read_manifest(store))
     if before is None:
@@ -96,7 +97,7 @@ def find_drift_work(job: JobConfig, shared: pipeline.Job, shards: list[Shard]) -
         if path is not None and written is not None:
             if committed is not None and written.modified > committed.modified:
                 continue
-            store.delete([path])  # the version was made of it, so that it would be equal
+            store.delete([path])  # the version was made from this part, so a comparison with it would show nothing
         chunks = -(-before.shards[shard.id].samples // layout.chunk_size)
         items.append(WorkItem(shard=shard, done=frozenset(range(chunks)) - {again}))
     return items
@@ -107,14 +108,14 @@ def embed_missing(
 ) -> Effort:
     """Embed what is neither published nor staged.
 
-    Beside it go a few that are published, not counted: their vectors must still be the same. When workers were lost for
-    good or a store did not answer, what is still missing is tried again, up to `ATTEMPTS` times in all. What it takes is
-    counted in `effort` as it goes on, also where it fails. Raises IncompleteRun naming the shards that failed.
+    A few published chunks are embedded again as well, but not counted: their vectors must be the same as before. If workers
+    were lost for good or a store did not answer, what is missing is tried again, in up to `ATTEMPTS` attempts. `effort`
+    counts what was done, also if embedding fails. Raises IncompleteRun naming the shards that failed.
     """
     effort = effort or Effort()
     for attempt in range(1, ATTEMPTS + 1):
         work = find_work(job, shared.store, shared.encoder, shared.layout, shards)
-        done = f"{len(shards) - len(work)} done, " if job.limit is None else ""  # the others of a trial are not asked for
+        done = f"{len(shards) - len(work)} done, " if job.limit is None else ""  # a trial run does not need the others
         say(f"{len(shards)} shards: {done}{len(work)} to embed")
         if not work:
             break
@@ -126,13 +127,13 @@ def embed_missing(
             except WorkersLost as error:
                 if attempt == ATTEMPTS:
                     raise
-                say(f"{error}\ntrying again what is missing")
+                say(f"{error}\nTrying again to embed what is missing.")
                 continue
         if not failures:
             break
         if attempt == ATTEMPTS or not all(failure.may_pass for failure in failures.values()):
             raise _incomplete(failures, len(work))
-        say(f"{len(failures)} shards could not be read; trying them again")
+        say(f"{len(failures)} shards could not be read; trying again to read them")
     return effort
 
 
@@ -144,11 +145,11 @@ def _embed(
     progress: Progress,
     failures: dict[str, ChunkHead],
 ) -> None:
-    """Run the chain once, counting what it yields. Raises IncompleteRun where going on would be in vain."""
+    """Run the chain once and count what it yields. Raises IncompleteRun if many shards in a row fail."""
     in_a_row = 0
     uncounted = {item.shard.id for item in again}
     for stats in pipeline.embed_items([*again, *work], shared, topology):
-        if stats.shard_id in uncounted:  # one that cannot be read any more has its vectors, and says nothing of drift
+        if stats.shard_id in uncounted:  # also if it failed: its vectors are published, and only the drift check lacks it
             continue
         progress.add(stats)
         in_a_row = in_a_row + 1 if stats.may_pass else 0
@@ -161,6 +162,6 @@ def _embed(
 def _incomplete(failures: dict[str, ChunkHead], of: int) -> IncompleteRun:
     first = "\n".join(f"  {message}" for message in sorted(failure.error for failure in failures.values())[:10])
     return IncompleteRun(
-        f"{len(failures)} of {of} shards are not complete, so nothing was published; "
-        f"what was embedded is kept, and the same command goes on:\n{first}"
+        f"{len(failures)} of {of} shards are not complete, so nothing was published. What was embedded is kept. Run the same "
+        f"command again to continue:\n{first}"
     )

@@ -1,1 +1,1 @@
-"""Nearest images of a query, and indexes. Imports `report`, `table`, `images` and what is below them."""
+"""Find the nearest images of a query, and make indexes. Imports `report`, `table`, `images` and what is below them."""

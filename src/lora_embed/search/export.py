@@ -1,4 +1,4 @@
-"""A table's vectors → an index to search: FAISS or Lance, made and opened by their own libraries."""
+"""Write a table's vectors as an index to search, and open it: FAISS or Lance, by their own libraries."""
 
 import json
 from dataclasses import asdict
@@ -22,17 +22,17 @@ KINDS = ("faiss-flat", "faiss-ivf", "faiss-hnsw", "lance")
 
 
 def export_index(table: "Table", kind: str, out: Path, seed: int = 0) -> IndexDescription:
-    """Write an index of a table's version into a new directory, which is there only once it is whole.
+    """Write an index of a table's version into a new directory, which appears only once the index is complete.
 
-    Raises ConfigError for an unknown kind, a library that is not installed, a directory in use or a table without
-    vectors; VerificationFailed when the index does not hold as many vectors as the version.
+    Raises ConfigError for an unknown kind, a library that is not installed, a directory that is not empty or a table
+    without vectors; VerificationFailed if the index does not hold as many vectors as the version.
     """
     if kind not in KINDS:
-        raise ConfigError(f"{kind!r} is no kind of index; expected {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+        raise ConfigError(f"{kind!r} is not a kind of index; expected {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     name = kind.partition("-")[0]
     library = import_library(name)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"{out}: is there already and not an empty directory. Name a new one, or remove it.")
+        raise ConfigError(f"{out}: exists and is not an empty directory. Name a new one, or remove it.")
     if not table.count:
         raise ConfigError(f"{table.store.uri}: version {table.version} holds no vectors, so there is nothing to index")
     Store(str(out.parent)).check_writable()
@@ -60,7 +60,7 @@ def export_index(table: "Table", kind: str, out: Path, seed: int = 0) -> IndexDe
 
 
 def open_index(folder: Path | str) -> Index:
-    """Open what `export_index` wrote. Raises ConfigError where there is none, or it is damaged."""
+    """Open an index that `export_index` wrote. Raises ConfigError if there is none, or it is damaged."""
     folder = Path(folder)
     description = _read_description(folder)
     library = import_library(description.kind.partition("-")[0])
@@ -69,24 +69,24 @@ def open_index(folder: Path | str) -> Index:
 
 
 def _read_description(folder: Path) -> IndexDescription:
-    """Of a folder that holds regular files and folders alone."""
+    """Read an index's description, after checking that its folder holds only regular files and folders."""
     try:
         check_plain(folder)
         description = parse_record(IndexDescription, (folder / DESCRIPTION).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{folder}: is no index: it has no {DESCRIPTION}. Make one with `lora-embed export`.") from None
+        raise ConfigError(f"{folder}: is not an index: it has no {DESCRIPTION}. Make one with `lora-embed export`.") from None
     except (ValueError, OSError) as error:
         raise ConfigError(f"{folder}/{DESCRIPTION}: is damaged ({error}). Export the index again.") from None
     if description.format != FORMAT or description.kind not in KINDS or description.metric != "cosine":
         raise ConfigError(
-            f"{folder}/{DESCRIPTION}: is of another format than {FORMAT}, or of a kind that is none of {', '.join(KINDS)}. "
-            "Export the index again."
+            f"{folder}/{DESCRIPTION}: has another format than {FORMAT}, or another kind than {', '.join(KINDS)}. Export the "
+            "index again."
         )
     return description
 
 
 def import_library(name: str) -> Any:
-    """FAISS or Lance. Raises ConfigError where it is not installed."""
+    """Import FAISS or Lance. Raises ConfigError if it is not installed."""
     try:
         if name == "lance":
             import lance

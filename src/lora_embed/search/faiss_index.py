@@ -1,4 +1,4 @@
-"""A FAISS index of a table's vectors, and their ids beside it: written, and opened for search."""
+"""Write a FAISS index of a table's vectors with a file of their ids, and open it for search."""
 
 import math
 from pathlib import Path
@@ -18,28 +18,28 @@ from lora_embed.vectors.rows import unit, vectors_of
 if TYPE_CHECKING:
     from lora_embed.table.read import Table
 
-SAMPLE_BYTES = 256 * 2**20  # of vectors that an IVF index is trained on at most
-# What FAISS's k-means takes at least, before it warns, and at most, before it leaves out the rest.
+SAMPLE_BYTES = 256 * 2**20  # most bytes of vectors that an IVF index is trained on
+# Fewest points per list for which FAISS's k-means does not warn, and the most that it uses.
 POINTS_PER_LIST = (39, 256)
 HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 32, 200, 128
 
 
 def write_faiss(faiss: Any, table: "Table", kind: str, folder: Path, seed: int) -> tuple[int, dict[str, Any]]:
-    """Vectors of length 1, whose inner product is the cosine, in FAISS; ids beside them, row n for position n."""
+    """Write vectors scaled to length 1, whose inner product is the cosine, and a file of ids: row n is position n."""
     index, parameters = _new_faiss(faiss, table, kind, seed)
     with pq.ParquetWriter(folder / IDS_FILE, IDS, compression="zstd", use_dictionary=["shard"]) as ids:
         for batch in table.batches([*HIT_COLUMNS, "embedding"]):
             index.add(unit(vectors_of(batch)))
-            ids.write_batch(batch.select(HIT_COLUMNS).cast(IDS))  # a row group each, so that a hit reads only that
+            ids.write_batch(batch.select(HIT_COLUMNS).cast(IDS))  # one row group, so that looking up a hit reads little
     try:
         faiss.write_index(index, str(folder / FAISS_FILE))
-    except RuntimeError as error:  # a full disk, say
+    except RuntimeError as error:  # for example a full disk
         raise OSError(str(error)) from None
     return index.ntotal, parameters
 
 
 def _new_faiss(faiss: Any, table: "Table", kind: str, seed: int) -> tuple[Any, dict[str, Any]]:
-    """An empty index, trained if need be, and what shapes it."""
+    """Make an empty index, trained if its kind needs it; returns it and its parameters."""
     if kind == "faiss-flat":
         return faiss.IndexFlatIP(table.dimension), {}
     if kind == "faiss-hnsw":
@@ -51,14 +51,14 @@ def _new_faiss(faiss: Any, table: "Table", kind: str, seed: int) -> tuple[Any, d
     lists = max(1, min(round(4 * math.sqrt(table.count)), affordable // least))
     sample = draw_sample(table, min(affordable, lists * most), seed)
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(table.dimension), table.dimension, lists, faiss.METRIC_INNER_PRODUCT)
-    index.cp.seed, index.cp.min_points_per_centroid = seed, 1  # fewer than `least` only in a table of fewer vectors
+    index.cp.seed, index.cp.min_points_per_centroid = seed, 1  # no warning for a table with fewer than `least` vectors
     index.train(sample)
     index.nprobe = min(lists, max(8, round(2 * math.sqrt(lists))))
     return index, {"lists": lists, "probes": index.nprobe, "trained_on": len(sample), "seed": seed}
 
 
 def draw_sample(table: "Table", size: int, seed: int) -> Vectors:
-    """`size` of a table's vectors, scaled to length 1, (size, d): each row as likely as any other, the same for a seed."""
+    """Draw `size` of a table's vectors uniformly by seed, scaled to length 1: (size, d)."""
     chosen = np.sort(np.random.default_rng(seed).choice(table.count, size, replace=False))
     sample = np.empty((size, table.dimension), np.float32)
     start = 0
@@ -73,14 +73,14 @@ def open_faiss(faiss: Any, folder: Path, about: IndexDescription) -> Nearest:
     try:
         check_faiss(folder / FAISS_FILE, about.kind, about.count, about.dimension)
         check_ids(pq.ParquetFile(folder / IDS_FILE), IDS)
-        ids = pq.ParquetFile(folder / IDS_FILE, read_dictionary=HIT_COLUMNS)  # so that one long value stays one in memory
+        ids = pq.ParquetFile(folder / IDS_FILE, read_dictionary=HIT_COLUMNS)  # so that memory holds a repeated value once
         index = faiss.read_index(str(folder / FAISS_FILE))
     except (RuntimeError, OSError, ValueError, pa.ArrowException) as error:
         raise ConfigError(f"{folder}: the index cannot be read ({in_one_line(error, 300)}). Export it again.") from None
     if not index.ntotal == ids.metadata.num_rows == about.count or index.d != about.dimension:
         raise ConfigError(
-            f"{folder}: holds {index.ntotal} vectors of {index.d} dimensions and {ids.metadata.num_rows} ids, its "
-            f"{DESCRIPTION} says {about.count} of {about.dimension}. Export it again."
+            f"{folder}: holds {index.ntotal} vectors of {index.d} dimensions and {ids.metadata.num_rows} ids, but its "
+            f"{DESCRIPTION} says {about.count} vectors of {about.dimension}. Export it again."
         )
     ends = np.cumsum([ids.metadata.row_group(group).num_rows for group in range(ids.num_row_groups)])
 
@@ -98,7 +98,7 @@ def open_faiss(faiss: Any, folder: Path, about: IndexDescription) -> Nearest:
 
 
 def _rows_at(ids: pq.ParquetFile, ends: NDArray[np.int64], positions: set[int]) -> dict[int, dict[str, str]]:
-    """Id, shard and key at each position, from the row groups that hold one."""
+    """Id, shard and key at each position, read from those row groups that hold one of the positions."""
     rows_at: dict[int, dict[str, str]] = {}
     places = np.array(sorted(positions), np.int64)
     groups = np.searchsorted(ends, places, side="right")

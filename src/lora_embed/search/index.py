@@ -1,4 +1,4 @@
-"""An index of a table's vectors: what it says of itself, and what a search in it finds."""
+"""An index of a table's vectors: its description, and search in it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ Vectors = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Hit:
-    """One image that was found; `score` is the cosine similarity to the query."""
+    """One image that a search found; `score` is its cosine similarity to the query."""
 
     id: str
     score: float
@@ -37,7 +37,7 @@ Nearest = Callable[[Vectors, int], list[list[Hit]]]  # queries of length 1 (m, d
 
 @dataclass(frozen=True, kw_only=True)
 class IndexDescription:
-    """What `index.json` says: which version of which table the index is of, and how it was made."""
+    """The content of `index.json`: the table and version of the index, and how it was made."""
 
     kind: str
     table: str
@@ -61,9 +61,9 @@ class Index:
     nearest: Nearest = field(repr=False)
 
     def search(self, vectors: NDArray[Any], k: int, space_id: str) -> list[list[Hit]]:
-        """Up to k hits for each query (m, d), best first; fewer where the index finds no more.
+        """Up to k hits for each query (m, d), best first.
 
-        `space_id` is that of the encoder that made the queries. Raises ConfigError when it is not the index's own.
+        `space_id` is that of the encoder that made the queries. Raises ConfigError if it is not the index's space.
         """
         about = self.description
         where = f"{self.folder}: the index of {about.table}, version {about.version},"
@@ -77,11 +77,11 @@ class Index:
 
 
 def refuse_other_space(where: str, space_id: str, query_space: str, remedy: str) -> None:
-    """Raises ConfigError when queries were made by an encoder of another space."""
+    """Raises ConfigError if queries were made by an encoder of another space."""
     if query_space != space_id:
         raise ConfigError(
-            f"{where} holds vectors of space {space_id}, the query was made by an encoder of space {query_space}: what "
-            f"they say of each other means nothing. Use the encoder of space {space_id}. {remedy}"
+            f"{where} holds vectors of space {space_id}, but the query was made by an encoder of space {query_space}. Their "
+            f"similarity means nothing. Use the encoder of space {space_id}. {remedy}"
         )
 
 
@@ -91,7 +91,7 @@ def unit_queries(vectors: NDArray[Any], dimension: int, k: int) -> Vectors:
     if queries.ndim != 2 or queries.shape[1] != dimension:
         raise ConfigError(f"queries have the shape {queries.shape}, expected (number of queries, {dimension})")
     if not np.isfinite(queries).all():
-        raise ConfigError("a query holds NaN or infinity, which is near to nothing")
+        raise ConfigError("a query vector holds NaN or infinity, expected finite values")
     if k < 1:
         raise ConfigError(f"k is {k}, expected at least 1")
     return unit(queries)

@@ -1,7 +1,7 @@
-"""What an index's folder may hold, looked at before FAISS or Lance opens a file of it: somebody else may have written it.
+"""Check the files of an index before FAISS or Lance opens them, because somebody else may have written them.
 
-FAISS opens what a file names, such as lists on disk, which it maps for writing, and believes the numbers that it reads;
-Lance follows the paths and URIs that a dataset names.
+FAISS opens other files that an index names, such as lists on disk, which it maps for writing, and trusts all numbers in an
+index. Lance follows the paths and URIs that a dataset names.
 """
 
 import struct
@@ -13,21 +13,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-MOST_ID_BYTES = 2**28  # of a row group of ids, unpacked
+MOST_ID_BYTES = 2**28  # largest size of a row group of ids, unpacked
 _FLAT, _IVF, _HNSW = b"IxFI", b"IwFl", b"IHNf"
 _FORMS = {"faiss-flat": _FLAT, "faiss-ivf": _IVF, "faiss-hnsw": _HNSW}
-_BASE_PATHS = 18  # field of a Lance manifest: places beside the dataset that its files may lie in
+_BASE_PATHS = 18  # field of a Lance manifest that names places outside the dataset for its files
 
 
 def check_plain(folder: Path) -> None:
-    """Raises ValueError where something in a folder, at any depth, is neither a folder nor a regular file, such as a link."""
+    """Raises ValueError if a folder holds, at any depth, anything but folders and regular files, such as a link."""
     for path in folder.rglob("*"):
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
-            raise ValueError(f"{path.relative_to(folder)} is a link, or no regular file")
+            raise ValueError(f"{path.relative_to(folder)} is a link, or not a regular file")
 
 
 def check_ids(ids: pq.ParquetFile, schema: pa.Schema) -> None:
-    """Raises ValueError for other columns than these, and for row groups that are not to be read at once."""
+    """Raises ValueError for other columns than these, and for row groups that are too large to be read at once."""
     if not ids.schema_arrow.equals(schema):
         raise ValueError(f"its ids have the columns {ids.schema_arrow.names[:9]}, expected {schema.names}, all of text")
     for number in range(ids.num_row_groups):
@@ -36,30 +36,30 @@ def check_ids(ids: pq.ParquetFile, schema: pa.Schema) -> None:
 
 
 def check_faiss(path: Path, kind: str, count: int, dimension: int) -> None:
-    """Raises ValueError unless a file is, to its last byte, a FAISS index of this kind, number and length of vectors.
+    """Raises ValueError unless the whole file is a FAISS index of this kind, number of vectors and dimension.
 
-    Every place that the index refers to lies within it.
+    Also checks that every position that the index refers to lies within it.
     """
     file = _File(path)
     form = file.take("4s")
     if form != _FORMS.get(kind):
-        raise ValueError(f"{path.name} begins with {form!r}, expected {_FORMS.get(kind)!r} of an index of kind {kind}")
+        raise ValueError(f"{path.name} begins with {form!r}, expected {_FORMS.get(kind)!r} for an index of kind {kind}")
     if form == _FLAT:
         file.vectors(count, dimension)
     elif form == _IVF:
         _check_ivf(file, count, dimension)
     else:
         _check_hnsw(file, count, dimension)
-    file.expect(file.place == len(file.data), "goes on after its end")
+    file.expect(file.place == len(file.data), "has more bytes after the index")
 
 
 def check_lance(folder: Path) -> None:
-    """Raises ValueError for a dataset with links, or that says that files of it lie elsewhere."""
+    """Raises ValueError for a dataset with links, or whose manifest names files outside of it."""
     check_plain(folder)
     for path in folder.rglob("*.manifest"):
         data = path.read_bytes()
         if data[-4:] != b"LANC" or len(data) < 20:
-            raise ValueError(f"{path.name} is no manifest of Lance")
+            raise ValueError(f"{path.name} is not a manifest of Lance")
         (start,) = struct.unpack("<Q", data[-16:-8])
         if start + 4 > len(data) - 16:
             raise ValueError(f"{path.name} begins after its end")
@@ -83,32 +83,32 @@ class _File:
             raise ValueError(f"{self.name}: {otherwise}")
 
     def take(self, form: str) -> Any:
-        """One value, by the words of `struct`."""
+        """Read one value; `form` is a format of `struct`."""
         return struct.unpack(f"<{form}", self.bytes(struct.calcsize(f"<{form}")).tobytes())[0]
 
     def bytes(self, size: int) -> NDArray[np.uint8]:
-        self.expect(size <= len(self.data) - self.place, "is cut off, or says that it is longer than it is")
+        self.expect(size <= len(self.data) - self.place, "is cut off, or claims to be longer than it is")
         self.place += size
         return self.data[self.place - size : self.place]
 
     def array(self, kind: str) -> NDArray[Any]:
-        """Values with their number before them."""
+        """Read an array that begins with the number of its values."""
         return self.bytes(self.take("Q") * np.dtype(kind).itemsize).view(kind)
 
     def header(self, count: int, dimension: int) -> None:
-        """What follows the four letters of every index."""
-        held = self.take("i"), self.take("q")
-        self.expect(held == (dimension, count), f"holds {held[1]} vectors of {held[0]}, expected {count} of {dimension}")
+        """Check the header that follows the first four letters of every index."""
+        size = self.take("i"), self.take("q")
+        self.expect(size == (dimension, count), f"holds {size[1]} vectors of {size[0]}, expected {count} of {dimension}")
         self.bytes(16)  # not used
-        self.expect((self.take("B"), self.take("i")) == (1, 0), "is not trained, or not for inner products")
+        self.expect((self.take("B"), self.take("i")) == (1, 0), "is not trained, or its metric is not the inner product")
 
     def vectors(self, count: int, dimension: int) -> None:
-        """A flat index, from behind its four letters."""
+        """Check a flat index, after its first four letters."""
         self.header(count, dimension)
         self.expect(len(self.array("<f4")) == count * dimension, f"does not hold {count} vectors of {dimension}")
 
     def flat(self, count: int, dimension: int) -> None:
-        """A flat index within another one."""
+        """Check a flat index within another index."""
         self.expect(self.take("4s") == _FLAT, "holds another kind of index than a flat one")
         self.vectors(count, dimension)
 
@@ -116,13 +116,13 @@ class _File:
 def _check_ivf(file: _File, count: int, dimension: int) -> None:
     file.header(count, dimension)
     lists = file.take("Q")
-    file.take("Q")  # lists that a search looks at
+    file.take("Q")  # number of lists that a search reads
     file.expect(0 < lists <= count, f"has {lists} lists for {count} vectors")
     file.flat(lists, dimension)
-    file.expect(file.take("B") == 0 and not len(file.array("<i8")), "has a map of ids, which no index of this package has")
+    file.expect(file.take("B") == 0 and not len(file.array("<i8")), "has a map of ids, which `lora-embed export` never writes")
     form = file.take("4s")
     file.expect(form == b"ilar", f"keeps its lists as {form!r}, expected b'ilar', within the file")
-    file.expect((file.take("Q"), file.take("Q")) == (lists, 4 * dimension), "has lists of another number or width")
+    file.expect((file.take("Q"), file.take("Q")) == (lists, 4 * dimension), "has another number or width of lists")
     sizes = _list_sizes(file, lists)
     file.expect(sum(sizes) == count, f"has {sum(sizes)} vectors in its lists, expected {count}")
     for size in sizes:
@@ -132,7 +132,7 @@ def _check_ivf(file: _File, count: int, dimension: int) -> None:
 
 
 def _list_sizes(file: _File, lists: int) -> list[int]:
-    """In the order of the lists: all of them, or each that holds something behind its number."""
+    """Sizes of lists, in order: of all lists, or, after their numbers, of those that are not empty."""
     form = file.take("4s")
     values: list[int] = file.array("<u8").tolist()
     if form == b"full":
@@ -146,23 +146,23 @@ def _list_sizes(file: _File, lists: int) -> list[int]:
 
 def _check_hnsw(file: _File, count: int, dimension: int) -> None:
     file.header(count, dimension)
-    file.array("<f8")  # how likely a vector is on a level
+    file.array("<f8")  # probability of each level
     firsts, levels = file.array("<i4").astype(np.int64), file.array("<i4").astype(np.int64)
     starts, links = file.array("<u8"), file.array("<i4")
     entry, top = file.take("i"), file.take("i")
-    file.bytes(12)  # how wide searches are
+    file.bytes(12)  # width of searches
     known = len(firsts) >= 2 and firsts[0] == 0 and (np.diff(firsts) >= 0).all() and firsts[-1] <= 2**16
     file.expect(known and len(levels) == count and len(starts) == count + 1, "has a graph of another size")
     file.expect((levels >= 1).all() and (levels < len(firsts)).all(), "has vectors on levels that it does not have")
     file.expect((starts <= len(links)).all(), "has links beyond its end")
     ends = np.concatenate([[0], np.cumsum(firsts[levels])])
     file.expect((starts == ends).all() and ends[-1] == len(links), "has links that overlap")
-    file.expect(0 <= entry < count and levels[entry] == top + 1 == levels.max(), "begins a search where nothing is")
+    file.expect(0 <= entry < count and levels[entry] == top + 1 == levels.max(), "begins at a vector that it does not hold")
     file.expect(links.min(initial=0) >= -1 and links.max(initial=0) < count, "links to vectors that it does not hold")
     for level in range(1, int(levels.max())):
         there = np.flatnonzero(levels > level)
         near = links[starts[there].astype(np.int64)[:, None] + np.arange(firsts[level], firsts[level + 1])]
-        file.expect((levels[near[near >= 0]] > level).all(), "links to vectors on levels where they are not")
+        file.expect((levels[near[near >= 0]] > level).all(), "links to vectors on levels that they are not on")
     file.flat(count, dimension)
 
 
@@ -186,7 +186,7 @@ def _fields(message: bytes, name: str) -> set[int]:
 
 
 def _varint(message: bytes, place: int, name: str) -> tuple[int, int]:
-    """A number and where it ends."""
+    """Read a protobuf number; returns it and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         if place >= len(message):

@@ -1,4 +1,4 @@
-"""A Lance dataset of a table's vectors: written, and opened for search."""
+"""Write a Lance dataset of a table's vectors, and open it for search."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def write_lance(lance: Any, table: "Table", kind: str, folder: Path, seed: int) -> tuple[int, dict[str, Any]]:
-    """A Lance dataset of id, vector (float32, as they are in the table), shard, key and carried fields."""
+    """Write a Lance dataset with id, vector (float32, not scaled), shard, key and carried fields."""
     carried = carry_fields(table.manifest.carry)
     if any(field.name == "vector" for field in carried):
-        raise ConfigError(f"{table.store.uri}: carries a field `vector`, the name of the index's own column; choose FAISS")
+        raise ConfigError(f"{table.store.uri}: carries a field `vector`, which is a column of Lance indexes. Choose FAISS.")
     vector = pa.field("vector", pa.list_(pa.float32(), table.dimension))
     schema = pa.schema([IDS.field("id"), vector, IDS.field("shard"), IDS.field("key"), *carried])
     columns = ["id", "embedding", "shard", "key", *(field.name for field in carried)]
-    failed: list[LoraEmbedError] = []  # Lance makes an OSError of its own of what goes wrong while it reads
+    failed: list[LoraEmbedError] = []  # Lance raises an OSError in place of an error that occurs while it reads
 
     def batches() -> Iterator[pa.RecordBatch]:
         try:
@@ -57,17 +57,17 @@ def open_lance(lance: Any, folder: Path, about: IndexDescription) -> Nearest:
         count = dataset.count_rows()
         expected = IDS.insert(1, pa.field("vector", pa.list_(pa.float32(), about.dimension)))
         if [(of.name, of.type) for of in dataset.schema][: len(expected)] != [(of.name, of.type) for of in expected]:
-            raise ValueError(f"its columns are {dataset.schema.names}, expected those that were exported")
+            raise ValueError(f"its columns are {dataset.schema.names}, expected {expected.names} and carried fields")
     except (ValueError, OSError) as error:
         raise ConfigError(f"{folder}: the index cannot be read ({in_one_line(error, 300)}). Export it again.") from None
     if count != about.count:
-        raise ConfigError(f"{folder}: holds {count} vectors, its {DESCRIPTION} says {about.count}. Export it again.")
+        raise ConfigError(f"{folder}: holds {count} vectors, but its {DESCRIPTION} says {about.count}. Export it again.")
 
     def nearest(queries: Vectors, k: int) -> list[list[Hit]]:
         hits = []
         for query in queries:
-            how = {"column": "vector", "q": query, "k": min(k, count), "metric": about.metric}
-            rows = dataset.to_table(columns=[*HIT_COLUMNS, "_distance"], nearest=how).to_pylist()
+            nearest_to = {"column": "vector", "q": query, "k": min(k, count), "metric": about.metric}
+            rows = dataset.to_table(columns=[*HIT_COLUMNS, "_distance"], nearest=nearest_to).to_pylist()
             hits.append([Hit(score=1 - row.pop("_distance"), **row) for row in rows])
         return hits
 

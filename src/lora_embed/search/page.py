@@ -11,9 +11,9 @@ SIDE = 160  # pixels of a picture
 
 
 def write_page(result: Found, pictures: dict[str, bytes], out: Path) -> None:
-    """One HTML file that needs nothing else: the query, and the hits with their pictures where there are any.
+    """Write one HTML file with everything in it: the query, and the hits with those pictures that were found.
 
-    Raises StorageError when it cannot be written.
+    Raises StorageError if the file cannot be written.
     """
     with IsolatedDecoder() as decode:
         query = thumbnail(result.data, SIDE, decode)

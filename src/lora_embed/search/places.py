@@ -1,4 +1,4 @@
-"""Places that a table of somebody else names: the one function that says whether they are opened."""
+"""Decide whether a place that a table names is opened: the table may have been written by somebody else."""
 
 import os
 import posixpath
@@ -12,20 +12,20 @@ _LOCAL = ("file", "local")
 
 
 def refuse_elsewhere(uri: str, named_by: str, allowed: Iterable[str]) -> None:
-    """For a path or URI that a table's files name, before anything there is asked for.
+    """Raises TableError for a path or URI that a table names, unless it lies in the table's store or an allowed place.
 
-    It is opened where it lies in the store that names it, or in a place that the user has named. Else whoever writes a table
-    could make its readers send requests with their keys, or read files of theirs. Raises TableError with what to do.
+    Allowed places are those that the user has named. Otherwise, somebody who writes a table could make its readers send
+    requests with their keys, or read their files.
     """
     if not any(lies_within(uri, place) for place in (named_by, *allowed)):
         raise TableError(
-            f"{named_by}: names {uri} as its input, which lies elsewhere, so nothing there is opened. If you trust it, name "
-            f"that place: --input {shlex.quote(uri)}, or give the job file in the table's place."
+            f"{named_by}: names the input {uri}, which is not in the table's store, so it is not opened. If you trust it, add "
+            f"--input {shlex.quote(uri)}, or give the job file in place of the table."
         )
 
 
 def lies_within(uri: str, place: str) -> bool:
-    """Does a path or URI lie in a folder, or is it that itself? No for a chain of URIs, and for a path with `..` in it."""
+    """Is a path or URI the place itself, or inside it? False for a chain of URIs, and for a path with `..` in it."""
     if uri == place:
         return True
     inner, outer = _parts(uri), _parts(place)
@@ -33,7 +33,7 @@ def lies_within(uri: str, place: str) -> bool:
 
 
 def _parts(uri: str) -> list[str] | None:
-    """Kind of storage, host or bucket, and folders; None for what is to be followed nowhere."""
+    """Kind of storage, host or bucket, and folders; None for a path or URI that must never be followed."""
     scheme, mark, rest = uri.partition("://")
     if "::" in uri or "\0" in uri or "\\" in uri:
         return None

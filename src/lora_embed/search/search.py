@@ -1,4 +1,4 @@
-"""Nearest images of a query: exact over a table's files or through an index, and a page that shows them."""
+"""Find the nearest images of a query, exactly over a table's files or through an index, and read their pictures."""
 
 import json
 from collections import defaultdict
@@ -24,16 +24,16 @@ from lora_embed.table.read import Table
 from lora_embed.text import in_lines
 from lora_embed.vectors.rows import unit, vectors_of
 
-QUERIES_AT_ONCE = 1024  # each pass over the files: its scores are 4 bytes a query and row of a batch
+QUERIES_AT_ONCE = 1024  # queries in one pass over the files; scores take 4 bytes per query and row of a batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a search found for one image."""
+    """The result of a search for one image."""
 
     image: str
     table: str
-    version: int  # of the vectors that were searched: the index's own where there is one
+    version: int  # version of the searched vectors; the index's version if an index was searched
     space_id: str
     method: str  # `exact`, or the kind of the index
     count: int  # vectors searched
@@ -43,7 +43,7 @@ class Found:
     def describe(self) -> str:
         """For a person: a line for each hit, score and id."""
         if not self.count:
-            return f"version {self.version} of {self.table} holds no vectors, so nothing is near"
+            return f"version {self.version} of {self.table} holds no vectors, so nothing was found"
         head = (
             f"{len(self.hits)} nearest of {self.count:,} images, version {self.version}, space {self.space_id}, {self.method}"
         )
@@ -51,13 +51,15 @@ class Found:
 
 
 def search_table(table: Table, vectors: NDArray[Any], k: int, space_id: str | None = None) -> list[list[Hit]]:
-    """The k nearest of all of a table's vectors for each query (m, d) by cosine, best first, equal scores by id.
+    """The k nearest of all vectors of a table by cosine, for each query (m, d); best first, equal scores by id.
 
-    Reads file by file, in memory that does not depend on the table's size. All rows where k is larger than the table.
-    Raises ConfigError for queries of another shape or, where `space_id` says which encoder made them, another space.
+    Reads file by file, so the memory does not depend on the table's size. If k is larger than the table, finds all rows.
+    Raises ConfigError for queries of another shape or, if `space_id` is given, of another space than the table's.
     """
     if space_id is not None:
-        refuse_other_space(f"{table.store.uri}: version {table.version}", table.space_id, space_id, "It is table.encoder().")
+        refuse_other_space(
+            f"{table.store.uri}: version {table.version}", table.space_id, space_id, "Get it with table.encoder()."
+        )
     queries = unit_queries(vectors, table.dimension, k)
     blocks = [queries[start : start + QUERIES_AT_ONCE] for start in range(0, len(queries), QUERIES_AT_ONCE)]
     return [hits for block in blocks for hits in _search_block(table, block, k)]
@@ -70,7 +72,7 @@ def _search_block(table: Table, queries: NDArray[np.float32], k: int) -> list[li
             floor = best[number][-1].score if len(best[number]) == k else -np.inf
             if len(scores) > k:
                 floor = max(floor, np.partition(scores, -k)[-k])
-            rows = np.flatnonzero(scores >= floor)  # with those that tie, so that ids decide and not the order of files
+            rows = np.flatnonzero(scores >= floor)  # with equal scores, so that ids decide and not the order of files
             near = batch.select(HIT_COLUMNS).take(rows).to_pylist() if len(rows) else []
             new = [Hit(score=float(score), **row) for score, row in zip(scores[rows], near, strict=True)]
             best[number] = sorted([*best[number], *new], key=lambda hit: (-hit.score, hit.id))[:k]
@@ -80,7 +82,7 @@ def _search_block(table: Table, queries: NDArray[np.float32], k: int) -> list[li
 def search_image(
     table: Table, image: str, k: int = 10, index: Path | None = None, image_options: dict[str, Any] | None = None
 ) -> Found:
-    """Embed an image, a path or URI with its storage options, with the table's own encoder, and find the nearest ones.
+    """Embed an image (a path, or a URI with storage options) with the table's encoder, and find the nearest images.
 
     Raises ConfigError for an image that cannot be read, and for an index of another space.
     """
@@ -90,7 +92,7 @@ def search_image(
     try:
         vectors = encoder.embed([data])
     except BadImage as error:
-        raise ConfigError(f"{image}: cannot be searched for: {error.reason} ({error}). Give another image.") from None
+        raise ConfigError(f"{image}: cannot be embedded: {error.reason} ({error}). Give another image.") from None
     version, count, method = table.version, table.count, "exact"
     if opened is None:
         hits = search_table(table, vectors, k, encoder.space_id)[0]
@@ -124,11 +126,10 @@ def _read_image(image: str, options: dict[str, Any] | None) -> bytes:
 def find_pictures(
     table: Table, hits: tuple[Hit, ...], input_options: dict[str, Any] | None = None, inputs: tuple[str, ...] = ()
 ) -> dict[str, bytes]:
-    """Encoded images of hits by id, read again from the shards that the version was made from.
+    """Encoded images of hits, by id, read again from the shards that the version was made from.
 
-    Only those that lie in the table's own store or in `inputs`, which whoever asks names: for others nothing is opened, and
-    it is said why. Left out are those of shards that cannot be read now, or are others by now; tars are read up to the last
-    one wanted.
+    Only shards in the table's store or in `inputs`, which the user names, are opened; for others, the reason is logged.
+    Images are left out if their shard cannot be read or has changed. A tar is read up to the last image that is needed.
     """
     try:
         lineage = parse_record(_Origin, json.dumps({name: table.manifest.lineage.get(name) for name in ("input", "layout")}))
@@ -157,14 +158,14 @@ def find_pictures(
 
 @dataclass(frozen=True, kw_only=True)
 class _Origin:
-    """What a version says of where it comes from."""
+    """The fields of a version's lineage that say where its images come from."""
 
     input: tuple[str, ...]
     layout: Layout
 
 
 def _shards_of(table: Table, place: str, inputs: tuple[str, ...], options: dict[str, Any]) -> list[Shard]:
-    """Of one input that the table names; none where it is not to be opened, or cannot be."""
+    """Shards of one input that the table names; none if it must not or cannot be opened."""
     try:
         refuse_elsewhere(place, table.store.uri, inputs)
     except TableError as error:

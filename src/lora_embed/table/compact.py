@@ -1,4 +1,4 @@
-"""Shards → data files: what the next version takes over as it is, and what is written anew, row group by row group."""
+"""Shards → data files: plan which files the next version reuses, and write the others row group by row group."""
 
 import hashlib
 import itertools
@@ -21,17 +21,17 @@ from lora_embed.table.parts import to_parquet
 from lora_embed.table.staging import VerifiedShard
 from lora_embed.text import utc
 
-DATA_FILE_BYTES = 128 * 2**20  # of vectors, about; a file has at most twice as many
-ROW_GROUP_BYTES, ROW_GROUP_ROWS = 4 * 2**20, 65536  # of vectors, at most: what is read to look one row up
+DATA_FILE_BYTES = 128 * 2**20  # target size of a data file's vectors; a file has at most twice as many
+ROW_GROUP_BYTES, ROW_GROUP_ROWS = 4 * 2**20, 65536  # upper limits of a row group, which is read as a whole to get one row
 SMALL_FILES = 8
 READS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Rows that go into one data file: of a shard, from its parts, or what stays of a published file, which is read once."""
+    """Rows that go into one data file: those of one shard's parts, or the rows of a published file that are kept."""
 
-    shards: tuple[ShardCounts, ...]  # of parts, one
+    shards: tuple[ShardCounts, ...]  # exactly one if the rows come from parts
     parts: tuple[str, ...] = ()
     data: str | None = None
     rejects: tuple[str, ...] = ()
@@ -43,14 +43,14 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Compaction:
-    """What becomes one data file: sources in the order of their shards' names."""
+    """The sources of one data file, in the order of their shards' names."""
 
     space_id: str
     dimension: int
     vector_type: str
     carry: tuple[tuple[str, str], ...]
     sources: tuple[Source, ...]
-    forgotten: tuple[str, ...]  # ids whose rows become rejects
+    forgotten: tuple[str, ...]  # ids of images to forget; their rows become rejects
 
     @property
     def vector_bytes(self) -> int:
@@ -59,12 +59,12 @@ class Compaction:
 
 
 def row_bytes(dimension: int, vector_type: str) -> int:
-    """Bytes of one vector."""
+    """Bytes of one vector before compression."""
     return dimension * (2 if vector_type == "float16" else 4)
 
 
 def cut_shard(shard: Shard, verified: VerifiedShard, parts: tuple[str, ...], vector_bytes: int) -> list[Source]:
-    """A shard's parts as sources of up to `DATA_FILE_BYTES` of vectors each; one source for all but the largest shards."""
+    """Divide a shard's parts into sources of up to `DATA_FILE_BYTES` of vectors each; most shards need only one source."""
     cuts, filled = [0], 0
     for number, vectors in enumerate(verified.vectors_of_parts):
         if filled and (filled + vectors) * vector_bytes > DATA_FILE_BYTES:
@@ -85,7 +85,7 @@ def cut_shard(shard: Shard, verified: VerifiedShard, parts: tuple[str, ...], vec
 def plan_compactions(
     sources: list[Source], layout: Layout, space_id: str, dimension: int, forgotten: tuple[str, ...] = ()
 ) -> list[Compaction]:
-    """Group sources, by their first shard's name, into files of about `DATA_FILE_BYTES` of vectors and at most twice that."""
+    """Sort sources by their first shard's name and group them into files of about `DATA_FILE_BYTES`, at most twice that."""
     vector_bytes = row_bytes(dimension, layout.vector_type)
     groups: list[list[Source]] = []
     filled = DATA_FILE_BYTES
@@ -110,10 +110,10 @@ def plan_compactions(
 
 
 def compact(store: Store, task: Compaction) -> tuple[FileEntry, FileEntry | None]:
-    """Write one data file and, where there are rejects, one reject file, named by their content.
+    """Write one data file and, if there are rejects, one reject file, each named by a hash of its content.
 
-    Each source is read once, and rows pass through memory a row group at a time: what is held is the file that is
-    written, compressed, and one source. Raises VerificationFailed when the rows are not what the shards' counts say.
+    Each source is read once. Memory holds the compressed file that is being written and one source. Raises
+    VerificationFailed if the number of rows differs from the shards' counts.
     """
     schema = data_schema(task.dimension, task.vector_type, task.carry)
     records: list[ShardCounts] = []
@@ -121,7 +121,7 @@ def compact(store: Store, task: Compaction) -> tuple[FileEntry, FileEntry | None
     paths = [path for source in task.sources for path in source.parts]
     group_rows = max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // row_bytes(task.dimension, task.vector_type)))
     with DataFile(schema, group_rows) as file, ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        # Many small objects: it is the waiting that takes the time.
+        # Parts are many small objects: most of the time is spent on waiting, so several are read at once.
         parts = pool.map(lambda path: read_rows(store, path), paths)
         for source in task.sources:
             good_rows: Counter[str] = Counter()
@@ -153,7 +153,7 @@ def compact(store: Store, task: Compaction) -> tuple[FileEntry, FileEntry | None
 
 
 def _split(table: pa.Table, schema: pa.Schema) -> tuple[pa.Table, pa.Table]:
-    """Good rows and rejects: of a part, by their reason; a published file has one kind."""
+    """Separate good rows from rejects. In a part, the reason tells them apart; a published file holds only one kind."""
     if "reason" not in table.column_names:
         return table.select(schema.names).cast(schema), REJECT_SCHEMA.empty_table()
     is_good = pc.is_null(table.column("reason"))
@@ -164,7 +164,7 @@ def _split(table: pa.Table, schema: pa.Schema) -> tuple[pa.Table, pa.Table]:
 
 
 def _forget(good: pa.Table, forgotten: tuple[str, ...]) -> tuple[pa.Table, pa.Table]:
-    """The rows that may stay, and rejects in place of the others."""
+    """The rows that are not forgotten, and rejects in place of those that are."""
     if not forgotten:
         return good, REJECT_SCHEMA.empty_table()
     goes = pc.is_in(good.column("id"), value_set=pa.array(forgotten, pa.string()))
@@ -175,7 +175,7 @@ def _forget(good: pa.Table, forgotten: tuple[str, ...]) -> tuple[pa.Table, pa.Ta
 
 
 def _published(store: Store, source: Source) -> Iterator[pa.Table]:
-    """What stays of a published data file and of its rejects, in batches."""
+    """The rows of a published data file and its reject files that are kept, in batches."""
     assert source.data is not None
     names = pa.array([shard.name for shard in source.shards], pa.string())
     for path in (source.data, *source.rejects):
@@ -192,35 +192,35 @@ def _check_counts(store: Store, source: Source, good: Counter[str], bad: Counter
     for shard in source.shards:
         if (good[shard.name], bad[shard.name]) != (shard.vectors, shard.rejects):
             raise VerificationFailed(
-                f"{store.uri}: shard {shard.name} holds {good[shard.name]} vectors and {bad[shard.name]} rejects, "
-                f"expected {shard.vectors} and {shard.rejects}"
+                f"{store.uri}: shard {shard.name} has {good[shard.name]} vectors and {bad[shard.name]} rejects, expected "
+                f"{shard.vectors} and {shard.rejects}. Run `lora-embed verify` to find the damaged file."
             )
 
 
 def _write_file(store: Store, folder: str, data: bytes, rows: int, shards: tuple[ShardCounts, ...]) -> FileEntry:
     digest = hashlib.sha256(data).hexdigest()
     path = f"{folder}/{digest[:32]}.parquet"
-    store.replace(path, data)  # also where it is there: one that no version refers to may be due to be removed
+    store.replace(path, data)  # also if it exists: retention may be about to remove a file that no version refers to
     return FileEntry(path=path, rows=rows, bytes=len(data), sha256=digest, shards=shards)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reuse:
-    """What the next version takes from the current one: whole files, and what stays of those that also hold other shards."""
+    """What the next version takes from the current one: whole files, and some rows of files that also hold other shards."""
 
     files: tuple[FileEntry, ...]
     rejects: tuple[FileEntry, ...]
     sources: tuple[Source, ...]
 
 
-def plan_reuse(current: Manifest | None, wanted: set[str], forgets: Collection[str] = ()) -> Reuse:
-    """Split a version's files by whether all of their shards are still wanted (by id) and hold nothing to be forgotten.
+def plan_reuse(current: Manifest | None, shard_ids: set[str], forgets: Collection[str] = ()) -> Reuse:
+    """Decide which files of a version are reused whole: those with only shards of `shard_ids` and no image to forget.
 
-    Small files, one for each night that brought little, are put together once there are `SMALL_FILES` of them.
+    Each night that embeds little adds a small file. Once there are `SMALL_FILES` of them, they are merged.
     """
     if current is None:
         return Reuse(files=(), rejects=(), sources=())
-    whole = [entry for entry in current.files if all(shard.id in wanted for shard in entry.shards)]
+    whole = [entry for entry in current.files if all(shard.id in shard_ids for shard in entry.shards)]
     if forgets:
         prefixes = prefixes_of_ids(forgets)
         whole = [entry for entry in whole if not any(prefix_of(shard.name) in prefixes for shard in entry.shards)]
@@ -233,7 +233,7 @@ def plan_reuse(current: Manifest | None, wanted: set[str], forgets: Collection[s
     reject_of = {shard.place: entry.path for entry in current.rejects for shard in entry.shards}
     sources = []
     for entry in current.files:
-        staying = tuple(shard for shard in entry.shards if shard.id in wanted)
+        staying = tuple(shard for shard in entry.shards if shard.id in shard_ids)
         if staying and entry.path not in taken:
             of_these = dict.fromkeys(reject_of[shard.place] for shard in staying if shard.place in reject_of)
             sources.append(Source(shards=staying, data=entry.path, rejects=tuple(of_these)))
@@ -249,7 +249,7 @@ def make_manifest(
     reuse: Reuse,
     **about: Any,
 ) -> Manifest:
-    """Put reused and newly written files together; `about` holds gates, pins and lineage."""
+    """Make a manifest of the reused and the newly written files; `about` holds gates, pins and lineage."""
     files = tuple(sorted([*reuse.files, *(data for data, _ in written)], key=lambda entry: entry.shards[0].name))
     rejects = tuple(sorted([*reuse.rejects, *(bad for _, bad in written if bad)], key=lambda entry: entry.shards[0].name))
     shards = join_records(shard for entry in files for shard in entry.shards).values()

@@ -1,4 +1,4 @@
-"""A data file in the making: rows are added as they come, row groups are written as they fill."""
+"""A data file that is being written: rows are added one table at a time, and a row group is written whenever it is full."""
 
 import io
 from types import TracebackType
@@ -9,7 +9,7 @@ from lora_embed.table.parts import parquet_writer
 
 
 class DataFile:
-    """A Parquet file in memory that rows are added to; written are row groups of `group_rows` rows, and a last one."""
+    """A Parquet file in memory. Its row groups have `group_rows` rows each; the last one may have fewer."""
 
     def __init__(self, schema: pa.Schema, group_rows: int) -> None:
         self._schema = schema
@@ -30,7 +30,7 @@ class DataFile:
 
     @property
     def data(self) -> bytes:
-        """The whole file, once it is closed."""
+        """The bytes of the file; complete once it is closed."""
         return self._buffer.getvalue()
 
     def add(self, rows: pa.Table) -> None:

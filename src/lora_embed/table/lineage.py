@@ -1,4 +1,4 @@
-"""Where a row came from, and how an image is taken out of a table for good."""
+"""Explain where a row came from, and remove images from a table for good."""
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -35,7 +35,7 @@ class _Member:
 
 @dataclass(frozen=True, kw_only=True)
 class _Report:
-    """As much of an encoder's merge report as an explanation says."""
+    """The fields of an encoder's merge report that an explanation shows."""
 
     base: _Base = field(default_factory=_Base)
     members: tuple[_Member, ...] = ()
@@ -43,12 +43,12 @@ class _Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What made one row of a table."""
+    """Where one row of a table came from."""
 
     id: str
     version: int
     shard: str
-    shard_id: str  # of the shard's content as it was embedded
+    shard_id: str  # identifies the content of the shard that was embedded
     image_sha256: str
     width: int
     height: int
@@ -56,7 +56,7 @@ class Explanation:
     base: str
     adapters: tuple[dict[str, Any], ...]  # uri, content hash, weight
     merge_method: str
-    first_version: int  # of those retained, that holds this row
+    first_version: int  # the first retained version that holds this row
 
     def describe(self) -> str:
         """For a person."""
@@ -71,15 +71,20 @@ class Explanation:
 
 
 def explain_row(opened: Table, id_: str) -> Explanation:
-    """Trace a row back to image, shard, encoder and adapters. Raises TableError for an id that is not there."""
+    """Trace a row back to image, shard, encoder and adapters. Raises TableError for an id that has no row."""
     store, manifest = opened.store, opened.manifest
     rows = opened.rows([id_], COLUMNS)
     if not rows.num_rows:
-        raise TableError(f"{store.uri}: version {manifest.version} has no vector of {id_!r}; is it among the rejects?")
+        raise TableError(
+            f"{store.uri}: version {manifest.version} has no vector with the id {id_!r}. Correct the id; the image may also be "
+            "among the rejects."
+        )
     row = rows.to_pylist()[0]
     shard = next((shard for shard in manifest.shards.values() if shard.name == row["shard"]), None)
     if shard is None:
-        raise TableError(f"{store.uri}: version {manifest.version} has a row of {row['shard']!r}, which is none of its shards")
+        raise TableError(
+            f"{store.uri}: version {manifest.version} has a row of shard {row['shard']!r}, which its manifest does not list"
+        )
     report = read_record(store, f"{encoder_path(manifest.space_id)}/merge_report.json", _Report) or _Report()
     holders = [m.version for m in versions.newest_first(store) if m.space_id == manifest.space_id and shard.id in m.shards]
     members = report.members
@@ -101,11 +106,11 @@ def explain_row(opened: Table, id_: str) -> Explanation:
 
 @dataclass(frozen=True, kw_only=True)
 class Forgotten:
-    """What forgetting did."""
+    """The result of `lora-embed forget`."""
 
     table: str
-    version: int  # the new one, without the images
-    held_by: tuple[int, ...]  # versions that held one of them, retired now
+    version: int  # the new version, without the images
+    held_by: tuple[int, ...]  # versions that held one of the images and are retired now
     images: int
     grace_days: float
     files_stay_until: str  # UTC, ISO 8601, by the store's clock
@@ -114,20 +119,21 @@ class Forgotten:
         """For a person."""
         held = ", ".join(map(str, self.held_by)) or "none"
         return (
-            f"{self.table}: version {self.version} is without {self.images} images, and they stay out. Versions that held them "
-            f"are retired: {held}. Their files stay for the grace period of {self.grace_days:g} days, until "
-            f"{self.files_stay_until}; the first night after that removes them, or `lora-embed gc {self.table}`. What "
-            f"`lora-embed gc {self.table} --dry-run` does not list as retired any more is gone."
+            f"{self.table}: version {self.version} is without {self.images} images, and no later version will hold them. "
+            f"Versions that held them are retired: {held}. The files of these versions stay for the grace period of "
+            f"{self.grace_days:g} days, until {self.files_stay_until}; the first run after that removes them, or "
+            f"`lora-embed gc {self.table}`. When `lora-embed gc {self.table} --dry-run` no longer lists a version as retired, "
+            "its files are removed."
         )
 
 
 def forget(store: Store, ids: list[str], why: str) -> Forgotten:
-    """Publish the current version without these images, keep them out of later ones, and retire the versions that hold them.
+    """Publish a version without these images, keep them out of later versions, and retire the versions that hold them.
 
-    A forgotten image stays a sample of its shard: it is a reject with the reason `forgotten`. Raises TableError when an
-    id is in no retained version.
+    A forgotten image is still counted as a sample of its shard: as a reject with the reason `forgotten`. Raises TableError
+    if no retained version holds one of the ids.
     """
-    current, held_by = _holders(store, ids)  # refused before anything is written
+    current, held_by = _holders(store, ids)  # raises before anything is written
     with versions.writing(store, "forgetting") as store:
         while True:
             manifest = _without(store, current, ids, why, held_by)
@@ -149,7 +155,7 @@ def forget(store: Store, ids: list[str], why: str) -> Forgotten:
 
 
 def _holders(store: Store, ids: list[str]) -> tuple[Manifest, tuple[int, ...]]:
-    """The current version, and the numbers of all that hold one of these images."""
+    """The current version, and the numbers of all versions that hold one of these images."""
     current = versions.manifest_to_follow(store)
     if current is None:
         raise TableError(f"{store.uri}: has no published version")
@@ -157,20 +163,20 @@ def _holders(store: Store, ids: list[str]) -> tuple[Manifest, tuple[int, ...]]:
     unknown = sorted(set(ids) - set(current.forgotten) - set().union(*holders.values()))
     if unknown:
         raise TableError(
-            f"{store.uri}: no retained version holds {unknown[0]!r}, of {len(unknown)} ids like that. Correct them."
+            f"{store.uri}: no retained version holds {unknown[0]!r} (unknown ids in all: {len(unknown)}). Correct them."
         )
     return current, tuple(sorted(version for version, held in holders.items() if held))
 
 
 def _ids_in(store: Store, manifest: Manifest, ids: list[str]) -> list[str]:
-    found: list[str] = Table(store, manifest).rows(ids, ["id"]).column("id").to_pylist()
-    return found
+    existing: list[str] = Table(store, manifest).rows(ids, ["id"]).column("id").to_pylist()
+    return existing
 
 
 def _without(store: Store, current: Manifest, ids: list[str], why: str, held_by: tuple[int, ...]) -> Manifest:
-    """The next version: files that hold none of the images as they are, the others written anew.
+    """The manifest of the next version: files without any of the images are reused, the others are rewritten.
 
-    It names the versions that held one: where the forgetting is interrupted, retention goes on with retiring them.
+    It lists the versions that held one of the images, so that retention can retire them if `forget` is interrupted.
     """
     pins = current.pins
     layout = Layout(

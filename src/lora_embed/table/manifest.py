@@ -1,4 +1,4 @@
-"""A version of a table as JSON: its files, their shards and counts, and how releases read each other's."""
+"""A version's manifest as JSON: its files, their shards and counts, and how one release reads another release's manifest."""
 
 import json
 import re
@@ -52,7 +52,7 @@ class _Lineage(TypedDict, total=False):
 
 
 def _fits(kind: Any) -> AfterValidator:
-    """A dictionary that stays as it is, once the keys of `kind` in it are seen to hold what they are to."""
+    """Validate those keys of a dictionary that `kind` names, and leave the dictionary as it is."""
     adapter = TypeAdapter(kind)
 
     def check(value: Any) -> Any:
@@ -72,22 +72,22 @@ DataPath = Annotated[str, Field(pattern=r"^(data|rejects)/[0-9a-f]{12}/[0-9a-f]{
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardCounts:
-    """A shard in a manifest, or as much of it as one data file holds; samples = vectors + rejects."""
+    """A shard in a manifest, or the part of it that one data file holds; samples = vectors + rejects."""
 
     id: HexId
     name: str
     samples: Count
     vectors: Count
     rejects: Count
-    start: Count = 0  # number of the first sample, above 0 where an earlier file holds those before it; written only then
+    start: Count = 0  # number of the first sample; above 0 (and only then written) if an earlier file holds those before it
 
     @property
     def place(self) -> tuple[str, int]:
-        """Tells a shard's records in several files apart."""
+        """Distinguishes the records of one shard in several files."""
         return self.id, self.start
 
     def joined(self, other: "ShardCounts") -> "ShardCounts":
-        """This record and another one of the same shard as one."""
+        """Combine this record with another record of the same shard."""
         return ShardCounts(
             id=self.id,
             name=self.name,
@@ -102,7 +102,7 @@ class ShardCounts:
 
 
 def join_records(records: Iterable[ShardCounts]) -> dict[str, ShardCounts]:
-    """By shard id, in the order in which the shards come first."""
+    """Records by shard id, those of one shard combined, in the order in which each shard first appears."""
     joined: dict[str, ShardCounts] = {}
     for record in records:
         before = joined.get(record.id)
@@ -111,19 +111,19 @@ def join_records(records: Iterable[ShardCounts]) -> dict[str, ShardCounts]:
 
 
 def prefix_of(shard_name: str) -> str:
-    """What stands before `/` and key in ids of a shard: its name, or for a group of loose images their folder."""
+    """The part of a shard's sample ids before `/` and key: the shard's name, or the folder of a group of loose images."""
     group = re.fullmatch(r"(.*)/#\d+of\d+", shard_name)
     return shard_name if group is None else group[1] if group[1] != "." else ""
 
 
 def prefixes_of_ids(ids: Iterable[str]) -> set[str]:
-    """All that can stand before `/` and key in these ids, "" included: whose shards may hold one of them."""
+    """Every prefix (also "") that these ids can have before `/` and key; shards with such a prefix may hold the samples."""
     return {id_[: cut.start()] for id_ in ids for cut in re.finditer("/", id_)} | {""}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
-    """A published Parquet file; `shards` are those whose rows it holds, each once, empty ones included."""
+    """A published Parquet file; `shards` lists each shard whose rows it holds once, and also empty shards."""
 
     path: DataPath
     rows: Count
@@ -150,9 +150,9 @@ class Manifest:
     gates: dict[str, Annotated[dict[str, Any], _fits(_Gate)]]
     pins: Annotated[dict[str, Any], _fits(_Pins)]
     lineage: Annotated[dict[str, Any], _fits(_Lineage)]
-    held: dict[SpaceId, str] = field(default_factory=dict)  # spaces that a rollback holds back → why
-    forgotten: tuple[str, ...] = ()  # ids that stay out
-    newer: tuple[str, ...] = ()  # fields that only a newer release knows; not written
+    held: dict[SpaceId, str] = field(default_factory=dict)  # spaces that a rollback holds back → reason
+    forgotten: tuple[str, ...] = ()  # ids of images that were forgotten and must not come back
+    newer: tuple[str, ...] = ()  # names of fields that only a newer release knows; not written
 
     @property
     def carry(self) -> tuple[tuple[str, str], ...]:
@@ -161,12 +161,12 @@ class Manifest:
 
     @cached_property
     def shards(self) -> dict[str, ShardCounts]:
-        """By shard id; one whose rows are spread over several files is there once, with its whole counts."""
+        """Shards by id; a shard whose rows are in several files appears once, with its total counts."""
         return join_records(shard for entry in self.files for shard in entry.shards)
 
     def to_json(self) -> bytes:
-        assert not self.newer, "what a newer release knows would be lost"
-        written = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "newer"}
+        assert not self.newer, "the fields of a newer release would be lost"
+        written = {column.name: getattr(self, column.name) for column in fields(self) if column.name != "newer"}
         written |= {kind: [entry.to_dict() for entry in written[kind]] for kind in ("files", "rejects")}
         return (json.dumps(written, indent=1) + "\n").encode()
 
@@ -177,14 +177,13 @@ class Manifest:
             return _MANIFEST.validate_json(data, strict=True, extra="forbid")
         except ValidationError as error:
             newer = {str(item["loc"][-1]) for item in error.errors() if item["type"] == "unexpected_keyword_argument"}
-        found = read_json(data, where, "Remove it to return to the version before.")
-        refuse_other_format(found, where)
+        refuse_other_format(read_json(data, where, "Remove it to return to the version before."), where)
         try:
             manifest = _MANIFEST.validate_json(data, strict=True, extra="ignore")
         except ValidationError as error:
             raise TableError(
-                f"{where}: {first_wrong(error)}. It is damaged, or lora-embed has not written it; find out who has, or remove "
-                "it to return to the version before."
+                f"{where}: {first_wrong(error)}. The file is damaged, or lora-embed did not write it. Find out who wrote it, "
+                "or remove it to return to the version before."
             ) from None
         return replace(manifest, newer=tuple(sorted(newer)))
 
@@ -192,13 +191,13 @@ class Manifest:
 _MANIFEST = TypeAdapter(Manifest)
 
 
-def refuse_other_format(found: Any, where: str) -> None:
-    """Raises TableError, naming `where`, unless the JSON found there is of this release's format."""
-    number = found.get("format") if isinstance(found, dict) else None
+def refuse_other_format(content: Any, where: str) -> None:
+    """Raises TableError, naming `where`, unless the JSON content read there has this release's format."""
+    number = content.get("format") if isinstance(content, dict) else None
     if number != FORMAT:
         raise TableError(
-            f"{where}: is of format {number}, and this release of lora-embed ({release()}) knows format {FORMAT}. Use a newer "
-            "release, or the one that wrote it."
+            f"{where}: has format {number}, but this release of lora-embed ({release()}) reads format {FORMAT} only. Use a "
+            "newer release, or the release that wrote it."
         )
 
 
@@ -206,5 +205,5 @@ def release() -> str:
     """This release's number."""
     try:
         return version("lora-embed")
-    except PackageNotFoundError:  # the package alone went to a cluster
+    except PackageNotFoundError:  # on a cluster's node, to which only the package's files were copied
         return "not installed"

@@ -1,4 +1,4 @@
-"""Parquet files of a table, which others may have written: the one place where they are opened to be read."""
+"""Read the Parquet files of a table. Somebody else may have written them, so they are opened for reading only here."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,51 +17,59 @@ DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError, KeyError, MemoryError)
 
 @contextmanager
 def damage_named(where: str, kinds: tuple[type[Exception], ...] = DAMAGE) -> Iterator[None]:
-    """What Arrow says of a table's file that is none of ours, or no longer → VerificationFailed, naming `where`."""
+    """Turn what Arrow raises for a missing, damaged or foreign file of a table into VerificationFailed, naming `where`."""
     try:
         yield
     except FileNotFoundError:
-        raise VerificationFailed(f"{where}: is gone, though it is referred to") from None
+        raise VerificationFailed(missing(where)) from None
     except LoraEmbedError:
         raise
     except kinds as error:
         says = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise VerificationFailed(
-            f"{where}: cannot be read as what lora-embed has written there ({says}). Bring it back from a copy, or return to a "
-            "version without it by `lora-embed rollback`."
+            f"{where}: is damaged, or lora-embed did not write it ({says}). Restore it from a copy, or return to a version "
+            "without it with `lora-embed rollback`."
         ) from None
 
 
+def missing(where: str) -> str:
+    """The message for a file that should exist at `where`."""
+    return (
+        f"{where}: is missing, but the table needs it. Restore it from a copy, or return to a version without it with "
+        "`lora-embed rollback`."
+    )
+
+
 def _open(data: Any, where: str) -> pq.ParquetFile:
-    """Whatever is raised here is the file's fault: types of Ray's, which a schema may name, raise what they like."""
+    """Open a file. Every exception counts as damage: a schema may name types of Ray's, which raise any kind."""
     with damage_named(where, (Exception,)):
         return pq.ParquetFile(data)
 
 
 def read_rows(store: Store, path: str) -> pa.Table:
-    """A Parquet file of the table, whole. Raises VerificationFailed when it is gone or damaged."""
+    """All rows of a Parquet file of the table. Raises VerificationFailed if the file is missing or damaged."""
     data, where = store.read(path), store.name(path)
     if data is None:
-        raise VerificationFailed(f"{where}: is gone, though it is referred to")
+        raise VerificationFailed(missing(where))
     with damage_named(where):
-        file = _open(pa.BufferReader(data), where)  # of a small part, read_table takes three times as long
+        file = _open(pa.BufferReader(data), where)  # read_table takes three times as long for a small part
         return file.read(use_threads=len(data) > 2**20).replace_schema_metadata(None)
 
 
 @contextmanager
 def opened_file(store: Store, path: str, ahead: int = READ_AHEAD) -> Iterator[pq.ParquetFile]:
-    """A Parquet file of the table, to be read in pieces. Raises VerificationFailed when it is gone or damaged."""
+    """A Parquet file of the table, open for reading in pieces. Raises VerificationFailed if it is missing or damaged."""
     where = store.name(path)
     with damage_named(where), store.open(path, ahead) as data:
         yield _open(data, where)
 
 
 def file_batches(store: Store, path: str, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """The rows of a Parquet file of the table in batches, read once and in their order; raises as `opened_file` does."""
+    """The rows of a Parquet file of the table, in order, in batches. Raises as `opened_file` does."""
     with opened_file(store, path) as file:
         yield from file.iter_batches(BATCH_ROWS, columns=columns)
 
 
 def count_values(column: pa.ChunkedArray | pa.Array) -> Counter[str]:
-    """How often each text stands in a column."""
+    """How often each text occurs in a column."""
     return Counter({pair["values"]: pair["counts"] for pair in column.value_counts().to_pylist()})

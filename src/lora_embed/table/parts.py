@@ -1,4 +1,4 @@
-"""A chunk's vectors → its part: one object, committed once, a function of shard, encoder and layout alone."""
+"""A chunk's vectors → its part: one object, committed once, whose bytes depend on shard, encoder and layout alone."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ from lora_embed.store.store import Store
 from lora_embed.table.parquet import count_values, damage_named
 
 FOOTER = b"lora_embed.part"
-FOOTER_BYTES = 2**16  # read at once of a part of which its footer and keys are wanted
+FOOTER_BYTES = 2**16  # bytes read at once from a part when only its footer and keys are needed
 
 
 class _Footer(TypedDict):
@@ -36,19 +36,19 @@ _FOOTER = TypeAdapter(_Footer)
 
 
 def part_path(space_id: str, layout_id: str, part: Part | None = None) -> str:
-    """Where a layout's parts, or one of them, lie below the table."""
+    """The path below the table of a layout's parts, or of one part."""
     return f"staging/{space_id}/{layout_id}/{part.name if part else ''}".rstrip("/")
 
 
 def reasons_of(part: pa.Table | pa.RecordBatch) -> dict[str, int]:
-    """How many of the rows of a part, or of a chunk's samples, are rejects of each reason."""
+    """Number of rejects by reason, among the rows of a part or a chunk's samples."""
     return dict(count_values(part.column("reason").drop_null()))
 
 
 def make_part(head: ChunkHead, samples: pa.RecordBatch, vectors: NDArray[np.float32], layout: Layout) -> pa.Table:
-    """Join samples (n rows) with the vectors (head.good, d) of those without a reason.
+    """Join samples (n rows) with the vectors (head.good, d) of the samples without a reject reason.
 
-    A vector that is not finite becomes a reject. Rejects hold zeros: the reason decides, not the value.
+    A vector that is not finite becomes a reject. Rejects have zeros for a vector; only the reason marks a reject.
     """
     good = np.array(pc.is_null(samples.column("reason")).to_numpy(zero_copy_only=False), dtype=bool)
     assert int(good.sum()) == head.good, (int(good.sum()), head)
@@ -71,7 +71,7 @@ def make_part(head: ChunkHead, samples: pa.RecordBatch, vectors: NDArray[np.floa
 
 
 def write_part(store: Store, space_id: str, layout: Layout, head: ChunkHead, table: pa.Table) -> bool:
-    """Commit a part; False when it had been committed before. The footer holds what `read_footer` returns."""
+    """Commit a part; False if it had been committed before. The footer holds the values that `read_footer` returns."""
     facts = {
         "space_id": space_id,
         "layout_id": layout.layout_id,
@@ -85,9 +85,9 @@ def write_part(store: Store, space_id: str, layout: Layout, head: ChunkHead, tab
 
 
 def read_footer(data: pq.FileMetaData) -> dict[str, Any] | None:
-    """A part's own facts: space_id, layout_id, start, samples, vectors; None for a file that is no part of ours.
+    """What a part says of itself: space_id, layout_id, start, samples, vectors; None for a file that is not a part.
 
-    And `bytes`: [begin, end) of the chunk in its tar, or None where reading cannot begin there.
+    Also `bytes`: the range [begin, end) of the chunk in its tar, or None if reading cannot begin there.
     """
     with contextlib.suppress(ValueError, RecursionError):
         facts = json.loads((data.metadata or {}).get(FOOTER, b"null"))
@@ -105,7 +105,7 @@ class ChunkPlace:
 
 
 def read_place(store: Store, path: str) -> ChunkPlace | None:
-    """Of a part; None where it is gone, or was written without knowing its bytes."""
+    """The place of a part's chunk in its tar; None if the part no longer exists or does not record its bytes."""
     try:
         with store.open(path, FOOTER_BYTES) as data, damage_named(store.name(path)):
             file = pq.ParquetFile(data)
@@ -119,7 +119,7 @@ def read_place(store: Store, path: str) -> ChunkPlace | None:
 
 
 def to_parquet(table: pa.Table) -> bytes:
-    """A part or a file of rejects as Parquet, in one row group."""
+    """A table as a Parquet file of one row group, for a part or a file of rejects."""
     buffer = io.BytesIO()
     with parquet_writer(buffer, table.schema) as writer:
         writer.write_table(table, max(1, table.num_rows))
@@ -127,14 +127,14 @@ def to_parquet(table: pa.Table) -> bytes:
 
 
 def parquet_writer(file: IO[bytes], schema: pa.Schema) -> pq.ParquetWriter:
-    """Encodes vectors, of parts and of data files alike: zstd, dictionaries only where values repeat."""
+    """The Parquet writer of parts and data files: zstd, and dictionary encoding only for columns whose values repeat."""
     has_float32 = "embedding" in schema.names and schema.field("embedding").type.value_type == pa.float32()
     return pq.ParquetWriter(
         file,
         schema,
         compression="zstd",
         use_dictionary=[name for name in ("shard", "reason") if name in schema.names],
-        # Split, real float32 vectors of 1,536 bytes take 1,295 and not 1,420. Float16 would take 658 and not 709, but
-        # DuckDB (2.0, duckdb#17114) reads byte-stream split of 32 and 64 bits alone.
+        # With BYTE_STREAM_SPLIT, real float32 vectors of 1,536 bytes take 1,295 bytes and without it 1,420. Float16 vectors
+        # would take 658 and not 709, but DuckDB (2.0, duckdb#17114) reads it for values of 32 and 64 bits only.
         column_encoding={"embedding.list.element": "BYTE_STREAM_SPLIT"} if has_float32 else None,
     )

@@ -1,4 +1,4 @@
-"""A version of a table, open for reading."""
+"""Read one version of a table: its rows, rejects and encoder."""
 
 from bisect import bisect_left
 from collections import defaultdict
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def _rows_with(file: pq.ParquetFile, ids: set[str], columns: list[str]) -> list[pa.Table]:
-    """Rows of a data file that have one of these ids, from the row groups that can hold one."""
-    ordered, found = sorted(ids), []
+    """Rows of a data file that have one of these ids, read from those row groups alone that can hold one."""
+    ordered, tables = sorted(ids), []
     for group in range(file.num_row_groups):
         bounds = file.metadata.row_group(group).column(0).statistics  # of the first column, `id`
         if bounds is not None and bounds.has_min_max:
@@ -35,8 +35,8 @@ def _rows_with(file: pq.ParquetFile, ids: set[str], columns: list[str]) -> list[
                 continue
         here = pc.is_in(file.read_row_group(group, columns=["id"]).column("id"), pa.array(ordered, pa.string()))
         if pc.any(here).as_py():
-            found.append(file.read_row_group(group, columns=columns).select(columns).filter(here))
-    return found
+            tables.append(file.read_row_group(group, columns=columns).select(columns).filter(here))
+    return tables
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Table:
 
     @property
     def space_id(self) -> str:
-        """12 hex digits; only the encoder of this space makes vectors to compare with these."""
+        """12 hex digits; only vectors of an encoder with this space id can be compared with these vectors."""
         return self.manifest.space_id
 
     @property
@@ -61,11 +61,11 @@ class Table:
 
     @property
     def count(self) -> int:
-        """Vectors, without rejects."""
+        """Number of vectors; rejects do not count."""
         return self.manifest.counts["vectors"]
 
     def to_dataset(self) -> pds.Dataset:
-        """All data files as one dataset; columns as in `schema.data_schema`. What it reads is tried again as `batches` does."""
+        """All data files as one dataset with the columns of `schema.data_schema`; failed reads are retried as in `batches`."""
         paths = [self.store.full_path(entry.path) for entry in self.manifest.files]
         return pds.dataset(paths, schema=self.schema, format="parquet", filesystem=lend(self.store))
 
@@ -76,13 +76,13 @@ class Table:
 
     @property
     def files(self) -> list[str]:
-        """URIs of all data files, for readers of Parquet."""
+        """URIs of all data files, for any reader of Parquet."""
         return [self.store.name(entry.path) for entry in self.manifest.files]
 
     def batches(self, columns: Sequence[str], rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
-        """These columns of all rows, in batches of up to `rows`: one file open at a time, no other column read.
+        """These columns of all rows, in batches of up to `rows`. One file is open at a time; other columns are not read.
 
-        Raises TableError for a column that is not there, and VerificationFailed for a file that is gone.
+        Raises TableError for a column that does not exist, and VerificationFailed for a missing or damaged file.
         """
         self._check_columns(columns)
         for entry in self.manifest.files:
@@ -92,10 +92,10 @@ class Table:
                     yield from (batch.select(columns) for batch in file.iter_batches(rows, columns=columns))
 
     def rows(self, ids: Iterable[str], columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows of these ids, in their order; an id that this version lacks has none. All columns unless told which.
+        """The rows of these ids, in the order of the ids, with these columns or all; ids that do not exist are left out.
 
-        Opened are only the files of shards that an id begins with, and read only their row groups whose smallest and
-        largest id lie around one. Raises as `batches` does.
+        Only files of shards whose name an id begins with are opened, and only row groups whose range of ids includes one of
+        the ids are read. Raises as `batches` does.
         """
         names = list(self.schema.names if columns is None else columns)
         self._check_columns(names)
@@ -105,22 +105,22 @@ class Table:
             for number in self._may_hold(sample_id):
                 of_file[number].add(sample_id)
         tables = [self.schema.empty_table().select(names if "id" in names else ["id", *names])]
-        for number, some in sorted(of_file.items()):
+        for number, ids_in_file in sorted(of_file.items()):
             with opened_file(self.store, self.manifest.files[number].path) as file:
                 self._check_file(file, tables[0].column_names)
-                tables += _rows_with(file, some, tables[0].column_names)
+                tables += _rows_with(file, ids_in_file, tables[0].column_names)
         rows = pa.concat_tables(tables).unify_dictionaries()
         place = {sample_id: row for row, sample_id in enumerate(rows.column("id").to_pylist())}
         order = pa.array([place[sample_id] for sample_id in in_order if sample_id in place], pa.int64())
         return rows.take(order).select(names)
 
     def _may_hold(self, sample_id: str) -> set[int]:
-        """Numbers of the files that hold a shard whose samples' ids begin as this one does."""
+        """Numbers of the files that hold a shard with the same id prefix as this id."""
         return set().union(*(self._files_by_prefix.get(prefix, ()) for prefix in prefixes_of_ids([sample_id])))
 
     @cached_property
     def _files_by_prefix(self) -> dict[str, list[int]]:
-        """What stands before the key in ids of a shard → numbers of the files that hold such rows."""
+        """Id prefix (the part of an id before `/` and key) → numbers of the files that hold such rows."""
         files: dict[str, list[int]] = defaultdict(list)
         for number, entry in enumerate(self.manifest.files):
             for prefix in {prefix_of(shard.name) for shard in entry.shards if shard.vectors}:
@@ -129,41 +129,42 @@ class Table:
 
     def _check_columns(self, columns: Sequence[str]) -> None:
         if unknown := [name for name in columns if name not in self.schema.names]:
-            raise TableError(f"{self.store.uri}: has no column {unknown[0]!r}; it has {', '.join(self.schema.names)}")
+            raise TableError(f"{self.store.uri}: has no column {unknown[0]!r}. Choose from {', '.join(self.schema.names)}.")
 
     def _check_file(self, file: pq.ParquetFile, columns: Sequence[str]) -> None:
-        """Raises ArrowInvalid for a data file whose columns are not those that the manifest says."""
+        """Raises ArrowInvalid for a data file whose columns differ from those in the manifest."""
         for name in columns:
             held, expected = file.schema_arrow.field(name).type, self.schema.field(name).type
             if held != expected:
                 raise pa.ArrowInvalid(f"column {name} is of type {held}, expected {expected}")
 
     def rejects(self) -> pa.Table:
-        """All rejects: id, shard, key, reason, detail."""
+        """All rejects, with the columns id, shard, key, reason, detail."""
         tables = [read_rows(self.store, entry.path) for entry in self.manifest.rejects]
         return pa.concat_tables([REJECT_SCHEMA.empty_table(), *tables]).unify_dictionaries()
 
     def encoder(self, device: str = "cpu", base: str | None = None) -> "Encoder":
-        """The encoder that made the vectors, in float32: the only one whose queries match them. `base` as of `load_encoder`.
+        """Load the encoder that made the vectors, in float32; queries must be embedded with it. `base` as in `load_encoder`.
 
-        Raises VerificationFailed where the table holds another one under its space id.
+        Raises VerificationFailed if the table holds another encoder under its space id.
         """
-        from lora_embed.model.encoder import load_encoder  # torch, which reading a table does not need
+        from lora_embed.model.encoder import load_encoder  # imports torch, which reading a table does not need
 
         uri = f"{self.store.uri}/{encoder_path(self.space_id)}"
         encoder = load_encoder(uri, device=device, storage_options=self.store.options, base=base)
         if encoder.space_id != self.space_id:
             raise VerificationFailed(
-                f"{uri}: holds an encoder of space {encoder.space_id}, not {self.space_id} as its name says"
+                f"{uri}: holds an encoder of space {encoder.space_id}, expected space {self.space_id}. Restore the directory "
+                "from a copy."
             )
         return encoder
 
 
 def open_table(uri: str, version: int | None = None, storage_options: dict[str, Any] | None = None) -> Table:
-    """Open a version of a table, by default the current one. Raises TableError where there is none."""
+    """Open a version of a table, by default the current one. Raises TableError if it does not exist."""
     store = Store(uri, storage_options or {})
     manifest = read_manifest(store, version)
     if manifest is None:
-        named = f"version {version}" if version is not None else "published version"
-        raise TableError(f"{uri}: has no {named}; `lora-embed status {uri}` says what is there")
+        expected = f"version {version}" if version is not None else "published version"
+        raise TableError(f"{uri}: has no {expected}. `lora-embed status {uri}` shows what the table holds.")
     return Table(store, manifest)

@@ -1,4 +1,4 @@
-"""What a table no longer needs: old versions, and what nothing refers to, once a grace period is over."""
+"""Remove what a table no longer needs: old versions, and objects that nothing has referred to for the grace period."""
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -32,38 +32,36 @@ DAY_S = 86400.0
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What whoever enforces retention needs itself; a run knows it, a person at a command line does not."""
+    """What the run that enforces retention needs itself, and so must not remove; empty for `lora-embed gc`."""
 
     run_id: str = ""
-    shards: frozenset[str] | None = None  # ids of its input; None: any may be of an input
+    shards: frozenset[str] | None = None  # ids of the shards in its input; None if the input is not known
     folder: str = ""  # staging/<space>/<layout>
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """What retention kept and removed, or would remove."""
+    """What retention kept and removed, or would remove in a dry run."""
 
     table: str
     is_dry_run: bool
     retain: dict[str, float]
     kept: tuple[int, ...]  # versions
-    retired: dict[int, str]  # versions whose files are still there → until when they stay, UTC
-    objects: int
-    bytes: int
-    by_folder: dict[str, int]  # objects
-    going_on: tuple[str, ...]  # runs and commands, whose needs stay whatever their age
+    retired: dict[int, str]  # retired versions whose files still exist → time until which the files stay, UTC
+    objects: int  # removed
+    bytes: int  # removed
+    by_folder: dict[str, int]  # removed objects
+    going_on: tuple[str, ...]  # ids of live runs and commands; what they need stays, whatever its age
 
     def describe(self) -> str:
         """For a person."""
         would = "would be removed" if self.is_dry_run else "removed"
         counted = ", ".join(f"{count:,} in {folder}/" for folder, count in sorted(self.by_folder.items()))
         days = f"{self.retain['grace_days']:g} days"
-        lines = [
-            f"table     {self.table}, which keeps {self.retain['versions']} versions, and for {days} what they do not need"
-        ]
+        lines = [f"table     {self.table}: keeps {self.retain['versions']} versions, and other files for {days} more"]
         lines += [f"versions  {', '.join(map(str, self.kept)) or 'none'}"]
-        lines += [f"retired   version {number}: its files stay until {until}" for number, until in self.retired.items()]
-        lines += [f"waits     for {run_id}, which goes on: what is younger than it stays" for run_id in self.going_on]
+        lines += [f"retired   version {number}; its files stay until {until}" for number, until in self.retired.items()]
+        lines += [f"live      run {run_id}; whatever was written since it began stays" for run_id in self.going_on]
         lines += [
             f"{would}: {self.objects:,} objects, {self.bytes:,} bytes ({counted})" if self.objects else f"nothing {would}"
         ]
@@ -72,59 +70,59 @@ class Collected:
 
 @dataclass(kw_only=True)
 class _Kept:
-    """What stays, whatever its age: of the versions kept, of those retired within the grace period, and of live runs."""
+    """What stays whatever its age: files of kept versions and of those retired within the grace period, needs of live runs."""
 
-    oldest: float  # by the store's clock: what is younger stays
+    oldest: float  # a time by the store's clock; objects written after it stay
     needs: Needs
-    live: frozenset[str]  # spaces of other runs
+    live: frozenset[str]  # spaces of other live runs
     files: set[str] = field(default_factory=set)  # paths of published files
     spaces: set[str] = field(default_factory=set)
-    forgot: set[int] = field(default_factory=set)  # versions that a forgetting retires
+    forgot: set[int] = field(default_factory=set)  # versions that hold forgotten images and so must be retired
 
     def add(self, data: bytes | None, where: str) -> None:
-        """A version that stays, unless it is gone; its manifest, which may be large, is not held."""
+        """Keep what a version refers to. `data` is its manifest, None if that no longer exists; only its paths are stored."""
         if data is None:
             return
-        found = Manifest.from_json(data, where)
-        self.files.update(entry.path for entry in (*found.files, *found.rejects))
-        self.spaces.add(found.space_id)
-        self.forgot.update(found.lineage.get("forgot", {}).get("held_by", ()))
+        manifest = Manifest.from_json(data, where)
+        self.files.update(entry.path for entry in (*manifest.files, *manifest.rejects))
+        self.spaces.add(manifest.space_id)
+        self.forgot.update(manifest.lineage.get("forgot", {}).get("held_by", ()))
 
 
 def retain_of(manifest: Manifest | None) -> Retain:
-    """What the run that published a version was told to retain; the defaults where an older release published it."""
-    said = manifest.lineage.get("retain", {}) if manifest is not None else {}
-    return taken_as(Retain, said, "the `retain` of a version")
+    """The retention settings of the run that published a version; the defaults if an older release published it."""
+    settings = manifest.lineage.get("retain", {}) if manifest is not None else {}
+    return taken_as(Retain, settings, "the `retain` of a version")
 
 
 def enforce(store: Store, retain: Retain, needs: Needs) -> None:
-    """`collect` at the end of a run, which ends as it does whether or not that succeeds."""
+    """Call `collect` at the end of a run. If it fails, that is only logged: the result of the run stays the same."""
     try:
         collect(store, retain, needs)
     except (LoraEmbedError, OSError) as error:
-        say(f"what {store.uri} no longer needs could not be removed; the next run or `lora-embed gc` will: {error}")
+        say(f"{store.uri}: old files could not be removed: {error}. The next run removes them, or `lora-embed gc {store.uri}`.")
 
 
 def collect_garbage(uri: str, options: dict[str, Any], retain: Retain | None = None, *, is_dry_run: bool = False) -> Collected:
-    """`collect` for a person: by what the current version's run was told to retain, unless told otherwise.
+    """Call `collect` for `lora-embed gc`, with `retain` or else the retention settings of the current version's run.
 
-    Raises TableError where nothing was ever published.
+    Raises TableError if nothing was ever published.
     """
     store = Store(uri, options)
     manifest = read_manifest(store)
     if manifest is None:
-        raise TableError(f"{uri}: has no published version; `lora-embed status {uri}` says what is there")
+        raise TableError(f"{uri}: has no published version. `lora-embed status {uri}` shows what the table holds.")
     return collect(store, retain or retain_of(manifest), is_dry_run=is_dry_run)
 
 
 def collect(store: Store, retain: Retain, needs: Needs | None = None, *, is_dry_run: bool = False) -> Collected:
-    """Retire all but the newest versions, and remove what nothing has referred to for the grace period.
+    """Retire all but the newest versions, and remove objects that nothing has referred to for the grace period.
 
-    A version is retired by moving its manifest to `retired/`; for the grace period its files stay, for readers that have
-    it open. All ages are by the store's own clock. Nothing that is younger than the oldest run that may go on is removed,
-    nor encoders and parts of such a run's space: a live run is one that was heard of within the hour. Its state is read
-    before the versions are listed, so that what it has committed before its end is seen. Raises StorageError, before
-    anything is removed, when the current version is not among those listed.
+    A version is retired by moving its manifest to `retired/`. Its files stay for the grace period, for readers that have the
+    version open. All ages are measured by the store's own clock. A live run is one that reported within the last hour.
+    Objects written since the oldest live run began are kept, and so are encoders and parts of a live run's space. The
+    states of runs are read before the versions are listed, so that a version which a run commits just before its end is
+    seen. Raises StorageError, before anything is removed, if the listing lacks the current version.
     """
     needs = needs or Needs()
     grace_s = retain.grace_days * DAY_S
@@ -137,11 +135,11 @@ def collect(store: Store, retain: Retain, needs: Needs | None = None, *, is_dry_
         store = claim(store)
         renew_hint(store)
         store.clear_temporary()
-    listed, tombs = _listed(store), store.list_files(RETIRED)  # in this order: what is retired in between is in both
+    listed, tombs = _listed(store), store.list_files(RETIRED)  # in this order: a version retired in between is in both
     _read_tombs(store, tombs, kept)
     leaving = _retire(store, listed, retain.versions, kept, is_dry_run=is_dry_run)
     doomed = _unreferenced(store, kept) + _unused(store, kept)
-    doomed += [tomb for tomb in tombs if tomb.modified < kept.oldest]  # last: while it is there, its files may be
+    doomed += [tomb for tomb in tombs if tomb.modified < kept.oldest]  # removed last, after the files it lists
     if doomed and not is_dry_run:
         store.delete([entry.path for entry in doomed])
     ends = dict.fromkeys(leaving, now + grace_s)
@@ -160,24 +158,31 @@ def collect(store: Store, retain: Retain, needs: Needs | None = None, *, is_dry_
 
 
 def utc(moment: float) -> str:
-    """ISO 8601, in seconds, not before the moment."""
+    """A time in ISO 8601, rounded up to whole seconds."""
     return datetime.fromtimestamp(-(-moment // 1), UTC).isoformat(timespec="seconds")
 
 
 def _listed(store: Store) -> list[int]:
-    """All versions, in order; StorageError where the current one is missing among them, whose files would be removed."""
+    """All versions, in order. Raises StorageError if the current one is missing: its files would be removed."""
     listed, highest = listed_versions(store), highest_version(store)
     if max(listed, default=0) < highest:
-        raise StorageError(f"{store.uri}/versions: version {highest} is there, but the listing ends before it")
+        raise StorageError(
+            f"{store.uri}/versions: version {highest} exists, but the storage's listing lacks it, so nothing is removed. Try "
+            "again."
+        )
     if not listed and store.read(CURRENT) is not None:
-        raise StorageError(f"{store.uri}/versions: {CURRENT} names a version, but none is there, so nothing is removed")
+        raise StorageError(
+            f"{store.uri}/versions: {CURRENT} names a version, but the listing shows none, so nothing is removed. Check the "
+            "permission to list, and that nobody removed the manifests."
+        )
     return listed
 
 
 def _retire(store: Store, listed: list[int], keep: int, kept: _Kept, *, is_dry_run: bool) -> list[int]:
-    """Move aside what is too old, and what held images of a forgetting that was interrupted; returns these versions.
+    """Retire versions beyond the newest `keep`, and those of an interrupted `forget`; returns their numbers.
 
-    Each manifest is read once, the newest first. One that is gone was retired meanwhile: then its tomb is read.
+    Each manifest is read once, the newest first. A manifest that no longer exists was retired meanwhile; then it is read
+    from `retired/`.
     """
     leaving = []
     for place, version in enumerate(reversed(listed)):
@@ -194,7 +199,7 @@ def _retire(store: Store, listed: list[int], keep: int, kept: _Kept, *, is_dry_r
 
 
 def _read_tombs(store: Store, tombs: list[Entry], kept: _Kept) -> None:
-    """What versions refer to that were retired within the grace period."""
+    """Keep what the versions that were retired within the grace period refer to."""
     for tomb in tombs:
         if tomb.modified >= kept.oldest:
             kept.add(store.read(tomb.path), store.name(tomb.path))
@@ -206,13 +211,13 @@ def _number(tomb: Entry) -> int:
 
 
 def _unreferenced(store: Store, kept: _Kept) -> list[Entry]:
-    """Published files of no version, and those that a run wrote for a version that it could not create."""
+    """Data and reject files that no version refers to, such as those of a run that could not create its version."""
     listed = [*store.list_files("data"), *store.list_files("rejects")]
     return [entry for entry in listed if entry.path not in kept.files and entry.modified < kept.oldest]
 
 
 def _unused(store: Store, kept: _Kept) -> list[Entry]:
-    """Encoders of no version, with their recipes, unless something was staged with them lately; and parts left behind."""
+    """Encoders that no version uses, with their recipes, unless parts were staged with them lately; and abandoned parts."""
     staged, encoders = store.list_files("staging"), store.list_files("encoders")
     used = kept.spaces | {_space(entry) for entry in (*encoders, *staged) if entry.modified >= kept.oldest}
     doomed = [entry for entry in encoders if _space(entry) not in used]
@@ -220,16 +225,16 @@ def _unused(store: Store, kept: _Kept) -> list[Entry]:
         recipe = read_record(store, entry.path, RecipeRecord) if entry.modified < kept.oldest else None
         if recipe is not None and recipe.space_id not in used:
             doomed.append(entry)
-    return doomed + _left_behind(staged, used, kept)
+    return doomed + _abandoned(staged, used, kept)
 
 
 def _space(entry: Entry) -> str:
     return entry.path.split("/")[1]
 
 
-def _left_behind(staged: list[Entry], used: set[str], kept: _Kept) -> list[Entry]:
-    """Staged parts of shards that are no longer there, and of spaces or layouts given up."""
-    renewed: dict[str, float] = defaultdict(float)  # when something was staged last, by space and layout
+def _abandoned(staged: list[Entry], used: set[str], kept: _Kept) -> list[Entry]:
+    """Staged parts of shards that left the input, and of spaces or layouts that are no longer in use."""
+    renewed: dict[str, float] = defaultdict(float)  # time of the newest part, by space and layout
     for entry in staged:
         folder = entry.path.rpartition("/")[0]
         renewed[folder] = max(entry.modified, renewed[folder])
@@ -238,11 +243,11 @@ def _left_behind(staged: list[Entry], used: set[str], kept: _Kept) -> list[Entry
         folder, _, name = entry.path.rpartition("/")
         part = Part.parse(name)
         if part is None:
-            stays = _space(entry) in used  # what `auto` was resolved to
+            stays = _space(entry) in used  # the record of what `auto` was resolved to
         else:
-            is_wanted = kept.needs.shards is None or part.shard_id in kept.needs.shards
+            in_input = kept.needs.shards is None or part.shard_id in kept.needs.shards
             goes_on = renewed[folder] >= kept.oldest or folder == kept.needs.folder
-            stays = (is_wanted and goes_on) or _space(entry) in kept.live
+            stays = (in_input and goes_on) or _space(entry) in kept.live
         if entry.modified < kept.oldest and not stays:
             doomed.append(entry)
     return doomed

@@ -1,4 +1,4 @@
-"""Parts that are committed and wait for a version: listed, complete, verified, and gone once a version holds them."""
+"""Parts that are committed but not yet in a version: list, check and verify them, and remove them once a version has them."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from lora_embed.table.parts import FOOTER_BYTES, part_path, read_footer
 
 def staged_parts(store: Store, space_id: str, layout_id: str) -> dict[str, list[Part]]:
     """Committed parts of one layout by shard id, from one listing."""
-    found: dict[str, list[Part]] = defaultdict(list)
+    parts_of_shard: dict[str, list[Part]] = defaultdict(list)
     for entry in store.list_files(part_path(space_id, layout_id)):
         part = Part.parse(entry.path.rsplit("/", 1)[-1])
         if part is not None:
-            found[part.shard_id].append(part)
-    return {shard: sorted(parts, key=lambda part: part.chunk) for shard, parts in found.items()}
+            parts_of_shard[part.shard_id].append(part)
+    return {shard: sorted(parts, key=lambda part: part.chunk) for shard, parts in parts_of_shard.items()}
 
 
 def part_paths(space_id: str, layout: Layout, parts: list[Part]) -> tuple[str, ...]:
@@ -26,14 +26,14 @@ def part_paths(space_id: str, layout: Layout, parts: list[Part]) -> tuple[str, .
 
 
 def is_complete(parts: list[Part]) -> bool:
-    """Do sorted parts tile a shard from its first chunk to a proven last one?"""
+    """Do these sorted parts cover a shard without a gap, from its first chunk to its last?"""
     chunks = [part.chunk for part in parts]
     return bool(parts) and parts[-1].last and chunks == list(range(len(parts)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifiedShard:
-    """A complete shard, by the footers of its parts."""
+    """A complete shard, with the counts from the footers of its parts."""
 
     shard_id: str
     samples_of_parts: tuple[int, ...]
@@ -53,7 +53,7 @@ class VerifiedShard:
 
 
 def verify_parts(store: Store, space_id: str, layout: Layout, parts: list[Part]) -> VerifiedShard:
-    """Check one complete shard's parts by their footers against names and layout; its counts.
+    """Check that the footers of one complete shard's parts fit their names and the layout; returns the shard's counts.
 
     Raises VerificationFailed for a part of another space or layout, a gap, or counts that do not add up.
     """
@@ -73,7 +73,10 @@ def verify_parts(store: Store, space_id: str, layout: Layout, parts: list[Part])
             "samples": full,
         }
         if facts is None or {key: facts.get(key) for key in expected} != expected or metadata.num_rows != full:
-            raise VerificationFailed(f"{store.uri}/{path}: its footer says {facts}, expected {expected}; remove it, run again")
+            raise VerificationFailed(
+                f"{store.uri}/{path}: its footer says {facts}, expected {expected}. Remove the file and run the same command "
+                "again."
+            )
         start += metadata.num_rows
         samples.append(metadata.num_rows)
         vectors.append(facts["vectors"])
@@ -81,7 +84,7 @@ def verify_parts(store: Store, space_id: str, layout: Layout, parts: list[Part])
 
 
 def clear_absorbed(store: Store, manifest: Manifest, layout: Layout) -> None:
-    """Remove the staged parts of shards that a version holds, also where a run died just after it was committed."""
+    """Remove the staged parts of shards that a version holds, also those that a run left which died after its commit."""
     staged = staged_parts(store, manifest.space_id, layout.layout_id)
     absorbed = [staged[shard_id] for shard_id in staged.keys() & manifest.shards.keys()]
     store.delete([path for parts in absorbed for path in part_paths(manifest.space_id, layout, parts)])

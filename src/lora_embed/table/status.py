@@ -1,4 +1,4 @@
-"""What `status` shows of a table."""
+"""The state of a table, as `lora-embed status` shows it."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from lora_embed.text import counted, in_lines
 
 @dataclass(frozen=True, kw_only=True)
 class TableState:
-    """What `status` shows."""
+    """The state of a table: its versions, staged parts, held spaces and gates."""
 
     table: str
     version: int | None
@@ -22,8 +22,8 @@ class TableState:
     counts: dict[str, int]
     versions: list[int]
     staged: dict[str, int]  # parts, by space and layout
-    held: dict[str, str]  # spaces that a rollback holds back → why
-    forgotten: int  # images that stay out
+    held: dict[str, str]  # spaces that a rollback holds back → reason
+    forgotten: int  # images that were forgotten and must not come back
     gates: dict[str, dict[str, Any]]  # of the current version, as its manifest has them
 
     def describe(self) -> str:
@@ -41,11 +41,11 @@ class TableState:
 
 
 def _gate_lines(gates: dict[str, dict[str, Any]]) -> list[str]:
-    """The gates that held, in one line, and a line for each that a person let through."""
+    """One line for all gates that passed, and one line for each gate that a person accepted."""
     held, accepted = [], []
     for name, gate in gates.items():
         value, limit = "not finite" if gate["value"] is None else f"{gate['value']:.3g}", f"{gate['limit']:.3g}"
-        if gate.get("holds", True):  # the first tables have gates of a figure and a limit alone
+        if gate.get("holds", True):  # the oldest tables have only a value and a limit in their gates
             held.append(f"{name} {value} {'≥' if gate.get('direction') == 'at least' else '≤'} {limit}")
         else:
             accepted.append(f"accepted  {name} {value}, {gate['direction']} {limit} ({gate['accepted']}): {gate['says']}")
@@ -53,7 +53,7 @@ def _gate_lines(gates: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def describe_table(uri: str, storage_options: dict[str, Any] | None = None) -> TableState:
-    """Versions and staged parts of a table. Raises TableError when there is no table at all."""
+    """Read versions and staged parts of a table. Raises TableError if there is no table."""
     store = Store(uri, storage_options or {})
     staged: dict[str, int] = defaultdict(int)
     for entry in store.list_files("staging"):
@@ -62,7 +62,7 @@ def describe_table(uri: str, storage_options: dict[str, Any] | None = None) -> T
             staged[folder] += 1
     manifest = read_manifest(store)
     if manifest is None and not staged and not store.list_files("encoders"):
-        raise TableError(f"{uri}: is not a table, or nothing was ever written to it")
+        raise TableError(f"{uri}: is not a table: it has no versions, staged parts or encoders. Correct the path.")
     return TableState(
         table=uri,
         version=manifest.version if manifest else None,

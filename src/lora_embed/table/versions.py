@@ -1,4 +1,4 @@
-"""The versions of a table: immutable manifests, created one after another, of which the highest is current."""
+"""The versions of a table: immutable manifests, created one after another. The one with the highest number is current."""
 
 import contextlib
 import json
@@ -31,25 +31,25 @@ def tomb_path(version: int) -> str:
 
 
 def highest_version(store: Store) -> int:
-    """The number of the current version, 0 where there is none."""
+    """The number of the current version, 0 if there is none."""
     return _hint_and_highest(store)[1]
 
 
 def _hint_and_highest(store: Store) -> tuple[int, int]:
-    """What CURRENT says, which may be anything, and the highest version that is there.
+    """The number in CURRENT, which may be wrong, and the highest version that exists.
 
-    The listing decides: retention bounds it, and numbers may be missing in it. Only a version that CURRENT names and a
-    listing does not have yet is looked for by its name. CURRENT comes first, as a listing then has at least what it names.
+    The listing of versions/ decides. Retention keeps it short, and numbers may be missing in it. CURRENT is read before the
+    listing, so the listing should hold the version that CURRENT names; if it does not, that version is looked up by name.
     """
-    said = (store.read(CURRENT) or b"").strip()
-    hint, listed = int(said) if re.fullmatch(rb"[0-9]{1,8}", said) else 0, max(listed_versions(store), default=0)
+    content = (store.read(CURRENT) or b"").strip()
+    hint, listed = int(content) if re.fullmatch(rb"[0-9]{1,8}", content) else 0, max(listed_versions(store), default=0)
     return hint, hint if hint > listed and store.info(manifest_path(hint)) is not None else listed
 
 
 def renew_hint(store: Store) -> int:
-    """Bring CURRENT to the highest version, which is returned.
+    """Write the number of the highest version to CURRENT, and return it.
 
-    What was written is looked at again, so that a writer that stalled before its write mends what it has put back.
+    After writing, both are read again, so that a writer that paused before its write corrects an old number it wrote.
     """
     hint, highest = _hint_and_highest(store)
     while highest and hint != highest:
@@ -59,29 +59,31 @@ def renew_hint(store: Store) -> int:
 
 
 def read_manifest(store: Store, version: int | None = None) -> Manifest | None:
-    """One version's manifest, by default the highest; None where there is none."""
+    """The manifest of one version, by default of the highest; None if there is none."""
     if version is not None:
         return read_manifest_at(store, manifest_path(version))
     retired = 0
     while (number := highest_version(store)) != retired:
         if (manifest := read_manifest_at(store, manifest_path(number))) is not None:
             return manifest
-        retired = number  # since it was listed, so there is a higher one
+        retired = number  # since it was listed, so a higher version exists
     if retired:
-        raise StorageError(f"{store.name(manifest_path(retired))}: is listed, but not there. Run the same command again.")
+        raise StorageError(
+            f"{store.name(manifest_path(retired))}: is in the listing, but cannot be read. Run the same command again."
+        )
     return None
 
 
 def manifest_to_follow(store: Store) -> Manifest | None:
-    """The highest version's manifest, for who is to write the next one.
+    """The highest version's manifest, for a command that writes the next version.
 
-    Raises TableError for a table that a newer release has written to: what that release knows of it would be lost.
+    Raises TableError for a table that a newer release has written to, because that release's fields would be lost.
     """
-    marker, found = store.read(MARKER), None
+    marker, content = store.read(MARKER), None
     if marker is not None:
         with contextlib.suppress(ValueError, RecursionError):
-            found = json.loads(marker)
-        refuse_other_format(found, store.name(MARKER))
+            content = json.loads(marker)
+        refuse_other_format(content, store.name(MARKER))
     manifest = read_manifest(store)
     if manifest is not None:
         _refuse_newer(store, manifest)
@@ -91,17 +93,17 @@ def manifest_to_follow(store: Store) -> Manifest | None:
 def _refuse_newer(store: Store, manifest: Manifest) -> None:
     if manifest.newer:
         raise TableError(
-            f"{store.name(manifest_path(manifest.version))}: a newer release of lora-embed wrote it, with "
-            f"{manifest.newer[0]!r}, which this one does not know. It can be read; to publish, roll back or forget, use that "
-            "release."
+            f"{store.name(manifest_path(manifest.version))}: was written by a newer release of lora-embed. It has the field "
+            f"{manifest.newer[0]!r}, which this release does not know. Reading works; to publish, roll back or forget, use "
+            "the newer release."
         )
 
 
 def read_manifest_at(store: Store, path: str) -> Manifest | None:
-    """The manifest at a path of the table; None where there is none.
+    """The manifest at a path of the table; None if there is none.
 
-    The last ones are kept, and read again where the object is another: of 100,000 shards one has 13 MB, and a night asks for
-    the same one several times.
+    The last manifests are cached and read again when the object has changed: a manifest of 100,000 shards has 13 MB, and a
+    nightly run needs the same one several times.
     """
     entry = store.info(path)
     manifest = None
@@ -109,15 +111,15 @@ def read_manifest_at(store: Store, path: str) -> Manifest | None:
         manifest = _manifest_of(store, path, entry.etag) if entry is not None else None
     if manifest is not None and path not in (manifest_path(manifest.version), tomb_path(manifest.version)):
         raise TableError(
-            f"{store.name(path)}: says that it is version {manifest.version}, which its name is not. lora-embed has not "
-            "written it there; remove it."
+            f"{store.name(path)}: holds the manifest of version {manifest.version}, which does not fit its name. lora-embed "
+            "did not write it there; remove it."
         )
     return manifest
 
 
 @lru_cache(maxsize=2)
 def _manifest_of(store: Store, path: str, _etag: str) -> Manifest:
-    """Raises FileNotFoundError where it is gone."""
+    """Read a manifest, or take it from the cache. Raises FileNotFoundError if it no longer exists."""
     data = store.read(path)
     if data is None:
         raise FileNotFoundError(path)
@@ -125,20 +127,20 @@ def _manifest_of(store: Store, path: str, _etag: str) -> Manifest:
 
 
 def listed_versions(store: Store) -> list[int]:
-    """Numbers of all versions whose manifests are there, in order."""
+    """Numbers of all versions that have a manifest, in order."""
     names = [entry.path.removeprefix("versions/") for entry in store.list_files("versions")]
     return sorted(int(name[:8]) for name in names if re.fullmatch(r"[0-9]{8}\.json", name))
 
 
 def newest_first(store: Store) -> Iterator[Manifest]:
-    """The manifests that are retained, from the highest down."""
+    """The retained manifests, the highest version first."""
     for number in reversed(listed_versions(store)):
         if (manifest := read_manifest(store, number)) is not None:
             yield manifest
 
 
 def newest_of(store: Store, space_id: str, pins: dict[str, Any], current: Manifest | None) -> Manifest | None:
-    """The newest retained version whose rows a version of this space can take over; mostly the current one."""
+    """The newest retained version whose rows a new version of this space can reuse: usually the current version."""
     if current is None or (current.space_id, current.pins) == (space_id, pins):
         return current
     return next((m for m in newest_first(store) if (m.space_id, m.pins) == (space_id, pins)), None)
@@ -149,17 +151,17 @@ def refuse_held(current: Manifest | None, space_id: str, *, releases: bool) -> N
     why = current.held.get(space_id) if current is not None and not releases else None
     if why is not None:
         raise GateFailed(
-            f"space {space_id} is held back since a rollback ({why}), so it is not published. Change the recipe or an "
-            "adapter, or publish it with --release."
+            f"space {space_id} is not published, because a rollback holds it back ({why}). Change the recipe or an adapter, or "
+            "publish it with --release."
         )
 
 
 def roll_back(store: Store, to: int, why: str) -> Manifest:
-    """Publish an earlier version's content as the next version, and hold the space that it replaces back.
+    """Publish an earlier version's content as the next version, and hold back the space that it replaces.
 
-    Raises TableError for a version that is not there, or is the current one.
+    Raises TableError for a version that does not exist or is the current one.
     """
-    _rolled_back(store, to, why)  # refused before anything is written
+    _rolled_back(store, to, why)  # raises before anything is written
     with writing(store, "rolling back") as store:
         while True:
             manifest = _rolled_back(store, to, why)
@@ -169,30 +171,33 @@ def roll_back(store: Store, to: int, why: str) -> Manifest:
 
 
 def _rolled_back(store: Store, to: int, why: str) -> Manifest:
-    """The next version, with an earlier one's content."""
-    current, wanted = manifest_to_follow(store), read_manifest(store, to)
-    if current is None or wanted is None:
-        there = ", ".join(map(str, listed_versions(store))) or "none"
-        raise TableError(f"{store.uri}: has no version {to} to return to; versions there: {there}")
-    _refuse_newer(store, wanted)
-    if wanted.version == current.version:
-        raise TableError(f"{store.uri}: version {to} is the current one already")
-    if set(current.forgotten) - set(wanted.forgotten):
-        raise TableError(f"{store.uri}: version {to} is older than a forgetting of images, so it is not brought back")
+    """The manifest of the next version, with an earlier version's content."""
+    current, earlier = manifest_to_follow(store), read_manifest(store, to)
+    if current is None or earlier is None:
+        existing = ", ".join(map(str, listed_versions(store))) or "none"
+        raise TableError(f"{store.uri}: has no version {to}. Existing versions: {existing}. Choose one of them.")
+    _refuse_newer(store, earlier)
+    if earlier.version == current.version:
+        raise TableError(f"{store.uri}: version {to} is already the current version. Choose an earlier one.")
+    if set(current.forgotten) - set(earlier.forgotten):
+        raise TableError(
+            f"{store.uri}: version {to} may hold images that were forgotten after it was published, so a rollback to it is "
+            "refused. Choose a later version."
+        )
     held = dict(current.held)
-    if current.space_id != wanted.space_id:
+    if current.space_id != earlier.space_id:
         held[current.space_id] = why
-    held.pop(wanted.space_id, None)
+    held.pop(earlier.space_id, None)
     created = utc()
-    lineage = wanted.lineage | {"rollback": {"from": current.version, "to": to, "why": why}}
-    lineage |= {key: value for key, value in current.lineage.items() if key == "retain"}  # as the table is kept today
-    return replace(wanted, version=current.version + 1, created=created, held=held, lineage=lineage)
+    lineage = earlier.lineage | {"rollback": {"from": current.version, "to": to, "why": why}}
+    lineage |= {key: value for key, value in current.lineage.items() if key == "retain"}  # today's retention settings
+    return replace(earlier, version=current.version + 1, created=created, held=held, lineage=lineage)
 
 
 def move_aside(store: Store, version: int, data: bytes | None = None) -> None:
-    """Retire a version: its manifest goes to `retired/`, where its age tells for how long its files stay.
+    """Retire a version: its manifest moves to `retired/`, and its age there decides how long the version's files stay.
 
-    `data` are the manifest's bytes where they are known.
+    `data` holds the manifest's bytes if the caller has read them already.
     """
     data = data if data is not None else store.read(manifest_path(version))
     if data is not None:
@@ -201,51 +206,53 @@ def move_aside(store: Store, version: int, data: bytes | None = None) -> None:
 
 
 def claim(store: Store) -> Store:
-    """The store as it is to be written to: marked as a table's, and known to honour conditional PUT, or not, and said so."""
+    """Prepare the store for writing: mark it as a table, test conditional PUT, and warn if the store ignores it."""
     if store.exclusive is None:
         store = store.claim(MARKER, MARKED)
         if not store.exclusive:
-            say(f"{store.uri}: this store ignores conditional PUT: never run two jobs on this table at the same time")
+            say(f"{store.uri}: this store ignores conditional PUT. Never run two jobs on this table at the same time.")
     return store
 
 
 @contextlib.contextmanager
 def writing(store: Store, doing: str, space_id: str = "") -> Iterator[Store]:
-    """For a command that writes to the table: the store is claimed, and what the command needs is not removed meanwhile."""
+    """For a command that writes to the table: claim the store, and protect the files that the command needs from removal."""
     store = claim(store)
     with announced(store, doing, space_id):
         yield store
 
 
 def refuse_gone(store: Store, manifest: Manifest) -> None:
-    """For a version that is about to be created. Raises VerificationFailed when what it refers to is not there.
+    """Raises VerificationFailed if a file or encoder that a version refers to is missing, before the version is created.
 
-    Nothing removes what a writer needs that was heard of within the hour; one that slept for longer finds out here.
+    The files of a writer that reported within the last hour are never removed. A writer that was paused for longer is
+    stopped here.
     """
     needed = [entry.path for entry in (*manifest.files, *manifest.rejects)]
     folders = {path.rpartition("/")[0] for path in needed}
-    there = {entry.path for folder in folders for entry in store.list_files(folder)}
-    gone = [path for path in needed if path not in there]
+    existing = {entry.path for folder in folders for entry in store.list_files(folder)}
+    missing = [path for path in needed if path not in existing]
     if store.info(f"{encoder_path(manifest.space_id)}/encoder.json") is None:
-        gone.append(encoder_path(manifest.space_id))
-    if gone:
+        missing.append(encoder_path(manifest.space_id))
+    if missing:
         raise VerificationFailed(
-            f"{store.name(gone[0])}: is gone, the first of {len(gone)} that version {manifest.version} would refer to, so it "
-            "was not created. Run the same command again."
+            f"{store.name(missing[0])}: is missing, but version {manifest.version} needs it (missing in all: {len(missing)}), "
+            "so the version was not created. Run the same command again."
         )
 
 
 def commit_version(store: Store, manifest: Manifest) -> bool:
-    """Create the version; False when another run created one of this number, or a higher one, first.
+    """Create the version; False if another run created this number, or a higher one, first.
 
-    A retired version's number is free again, and is not taken a second time: neither by a writer that comes late, nor by
-    one whose request was under way while others published and retired it. The latter finds another version's tomb.
+    When a version is retired, its manifest's path is free again, but the number must not be used twice. A writer that comes
+    late sees a higher version. A writer whose request was under way while others published and retired the number sees
+    their manifest in `retired/`, and removes its own.
     """
     store = claim(store)
     path, data = manifest_path(manifest.version), manifest.to_json()
     if highest_version(store) >= manifest.version:
         return False
-    if not store.create(path, data) and store.read(path) != data:  # equal: it is ours, and the store's answer got lost
+    if not store.create(path, data) and store.read(path) != data:  # equal: we created it, and the store's answer got lost
         return False
     if renew_hint(store) > manifest.version and store.read(tomb_path(manifest.version)) not in (None, data):
         store.delete([path])

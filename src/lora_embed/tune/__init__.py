@@ -1,4 +1,4 @@
-"""A search for the weights and the method of a merge, and the proof of what it found.
+"""Search for the weights and the method of a merge, and test the result on other images.
 
 Imports `evaluate` and what is below it.
 """

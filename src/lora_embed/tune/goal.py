@@ -1,4 +1,4 @@
-"""What a user asks of a search, and what makes one merge better than another."""
+"""The request for a search, and the objective that ranks its merges."""
 
 import math
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from lora_embed.tune.propose import Rank
 
 @dataclass(frozen=True, kw_only=True)
 class TaskLabel:
-    """A task: the field with its label, the adapter trained for it (None: the best on it alone), how much it counts."""
+    """A task: the field with its label, its adapter (None: the single adapter that is best at it), and its importance."""
 
     field: str
     adapter: str | None = None
@@ -23,24 +23,24 @@ class TaskLabel:
 
 
 def read_label(text: str) -> TaskLabel:
-    """`[ADAPTER=]FIELD[:IMPORTANCE]` as a user writes it. Raises ConfigError."""
+    """Parse `[ADAPTER=]FIELD[:IMPORTANCE]`. Raises ConfigError."""
     rest, colon, weight = text.rpartition(":")
-    named, equals, name = (rest if colon else text).rpartition("=")
+    adapter, equals, name = (rest if colon else text).rpartition("=")
     try:
         importance = float(weight) if colon else 1.0
     except ValueError:
         importance = math.nan
-    if not name or not 0 < importance < math.inf or (equals and not named):
+    if not name or not 0 < importance < math.inf or (equals and not adapter):
         raise ConfigError(
             f"--label {text}: expected FIELD, ADAPTER=FIELD or ADAPTER=FIELD:IMPORTANCE with a number above 0, for example "
             "--label shoes10=shoe_kind:2"
         )
-    return TaskLabel(field=name, adapter=named or None, importance=importance)
+    return TaskLabel(field=name, adapter=adapter or None, importance=importance)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How long a search goes on: so many trials, or minutes of trials; references are always tried."""
+    """When a search ends: after a number of trials, or minutes of trials. References are always tried."""
 
     evaluations: int | None = None
     minutes: float | None = None
@@ -52,7 +52,7 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What a user asks for."""
+    """The user's request for a search."""
 
     recipe: Recipe
     inputs: tuple[str, ...]
@@ -60,8 +60,8 @@ class Search:
     out: Path
     budget: Budget
     objective: Literal["worst", "mean"] = "worst"
-    methods: tuple[str, ...] = ()  # all that the adapters allow
-    takes_best: bool = False  # also where its lead on equal weights is within noise
+    methods: tuple[str, ...] = ()  # empty: all methods that the adapters allow
+    takes_best: bool = False  # write the best trial even if its lead over equal weights is within noise
     group: str | None = None
     seed: int = 0
     most_images: int = 10_000
@@ -72,7 +72,7 @@ class Search:
 
     @property
     def work_folder(self) -> Path:
-        """Beside the recipe that is written, unless named."""
+        """The folder for trials and pixels: the named one, or else beside the recipe that is written."""
         return self.work or self.out.with_name(f"{self.out.stem}.work")
 
     @property
@@ -86,23 +86,24 @@ class Search:
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """What a trial is ranked by: accuracy on each task less that of the task's own adapter alone, on the same splits."""
+    """The objective: accuracy on each task minus that of the task's own adapter alone, on the same splits."""
 
     kind: Literal["worst", "mean"]
-    importance: dict[str, float]  # task → how much it counts
-    own: dict[str, list[float]]  # task → accuracies of its own adapter alone, by split
+    importance: dict[str, float]  # task → weight of the task in the objective
+    alone: dict[str, list[float]]  # task → accuracies of its own adapter alone, by split
 
     def rank(self, per_split: dict[str, list[float]]) -> Rank:
-        """The objective of the means over splits, then the other for equals. In `worst`, importance multiplies losses alone.
+        """The objective from the means over splits; the other objective decides between equal ones.
 
-        Else a gain on an important task would count for more, and so make other tasks the worst.
+        In `worst`, importance multiplies losses only: otherwise a gain on an important task would be multiplied, and other
+        tasks would become the worst.
         """
-        return self._rank({task: mean(per_split[task]) - mean(own) for task, own in self.own.items()})
+        return self._rank({task: mean(per_split[task]) - mean(alone) for task, alone in self.alone.items()})
 
     def by_split(self, per_split: dict[str, list[float]]) -> list[float]:
-        """The objective in each split by itself."""
-        gains = {task: np.subtract(per_split[task], own) for task, own in self.own.items()}
-        splits = len(next(iter(self.own.values())))
+        """The objective in each split."""
+        gains = {task: np.subtract(per_split[task], alone) for task, alone in self.alone.items()}
+        splits = len(next(iter(self.alone.values())))
         return [self._rank({task: float(gain[split]) for task, gain in gains.items()})[0] for split in range(splits)]
 
     def _rank(self, gains: dict[str, float]) -> Rank:

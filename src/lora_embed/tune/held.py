@@ -1,4 +1,4 @@
-"""Encoders on the images that a search never saw: embedded, judged, and the winner proven."""
+"""Judge encoders on the images that the search did not use, and check that the built winner has the same vectors."""
 
 import tempfile
 import time
@@ -22,13 +22,13 @@ from lora_embed.tune.holdout import Splits, differences_of, figures_of, refuse_t
 from lora_embed.tune.labelled import LabelledImages
 
 FINAL_SPLITS = 5
-PROVEN = 64  # images whose vectors the built winner must repeat
+PROVEN = 64  # images for which the built winner must give the same vectors as in the search
 TUNED, EQUAL, BASE, BEST = "tuned", "equal", "base", "best tried"
 Rows = NDArray[np.int64]
 
 
 class Held:
-    """Encoders on the held-back images, one added after another."""
+    """Embeds the held-back images with one encoder after another, and makes their evaluation."""
 
     def __init__(self, search: Search, refolder: Refolder, images: LabelledImages, rows: Rows) -> None:
         self._search, self._refolder, self._images, self._rows = search, refolder, images, rows
@@ -40,11 +40,11 @@ class Held:
 
     @property
     def count(self) -> int:
-        """Images held back."""
+        """Number of images held back."""
         return len(self._rows)
 
     def add(self, name: str, recipe: Recipe) -> None:
-        """Embed them by a recipe's encoder."""
+        """Embed the images with a recipe's encoder."""
         started = time.perf_counter()
         self._refolder.fold(recipe)
         space_id, folded = self._refolder.space_id(), time.perf_counter()
@@ -68,7 +68,7 @@ class Held:
         say(f"held back, {name}: {self._candidates[name].forward_s:.1f} s")
 
     def prove(self, recipe: Recipe) -> None:
-        """Build the winner as any recipe is built; raises EncoderError unless its vectors are those that it was chosen for."""
+        """Build the winner from its recipe. Raises EncoderError if its vectors differ from those in the search."""
         device = self._refolder.encoder.device.type
         with tempfile.TemporaryDirectory(dir=self._search.work_folder) as scratch:
             description = build_encoder(gather(recipe), Path(scratch) / "encoder", lambda line: None)
@@ -79,11 +79,11 @@ class Held:
             raise EncoderError(
                 f"the built winner is of space {description.space_id} and its vectors differ by up to "
                 f"{np.abs(vectors - expected).max():.2g}, expected space {self._candidates[TUNED].space_id} and the same "
-                "vectors as in the search. This is a fault of this program: please report it with the recipe."
+                "vectors as in the search. This is a bug: please report it with the recipe."
             )
 
     def evaluation(self, trials: tuple[Trial, ...], own: dict[str, str], seconds: dict[str, float]) -> Evaluation:
-        """All that was found."""
+        """The evaluation of all encoders that were added."""
         order = [BASE, *(name for name in self._vectors if name not in (BASE, EQUAL, BEST, TUNED)), EQUAL, BEST, TUNED]
         spaces = {name: self._vectors[name] for name in order}
         figures = figures_of(spaces, self._labels, self._splits)
@@ -112,7 +112,7 @@ class Held:
 
 
 def _relations(refolder: Refolder, recipe: Recipe) -> tuple[Relation, ...]:
-    """How the adapters lie to each other by their weights, over all layers and in each."""
+    """How similar the adapters' weights are, over all layers and in each."""
     called = dict(zip((spec.path for spec in recipe.adapters), recipe.adapter_names, strict=True))
     names = [called[path] for path in refolder.adapters]
     return tuple(

@@ -1,4 +1,4 @@
-"""Encoders held against each other on images that no search saw: accuracies by split, and paired differences."""
+"""Compare encoders on seeded splits: accuracies by split, and paired differences."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from lora_embed.evaluate.figures import BANK_SHARE, seeded_splits, verdict_of
 from lora_embed.evaluate.records import Difference, Figure
 from lora_embed.vectors.metrics import knn_accuracy, mean_interval
 
-METRIC = "knn"  # what the search chose by; `lora-embed evaluate` has the others
+METRIC = "knn"  # the metric of the search; `lora-embed evaluate` has others
 
 Labels = Mapping[str, NDArray[np.int64]]  # task → (n,) class, −1 where there is none
 Spaces = Mapping[str, NDArray[np.float32]]  # encoder → vectors (n, d) of the same images
@@ -29,7 +29,7 @@ class Splits:
         return cls(banks=seeded_splits(names, count, seed))
 
     def accuracies(self, vectors: NDArray[np.float32], labels: NDArray[np.int64]) -> tuple[float, ...]:
-        """One per split, over the images that have a label of the task."""
+        """kNN accuracy in each split, over the images that have a label of the task."""
         known = labels >= 0
         return tuple(
             knn_accuracy(vectors[bank & known], labels[bank & known], vectors[~bank & known], labels[~bank & known])
@@ -38,35 +38,35 @@ class Splits:
 
 
 def refuse_thin(labels: Labels, splits: Splits, part: str) -> None:
-    """Raises ConfigError where a split has no query of a task, or a bank of less than two of its classes."""
+    """Raises ConfigError if a split has no query of a task, or fewer than two of its classes in the bank."""
     for task, classes in labels.items():
         for bank in splits.banks:
             if len(set(classes[bank & (classes >= 0)].tolist())) < 2 or not (~bank & (classes >= 0)).any():
                 raise ConfigError(
-                    f"--label {task}: {int((classes >= 0).sum())} images with it are {part}, too few to split into a bank of "
-                    "two classes or more and queries. Give more labelled images, or group them by another field."
+                    f"--label {task}: {int((classes >= 0).sum())} images with this label are {part}, too few to split into a "
+                    "bank of at least two classes and queries. Give more labelled images, or group them by another field."
                 )
 
 
 def figures_of(spaces: Spaces, labels: Labels, splits: Splits) -> tuple[Figure, ...]:
     """kNN accuracy of all encoders on all tasks, on the same splits."""
-    found = []
+    figures = []
     for task, classes in labels.items():
         for name, vectors in spaces.items():
             values = splits.accuracies(vectors, classes)
             mean, low, high = mean_interval(values, BANK_SHARE)
-            found.append(Figure(task=task, metric=METRIC, candidate=name, per_split=values, mean=mean, low=low, high=high))
-    return tuple(found)
+            figures.append(Figure(task=task, metric=METRIC, candidate=name, per_split=values, mean=mean, low=low, high=high))
+    return tuple(figures)
 
 
 def differences_of(figures: Sequence[Figure], pairs: Sequence[tuple[str, str]]) -> tuple[Difference, ...]:
-    """(candidate, reference) pairs, on each task."""
+    """The differences of (candidate, reference) pairs, on each task."""
     values = {(figure.task, figure.candidate): figure.per_split for figure in figures}
-    found = []
+    differences = []
     for task in dict.fromkeys(figure.task for figure in figures):
         for candidate, reference in pairs:
             mean, low, high = mean_interval(np.subtract(values[task, candidate], values[task, reference]).tolist(), BANK_SHARE)
-            found.append(
+            differences.append(
                 Difference(
                     task=task,
                     metric=METRIC,
@@ -78,4 +78,4 @@ def differences_of(figures: Sequence[Figure], pairs: Sequence[tuple[str, str]]) 
                     verdict=verdict_of(low, high),
                 )
             )
-    return tuple(found)
+    return tuple(differences)

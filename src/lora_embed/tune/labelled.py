@@ -1,4 +1,4 @@
-"""Labelled shards → pixels, decoded once into a mapped file, with labels and groups; what a search embeds many times over."""
+"""Labelled shards → pixels in a memory-mapped file, decoded once, with labels and groups; a search embeds them many times."""
 
 import hashlib
 import heapq
@@ -29,9 +29,9 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """Which samples take part: those with a label of a task, at most so many, drawn by seed, groups as whole as that allows."""
+    """Which samples a search uses: those with a label, at most `most`, drawn by seed, with groups kept whole if possible."""
 
-    fields: tuple[str, ...]  # of labels, one a task
+    fields: tuple[str, ...]  # fields with labels, one per task
     group: str | None  # field: samples that share it stay together in every split
     most: int
     seed: int
@@ -39,7 +39,7 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How inputs are reached, and which columns of Parquet are image and key; None are found by name."""
+    """How inputs are read: storage options, and the image and key columns of Parquet (None: found by name)."""
 
     options: dict[str, Any] = field(default_factory=dict, repr=False)  # storage options; they may hold keys
     image_column: str | None = None
@@ -51,23 +51,23 @@ AS_IT_IS = Reading()
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledImages:
-    """Images ready for a model (n, H, W, 3), mapped from a file, and what is known of them, row by row."""
+    """Images ready for a model (n, H, W, 3), mapped from a file, with ids, groups and labels of each row."""
 
     pixels: Pixels
     ids: tuple[str, ...]
-    names: tuple[str, ...]  # of groups; the ids where there are none
+    names: tuple[str, ...]  # group of each image; its id if there are no groups
     classes: dict[str, tuple[str, ...]]  # field → names of its classes
     labels: dict[str, NDArray[np.int64]]  # field → (n,) class, −1 where there is none
-    samples: int  # seen
+    samples: int  # samples read
     unlabelled: int
-    decoded: int  # in this process: 0 where they were decoded before
+    decoded: int  # images decoded in this process; 0 if they were decoded before
     rejects: dict[str, int]  # reason → samples with a label
-    fingerprint: str  # 12 hex digits over images, labels, groups and how pixels are made
+    fingerprint: str  # 12 hex digits of a hash of images, labels, groups and preprocessing
 
 
 @dataclass
 class _Drawn:
-    """What was read, in the order of the rows of the mapped file."""
+    """The samples that were drawn, in the order of the rows of the mapped file."""
 
     ids: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -79,59 +79,60 @@ class _Drawn:
 
 
 def read_labelled(
-    inputs: tuple[str, ...], wanted: Wanted, preprocessing: Preprocessing, folder: Path, reading: Reading = AS_IT_IS
+    inputs: tuple[str, ...], selection: Wanted, preprocessing: Preprocessing, folder: Path, reading: Reading = AS_IT_IS
 ) -> LabelledImages:
-    """The labelled images of the inputs, decoded into a file below `folder`, or found there.
+    """The labelled images of the inputs, decoded into a file below `folder` unless that was done before.
 
-    Raises ConfigError where no image has a label of some task, and ShardError for a shard that cannot be read to its end.
+    Raises ConfigError if a task has no labelled image, and ShardError for a shard that cannot be read to its end.
     """
     shards = list_shards(inputs, reading.options)
-    about = [FORMAT, [shard.id for shard in shards], asdict(wanted), preprocessing.settings()]
+    about = [FORMAT, [shard.id for shard in shards], asdict(selection), preprocessing.settings()]
     about += [reading.image_column, reading.key_column] if reading.image_column or reading.key_column else []
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
     pixels, record = folder / f"pixels-{name}.npy", folder / f"images-{name}.json"
     decoded = 0
     if not record.is_file():
-        pixels.unlink(missing_ok=True)  # of a run that was stopped while it decoded
-        with IsolatedDecoder() as decode:  # an image that kills its process is a reject, and the search goes on
-            drawn, decoded = _Drawing(wanted, preprocessing, pixels, decode).draw(shards, reading)
-        _check(drawn, wanted, inputs)
+        pixels.unlink(missing_ok=True)  # left by a run that was stopped while it decoded
+        with IsolatedDecoder() as decode:  # an image that kills its process is a reject, and the search continues
+            drawn, decoded = _Drawing(selection, preprocessing, pixels, decode).draw(shards, reading)
+        _check(drawn, selection, inputs)
         local.replace(folder, record, json.dumps(asdict(drawn)).encode())
     drawn = _Drawn(**json.loads(record.read_bytes()))
-    how = json.dumps([drawn.ids, drawn.names, drawn.sums, drawn.labels, wanted.fields, preprocessing.settings()])
-    classes = [sorted({label for row in drawn.labels if (label := row[task])}) for task in range(len(wanted.fields))]
+    content = json.dumps([drawn.ids, drawn.names, drawn.sums, drawn.labels, selection.fields, preprocessing.settings()])
+    classes = [sorted({label for row in drawn.labels if (label := row[task])}) for task in range(len(selection.fields))]
     places: list[dict[str | None, int]] = [{name: at for at, name in enumerate(names)} | {None: -1} for names in classes]
     return LabelledImages(
         pixels=np.load(pixels, mmap_mode="r")[: len(drawn.ids)],
         ids=tuple(drawn.ids),
         names=tuple(drawn.names),
-        classes={of: tuple(names) for of, names in zip(wanted.fields, classes, strict=True)},
+        classes={of: tuple(names) for of, names in zip(selection.fields, classes, strict=True)},
         labels={
-            of: np.array([places[task][row[task]] for row in drawn.labels], np.int64) for task, of in enumerate(wanted.fields)
+            of: np.array([places[task][row[task]] for row in drawn.labels], np.int64)
+            for task, of in enumerate(selection.fields)
         },
         samples=drawn.samples,
         unlabelled=drawn.unlabelled,
         decoded=decoded,
         rejects=drawn.rejects,
-        fingerprint=hashlib.sha256(how.encode()).hexdigest()[:12],
+        fingerprint=hashlib.sha256(content.encode()).hexdigest()[:12],
     )
 
 
 class _Drawing:
-    """The drawing of `wanted.most` samples in one pass: those of the smallest hashes, whose rows others may take over later."""
+    """Draws `selection.most` samples in one pass: those with the smallest hashes. A later sample may replace an earlier one."""
 
-    def __init__(self, wanted: Wanted, preprocessing: Preprocessing, path: Path, decode: Decode) -> None:
-        self._wanted, self._preprocessing, self._decode = wanted, preprocessing, decode
+    def __init__(self, selection: Wanted, preprocessing: Preprocessing, path: Path, decode: Decode) -> None:
+        self._selection, self._preprocessing, self._decode = selection, preprocessing, decode
         path.parent.mkdir(parents=True, exist_ok=True)
-        shape = (wanted.most, *preprocessing.size, 3)  # a sparse file: rows that are not written take no room
+        shape = (selection.most, *preprocessing.size, 3)  # a sparse file: rows that are not written take no disk space
         self._pixels: Pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
         self._heap: list[tuple[int, int]] = []  # (−hash, row) of those drawn so far, the largest hash first
         self._drawn = _Drawn()
         self._decoded = 0
 
     def draw(self, shards: list[Shard], reading: Reading) -> tuple[_Drawn, int]:
-        """Read all shards; returns what was drawn, and how many images were decoded for it."""
-        names = (*self._wanted.fields, *([self._wanted.group] if self._wanted.group else []))
+        """Read all shards; returns the drawn samples, and how many images were decoded for it."""
+        names = (*self._selection.fields, *([self._selection.group] if self._selection.group else []))
         layout = Layout(
             precision="float32",
             batch_size=1,
@@ -154,26 +155,26 @@ class _Drawing:
         return self._drawn, self._decoded
 
     def _take(self, id_: str, sample: Sample) -> None:
-        labels = [_text(sample.fields.get(name)) for name in self._wanted.fields]
+        labels = [_text(sample.fields.get(name)) for name in self._selection.fields]
         if not any(label is not None for label in labels):
             self._drawn.unlabelled += 1
             return
         if sample.data is None:
             raise BadImage("no_image", "the sample has no image")
-        name = (_text(sample.fields.get(self._wanted.group)) if self._wanted.group else None) or id_
-        rank = (_hash(self._wanted.seed, name), _hash(self._wanted.seed, id_))
+        name = (_text(sample.fields.get(self._selection.group)) if self._selection.group else None) or id_
+        rank = (_hash(self._selection.seed, name), _hash(self._selection.seed, id_))
         place = -(rank[0] << 64 | rank[1])
-        if len(self._heap) == self._wanted.most and place < self._heap[0][0]:
+        if len(self._heap) == self._selection.most and place < self._heap[0][0]:
             return
         pixels = self._decode(sample.data, self._preprocessing, MAX_PIXELS).pixels
         self._decoded += 1
         self._put(place, pixels, [id_, name, hashlib.sha256(sample.data).hexdigest(), labels])
 
     def _put(self, place: int, pixels: Pixels, values: list[Any]) -> None:
-        """Into the next free row, or that of the largest hash."""
+        """Write a sample to the next free row, or in place of the sample with the largest hash."""
         columns: list[list[Any]] = [self._drawn.ids, self._drawn.names, self._drawn.sums, self._drawn.labels]
         row = len(self._heap)
-        if row < self._wanted.most:
+        if row < self._selection.most:
             heapq.heappush(self._heap, (place, row))
             for column, value in zip(columns, values, strict=True):
                 column.append(value)
@@ -192,7 +193,7 @@ def _samples(shards: list[Shard], layout: Layout, options: dict[str, Any]) -> It
 
 
 def _text(value: Any) -> str | None:
-    """A field as the name of a class: as `carry` keeps it as text, without space around it; none where there is nothing."""
+    """A field as the name of a class: the text that `carry` makes of it, stripped; None if it is empty."""
     return (typed(value, "string") or "").strip() or None
 
 
@@ -200,12 +201,12 @@ def _hash(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode("utf-8", "backslashreplace")).digest()[:8], "big")
 
 
-def _check(drawn: _Drawn, wanted: Wanted, inputs: tuple[str, ...]) -> None:
-    for task, name in enumerate(wanted.fields):
+def _check(drawn: _Drawn, selection: Wanted, inputs: tuple[str, ...]) -> None:
+    for task, name in enumerate(selection.fields):
         classes = {row[task] for row in drawn.labels} - {None}
         if len(classes) < 2:
-            found = f"one class, {next(iter(classes))!r}" if classes else f"no sample with it among {drawn.samples:,}"
+            problem = f"has one class, {next(iter(classes))!r}," if classes else f"none of {drawn.samples:,} samples has it"
             raise ConfigError(
-                f"--label {name}: {found} in {', '.join(inputs)}, expected a field of the samples' JSON, a text member or a "
-                "Parquet column with two classes or more. Correct the field's name, or the input."
+                f"--label {name}: {problem} in {', '.join(inputs)}. Expected a field of the samples' JSON, a text member or a "
+                "Parquet column with at least two classes. Correct the field's name, or the input."
             )

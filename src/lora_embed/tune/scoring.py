@@ -1,4 +1,4 @@
-"""Merges tried and scored on the tuning images, one after another, until the budget is spent."""
+"""Try merges and score them on the tuning images, one after another, until the budget is spent."""
 
 import hashlib
 import time
@@ -22,11 +22,11 @@ from lora_embed.tune.propose import Point, Rank, equal, next_point, point_of, re
 from lora_embed.tune.trials import Exam, TrialLog, Tried
 from lora_embed.vectors.metrics import mean_interval
 
-TUNING_SPLITS = 20  # a trial's score is their mean: nearest neighbours cost little beside the vectors
+TUNING_SPLITS = 20  # a trial's score is the mean over these; finding neighbours takes little time compared with embedding
 
 
 class Scorer:
-    """Scores recipes on the tuning images, each once: what the log holds is not evaluated again."""
+    """Scores recipes on the tuning images. Recipes that are in the log of trials are not scored again."""
 
     def __init__(
         self, search: Search, names: tuple[str, ...], refolder: Refolder, images: LabelledImages, rows: NDArray[np.int64]
@@ -43,7 +43,7 @@ class Scorer:
         self.evaluated = 0
 
     def search(self) -> tuple[Trial, ...]:
-        """Try merges until the budget is spent or nothing is left, references first."""
+        """Try merges until the budget is spent or nothing is left to try; references come first."""
         count, ask = len(self.names), self.ask
         first = list(dict.fromkeys([*references(count), *_written(ask.recipe, self.methods), *starts(count, self.methods)]))
         while True:
@@ -53,7 +53,7 @@ class Scorer:
             ranks = self._ranks() if len(self._points) > count else dict.fromkeys(self._points, (0.0, 0.0))
             point = next_point(ranks, first, self.methods, ask.seed)
             if point is None:
-                say("nothing near the best merges is left to try")
+                say("no untried merge is left near the best ones")
                 break
             self._points[point] = self._try(point)
             if len(self._points) > count:
@@ -61,42 +61,42 @@ class Scorer:
         return self._trials()
 
     def goal(self) -> Goal:
-        """Once the references were tried."""
+        """The objective, whose values need the trials of the references."""
         alone = self._alone()
         return Goal(
             kind=self.ask.objective,
             importance={task.field: task.importance for task in self.ask.tasks},
-            own={task: alone[name].per_split[task] for task, name in self.own().items()},
+            alone={task: alone[name].per_split[task] for task, name in self.own().items()},
         )
 
     def own(self) -> dict[str, str]:
-        """Task → the adapter that it is measured by: the one named, or the best on it alone."""
+        """Task → its own adapter: the one that the user named, or the single adapter that is best at it."""
         scores = {name: tried.scores for name, tried in self._alone().items()}
         return {
             task.field: task.adapter or max(self.names, key=lambda name: scores[name][task.field]) for task in self.ask.tasks
         }
 
     def winner(self) -> Recipe:
-        """The best trial's recipe where its lead on equal weights is beyond noise, else that of equal weights.
+        """The best trial's recipe if its lead over equal weights is significant, else that of equal weights.
 
-        Of hundreds of images and tens of trials, one leads by chance: a lead counts that the paired 95 % interval over the
-        splits is above 0 for, or any if the user says so.
+        Among tens of trials on hundreds of images, one leads by chance. A lead counts if its paired 95 % interval over the
+        splits is above 0, or in any case with `takes_best`.
         """
         is_ahead = self.ask.takes_best or self.lead()[1] > 0
         return self.best() if is_ahead else _without_zeros(self.recipe(equal(len(self.names))))
 
     def best(self) -> Recipe:
-        """The recipe of the best rank, the earliest of equals, without adapters at weight 0."""
+        """The recipe of the best trial (the earliest of equal ones), without adapters at weight 0."""
         return _without_zeros(self.recipe(self._best()))
 
     def lead(self) -> tuple[float, float, float]:
-        """The best trial's objective less that of equal weights, by split: mean and 95 % interval."""
+        """The best trial's objective minus that of equal weights, by split: mean and 95 % interval."""
         goal = self.goal()
         best, even = (goal.by_split(self._points[point].per_split) for point in (self._best(), equal(len(self.names))))
         return mean_interval(np.subtract(best, even).tolist(), BANK_SHARE)
 
     def references(self) -> dict[str, Recipe]:
-        """What the winner is held against, by name."""
+        """The recipes that the winner is compared with, by name."""
         alone = self.ask.recipe.model_copy(update={"adapters": (), "merge_method": "none", "merge_options": {}})
         points = zip([*self.names, "equal"], references(len(self.names)), strict=True)
         return {"base": alone} | {name: self.recipe(point) for name, point in points} | {"best tried": self.best()}
@@ -113,12 +113,12 @@ class Scorer:
         )
 
     def about(self) -> dict[str, Any]:
-        """How the search was done, and what its winner scored there."""
+        """The settings of the search, and the scores of its best trial."""
         goal, best = self.goal(), self._best()
         return {
             "objective": goal.kind,
             "importance": goal.importance,
-            "own": {task: {"adapter": name, "score": float(np.mean(goal.own[task]))} for task, name in self.own().items()},
+            "own": {task: {"adapter": name, "score": float(np.mean(goal.alone[task]))} for task, name in self.own().items()},
             "budget": asdict(self.ask.budget),
             "seed": self.ask.seed,
             "methods": self.methods,
@@ -182,31 +182,31 @@ class Scorer:
 
 
 def shown_options(options: dict[str, Any]) -> str:
-    """For a person, after the weights."""
+    """Options as text, to follow the weights."""
     return "".join(f", {name} {value}" for name, value in options.items())
 
 
 def _working(search: Search, refolder: Refolder) -> tuple[str, ...]:
-    """The methods to try: those asked for, or all that these adapters can be merged by.
+    """The methods to try: those that the user named, or all that can merge these adapters.
 
-    Raises AdapterMismatch where one that was asked for cannot.
+    Raises AdapterMismatch if a method that the user named cannot merge them.
     """
-    found = []
+    working = []
     for method in search.methods or tuple(METHODS):
-        if method == "linear":  # the one that not all adapters allow, which it says at the first weight
+        if method == "linear":  # the only method that some adapters do not allow; folding fails at the first weight
             try:
                 refolder.fold(search.recipe.model_copy(update={"merge_method": method, "merge_options": {}}))
             except AdapterMismatch as error:
                 if search.methods:
                     raise
-                say(f"not tried: {error}")
+                say(f"merge method linear is not tried: {error}")
                 continue
-        found.append(method)
-    return tuple(found)
+        working.append(method)
+    return tuple(working)
 
 
 def _written(recipe: Recipe, methods: tuple[str, ...]) -> list[Point]:
-    """The merge that the user's recipe asks for, if it can be searched."""
+    """The merge of the user's recipe, if its method is searched."""
     if recipe.merge_method not in methods:
         return []
     given = options_of(recipe.merge_method, recipe.merge_options)

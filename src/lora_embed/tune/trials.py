@@ -1,4 +1,4 @@
-"""What a search has tried, a line each in a file that only grows: read again, it spares every evaluation in it."""
+"""The log of a search's trials, one line each, so that a search that continues does not repeat them."""
 
 import contextlib
 import fcntl
@@ -13,7 +13,7 @@ from lora_embed.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Exam:
-    """What trials are scored on: images with their labels and groups, and the splits of them."""
+    """What trials are scored on: images with their labels and groups, and their splits."""
 
     data: str  # fingerprint of the images
     seed: int  # of the splits
@@ -22,7 +22,7 @@ class Exam:
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """One recipe in one exam: its accuracies, which depend on no objective, and the seconds that they took."""
+    """One recipe's accuracies in one exam, which do not depend on the objective, and the seconds that they took."""
 
     recipe_id: str
     exam: Exam
@@ -36,14 +36,14 @@ class Tried:
 
 
 class TrialLog:
-    """A JSONL file of `Tried`, found by recipe id and exam.
+    """A JSONL file of `Tried`, to be looked up by recipe id and exam.
 
-    A line is on the disk before the next trial starts, so a kill costs the trial that it hits. Half a last line, which it
-    may leave, is cut off.
+    Each line is on disk before the next trial starts, so a killed process loses one trial at most. An incomplete last line
+    is removed.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises ConfigError for a file that is no such log."""
+        """Raises ConfigError for a file that is not a log of trials."""
         self._path = path
         self._known: dict[tuple[str, Exam], Tried] = {}
         data = path.read_bytes() if path.is_file() else b""
@@ -56,16 +56,16 @@ class TrialLog:
                 tried = Tried(**fields | {"exam": Exam(**fields["exam"])})
             except (ValueError, TypeError, KeyError):
                 raise ConfigError(
-                    f"{path}: line {number} is no trial of a search. Remove that line, or the file to evaluate anew."
+                    f"{path}: line {number} is not a trial of a search. Remove that line, or the file to repeat all trials."
                 ) from None
             self._known[tried.recipe_id, tried.exam] = tried
 
     def find(self, recipe_id: str, exam: Exam) -> Tried | None:
-        """What was written of this recipe in this exam."""
+        """The trial of this recipe in this exam; None if it was not tried."""
         return self._known.get((recipe_id, exam))
 
     def add(self, tried: Tried) -> None:
-        """Write it down, to stay."""
+        """Append a trial and flush it to disk."""
         with self._path.open("ab") as file:
             file.write(json.dumps(asdict(tried)).encode() + b"\n")
             file.flush()
@@ -75,7 +75,7 @@ class TrialLog:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a work folder, made where there is none; the hold ends with the process. Raises ConfigError where another has it."""
+    """Lock a work folder, which is made if needed, until the process ends. Raises ConfigError if another process has it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
@@ -86,6 +86,6 @@ def alone_in(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"{folder}: another search is at work in this folder. Wait for it, or name another one with --work."
+                f"{folder}: another search is using this folder. Wait for it, or name another folder with --work."
             ) from None
         yield

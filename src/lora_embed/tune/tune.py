@@ -1,4 +1,4 @@
-"""`lora-embed tune`: weights and a method of merging, searched on one part of the labelled images and judged on the other."""
+"""`lora-embed tune`: search weights and method of a merge on one half of the labelled images, judge it on the other."""
 
 import importlib.util
 import json
@@ -30,8 +30,8 @@ from lora_embed.tune.trials import alone_in
 from lora_embed.vectors.metrics import split_by_name
 
 LEAST_ADAPTERS, MOST_ADAPTERS = 2, 5
-TUNING_SHARE = 0.5  # of the groups; the others are held back
-LEAST_TRIALS, LEAST_IMAGES = 24, 200  # that a budget in minutes is to allow; to which images are cut for it
+TUNING_SHARE = 0.5  # share of the groups for the search; the others are held back
+LEAST_TRIALS, LEAST_IMAGES = 24, 200  # trials that a budget in minutes must allow; images are reduced for it, but no further
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,26 +41,26 @@ class Tuned:
     out: str
     recipe: Recipe
     evaluation: Evaluation
-    tuning: dict[str, Any]  # what an Evaluation has no place for
+    tuning: dict[str, Any]  # settings and results of the search that an Evaluation has no field for
     own: dict[str, str]  # task → its adapter's name
 
     def as_json(self) -> dict[str, Any]:
-        """An Evaluation's fields, and `tuning`: what it has no place for."""
+        """The Evaluation's fields, and `tuning`."""
         return asdict(self.evaluation) | {"tuning": self.tuning | {"recipe": self.out}}
 
     def describe(self) -> str:
-        """For a person: the winner, and its figures on images that the search never saw, in points."""
-        winner, trials, splits = self._found(TUNED), len(self.evaluation.trials), self.evaluation.splits
+        """For a person: the winner, and its figures on images that the search did not use, in percentage points."""
+        winner, trials, splits = self._candidate(TUNED), len(self.evaluation.trials), self.evaluation.splits
         weights = ", ".join(f"{name} {weight:g}" for name, weight in winner.weights.items())
         lead = _points(*(self.tuning["lead"][name] for name in ("mean", "low", "high")))
-        is_best = winner.space_id == self._found(BEST).space_id
-        chosen = f"the best of {trials} trials" if is_best else f"kept, since none of {trials} trials is better beyond noise"
+        is_best = winner.space_id == self._candidate(BEST).space_id
+        chosen = f"the best of {trials} trials" if is_best else f"chosen because none of {trials} trials is better beyond noise"
         lines = [
             f"{self.out}: {winner.method} of {weights}{shown_options(winner.options)}, {chosen}",
-            f"Lead of the best trial on equal weights in the {self.tuning['objective']} gain, on {self.tuning['images']:,} "
+            f"Lead of the best trial over equal weights in the {self.tuning['objective']} gain, on {self.tuning['images']:,} "
             f"images: {lead}",
-            f"On {self.tuning['held_back_images']:,} images that the search never saw, kNN accuracy in percent, mean and 95 % "
-            f"interval of {splits} splits:",
+            f"On {self.tuning['held_back_images']:,} images that the search did not use, kNN accuracy in percent, mean and "
+            f"95 % interval of {splits} splits:",
         ]
         for task, own in self.own.items():
             figures = [figure for figure in self.evaluation.figures if figure.task == task]
@@ -71,28 +71,28 @@ class Tuned:
                     if (apart.task, apart.candidate, apart.reference) == (task, TUNED, reference)
                 )  # fmt: skip
                 points = _points(difference.mean, difference.low, difference.high)
-                lines.append(f"    tuned less {reference}: {points}, {difference.verdict}")
+                lines.append(f"    tuned minus {reference}: {points}, {difference.verdict}")
         return in_lines(lines)
 
-    def _found(self, name: str) -> Candidate:
+    def _candidate(self, name: str) -> Candidate:
         return next(candidate for candidate in self.evaluation.candidates if candidate.name == name)
 
 
 def tune(search: Search) -> Tuned:
-    """Search, judge, write `out` and the evidence beside it. The same search goes on where it was stopped.
+    """Search, judge the winner, write `out` and the evidence beside it. The same search continues where it was stopped.
 
-    Raises ConfigError, and what reading shards and building encoders raise.
+    Raises ConfigError, and the errors of reading shards and building encoders.
     """
     names = _checked(search)
     refolder = Refolder(gather(search.recipe), "cuda" if torch.cuda.is_available() else "cpu")
     with alone_in(search.work_folder):
         started = time.perf_counter()
-        wanted = Wanted(
+        selection = Wanted(
             fields=tuple(task.field for task in search.tasks), group=search.group, most=search.most_images, seed=search.seed
         )
         reading = Reading(options=search.input_options, image_column=search.image_column, key_column=search.key_column)
         preprocessing = refolder.encoder.description.preprocessing
-        images = read_labelled(search.inputs, wanted, preprocessing, search.work_folder, reading)
+        images = read_labelled(search.inputs, selection, preprocessing, search.work_folder, reading)
         decoded = time.perf_counter()
         in_tuning = split_by_name(images.names, TUNING_SHARE, search.seed)
         held = Held(search, refolder, images, np.flatnonzero(~in_tuning))
@@ -121,15 +121,14 @@ def _points(mean: float, low: float, high: float) -> str:
 
 
 def _checked(search: Search) -> tuple[str, ...]:
-    """Names of the adapters. Raises ConfigError for what is wrong whatever the images are."""
+    """Names of the adapters. Raises ConfigError for what is wrong in the request itself."""
     names = tuple(search.recipe.adapter_names)
     if not LEAST_ADAPTERS <= len(names) <= MOST_ADAPTERS:
         raise ConfigError(
-            f"the recipe names {len(names)} adapters, expected {LEAST_ADAPTERS} to {MOST_ADAPTERS}: one has nothing to be "
-            "weighed against, and those of many are not found in minutes. Change the recipe."
+            f"the recipe names {len(names)} adapters, but tune needs {LEAST_ADAPTERS} to {MOST_ADAPTERS}. Change the recipe."
         )
     if not search.out.absolute().parent.is_dir():
-        raise ConfigError(f"--out {search.out}: there is no folder {search.out.absolute().parent}. Make it, or name another.")
+        raise ConfigError(f"--out {search.out}: the folder {search.out.absolute().parent} does not exist. Make it first.")
     for task in search.tasks:
         if task.adapter is not None and task.adapter not in names:
             raise ConfigError(
@@ -144,31 +143,29 @@ def _checked(search: Search) -> tuple[str, ...]:
         raise ConfigError(f"--label names {max(fields, key=fields.count)!r} twice. Name each field once.")
     unknown = sorted(set(search.methods) - set(METHODS))
     if unknown:
-        raise ConfigError(f"--methods: {unknown[0]!r} is no method that has weights, expected some of {', '.join(METHODS)}")
+        raise ConfigError(f"--methods: {unknown[0]!r} is not a method with weights; choose from {', '.join(METHODS)}")
     if search.budget.evaluations is not None and search.budget.evaluations <= len(names):
         raise ConfigError(
-            f"--evaluations is {search.budget.evaluations}, expected {len(names) + 1} or more: each adapter alone and equal "
-            "weights are tried first, to measure by."
+            f"--evaluations is {search.budget.evaluations}, expected {len(names) + 1} or more, because each adapter alone and "
+            "equal weights are always tried."
         )
     if importlib.util.find_spec("sklearn") is None:
-        raise ConfigError(
-            "scikit-learn is not installed, which figures and intervals need: pip install 'lora-embed[evaluation]'"
-        )
+        raise ConfigError("scikit-learn is not installed, but tune needs it. Install it: pip install 'lora-embed[evaluation]'")
     return names
 
 
 def _chosen(search: Search, refolder: Refolder, images: LabelledImages, rows: Rows) -> Rows:
-    """The tuning images, or as many groups of them as let a budget in minutes try enough; chosen once for a work folder."""
+    """The tuning images, or fewer if a budget in minutes would allow too few trials; chosen once for a work folder."""
     minutes = search.budget.minutes
     if minutes is None or minutes == 0 or len(rows) <= LEAST_IMAGES:  # 0 tries the references alone
         return rows
     pinned = search.work_folder / f"subset-{images.fingerprint}-{minutes:g}-{search.seed}.json"
-    if not pinned.is_file():  # the speed of another day would choose others, and nothing that was tried would count
-        some = rows[: 2 * BATCH[refolder.encoder.device.type]]
-        refolder.embed(images.pixels, some)  # the first batches take longer
+    if not pinned.is_file():  # kept, since another speed would give other images, and no earlier trial would count
+        measured = rows[: 2 * BATCH[refolder.encoder.device.type]]
+        refolder.embed(images.pixels, measured)  # once before the measurement, because the first batches take longer
         started = time.perf_counter()
-        refolder.embed(images.pixels, some)
-        affordable = len(some) / (time.perf_counter() - started) * 60 * minutes / LEAST_TRIALS
+        refolder.embed(images.pixels, measured)
+        affordable = len(measured) / (time.perf_counter() - started) * 60 * minutes / LEAST_TRIALS
         local.replace(
             search.work_folder, pinned, json.dumps(max(LEAST_IMAGES, round(min(affordable, search.most_images)))).encode()
         )
@@ -177,14 +174,14 @@ def _chosen(search: Search, refolder: Refolder, images: LabelledImages, rows: Ro
         return rows
     names = [images.names[row] for row in rows]
     say(
-        f"{minutes:g} minutes: the search sees about {most:,} of {len(rows):,} tuning images, so that it can try "
-        f"{LEAST_TRIALS} merges"
+        f"the search uses about {most:,} of {len(rows):,} tuning images, so that it can try {LEAST_TRIALS} merges in "
+        f"{minutes:g} minutes"
     )
     return rows[split_by_name(names, most / len(rows), search.seed)]
 
 
 def _write(search: Search, tuned: Tuned) -> None:
-    """The recipe, with its evidence in short, and all of the evidence beside it."""
+    """Write the recipe with a summary of the evidence, and the full evidence beside it."""
     body = yaml.safe_dump(tuned.recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
     notes = [
         f"# Written by `lora-embed tune`; all figures: {search.evidence.name}",
