@@ -143,7 +143,7 @@ def test_documented_use_of_indexes(table: Table, real_vectors: NDArray[np.float3
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_query_of_another_space_is_refused(kind: str, indexes: dict[str, Index], real_vectors: NDArray[np.float32]) -> None:
-    with pytest.raises(ConfigError, match=r"space 5ace5ace5ace, the query was made by an encoder of space 0therspace00"):
+    with pytest.raises(ConfigError, match=r"space 5ace5ace5ace, but the query was made by an encoder of space 0therspace00"):
         indexes[kind].search(real_vectors[:1], 3, "0therspace00")
 
 

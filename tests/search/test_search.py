@@ -96,7 +96,7 @@ def test_queries_that_make_no_sense_are_refused(queries: NDArray[Any], k: int, m
 
 def test_queries_of_another_space_are_refused(tmp_path: Path) -> None:
     table = publish_vectors(tmp_path / "table", spread(noise_vectors(4), 1))
-    with pytest.raises(ConfigError, match=r"version 1 holds vectors of space 5ace5ace5ace, the query .* of space abc"):
+    with pytest.raises(ConfigError, match=r"version 1 holds vectors of space 5ace5ace5ace, but the query .* of space abc"):
         search_table(table, noise_vectors(1), 3, "abc")
 
 
