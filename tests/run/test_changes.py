@@ -124,7 +124,7 @@ def test_keys_that_expire_while_the_encoder_is_stored_are_no_mistake_of_the_job(
         assert run_command(["run", str(job)]) == 1
         said = capfd.readouterr().err
         assert "access denied (The provided token has expired.)" in said
-        assert "the same command goes on" in said
+        assert "Run the same command again to continue" in said
         proxy.answered, proxy.faults = None, Faults()
         assert run_command(["run", str(job), "--json"]) == 0
     assert json.loads(capfd.readouterr().out.splitlines()[-1])["counts"]["vectors"] == 3
