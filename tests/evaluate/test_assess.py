@@ -192,7 +192,7 @@ def test_the_job_script_takes_the_same_options() -> None:
         (["--label", "kind", "--splits", "1"], "--splits is 1, expected 2 or more"),
         (["--label", "kind", "--reference", "best"], "--reference best: is not a candidate; choose from half"),
         (["--label", "kind", "--group", "colour"], "--group colour: none of the first 16 samples"),
-        (["--label", "kind", "--head", "ten"], "--head ten: expected ADAPTER=FIELD"),
+        (["--label", "kind", "--head", "ten"], "--head ten: expected --head ADAPTER=FIELD"),
         (["--label", "kind", "--head", "ten=colour"], "'colour' is named for a head, but is not a --label"),
         (["--label", "kind", "--classes", "kind=/nowhere"], "--classes kind=/nowhere: /nowhere cannot be read"),
         (["--label", "kind", "--precision", "int8"], "--precision is 'int8', expected auto, float32"),
