@@ -352,7 +352,9 @@ def test_a_night_whose_table_may_no_longer_be_written_goes_on_when_it_may(
     proxy.watch = lambda request: grant(WRITER, "List") if is_write(request, f"-table/{folder}/") else None
     code, said, _ = night(job, capfd)
     assert code == 1, said
-    assert re.search(f"s3://images/{folder}-table/{folder}/\\S+: access denied .*Run the same command again to continue", said, re.DOTALL)
+    assert re.search(
+        f"s3://images/{folder}-table/{folder}/\\S+: access denied .*Run the same command again to continue", said, re.DOTALL
+    )
     assert before <= objects(server, f"{folder}-table")
     assert version(server, f"{folder}-table", 10 * IMAGES) == 1
 
@@ -392,7 +394,9 @@ def test_a_night_that_may_no_longer_list_what_is_staged_has_begun(
     proxy.watch = lambda request: grant(WRITER, "Read", "Write") if lists(request, "begun-table/staging") else None
     code, said, _ = night(job, capfd)
     assert code == 1, said
-    assert re.search("s3://images/begun-table/staging/\\S+: access denied .*Run the same command again to continue", said, re.DOTALL)
+    assert re.search(
+        "s3://images/begun-table/staging/\\S+: access denied .*Run the same command again to continue", said, re.DOTALL
+    )
 
     proxy.watch = None
     grant(WRITER, *ALL[WRITER])
