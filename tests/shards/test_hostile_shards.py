@@ -313,7 +313,7 @@ def test_what_ends_or_stops_a_reader_is_its_shards_error(tmp_path: Path, monkeyp
     (child,) = [child for child in psutil.Process().children() if "lora_embed.images.isolate" in child.cmdline()]
     monkeypatch.setattr(isolated, "READ_S", 2.0)
     child.send_signal(number)
-    with pytest.raises(ShardError, match=f"a.tar: cannot be read, {says}"):
+    with pytest.raises(ShardError, match=f"a.tar: cannot be read: {says}"):
         list(samples)
     assert not psutil.pid_exists(child.pid)
 
