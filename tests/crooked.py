@@ -215,14 +215,14 @@ CASES = [
     Case("initialised with capitals", config(init_lora_weights="Gaussian"), SAME),
     # Configuration and tensors that contradict each other
     Case("DoRA without magnitudes", config(use_dora=True), "has no lora_magnitude_vector, so the file is incomplete"),
-    Case("magnitudes without DoRA", tensors(with_columns("lora_magnitude_vector")), "has a lora_magnitude_vector that"),
+    Case("magnitudes without DoRA", tensors(with_columns("lora_magnitude_vector")), "has a lora_magnitude_vector, which does not fit"),
     Case(
         "DoRA on an embedding",
         both(config(use_dora=True), tensors(with_columns("lora_magnitude_vector")), renamed(as_embedding)),
         "is an embedding, but DoRA can be folded only for linear layers and convolutions",
     ),
     Case("lora_bias without biases", config(lora_bias=True), r"has no lora_B\.bias, so the file is incomplete"),
-    Case("biases without lora_bias", put(f"{FIRST}.lora_B.bias", 384), r"has a lora_B\.bias , which does not fit"),
+    Case("biases without lora_bias", put(f"{FIRST}.lora_B.bias", 384), r"has a lora_B\.bias, which does not fit"),
     Case("bias all, none saved", config(bias="all"), "was trained with bias='all', but .* does not hold embeddings"),
     Case(
         "bias lora_only, one of them saved",
@@ -265,10 +265,10 @@ CASES = [
     Case("a factor transposed", mapped(torch.t, A), "has rank 384 in lora_A but 8 in lora_B"),
     Case("factors exchanged", tensors(lambda found: found | {A: found[B], B: found[A]}), "has rank 384, but .* says 8"),
     Case("ranks that disagree", mapped(lambda tensor: tensor[:4], A), "has rank 4 in lora_A but 8 in lora_B"),
-    Case("a scalar", put(A), r"a lora_A of shape scalar and a lora_B of shape 384×8"),
+    Case("a scalar", put(A), r"lora_A of shape scalar and lora_B of shape 384×8"),
     Case("scalars of an embedding", tensors(lambda found: found | {
         f"{BODY}x.lora_embedding_A": torch.tensor(1.0), f"{BODY}x.lora_embedding_B": torch.tensor(1.0)
-    }), "a lora_embedding_A of shape scalar and a lora_embedding_B of shape scalar"),
+    }), "lora_embedding_A of shape scalar and lora_embedding_B of shape scalar"),
     Case("empty tensors", tensors(lambda found: found | {A: torch.empty(0, 384), B: torch.empty(384, 0)}), "rank 0 in lora_A"),
     Case("one tensor cut short", mapped(lambda tensor: tensor[:100], B), "1 of the 48 weights that it changes match no weight"),
     Case("larger than memory", tensors(lambda found: found | {
@@ -287,7 +287,7 @@ CASES = [
     Case("a tensor of no weight", put(f"{BODY}encoder.extra.weight", 384), "1 of the 49 weights that it changes match no"),
     Case("a kind of LoRA tensor that is not known", put(f"{FIRST}.lora_E", 8, 1), "lora_E is a kind of LoRA tensor"),
     Case("a head of another name", put("base_model.model.my_head.weight", 10, 384), r"no weight .*my_head\.weight 10×384"),
-    Case("modules of another model", renamed(lambda name: name.replace("dinov2.encoder", "swin.blocks")), "48 of 48 weights"),
+    Case("modules of another model", renamed(lambda name: name.replace("dinov2.encoder", "swin.blocks")), "48 of the 48 weights"),
     Case("some modules of another model", renamed(lambda name: name.replace("fc1", "up")), "12 of the 48 weights"),
     Case("names of transformers 4", renamed(lambda name: v4_name(name, "dinov2")), SAME),
     Case("names without prefix", renamed(lambda name: name.removeprefix("base_model.model.")), SAME),
@@ -304,9 +304,9 @@ CASES = [
     Case("a pointer in place of weights", text("version https://git-lfs.github.com/spec/v1\n", WEIGHTS_NAME), NO_FILE),
     Case("a pickle by another name", as_pickle(WEIGHTS_NAME), NO_FILE),
     Case("a pickle", as_pickle("adapter_model.bin"), "found adapter_model.bin, a pickle, which is never opened"),
-    Case("weights renamed", move("adapter.safetensors"), "safetensors, found adapter.safetensors. Rename"),
+    Case("weights renamed", move("adapter.safetensors"), "safetensors, found adapter.safetensors. If these are its weights, rename"),
     Case("weights in parts", move("adapter_model-00001-of-00002.safetensors"), "found adapter_model-00001-of-00002"),
-    Case("no weights", lambda folder: (folder / WEIGHTS_NAME).unlink(), "found no weights. Copy or save it again"),
+    Case("no weights", lambda folder: (folder / WEIGHTS_NAME).unlink(), "found no weights. Copy or save the adapter again"),
     Case("weights that are a directory", a_directory(WEIGHTS_NAME), "found a directory of that name"),
     Case("a link to the folder", linked, SAME),
     Case("no folder", shutil.rmtree, "no such directory", StorageError),

@@ -109,7 +109,7 @@ def test_a_corrupt_archive_is_refused(tmp_path: Path) -> None:
     archive = tmp_path / "downloads" / parts.BASE_MODEL_ARCHIVE.file_name
     archive.parent.mkdir()
     archive.write_bytes(b"half a download")
-    with pytest.raises(PartError, match=f"{archive.name}: sha256 is [0-9a-f]{{64}}, expected 90a0b02e"):
+    with pytest.raises(PartError, match=f"{archive.name}: its SHA-256 is [0-9a-f]{{64}}, expected 90a0b02e"):
         parts.fetch_base_model(tmp_path, print)
     assert not (tmp_path / parts.BASE_MODEL_NAME).exists()
 
