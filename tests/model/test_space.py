@@ -203,7 +203,7 @@ def test_a_file_that_was_changed_since_is_refused(stored: dict[str, Path], file:
     with pytest.raises(EncoderError, match=rf"today: {file} has the SHA-256 .* The file was changed. Restore it"):
         load_encoder(stored["today"])
     path.unlink()
-    with pytest.raises(EncoderError, match=rf"today: {file} is not there, the encoder was built with"):
+    with pytest.raises(EncoderError, match=rf"today: {file} does not exist, but the encoder was built with"):
         load_encoder(stored["today"])
 
 

@@ -473,7 +473,7 @@ def test_a_base_that_an_encoder_names_is_asked_of_no_server(kept: Path, listener
     edit(kept / "encoder.json", base=about["base"] | {"uri": uri})
     for act in (lambda: load_encoder(kept), lambda: named_base(kept)):
         with pytest.raises(
-            EncoderError, match=r"which lies elsewhere, .* If you trust it, name it yourself, as base of load_enc"
+            EncoderError, match=r"which is on another store, .* If you trust it, name it yourself: as base of load_enc"
         ):
             act()
     assert not listener.seen
@@ -500,7 +500,7 @@ def test_a_base_is_followed_where_the_user_says_so(
     monkeypatch.setenv("LORA_EMBED_FOLLOW", f"s3://models {made}/")
     assert load_encoder("memory://one/encoder").space_id == space_id
     monkeypatch.setenv("LORA_EMBED_FOLLOW", f"{made}/other {made}/bas")
-    with pytest.raises(EncoderError, match="which lies elsewhere"):
+    with pytest.raises(EncoderError, match="which is on another store"):
         load_encoder("memory://one/encoder")
     other = save_base(tmp_path / "other", seed=9)
     with pytest.raises(EncoderError, match="whose files have changed since"):
@@ -527,7 +527,7 @@ def test_what_an_encoders_recipe_names_is_asked_of_no_server(
     (encoder / "recipe.yaml").write_text(re.sub(r"path: .*", f"path: http://127.0.0.1:{listener.port}/adapter", recipe))
     (entrant,) = find_entrants([str(encoder)], alone=False)
     assert entrant.ingredients is None
-    assert "which lies elsewhere" in capfd.readouterr().err
+    assert "which is on another store" in capfd.readouterr().err
     assert not listener.seen
 
 
@@ -605,7 +605,7 @@ def test_a_cache_of_another_user_is_not_used(remote: str, which: str, tmp_path: 
     copy = fetch_directory(remote, None, FILES)
     (cache_root() / "evaluate").mkdir()
     os.chown({"fetched": copy.parent, "copy": copy, "evaluate": cache_root() / "evaluate"}[which], 65534, 65534)
-    with pytest.raises(StorageError, match=r"belongs to user 65534, expected 0"):
+    with pytest.raises(StorageError, match=r"belongs to user 65534, expected user 0"):
         private_folder("evaluate") if which == "evaluate" else load_encoder(remote)
 
 
