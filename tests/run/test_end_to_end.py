@@ -332,6 +332,7 @@ def test_an_image_that_kills_its_decoder_is_one_reject(
     assert details == ["the decoder was killed by signal 11 (SIGSEGV), 2 tries"] * 2
 
 
+@pytest.mark.long  # of each test run, test_kills.py kills runs on an S3 server and resumes them
 @pytest.mark.usefixtures("cluster")
 def test_killed_runs_resume_to_the_same_table(tmp_path: Path, tiny: Path) -> None:
     source = write_tars(tmp_path / "shards", shards=20, images=40)

@@ -188,7 +188,7 @@ def test_a_store_that_refuses_part_of_a_listing_is_an_error() -> None:
         ("nope://bucket", {"nested": {"a": 1}}, "nope://bucket: unknown kind of storage.*: Protocol not known: nope"),
         ("abfs://container/x", {}, "needs another package: .*adlfs"),
         ("s3://", {}, "the bucket is missing; expected s3://bucket/path"),
-        ("s3://bucket/x", {"kye": "typo"}, r"unknown storage option: .*'kye'\\. Options given: \['kye'\]"),
+        ("s3://bucket/x", {"kye": "typo"}, r"unknown storage option: .*'kye'\. Options given: \['kye'\]"),
         ("s3://bucket/x", {}, "s3://bucket/x: cannot be reached: Unable to locate credentials"),
     ],
 )
