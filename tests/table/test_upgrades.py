@@ -171,7 +171,7 @@ def test_what_a_newer_release_adds_is_passed_over_by_readers_and_kept_from_write
 
     [encoder] = (folder / "table" / "encoders").iterdir()
     edit(encoder / "encoder.json", lambda found: found.update(gamma=2.2))
-    with pytest.raises(EncoderError, match="a newer release of lora-embed wrote it, with 'gamma'"):
+    with pytest.raises(EncoderError, match="a newer release of lora-embed wrote it, with the key 'gamma'"):
         open_table(job.table).encoder()
     shutil.rmtree(encoder)
 
