@@ -215,7 +215,7 @@ CASES = [
     Case("initialised with capitals", config(init_lora_weights="Gaussian"), SAME),
     # Configuration and tensors that contradict each other
     Case("DoRA without magnitudes", config(use_dora=True), "has no lora_magnitude_vector, so the file is incomplete"),
-    Case("magnitudes without DoRA", tensors(with_columns("lora_magnitude_vector")), "has a lora_magnitude_vector, which does not fit"),
+    Case("magnitudes without DoRA", tensors(with_columns("lora_magnitude_vector")), "lora_magnitude_vector, which does not"),
     Case(
         "DoRA on an embedding",
         both(config(use_dora=True), tensors(with_columns("lora_magnitude_vector")), renamed(as_embedding)),
@@ -287,7 +287,7 @@ CASES = [
     Case("a tensor of no weight", put(f"{BODY}encoder.extra.weight", 384), "1 of the 49 weights that it changes match no"),
     Case("a kind of LoRA tensor that is not known", put(f"{FIRST}.lora_E", 8, 1), "lora_E is a kind of LoRA tensor"),
     Case("a head of another name", put("base_model.model.my_head.weight", 10, 384), r"no weight .*my_head\.weight 10×384"),
-    Case("modules of another model", renamed(lambda name: name.replace("dinov2.encoder", "swin.blocks")), "48 of the 48 weights"),
+    Case("modules of another model", renamed(lambda name: name.replace("dinov2.encoder", "swin.blocks")), "48 of the 48"),
     Case("some modules of another model", renamed(lambda name: name.replace("fc1", "up")), "12 of the 48 weights"),
     Case("names of transformers 4", renamed(lambda name: v4_name(name, "dinov2")), SAME),
     Case("names without prefix", renamed(lambda name: name.removeprefix("base_model.model.")), SAME),
@@ -304,7 +304,7 @@ CASES = [
     Case("a pointer in place of weights", text("version https://git-lfs.github.com/spec/v1\n", WEIGHTS_NAME), NO_FILE),
     Case("a pickle by another name", as_pickle(WEIGHTS_NAME), NO_FILE),
     Case("a pickle", as_pickle("adapter_model.bin"), "found adapter_model.bin, a pickle, which is never opened"),
-    Case("weights renamed", move("adapter.safetensors"), "safetensors, found adapter.safetensors. If these are its weights, rename"),
+    Case("weights renamed", move("adapter.safetensors"), "found adapter.safetensors. If these are its weights, rename"),
     Case("weights in parts", move("adapter_model-00001-of-00002.safetensors"), "found adapter_model-00001-of-00002"),
     Case("no weights", lambda folder: (folder / WEIGHTS_NAME).unlink(), "found no weights. Copy or save the adapter again"),
     Case("weights that are a directory", a_directory(WEIGHTS_NAME), "found a directory of that name"),
