@@ -117,7 +117,7 @@ def test_two_servers_run_side_by_side(server: S3Server, open_server: S3Server) -
 
 def test_server_dies_with_a_killed_test_and_the_next_one_has_its_data(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent) as holder:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as holder:
         assert holder.stdout is not None
         weed = psutil.Process(int(holder.stdout.readline()))
         holder.kill()
