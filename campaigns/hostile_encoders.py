@@ -205,7 +205,7 @@ def bend_kind(rng: random.Random, path: Path, outside: Outside) -> str:
     elif how == "link to itself":
         path.symlink_to(path)
     elif how == "linked folder":
-        if path.parent.name in ("golden", "adapter"):
+        if path.parent.parent.name in ("whole", "kept"):  # a folder within; the one that the user names may be a link
             shutil.rmtree(path.parent)
             path.parent.symlink_to(outside.folder)
         else:

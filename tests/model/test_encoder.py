@@ -23,6 +23,7 @@ from lora_embed.images.decode import BadImage
 from lora_embed.model.build import build_encoder, gather
 from lora_embed.model.description import read_description
 from lora_embed.model.golden import relative_difference
+from lora_embed.model.pooling import HiddenState
 from models import save_adapter, save_base
 from samples import png, poisoned
 
@@ -238,3 +239,9 @@ def test_bytes_are_embedded_as_a_run_decodes_them_and_may_kill_their_decoder_alo
         encoder.embed([png(2), png(1)])
     assert caught.value.reason == "decoder_crashed"
     np.testing.assert_array_equal(encoder.embed([png(2), png(2)]), expected)
+
+
+@pytest.mark.parametrize("tap", ["0~", "ABCDEF", "weight", "a.b"])
+def test_a_tap_that_the_model_does_not_have_is_refused(tap: str) -> None:
+    with pytest.raises(EncoderError, match=f"encoder.json: tap is '{tap}', expected the name of a module of Linear"):
+        HiddenState(torch.nn.Linear(1, 1), tap)

@@ -23,12 +23,23 @@ class HiddenState:
         self._caught: list[torch.Tensor] = []
         self._tap = tap
         if tap:
-            model.get_submodule(tap).register_forward_hook(lambda _module, _inputs, out: self._caught.append(_first(out)))
+            _module_named(model, tap).register_forward_hook(lambda _module, _inputs, out: self._caught.append(_first(out)))
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(n, 3, H, W) → (n, tokens, d), or (n, d, h, w) for convolutional models."""
         output = self._model(pixel_values=pixel_values).last_hidden_state
         return self._caught.pop() if self._tap else output
+
+
+def _module_named(model: nn.Module, tap: str) -> nn.Module:
+    """Raises EncoderError if the model has no such module, as in an encoder whose description was changed."""
+    try:
+        return model.get_submodule(tap)
+    except AttributeError:
+        raise EncoderError(
+            f"encoder.json: tap is {tap!r}, expected the name of a module of {type(model).__name__}. The file was changed: "
+            "restore it, or build the encoder again."
+        ) from None
 
 
 @torch.inference_mode()
