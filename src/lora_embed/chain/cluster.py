@@ -52,9 +52,9 @@ def connect(num_cpus: int | None = None, num_gpus: int | None = None) -> None:
     cluster need only the dependencies: this package is copied to them.
     Raises ResourcesError for a cluster that cannot be joined, IncompleteRun for one that cannot be started.
     """
+    at_end(leave)
     if ray.is_initialized():
         return
-    at_end(leave)
     address = _address()
     starts_here = address == "local"
     _check_reachable(address)

@@ -92,7 +92,8 @@ _at_end: list[Callable[[bool], None]] = []
 
 def at_end(leave: Callable[[bool], None]) -> None:
     """Register a function that `end_process` calls; its argument says whether the command failed."""
-    _at_end.append(leave)
+    if leave not in _at_end:
+        _at_end.append(leave)
 
 
 def end_process(code: int) -> NoReturn:
