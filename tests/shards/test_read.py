@@ -137,9 +137,13 @@ def test_no_prefix_of_any_tar_is_short(members: list[tuple[str, bytes]], random:
         (
             "a.parquet",
             parquet_of({"label": [1]}),
-            r"expected one of image, .* of binary type, found \['label'\]. Set",
+            r"expected one of image, .* of binary type, found \['label'\]\. No column can hold an image\. Leave",
         ),
-        ("a.parquet", parquet_of({"image": [{"bytes": 1}]}), "has no image column"),
+        (
+            "a.parquet",
+            parquet_of({"image": [{"bytes": 1}]}),
+            "column 'image' is of type struct<bytes: int64>, expected the bytes",
+        ),
     ],
 )
 def test_damaged_shards(tmp_path: Path, name: str, data: bytes, message: str) -> None:
@@ -174,7 +178,7 @@ def test_parquet_columns_and_row_groups(tmp_path: Path) -> None:
     assert [sample.key for sample in samples_of(shard, key_column="raw")] == ["caf\\xe9"] * 5
     with pytest.raises(ShardError, match="has no key column 'nope'"):
         samples_of(shard, key_column="nope")
-    with pytest.raises(ShardError, match="expected column 'label' of binary type"):
+    with pytest.raises(ShardError, match="column 'label' is of type int64, expected the bytes of image files"):
         samples_of(shard, image_column="label")
     assert samples_of(shard_at(tmp_path / "empty.parquet", parquet_of({"image": pa.array([], pa.binary())}))) == []
 

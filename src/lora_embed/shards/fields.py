@@ -1,6 +1,8 @@
 """Values of a sample's fields: from Parquet to Python, and from Python to the column that carries them."""
 
 import contextlib
+import datetime
+import decimal
 import json
 from typing import Any, cast
 
@@ -81,12 +83,14 @@ def typed(value: Any, kind: str) -> Any:
 
 
 def _typed(value: Any, kind: str) -> Any:
+    if isinstance(value, bytes):  # Parquet may hold text without a mark that it is text
+        value = value.decode()
     if kind == "string":
         return _text_of(value)
     if kind == "bool":
         return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
-    is_text = isinstance(value, str | bytes)
-    if is_text and ("_" if isinstance(value, str) else b"_") in value:
+    is_text = isinstance(value, str)
+    if is_text and "_" in value:
         return None
     number = int(value) if kind == "int64" else float(value)
     if kind == "int64" and (not -(2**63) <= number < 2**63 or (not is_text and number != value)):
@@ -95,6 +99,13 @@ def _typed(value: Any, kind: str) -> Any:
 
 
 def _text_of(value: Any) -> str:
-    """Text as it is, and any other value as JSON."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    """A value as text: days and times as ISO 8601, decimals with all their digits, lists and structs as JSON."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return f"{value:f}"
+    is_json = value is None or isinstance(value, bool | int | float | list | tuple | dict)
+    text = json.dumps(value, default=_text_of) if is_json else str(value)
     return text.encode("utf-8", "backslashreplace").decode()  # JSON may hold halves of surrogate pairs
