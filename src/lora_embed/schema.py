@@ -27,6 +27,7 @@ class Entry:
     size: int  # bytes
     etag: str  # a mark that changes whenever the content changes
     modified: float = field(default=0.0, compare=False, repr=False)  # seconds since 1970 by the store's clock
+    broken: str = ""  # why no file is behind this name of an input: a link whose target is gone, for example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,8 @@ class Sample:
     data: bytes | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     excess: int = 0  # size in bytes of an image that is larger than allowed
+    missing: str = ""  # why there is no image, if more is known than that
+    passed: dict[str, int] = field(default_factory=dict)  # images beside it in a tar that were passed over, by kind
     begin: int | None = None  # byte of its first header in a tar; None where a reader could not begin there
     end: int | None = None  # byte where the next sample, or the tar's closing blocks, begin
 
@@ -137,6 +140,8 @@ class ChunkHead:
     end: int | None = None
     samples: int = 0  # good and bad samples, counted at the chain's end
     reasons: dict[str, int] = field(default_factory=dict)  # rejects by reason, counted with `samples`
+    examples: list[dict[str, str]] = field(default_factory=list)  # id, reason and detail of a few rejects
+    passed: dict[str, int] = field(default_factory=dict)  # images in a tar that were passed over, by kind
     image_bytes: int = 0  # size of the samples' encoded images
     retries: int = 0  # store requests that were repeated so far
     error: str = ""

@@ -169,7 +169,7 @@ class _Chunk:
             if sample.excess:
                 raise BadImage("too_many_bytes", f"{sample.excess} bytes, allowed are {self._layout.max_bytes}")
             if sample.data is None:
-                raise BadImage("no_image", "the sample has no image")
+                raise BadImage("no_image", sample.missing or "the sample has no image")
             row["sha256"] = hashlib.sha256(sample.data).digest()
             self._image_bytes += len(sample.data)
             if is_duplicate:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from lora_embed.errors import ShardError
 from lora_embed.schema import WHOLE, Layout, Sample, Shard, Span, Wanted
 from lora_embed.shards.fields import MOST_FIELD
-from lora_embed.shards.listing import IMAGES
+from lora_embed.shards.kinds import IMAGES
 
 BLOCK = tarfile.BLOCKSIZE
 MOST_HEADERS = 2**20 + 16 * BLOCK  # bytes of headers before one member: its own, and those with its long name or attributes
