@@ -147,7 +147,10 @@ def test_sample_ids_stay_when_groups_are_dealt_anew() -> None:
         (["{5..6}.tar"], r"matches no tar, Parquet or image file among 11 files"),
         (["{3..1}.tar"], "matches no tar, Parquet or image file"),
         (["{0..3}.tar"], r"2 of the 4 files that it names do not exist; the first is .*/2.tar. Correct the range, or use \*"),
-        (["notes.txt"], "notes.txt begins with 1 bytes of text, not an image: 'x'. Expected a tar, a Parquet file or an image."),
+        (
+            ["notes.txt"],
+            "notes.txt begins with 1 bytes of text, not an image: 'x'. Expected a tar, a Parquet file or an image.",
+        ),
         (["{0.tar,notes.txt}"], "notes.txt begins with 1 bytes of text, not an image"),
         (["z"], "c.TGZ is a compressed tar, which cannot be read in parts. Unpack it"),
         (

@@ -17,7 +17,7 @@ from lora_embed.images.decode import BadImage, Decode, Prepare, decode_image
 from lora_embed.images.isolate import IsolatedDecoder, decode_or_die, keep_freed_memory
 from lora_embed.images.preprocess import Pixels
 from lora_embed.monitor.stages import Stopwatch
-from lora_embed.schema import ChunkHead, Layout, Sample, Shard, sample_schema, to_ipc
+from lora_embed.schema import ChunkHead, Layout, Sample, Shard, add_kinds, sample_schema, to_ipc
 from lora_embed.shards.fields import typed
 from lora_embed.shards.isolated import read_isolated, read_or_die
 from lora_embed.shards.read import ReadSamples, read_samples
@@ -157,11 +157,13 @@ class _Chunk:
         self._begin: int | None = None
         self._end: int | None = None
         self._good = self._decoded = self._image_bytes = 0
+        self._passed: dict[str, int] = {}
         self.text = 0  # characters of keys and carried fields
         self._rows: list[dict[str, Any]] = []
 
     def add(self, sample: Sample, *, is_duplicate: bool) -> None:
         self._begin, self._end = self._begin if self._rows else sample.begin, sample.end
+        self._passed = add_kinds(self._passed, sample.passed)
         carried = {name: typed(sample.fields.get(name), kind) for name, kind in self._layout.carry}
         self.text += len(sample.key) + sum(len(value) for value in carried.values() if isinstance(value, str))
         row = {"key": sample.key, "width": None, "height": None, "sha256": None, "reason": None, "detail": None} | carried
@@ -196,6 +198,7 @@ class _Chunk:
             begin=self._begin,
             end=self._end,
             image_bytes=self._image_bytes,
+            passed=self._passed,
             retries=take_retries(),
             seconds=seconds,
         )

@@ -85,6 +85,7 @@ class Source:
         """The folder that keeps vectors; its name hashes the input and all settings of the layout that affect a vector."""
         layout = self.layout
         settings = [FORMAT, layout.precision, layout.batch_size, layout.max_pixels, layout.image_column, layout.key_column]
+        settings += [layout.image_member] if layout.image_member else []
         return f"evaluated/{_hash([sorted(shard.id for shard in self.shards), settings])}"
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from lora_embed.monitor.record import EXAMPLES, RejectExample
 from lora_embed.monitor.stages import Bound, Timeline
-from lora_embed.schema import ChunkHead
+from lora_embed.schema import ChunkHead, add_kinds
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Effort:
     chunks: int = 0
     rejects: Counter[str] = field(default_factory=Counter)  # by reason
     examples: dict[str, list[RejectExample]] = field(default_factory=dict)  # a few rejects of each reason
-    passed: Counter[str] = field(default_factory=Counter)  # images in tars that were passed over, by kind
+    passed: dict[str, int] = field(default_factory=dict)  # images in tars that were passed over, by kind
     image_bytes: int = 0  # bytes of encoded images read
     retries: int = 0  # requests to a store that were tried again
     bound: Bound | None = None
@@ -71,7 +71,7 @@ class Effort:
                 return
             self.chunks += 1
             self.rejects = self.rejects + Counter(chunk.reasons)  # a new object, since a copy from `now` shares the old one
-            self.passed = self.passed + Counter(chunk.passed)
+            self.passed = add_kinds(self.passed, chunk.passed)
             self.examples = _joined(self.examples, chunk.examples)
             self.image_bytes += chunk.image_bytes
             self.shards_done += chunk.last

@@ -74,7 +74,7 @@ class Journal:
             last_chunk=utc(effort.last_chunk) if effort.last_chunk is not None else None,
             version=self.version,
             passed_over=self.passed_over,
-            passed_in_tars=dict(effort.passed),
+            passed_in_tars=effort.passed,
             error=without_secrets(self.error),
         )
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from lora_embed.config.models import JobConfig
 from lora_embed.model.description import Description
-from lora_embed.monitor.progress import say
 from lora_embed.run.encoders import find_encoder, find_source, named_base
 from lora_embed.run.layout import known_layout
 from lora_embed.schema import Layout, Shard
@@ -55,8 +54,7 @@ def open_job(job: JobConfig, *, writes: bool = True) -> OpenJob:
     listing = list_input(job.input, job.input_storage_options, follows=job.follow_folder_links)
     source = find_source(job.recipe)
     if writes:
-        if listing.passed_over:
-            say(f"Passed over: {listing.describe()}")
+        listing.say_passed()
         store.check_writable()
     current = versions.manifest_to_follow(store)
     return OpenJob(job=job, store=store, listing=listing, source=source, current=current, encoder=find_encoder(source, store))

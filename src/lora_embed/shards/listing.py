@@ -12,14 +12,14 @@ from typing import Any
 
 from lora_embed.errors import ConfigError
 from lora_embed.images.recognise import name_of
-from lora_embed.schema import Entry, Shard
+from lora_embed.monitor.progress import say
+from lora_embed.schema import Entry, Shard, add_kinds
 from lora_embed.shards import kinds
 from lora_embed.shards.kinds import Kind
 from lora_embed.shards.patterns import Files, find_files
 from lora_embed.store.store import Store
 
 IMAGES_PER_GROUP = 1024
-MOST_KINDS = 20  # kinds of passed-over files that are counted apart
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python holds bytes of a local name that are not UTF-8
 
 
@@ -39,6 +39,11 @@ class Listing:
     @property
     def _hidden(self) -> int:
         return sum(number for kind, number in self.passed_over.items() if kind.startswith(kinds.HIDDEN))
+
+    def say_passed(self) -> None:
+        """Say what the listing passes over, if anything."""
+        if self.passed_over:
+            say(f"Passed over: {self.describe()}")
 
     def describe(self) -> str:
         """`7 files (.txt 4, .mp4 2, none 1)`."""
@@ -66,9 +71,7 @@ def list_input(patterns: tuple[str, ...], options: dict[str, Any], *, follows: b
         shards += _group(find_files(pattern, options, follows=follows), options, passed)
     shards.sort(key=lambda shard: shard.name)
     _refuse_shared_names(shards)
-    ordered = sorted(passed.items(), key=lambda item: (-item[1], item[0]))
-    rest = sum(number for _, number in ordered[MOST_KINDS:])
-    return Listing(shards=shards, passed_over=dict(ordered[:MOST_KINDS]) | ({"others": rest} if rest else {}))
+    return Listing(shards=shards, passed_over=add_kinds({}, dict(passed.most_common())))
 
 
 def list_shards(patterns: tuple[str, ...], options: dict[str, Any]) -> list[Shard]:
