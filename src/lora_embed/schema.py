@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ REASONS = (
     "duplicate_id", "non_finite_vector", "forgotten",
 )  # fmt: skip
 MAX_BYTES = 2**30  # of an encoded image: 100 megapixels with 16 bits of red, green, blue and alpha have 0.8 GB
+MOST_KINDS, OTHER_KINDS = 20, "others"
 _PART = re.compile(r"([0-9a-f]+)-([0-9]{8})(-last)?\.parquet")
 _CARRY_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 
@@ -27,6 +28,7 @@ class Entry:
     size: int  # bytes
     etag: str  # a mark that changes whenever the content changes
     modified: float = field(default=0.0, compare=False, repr=False)  # seconds since 1970 by the store's clock
+    broken: str = ""  # why no file is behind this name of an input: a link whose target is gone, for example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,8 @@ class Sample:
     data: bytes | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     excess: int = 0  # size in bytes of an image that is larger than allowed
+    missing: str = ""  # why there is no image, if more is known than that
+    passed: dict[str, int] = field(default_factory=dict)  # images beside it in a tar that were passed over, by kind
     begin: int | None = None  # byte of its first header in a tar; None where a reader could not begin there
     end: int | None = None  # byte where the next sample, or the tar's closing blocks, begin
 
@@ -88,6 +92,7 @@ class Layout:
     limit: int | None = None
     format: int = FORMAT
     max_bytes: int = MAX_BYTES
+    image_member: tuple[str, ...] = ()  # extensions of the members of a tar that are images; none: see `shards.tar_groups`
 
     @property
     def layout_id(self) -> str:
@@ -95,6 +100,8 @@ class Layout:
         settings = asdict(self)
         if self.max_bytes == MAX_BYTES:  # left out, so that parts made before this setting existed keep their names
             del settings["max_bytes"]
+        if not self.image_member:
+            del settings["image_member"]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -137,6 +144,8 @@ class ChunkHead:
     end: int | None = None
     samples: int = 0  # good and bad samples, counted at the chain's end
     reasons: dict[str, int] = field(default_factory=dict)  # rejects by reason, counted with `samples`
+    examples: list[dict[str, str]] = field(default_factory=list)  # id, reason and detail of a few rejects
+    passed: dict[str, int] = field(default_factory=dict)  # images in a tar that were passed over, by kind
     image_bytes: int = 0  # size of the samples' encoded images
     retries: int = 0  # store requests that were repeated so far
     error: str = ""
@@ -160,6 +169,15 @@ class ChunkHead:
     @classmethod
     def from_json(cls, text: str) -> "ChunkHead":
         return cls(**json.loads(text))
+
+
+def add_kinds(known: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
+    """Counts by kind, with more of them. Kinds beyond `MOST_KINDS` are counted together, since strangers name them."""
+    counts = dict(known)
+    for kind, number in more.items():
+        name = kind if kind in counts or len(counts) < MOST_KINDS else OTHER_KINDS
+        counts[name] = counts.get(name, 0) + number
+    return counts
 
 
 def encoder_path(space_id: str) -> str:

@@ -15,6 +15,7 @@ from lora_embed.report.run import run_page
 from lora_embed.run import journal
 from lora_embed.run.job import run_job
 from lora_embed.store.store import Store
+from lora_embed.table import rejects
 from lora_embed.table.versions import read_manifest
 from lora_embed.text import without_secrets
 from samples import tar_of
@@ -62,8 +63,8 @@ def test_rejects_in_files_that_are_not_read_are_counted(job: JobConfig, monkeypa
     store = Store(job.table)
     manifest = read_manifest(store)
     assert manifest is not None
-    monkeypatch.setattr(journal, "MOST_REJECT_FILES", 0)
-    assert journal.find_rejects(store, manifest) == ({journal.NOT_READ: 1}, ())
+    monkeypatch.setattr(rejects, "MOST_FILES", 0)
+    assert journal.find_rejects(store, manifest) == ({rejects.NOT_READ: 1}, ())
 
 
 def test_a_run_that_finds_nothing_to_do_leaves_no_record(job: JobConfig) -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from lora_embed.errors import ConfigError, StorageError
 from lora_embed.schema import ChunkHead, Entry, Shard
 from lora_embed.shards import listing
-from lora_embed.shards.listing import expand_braces, list_shards
+from lora_embed.shards.listing import list_input, list_shards
+from lora_embed.shards.patterns import expand_braces
 from lora_embed.store.store import Store
 from samples import touch_files
 
@@ -146,10 +147,16 @@ def test_sample_ids_stay_when_groups_are_dealt_anew() -> None:
         (["{5..6}.tar"], r"matches no tar, Parquet or image file among 11 files"),
         (["{3..1}.tar"], "matches no tar, Parquet or image file"),
         (["{0..3}.tar"], r"2 of the 4 files that it names do not exist; the first is .*/2.tar. Correct the range, or use \*"),
-        (["notes.txt"], "notes.txt is not a .tar, .parquet or image file"),
-        (["{0.tar,notes.txt}"], "notes.txt is not a .tar, .parquet or image file"),
+        (
+            ["notes.txt"],
+            "notes.txt begins with 1 bytes of text, not an image: 'x'. Expected a tar, a Parquet file or an image.",
+        ),
+        (["{0.tar,notes.txt}"], "notes.txt begins with 1 bytes of text, not an image"),
         (["z"], "c.TGZ is a compressed tar, which cannot be read in parts. Unpack it"),
-        (["hidden"], r"matches no tar, Parquet or image file among 2 files"),
+        (
+            ["hidden"],
+            r"matches no tar, Parquet or image file among 2 files below .*It passes over 2 files \(hidden .tar 1, macOS ._ 1\)",
+        ),
         (["z/c.TGZ"], "c.TGZ is a compressed tar"),
         (
             ["a", "b"],
@@ -216,7 +223,7 @@ def test_each_folder_of_an_input_is_listed_once(tmp_path: Path, shape: str, foll
     if shape == "by its whole path":
         (source / "again").symlink_to(tmp_path)
     started = time.monotonic()
-    listed = list_shards((str(source),), {}, follows=follows)
+    listed = list_input((str(source),), {}, follows=follows).shards
     assert sorted(shard.prefix for shard in listed) == ["/".join(f"d{n}" for n in range(level + 1)) for level in range(15)]
     assert time.monotonic() - started < 5
 
@@ -236,11 +243,11 @@ def test_links_out_of_an_input_are_named_and_followed_only_where_told(
     ):
         (tmp_path / "input" / name).symlink_to(target)
     for pattern in ("input", "input/**"):
-        names = {shard.name for shard in list_shards((f"{tmp_path}/{pattern}",), {})}
+        names = {shard.name for shard in list_input((f"{tmp_path}/{pattern}",), {}).shards}
         assert names == {"own/#0000of0001", "model.tar"}
         said = " ".join(capsys.readouterr().err.split())
         assert f"are ignored: out (to {tmp_path}/private), own/up (to {tmp_path}/private/deep). To read those folders" in said
-    names = {shard.name for shard in list_shards((f"{tmp_path}/input",), {}, follows=True)}
+    names = {shard.name for shard in list_input((f"{tmp_path}/input",), {}, follows=True).shards}
     assert names == {"own/#0000of0001", "model.tar", "out/#0000of0001", "out/deep/#0000of0001"}
     assert capsys.readouterr().err == ""
 

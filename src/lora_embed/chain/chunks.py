@@ -17,7 +17,7 @@ from lora_embed.images.decode import BadImage, Decode, Prepare, decode_image
 from lora_embed.images.isolate import IsolatedDecoder, decode_or_die, keep_freed_memory
 from lora_embed.images.preprocess import Pixels
 from lora_embed.monitor.stages import Stopwatch
-from lora_embed.schema import ChunkHead, Layout, Sample, Shard, sample_schema, to_ipc
+from lora_embed.schema import ChunkHead, Layout, Sample, Shard, add_kinds, sample_schema, to_ipc
 from lora_embed.shards.columns import NUMBERED
 from lora_embed.shards.fields import typed
 from lora_embed.shards.isolated import read_isolated, read_or_die
@@ -166,12 +166,14 @@ class _Chunk:
         self._begin: int | None = None
         self._end: int | None = None
         self._good = self._decoded = self._image_bytes = 0
+        self._passed: dict[str, int] = {}
         self.text = 0  # characters of keys and carried fields
         self._rows: list[dict[str, Any]] = []
 
     def add(self, sample: Sample, *, twice: str = "") -> None:
         """Decode a sample's image; `twice` is the detail of the reject if its key is not its own."""
         self._begin, self._end = self._begin if self._rows else sample.begin, sample.end
+        self._passed = add_kinds(self._passed, sample.passed)
         carried = {name: typed(sample.fields.get(name), kind) for name, kind in self._layout.carry}
         self.text += len(sample.key) + sum(len(value) for value in carried.values() if isinstance(value, str))
         row = {"key": sample.key, "width": None, "height": None, "sha256": None, "reason": None, "detail": None} | carried
@@ -179,7 +181,7 @@ class _Chunk:
             if sample.excess:
                 raise BadImage("too_many_bytes", f"{sample.excess} bytes, allowed are {self._layout.max_bytes}")
             if sample.data is None:
-                raise BadImage("no_image", "the sample has no image")
+                raise BadImage("no_image", sample.missing or "the sample has no image")
             row["sha256"] = hashlib.sha256(sample.data).digest()
             self._image_bytes += len(sample.data)
             if twice:
@@ -206,6 +208,7 @@ class _Chunk:
             begin=self._begin,
             end=self._end,
             image_bytes=self._image_bytes,
+            passed=self._passed,
             retries=take_retries(),
             seconds=seconds,
         )

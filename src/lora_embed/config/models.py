@@ -9,7 +9,7 @@ import yaml
 from pydantic import AfterValidator, Field, create_model, model_validator
 
 from lora_embed.config.messages import Keys, checked, shown
-from lora_embed.config.values import Number, Section, Share, Text, Uri, not_empty
+from lora_embed.config.values import Number, Section, Share, Text, Uri, as_members, not_empty
 from lora_embed.config.yaml import Loader, read_yaml, yaml_problem
 from lora_embed.errors import ConfigError
 from lora_embed.store import hub
@@ -145,6 +145,7 @@ class JobConfig(Section):
     carry: tuple[CarryField, ...] = Field(default=(), strict=False)
     image_column: Text | None = None
     key_column: Text | None = None
+    image_member: Annotated[tuple[Text, ...], Field(strict=False), AfterValidator(as_members)] = ()
     limit: int | None = Field(default=None, ge=1)
     vector_type: Literal["float32", "float16"] = "float32"
     resources: Resources = Resources()
@@ -161,8 +162,9 @@ class JobConfig(Section):
     @classmethod
     def _widen_shorthands(cls, data: dict[str, Any]) -> dict[str, Any]:
         data = dict(data)
-        if isinstance(data.get("input"), str):
-            data["input"] = [data["input"]]
+        for key in ("input", "image_member"):
+            if isinstance(data.get(key), str):
+                data[key] = [data[key]]
         if isinstance(data.get("carry"), list):
             data["carry"] = [_carry_field(value) for value in data["carry"]]
         return data

@@ -20,7 +20,7 @@ from lora_embed.evaluate.thumbnails import thumbnails
 from lora_embed.monitor.progress import say
 from lora_embed.run.refuse import local_places, refuse_unshared
 from lora_embed.schema import Layout
-from lora_embed.shards.listing import list_shards
+from lora_embed.shards.listing import list_input
 from lora_embed.store.fetch import private_folder
 from lora_embed.store.store import Store
 from lora_embed.text import utc
@@ -93,7 +93,8 @@ def open_source(request: Request) -> tuple[Source, cluster.Topology]:
     """List the input, check that it has the fields, and join the cluster."""
     work = request.work if request.work is not None else str(private_folder("evaluate"))
     store = Store(work, request.work_options)
-    shards = list_shards(request.inputs, request.input_options)
+    listing = list_input(request.inputs, request.input_options)
+    listing.say_passed()
     options = [("--label", name) for name in request.labels]
     options += [(option, name) for option, name in (("--group", request.group), ("--split", request.split)) if name]
     carry = tuple((name, "string") for name in dict.fromkeys(name for _, name in options))
@@ -103,8 +104,9 @@ def open_source(request: Request) -> tuple[Source, cluster.Topology]:
         carry=carry,
         image_column=request.image_column,
         key_column=request.key_column,
+        image_member=request.image_member,
     )
-    source = Source(shards=tuple(shards), options=request.input_options, store=store, layout=layout)
+    source = Source(shards=tuple(listing.shards), options=request.input_options, store=store, layout=layout)
     check_fields(source, options)
     store.check_reachable()
     store.check_writable()

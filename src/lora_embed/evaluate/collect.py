@@ -25,7 +25,7 @@ from lora_embed.monitor.stages import add_seconds
 from lora_embed.schema import FORMAT, Layout, Shard, from_ipc, to_ipc
 from lora_embed.shards.read import read_samples
 from lora_embed.store.store import Store
-from lora_embed.table.parts import reasons_of
+from lora_embed.table.rejects import count_reasons
 
 LOOK_AT = 16  # samples of a shard that are checked for a field before anything is embedded
 MOST_LOOKED_AT = 64  # shards that are checked for a field
@@ -85,6 +85,7 @@ class Source:
         """The folder that keeps vectors; its name hashes the input and all settings of the layout that affect a vector."""
         layout = self.layout
         settings = [FORMAT, layout.precision, layout.batch_size, layout.max_pixels, layout.image_column, layout.key_column]
+        settings += [layout.image_member] if layout.image_member else []
         return f"evaluated/{_hash([sorted(shard.id for shard in self.shards), settings])}"
 
     @property
@@ -163,7 +164,7 @@ def _watched(source: Source, shared: Pass, topology: Topology) -> Iterator[Vecto
     """Run the chain, and show progress."""
     with Progress(list(source.shards), topology.workers) as progress:
         for chunk in pipeline.embed_with_each([WorkItem(shard=shard) for shard in source.shards], shared, topology):
-            samples, reasons = chunk.samples.num_rows, reasons_of(chunk.samples)
+            samples, reasons = chunk.samples.num_rows, count_reasons(chunk.samples)
             progress.add(replace(chunk.head, samples=samples, reasons=reasons, seconds=chunk.seconds))
             yield chunk
 

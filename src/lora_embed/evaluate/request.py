@@ -34,6 +34,7 @@ class Request:
     work_options: dict[str, Any] = field(default_factory=dict, repr=False)
     image_column: str | None = None  # of Parquet input
     key_column: str | None = None
+    image_member: tuple[str, ...] = ()  # of tars
 
 
 def check_request(request: Request) -> None:

@@ -130,11 +130,20 @@ def embed_missing(
                 say(f"{error}\nTrying again to embed what is missing.")
                 continue
         if not failures:
+            say_passed(effort.passed, is_named=bool(job.image_member))
             break
         if attempt == ATTEMPTS or not all(failure.may_pass for failure in failures.values()):
             raise _incomplete(failures, len(work))
         say(f"{len(failures)} shards could not be read; trying again to read them")
     return effort
+
+
+def say_passed(passed: dict[str, int], *, is_named: bool) -> None:
+    """Say which images of tars were passed over, because another one of the same sample was embedded, or they are hidden."""
+    if passed:
+        by_kind = ", ".join(f"{kind} {number:,}" for kind, number in passed.items())
+        remedy = "" if is_named else ". To embed others, name them with image_member, such as image_member: left.png"
+        say(f"Images in tars that are passed over, beside the image of their sample or hidden: {by_kind}{remedy}")
 
 
 def _embed(

@@ -1,156 +1,131 @@
-"""Inputs → shards, by listing alone; no file is opened."""
+"""Inputs → shards, by listing alone. A file is opened only where a user named it and its name does not tell what it is."""
 
-import fnmatch
 import hashlib
 import itertools
 import math
 import posixpath
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora_embed.errors import ConfigError
+from lora_embed.images.recognise import name_of
 from lora_embed.monitor.progress import say
-from lora_embed.schema import Entry, Shard
+from lora_embed.schema import Entry, Shard, add_kinds
+from lora_embed.shards import kinds
+from lora_embed.shards.kinds import Kind
+from lora_embed.shards.patterns import Files, find_files
 from lora_embed.store.store import Store
 
-TAR, PARQUET = (".tar",), (".parquet", ".pq")
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 IMAGES_PER_GROUP = 1024
-MOST_NAMES = 10_000_000  # files that the braces of one pattern may name
-NAMED_LINKS = 10  # ignored links that a message names
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_WILD, _WILD_OR_BRACE = re.compile(r"[*?\[]"), re.compile(r"[*?\[{]")
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python holds bytes of a local name that are not UTF-8
 
 
-def list_shards(patterns: tuple[str, ...], options: dict[str, Any], *, follows: bool = False) -> list[Shard]:
-    """All shards of the inputs, sorted by name.
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The shards of an input, and the listed files that are none, by kind: an ending, or why a file is no shard."""
+
+    shards: list[Shard]
+    passed_over: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def hidden_share(self) -> float:
+        """The share of files that are passed over because their names hide them, of all that look like input."""
+        hidden = self._hidden
+        return hidden / max(1, hidden + sum(len(shard.files) for shard in self.shards))
+
+    @property
+    def _hidden(self) -> int:
+        return sum(number for kind, number in self.passed_over.items() if kind.startswith(kinds.HIDDEN))
+
+    def say_passed(self) -> None:
+        """Say what the listing passes over, if anything."""
+        if self.passed_over:
+            say(f"Passed over: {self.describe()}")
+
+    def describe(self) -> str:
+        """`7 files (.txt 4, .mp4 2, none 1)`."""
+        return describe_passed(self.passed_over)
+
+
+def describe_passed(passed: Mapping[str, int]) -> str:
+    """The files that were passed over, for a person."""
+    total = sum(passed.values())
+    by_kind = ", ".join(f"{kind} {number:,}" for kind, number in passed.items())
+    return f"{total:,} file{'' if total == 1 else 's'} ({by_kind})" if total else "no file"
+
+
+def list_input(patterns: tuple[str, ...], options: dict[str, Any], *, follows: bool = False) -> Listing:
+    """All shards of the inputs, sorted by name, and a count of the files that are passed over.
 
     A pattern is a file, a directory (searched to any depth), a glob or a brace range such as `{00..41}` or `{a,b}`. Links
     to folders outside of an input are followed only if `follows`; otherwise a message says that they are ignored.
-    Raises ConfigError for a pattern that matches nothing, for compressed tars, and for inputs whose samples could get
-    equal ids.
+    Raises ConfigError for a pattern that matches nothing, for compressed tars, for a file that the user named and that
+    cannot be read, and for inputs whose samples could get equal ids.
     """
-    shards = [shard for pattern in patterns for shard in _shards_of(pattern, options, follows)]
+    shards: list[Shard] = []
+    passed: Counter[str] = Counter()
+    for pattern in patterns:
+        shards += _group(find_files(pattern, options, follows=follows), options, passed)
     shards.sort(key=lambda shard: shard.name)
     _refuse_shared_names(shards)
-    return shards
+    return Listing(shards=shards, passed_over=add_kinds({}, dict(passed.most_common())))
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """`a{0..2}b` → a0b, a1b, a2b (zero-padded as written); `{x,y}` → both; several braces multiply."""
-    match = _BRACES.search(pattern)
-    if match is None:
-        return [pattern]
-    if (count := math.prod(_values(inside) for inside in _BRACES.findall(pattern))) > MOST_NAMES:
-        raise ConfigError(
-            f"input {pattern[:200]}: its braces name {count:,} files, expected at most {MOST_NAMES:,}. Use * instead."
-        )
-    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
-    if span:
-        first, last, width = int(span[1]), int(span[2]), len(span[1])
-        values = [f"{number:0{width}d}" for number in range(first, last + 1)]
-    else:
-        values = match[1].split(",")
-    filled = [pattern[: match.start()] + value + pattern[match.end() :] for value in values]
-    return list(dict.fromkeys(expanded for pattern in filled for expanded in expand_braces(pattern)))
+def list_shards(patterns: tuple[str, ...], options: dict[str, Any]) -> list[Shard]:
+    """The shards of `list_input` alone."""
+    return list_input(patterns, options).shards
 
 
-def _values(inside: str) -> int:
-    """How many values a pair of braces stands for."""
-    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", inside)
-    return max(0, int(span[2]) - int(span[1]) + 1) if span else inside.count(",") + 1
-
-
-def _shards_of(pattern: str, options: dict[str, Any], follows: bool) -> list[Shard]:
-    if not _WILD_OR_BRACE.search(pattern):
-        return _shards_at(re.sub(r"(?<=[^/:])/+$", "", pattern), options, follows)
-    root = _folder_of(_WILD_OR_BRACE.split(pattern)[0])  # the longest folder without wildcards
-    expanded = expand_braces(pattern[len(root) :].lstrip("/"))
-    named = frozenset(name for name in expanded if not _WILD.search(name))
-    globs = [name.split("/") for name in expanded if name not in named]
-    store = Store(root, options, follows_links=True)
-    store.check_reachable()
-    listed = _list(store, follows)
-    entries = [e for e in listed if e.path in named or any(_fits(e.path.split("/"), glob) for glob in globs)]
-    missing = sorted(named - {entry.path for entry in entries})
-    if missing and entries:
-        raise ConfigError(
-            f"input {pattern}: {len(missing)} of the {len(named)} files that it names do not exist; the first is "
-            f"{root.rstrip('/')}/{missing[0]}. Correct the range, or use * to take all files that exist."
-        )
-    return _group(root, entries, named, f"input {pattern}", looked_at=len(listed))
-
-
-def _shards_at(uri: str, options: dict[str, Any], follows: bool) -> list[Shard]:
-    """A file's shard, or those of a directory."""
-    store = Store(uri, options, follows_links=True)
-    store.check_reachable()
-    if store.is_directory():
-        entries = _list(store, follows)
-        return _group(uri, entries, frozenset(), f"input {uri}", looked_at=len(entries))
-    root, name = _folder_of(uri), posixpath.basename(uri)
-    entry = Store(root, options, follows_links=True).info(name)
-    if entry is None:
-        raise ConfigError(f"input {uri}: no such file or directory. Correct the path.")
-    return _group(root, [entry], frozenset([name]), f"input {uri}", looked_at=1)
-
-
-def _list(store: Store, follows: bool) -> list[Entry]:
-    entries, ignored_links = store.list_input(follows=follows)
-    if ignored_links:
-        named = ", ".join(f"{path} (to {target})" for path, target in list(ignored_links.items())[:NAMED_LINKS])
-        more = f" and {len(ignored_links) - NAMED_LINKS} more" if len(ignored_links) > NAMED_LINKS else ""
-        say(
-            f"input {store.uri}: links to folders outside of it are ignored: {named}{more}. To read those folders, set "
-            "follow_folder_links to true in the job, or name the folders as input."
-        )
-    return entries
-
-
-def _folder_of(uri: str) -> str:
-    folder = uri.rpartition("/")[0]
-    return f"{folder}/" if folder == "" or folder.endswith(":/") else folder  # "/" and "memory://" keep their slashes
-
-
-def _fits(path: list[str], glob: list[str]) -> bool:
-    """True if a glob matches a path, folder by folder. `*` stays within a folder; `**` is any number of folders, even none."""
-    if not glob or not path:
-        return glob in ([], ["**"]) and not path
-    if glob[0] == "**":
-        return _fits(path, glob[1:]) or _fits(path[1:], glob)
-    return fnmatch.fnmatchcase(path[0], glob[0]) and _fits(path[1:], glob[1:])
-
-
-def _group(root: str, entries: list[Entry], named: frozenset[str], where: str, *, looked_at: int) -> list[Shard]:
-    """Entries → shards. Hidden files and other kinds of files are ignored, unless their full names are in `named`."""
-    shards, images = [], []
-    for entry in entries:
-        name = entry.path.lower()
-        if entry.path not in named and posixpath.basename(name).startswith((".", "_")):
+def _group(files: Files, options: dict[str, Any], passed: Counter[str]) -> list[Shard]:
+    """Files → shards. Hidden files and files of other kinds are counted in `passed`, unless their full names are given."""
+    where = f"input {files.pattern}"
+    shards, images, here = [], [], Counter[str]()
+    for entry in files.entries:
+        is_named = entry.path in files.named
+        if kinds.is_hidden(entry.path) and not is_named and entry.path not in files.shown:
+            here[kinds.counted_as(entry.path, is_hidden=True)] += 1
             continue
-        if name.endswith(COMPRESSED_TAR):
+        if entry.path.lower().endswith(kinds.COMPRESSED_TAR):
             raise ConfigError(f"{where}: {entry.path} is a compressed tar, which cannot be read in parts. Unpack it to .tar.")
-        if name.endswith(TAR):
-            shards.append(_single(root, entry, "tar"))
-        elif name.endswith(PARQUET):
-            shards.append(_single(root, entry, "parquet"))
-        elif name.endswith(IMAGES):
+        kind = kinds.kind_by_name(entry.path)
+        if kind is None and is_named:
+            kind = _kind_of_named(files, entry, options)
+        if kind == "images":
             images.append(entry)
-        elif entry.path in named:
-            raise ConfigError(
-                f"{where}: {entry.path} is not a .tar, .parquet or image file ({', '.join(IMAGES)}). Name such files."
-            )
+        elif kind is not None and entry.broken:
+            raise ConfigError(f"{where}: {entry.path} is {entry.broken}. Fetch the file again, or remove the name.")
+        elif kind is not None:
+            shards.append(_single(files.root, entry, kind))
+        else:
+            here[kinds.BROKEN if entry.broken else kinds.counted_as(entry.path)] += 1
     if not shards and not images:
+        found = f" It passes over {describe_passed(here)}." if here else ""
         raise ConfigError(
-            f"{where}: matches no tar, Parquet or image file among {looked_at} files below {root}. Correct the pattern."
+            f"{where}: matches no tar, Parquet or image file among {files.looked_at} files below {files.root}.{found} Correct "
+            "the pattern, or name a file by its full name, which is then read whatever the name."
         )
     for entry in [*images, *(shard.files[0] for shard in shards)]:
         if _NOT_UTF8.search(entry.path):
             raise ConfigError(f"{where}: the file name {entry.path!r} is not UTF-8, but ids must be. Rename the file.")
-    return shards + _image_groups(root, images)
+    passed.update(here)
+    return shards + _image_groups(files.root, images)
+
+
+def _kind_of_named(files: Files, entry: Entry, options: dict[str, Any]) -> Kind:
+    """What a file that the user named is by its content. Raises ConfigError for what cannot be read."""
+    where = f"input {files.pattern}: {entry.path}"
+    if entry.broken:
+        raise ConfigError(f"{where} is {entry.broken}. Fetch the file again, or name another.")
+    with Store(files.root, options, follows_links=True).open(entry.path, kinds.HEAD_BYTES) as file:
+        head = file.read(kinds.HEAD_BYTES)
+    kind = kinds.kind_by_content(head)
+    if kind is None:
+        found = f"begins with {name_of(head)}" if head else "has 0 bytes"
+        raise ConfigError(f"{where} {found}. Expected a tar, a Parquet file or an image.")
+    return kind
 
 
 def _single(root: str, entry: Entry, kind: Any) -> Shard:

@@ -120,6 +120,11 @@ def _check_unchanged(store: Store, listed: Entry, shard: Shard) -> None:
 def _read_images(store: Store, shard: Shard, wanted: Wanted, max_bytes: int) -> Iterator[Sample]:
     for number, entry in enumerate(shard.files):
         data = None
+        if entry.broken:
+            if wanted(number):
+                _check_unchanged(store, entry, shard)
+            yield Sample(posixpath.basename(entry.path), missing=entry.broken)
+            continue
         if wanted(number) and entry.size > max_bytes:
             yield Sample(posixpath.basename(entry.path), excess=entry.size)
             continue

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_embed.schema import Entry
+from lora_embed.text import printable
 
 TEMPORARY = "_tmp"  # folder below a root for files that are being written; listings leave it out
 # Errors of file systems without hard links. exFAT and vfat give EPERM, which otherwise means that access is denied.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+# Errors of a path that has no file: missing, a circle of links, a file in place of a folder, or too long.
+_LEADS_NOWHERE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
 _CURRENT_FOLDER, _RENAME_NOREPLACE = -100, 1  # arguments of renameat2
 
 
@@ -66,11 +69,12 @@ def _link_at(path: str) -> OSError:
     return OSError(errno.ELOOP, message)
 
 
-def walk_input(root: str, *, follows: bool) -> Iterator[tuple[str, os.stat_result | str]]:
-    """Regular files, and links to files, below an input's folder, by path from it. Each folder is read once.
+def walk_input(root: str, *, follows: bool, ignored_links: dict[str, str]) -> Iterator[Entry]:
+    """All files below an input's folder, by path from it. A link to a file is a file; each folder is read once.
 
-    A link to a folder below the root is ignored, since that folder is read anyway. A link to a folder elsewhere is
-    followed if `follows`; otherwise it is yielded with the path that it leads to, as text, in place of a state.
+    A name without a file behind it, such as a link whose target is gone, is an entry that is `broken`. A link to a folder
+    below the root is ignored, since that folder is read anyway. A link to a folder elsewhere is followed if `follows`;
+    otherwise it is put into `ignored_links`, with the path that it leads to.
     """
     seen: set[tuple[int, int] | None] = {None}  # None stands for a folder that does not exist any more
     folders, links = [("", root)], list[tuple[str, str]]()
@@ -86,14 +90,14 @@ def walk_input(root: str, *, follows: bool) -> Iterator[tuple[str, os.stat_resul
             if follows:
                 folders.append((path, target))
             else:
-                yield path, os.path.realpath(target)
+                ignored_links[path] = os.path.realpath(target)
 
 
 @dataclass
 class _Folder:
-    """The content of a folder: files with their state, folders, and links to folders, by path from the root."""
+    """The content of a folder: files, folders, and links to folders, by path from the root."""
 
-    files: list[tuple[str, os.stat_result]] = field(default_factory=list)
+    files: list[Entry] = field(default_factory=list)
     folders: list[tuple[str, str]] = field(default_factory=list)
     links: list[tuple[str, str]] = field(default_factory=list)
 
@@ -108,24 +112,48 @@ def _look_at(path: str, place: str, seen: set[tuple[int, int] | None]) -> _Folde
             seen.add(identity)
             for entry in entries:
                 name = f"{path}/{entry.name}" if path else entry.name
-                state = _state(entry)
-                if state is not None and stat.S_ISREG(state.st_mode):
-                    content.files.append((name, state))
-                elif state is not None and stat.S_ISDIR(state.st_mode):
+                if _is_folder(entry):
                     (content.links if entry.is_symlink() else content.folders).append((name, entry.path))
+                elif (file := input_entry(name, entry.path)) is not None:
+                    content.files.append(file)
     except FileNotFoundError:  # the folder was deleted meanwhile, or never existed
         return _Folder()
     return content
 
 
-def _state(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """The state of a file or folder, or of a link's target. None where it was deleted meanwhile, or the link is broken."""
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """True for a folder, or a link to one."""
     try:
-        return entry.stat()
+        return entry.is_dir()
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):
-            return None
+        if error.errno in _LEADS_NOWHERE:
+            return False
         raise
+
+
+def input_entry(path: str, place: str) -> Entry | None:
+    """The entry of a file of an input, or of a link to one; None for a folder, or if nothing has this name (any more)."""
+    try:
+        state = os.stat(place)
+    except OSError as error:
+        if error.errno not in _LEADS_NOWHERE:
+            raise
+        return _broken_link(path, place)
+    if stat.S_ISREG(state.st_mode):
+        return entry(path, state)
+    return None if stat.S_ISDIR(state.st_mode) else _broken(path, "neither a file nor a folder, but a pipe, socket or device")
+
+
+def _broken_link(path: str, place: str) -> Entry | None:
+    try:
+        target = os.readlink(place)
+    except OSError:  # it is no link, so the file was deleted meanwhile
+        return None
+    return _broken(path, f"a link to {printable(target)}, which does not exist")
+
+
+def _broken(path: str, why: str) -> Entry:
+    return Entry(path=path, size=0, etag=why, broken=why)
 
 
 def _identity(place: str) -> tuple[int, int] | None:

@@ -9,7 +9,6 @@ import io
 import math
 import os
 import re
-import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -122,15 +121,16 @@ class Store:
         """All files of an input, sorted by path, and the ignored links to folders elsewhere → the paths that they lead to.
 
         On a local disk, a link to a file counts as a file, and a link to a folder elsewhere is followed only if `follows`.
-        No folder is read twice. An object store has no links.
+        No folder is read twice. A name without a file behind it is listed as `broken`. An object store has no links.
         """
         if not self.is_local:
             return self.list_files(), {}
+        ignored_links: dict[str, str] = {}
         with self.explained(""):
-            states = dict(local.walk_input(self.full_path(""), follows=follows))
-        ignored_links = {path: state for path, state in sorted(states.items()) if isinstance(state, str)}
-        files = [local.entry(path, state) for path, state in sorted(states.items()) if not isinstance(state, str)]
-        return [entry for entry in files if not entry.path.startswith(f"{local.TEMPORARY}/")], ignored_links
+            entries = list(local.walk_input(self.full_path(""), follows=follows, ignored_links=ignored_links))
+        entries.sort(key=lambda entry: entry.path)
+        listed = [entry for entry in entries if not entry.path.startswith(f"{local.TEMPORARY}/")]
+        return listed, dict(sorted(ignored_links.items()))
 
     def open(self, path: str, ahead: int = READ_AHEAD) -> BinaryIO:
         """Open an object for random reads, with at most `ahead` bytes read ahead. Raises FileNotFoundError if it is gone.
@@ -155,13 +155,13 @@ class Store:
             return None
 
     def info(self, path: str) -> Entry | None:
-        """The object's present size and etag, or None where it does not exist."""
+        """The object's present size and etag, or None where it does not exist. Where links are followed, see `list_input`."""
         fs, full = self.filesystem, self.full_path(path)
         try:
             if isinstance(fs, LocalFileSystem):
                 with self.explained(path):
-                    state = os.stat(full)
-                return local.entry(path, state) if stat.S_ISREG(state.st_mode) else None
+                    found = local.input_entry(path, full)
+                return found if found is None or not found.broken or self.follows_links else None
             fs.invalidate_cache()
             answer = self._retried(path, lambda: fs.info(full))
         except FileNotFoundError:

@@ -69,6 +69,7 @@ class Search:
     input_options: dict[str, Any] = field(default_factory=dict, repr=False)  # storage options; they may hold keys
     image_column: str | None = None  # of Parquet input
     key_column: str | None = None
+    image_member: tuple[str, ...] = ()  # of tars
 
     @property
     def work_folder(self) -> Path:

@@ -20,7 +20,7 @@ from lora_embed.images.preprocess import Pixels, Preprocessing
 from lora_embed.monitor.progress import LOG_EVERY_S, say
 from lora_embed.schema import Layout, Sample, Shard
 from lora_embed.shards.fields import typed
-from lora_embed.shards.listing import list_shards
+from lora_embed.shards.listing import list_input
 from lora_embed.shards.read import read_samples
 from lora_embed.store import local
 
@@ -39,11 +39,12 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How inputs are read: storage options, and the image and key columns of Parquet (None: found by name)."""
+    """How inputs are read: storage options, and the image and key columns of Parquet (None: found by name), the images of tars."""
 
     options: dict[str, Any] = field(default_factory=dict, repr=False)  # storage options; they may hold keys
     image_column: str | None = None
     key_column: str | None = None
+    image_member: tuple[str, ...] = ()  # of tars
 
 
 AS_IT_IS = Reading()
@@ -85,9 +86,12 @@ def read_labelled(
 
     Raises ConfigError if a task has no labelled image, and ShardError for a shard that cannot be read to its end.
     """
-    shards = list_shards(inputs, reading.options)
+    listing = list_input(inputs, reading.options)
+    listing.say_passed()
+    shards = listing.shards
     about = [FORMAT, [shard.id for shard in shards], asdict(selection), preprocessing.settings()]
     about += [reading.image_column, reading.key_column] if reading.image_column or reading.key_column else []
+    about += [reading.image_member] if reading.image_member else []
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
     pixels, record = folder / f"pixels-{name}.npy", folder / f"images-{name}.json"
     decoded = 0
@@ -139,6 +143,7 @@ class _Drawing:
             carry=tuple((name, "string") for name in dict.fromkeys(names)),
             image_column=reading.image_column,
             key_column=reading.key_column,
+            image_member=reading.image_member,
         )
         rejects, said = Counter[str](), time.monotonic()
         for id_, sample in _samples(shards, layout, reading.options):
