@@ -118,6 +118,7 @@ def test_base_and_adapters_on_s3_make_the_encoder_of_those_on_a_disk(
 
 
 @pytest.mark.usefixtures("cluster")
+@pytest.mark.long
 def test_an_outage_longer_than_the_limit_ends_the_run_and_loses_nothing(
     tmp_path: Path, server: S3Server, proxy: Proxy, local: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -136,6 +136,7 @@ def test_another_objective_needs_no_trial_anew(folder: Path, tuned: Tuned) -> No
         assert trial.objective >= other.objective
 
 
+@pytest.mark.long
 def test_a_search_killed_in_its_midst_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     undisturbed = tune(tiny_search(tmp_path, evaluations=FOREVER, work=tmp_path / "undisturbed"))
     expected = (tmp_path / "tuned.yaml").read_bytes()
