@@ -114,7 +114,7 @@ def open_source(request: Request) -> tuple[Source, cluster.Topology]:
     topology = cluster.choose_topology(request.resources)
     if not request.shared_filesystem:
         refuse_unshared(
-            local_places(store, shards, request.input_options),
+            local_places(store, source.shards, request.input_options),
             "Use URIs that all nodes reach for --data and --work, such as s3://…, or add --shared-filesystem if all nodes "
             "mount the path.",
         )
