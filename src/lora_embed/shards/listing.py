@@ -75,7 +75,11 @@ def list_input(
         shards += _group(find_files(pattern, options, follows=follows), options, fields, passed)
     shards.sort(key=lambda shard: shard.name)
     _refuse_shared_names(shards)
-    return Listing(shards=shards, passed_over=add_kinds({}, dict(passed.most_common())))
+    return Listing(shards=shards, passed_over=add_kinds({}, _most_first(passed)))
+
+
+def _most_first(passed: Counter[str]) -> dict[str, int]:
+    return dict(sorted(passed.items(), key=lambda item: (-item[1], item[0])))
 
 
 def list_shards(patterns: tuple[str, ...], options: dict[str, Any], *, fields: Collection[str] = ()) -> list[Shard]:
@@ -109,7 +113,7 @@ def _group(files: Files, options: dict[str, Any], fields: Collection[str], passe
     used = {entry.path for some in beside.values() for entry in some}
     here.update(kinds.BROKEN if entry.broken else kinds.counted_as(entry.path) for entry in others if entry.path not in used)
     if not shards and not images:
-        found = f" It passes over {describe_passed(here)}." if here else ""
+        found = f" It passes over {describe_passed(_most_first(here))}." if here else ""
         raise ConfigError(
             f"{where}: matches no tar, Parquet or image file among {files.looked_at} files below {files.root}.{found} Correct "
             "the pattern, or name a file by its full name, which is then read whatever the name."
