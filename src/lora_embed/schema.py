@@ -41,6 +41,7 @@ class Shard:
     kind: Literal["tar", "parquet", "images"]
     root: str  # URI of the store that holds the files
     files: tuple[Entry, ...]  # one file, or the files of a group of loose images
+    sidecars: tuple[Entry, ...] = ()  # files that hold carried fields of loose images
 
     @property
     def size(self) -> int:
@@ -146,6 +147,7 @@ class ChunkHead:
     reasons: dict[str, int] = field(default_factory=dict)  # rejects by reason, counted with `samples`
     examples: list[dict[str, str]] = field(default_factory=list)  # id, reason and detail of a few rejects
     passed: dict[str, int] = field(default_factory=dict)  # images in a tar that were passed over, by kind
+    lacking: dict[str, int] = field(default_factory=dict)  # carried field → samples that do not have it in its type
     image_bytes: int = 0  # size of the samples' encoded images
     retries: int = 0  # store requests that were repeated so far
     error: str = ""

@@ -76,7 +76,8 @@ def test_a_link_in_a_tar_is_the_member_that_it_leads_to_or_says_why_not(
 def test_links_that_look_like_no_image_are_fields_of_a_sample_or_nothing(tmp_path: Path) -> None:
     members: list[tuple[str, Any]] = [
         ("shared.json", b'{"label": 5}'), ("latest", (SYMBOLIC, "d")), ("notes.txt", (SYMBOLIC, "other.txt")),
-        ("a.jpg", b"1"), ("a.json", (HARD, "shared.json")), ("b.jpg", b"2"), ("b.json", (SYMBOLIC, "gone.json")), ("d", (FOLDER, "")),
+        ("a.jpg", b"1"), ("a.json", (HARD, "shared.json")), ("b.jpg", b"2"), ("b.json", (SYMBOLIC, "gone.json")),
+        ("d", (FOLDER, "")),
     ]  # fmt: skip
     samples = samples_of(shard_at(tmp_path / "a.tar", tar_with_links(members)), carry=(("label", "int64"),))
     assert [(sample.key, sample.data, sample.fields) for sample in samples] == [

@@ -209,6 +209,7 @@ class _Chunk:
             end=self._end,
             image_bytes=self._image_bytes,
             passed=self._passed,
+            lacking={name: count for name, _ in self._layout.carry if (count := samples.column(name).null_count)},
             retries=take_retries(),
             seconds=seconds,
         )

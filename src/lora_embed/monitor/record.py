@@ -11,8 +11,8 @@ from lora_embed.monitor.stages import Bound, Reading, Workers, find_bound
 FORMAT = 1
 OPTIONS = (  # keys of a job that a record holds; no storage options, because they may hold secrets
     "recipe", "input", "table", "precision", "chunk_size", "batch_size", "max_rejects", "max_removed", "max_pixels",
-    "max_bytes", "carry", "image_column", "key_column", "image_member", "limit", "vector_type", "resources", "reembed", "gates", "prices",
-    "retain", "shared_filesystem",
+    "max_bytes", "carry", "image_column", "key_column", "image_member", "limit", "vector_type", "resources", "reembed",
+    "gates", "prices", "retain", "shared_filesystem",
 )  # fmt: skip
 MOST_BINS = 48
 EXAMPLES = 5  # rejects that are kept of each reason
@@ -43,6 +43,7 @@ class RunSummary:
     rejects: dict[str, int] = field(default_factory=dict)  # reason → samples; in a record, of the version if there is one
     passed_over: dict[str, int] = field(default_factory=dict)  # listed files that are no shards, by kind
     passed_in_tars: dict[str, int] = field(default_factory=dict)  # images in tars that were not embedded, by kind
+    lacking: dict[str, int] = field(default_factory=dict)  # carried field → embedded samples that do not have it in its type
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,11 @@
 """Values of a sample's fields: from Parquet to Python, and from Python to the column that carries them."""
 
+import codecs
 import contextlib
 import datetime
 import decimal
 import json
+from collections.abc import Collection
 from typing import Any, cast
 
 import pyarrow as pa
@@ -69,6 +71,22 @@ def _has_length(kind: pa.DataType) -> bool:
     return bool(
         pa.types.is_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_string(kind) or pa.types.is_large_binary(kind)
     )
+
+
+def fields_of_file(extension: str, data: bytes, fields: Collection[str]) -> dict[str, Any]:
+    """The fields that a small file holds: its text if the field is named like its extension, or else its keys as JSON."""
+    if extension in fields:
+        return {extension: _decoded(data).strip()}
+    try:
+        values = json.loads(_decoded(data))
+    except (ValueError, RecursionError):
+        return {}
+    return {name: values[name] for name in values if name in fields} if isinstance(values, dict) else {}
+
+
+def _decoded(data: bytes) -> str:
+    """Text of a file, which may begin with a byte order mark."""
+    return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig", "replace")
 
 
 def typed(value: Any, kind: str) -> Any:

@@ -6,7 +6,7 @@ import math
 import posixpath
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from lora_embed.images.recognise import name_of
 from lora_embed.monitor.progress import say
 from lora_embed.schema import Entry, Shard, add_kinds
 from lora_embed.shards import kinds
+from lora_embed.shards.beside import assign
 from lora_embed.shards.kinds import Kind
 from lora_embed.shards.patterns import Files, find_files
 from lora_embed.store.store import Store
@@ -57,32 +58,39 @@ def describe_passed(passed: Mapping[str, int]) -> str:
     return f"{total:,} file{'' if total == 1 else 's'} ({by_kind})" if total else "no file"
 
 
-def list_input(patterns: tuple[str, ...], options: dict[str, Any], *, follows: bool = False) -> Listing:
+def list_input(
+    patterns: tuple[str, ...], options: dict[str, Any], *, fields: Collection[str] = (), follows: bool = False
+) -> Listing:
     """All shards of the inputs, sorted by name, and a count of the files that are passed over.
 
     A pattern is a file, a directory (searched to any depth), a glob or a brace range such as `{00..41}` or `{a,b}`. Links
-    to folders outside of an input are followed only if `follows`; otherwise a message says that they are ignored.
+    to folders outside of an input are followed only if `follows`; otherwise a message says that they are ignored. Files that
+    may hold one of the `fields` of loose images beside them are a part of their shards.
     Raises ConfigError for a pattern that matches nothing, for compressed tars, for a file that the user named and that
     cannot be read, and for inputs whose samples could get equal ids.
     """
     shards: list[Shard] = []
     passed: Counter[str] = Counter()
     for pattern in patterns:
-        shards += _group(find_files(pattern, options, follows=follows), options, passed)
+        shards += _group(find_files(pattern, options, follows=follows), options, fields, passed)
     shards.sort(key=lambda shard: shard.name)
     _refuse_shared_names(shards)
-    return Listing(shards=shards, passed_over=add_kinds({}, dict(passed.most_common())))
+    return Listing(shards=shards, passed_over=add_kinds({}, _most_first(passed)))
 
 
-def list_shards(patterns: tuple[str, ...], options: dict[str, Any]) -> list[Shard]:
+def _most_first(passed: Counter[str]) -> dict[str, int]:
+    return dict(sorted(passed.items(), key=lambda item: (-item[1], item[0])))
+
+
+def list_shards(patterns: tuple[str, ...], options: dict[str, Any], *, fields: Collection[str] = ()) -> list[Shard]:
     """The shards of `list_input` alone."""
-    return list_input(patterns, options).shards
+    return list_input(patterns, options, fields=fields).shards
 
 
-def _group(files: Files, options: dict[str, Any], passed: Counter[str]) -> list[Shard]:
+def _group(files: Files, options: dict[str, Any], fields: Collection[str], passed: Counter[str]) -> list[Shard]:
     """Files → shards. Hidden files and files of other kinds are counted in `passed`, unless their full names are given."""
     where = f"input {files.pattern}"
-    shards, images, here = [], [], Counter[str]()
+    shards, images, others, here = [], [], list[Entry](), Counter[str]()
     for entry in files.entries:
         is_named = entry.path in files.named
         if kinds.is_hidden(entry.path) and not is_named and entry.path not in files.shown:
@@ -100,9 +108,12 @@ def _group(files: Files, options: dict[str, Any], passed: Counter[str]) -> list[
         elif kind is not None:
             shards.append(_single(files.root, entry, kind))
         else:
-            here[kinds.BROKEN if entry.broken else kinds.counted_as(entry.path)] += 1
+            others.append(entry)
+    beside = assign(images, [*others, *files.others], fields)
+    used = {entry.path for some in beside.values() for entry in some}
+    here.update(kinds.BROKEN if entry.broken else kinds.counted_as(entry.path) for entry in others if entry.path not in used)
     if not shards and not images:
-        found = f" It passes over {describe_passed(here)}." if here else ""
+        found = f" It passes over {describe_passed(_most_first(here))}." if here else ""
         raise ConfigError(
             f"{where}: matches no tar, Parquet or image file among {files.looked_at} files below {files.root}.{found} Correct "
             "the pattern, or name a file by its full name, which is then read whatever the name."
@@ -111,7 +122,7 @@ def _group(files: Files, options: dict[str, Any], passed: Counter[str]) -> list[
         if _NOT_UTF8.search(entry.path):
             raise ConfigError(f"{where}: the file name {entry.path!r} is not UTF-8, but ids must be. Rename the file.")
     passed.update(here)
-    return shards + _image_groups(files.root, images)
+    return shards + _image_groups(files.root, images, beside)
 
 
 def _kind_of_named(files: Files, entry: Entry, options: dict[str, Any]) -> Kind:
@@ -133,7 +144,7 @@ def _single(root: str, entry: Entry, kind: Any) -> Shard:
     return Shard(id=state, name=entry.path, prefix=entry.path, kind=kind, root=root, files=(entry,))
 
 
-def _image_groups(root: str, entries: list[Entry]) -> list[Shard]:
+def _image_groups(root: str, entries: list[Entry], beside: dict[str, list[Entry]] | None = None) -> list[Shard]:
     """Group loose images by directory and by a hash of their names, so that a new image changes only one group.
 
     The number of a directory's groups is a power of two, so images change their group only when the directory's size doubles.
@@ -149,8 +160,13 @@ def _image_groups(root: str, entries: list[Entry]) -> list[Shard]:
             groups[int(_hash(posixpath.basename(file.path)), 16) % buckets].append(file)
         for bucket, group in sorted(groups.items()):
             name = f"{folder or '.'}/#{bucket:04d}of{buckets:04d}"
-            state = _hash(posixpath.basename(root.rstrip("/")), name, *((f.path, f.size, f.etag) for f in group))
-            shards.append(Shard(id=state, name=name, prefix=folder, kind="images", root=root, files=tuple(group)))
+            sidecars = tuple(
+                entry for place in (folder, *(file.path for file in group)) for entry in (beside or {}).get(place, ())
+            )
+            state = _hash(posixpath.basename(root.rstrip("/")), name, *((f.path, f.size, f.etag) for f in (*group, *sidecars)))
+            shards.append(
+                Shard(id=state, name=name, prefix=folder, kind="images", root=root, files=tuple(group), sidecars=sidecars)
+            )
     return shards
 
 

@@ -31,13 +31,14 @@ def read_parquet(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted) -
     for group, rows in enumerate(source.rows):
         _check_rows(row + rows, shard, where)
         needed = columns.holds_lists or any(wanted(number + step) for step in range(rows))
-        names = [*filter(None, [columns.key]), *([columns.image, *columns.carried] if needed else [])]
+        images = [columns.image] if layout.max_bytes or columns.holds_lists else []  # 0: the fields alone are read
+        names = [*filter(None, [columns.key]), *([*images, *columns.carried] if needed else [])]
         if not names:
             yield from (Sample(f"{row + step:010d}") for step in range(rows))
             row, number = row + rows, number + rows
             continue
         for batch in source.batches(group, names, ROWS):
-            if columns.is_text and needed and not row:
+            if columns.is_text and images and needed and not row:
                 _check_text(batch.column(columns.image), columns, source.schema, where)
             for sample in _samples(batch, columns if needed else None, columns.key, row, layout.max_bytes):
                 yield sample
@@ -80,7 +81,10 @@ def _samples(batch: pa.RecordBatch, columns: Columns | None, key: str | None, st
         yield from map(Sample, keys)
         return
     fields = {field: values_of(batch.column(field)) for field in columns.carried}
-    for row, (name, cell) in enumerate(zip(keys, cells_of(batch.column(columns.image)), strict=True)):
+    has_image = columns.image in batch.schema.names
+    nothing: list[list[Value]] = [[None]] * batch.num_rows
+    cells = cells_of(batch.column(columns.image)) if has_image else iter(nothing)
+    for row, (name, cell) in enumerate(zip(keys, cells, strict=True)):
         of_row = {field: values[row] for field, values in fields.items()}
         names = [f"{name}#{place}" for place in range(len(cell))] if columns.holds_lists else [name]
         for name_of_image, value in zip(names, cell, strict=True):

@@ -5,7 +5,7 @@ import math
 import posixpath
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora_embed.errors import ConfigError
@@ -32,6 +32,7 @@ class Files:
     named: frozenset[str] = frozenset()  # paths of files that are named outright, not by a folder or a wildcard
     shown: frozenset[str] = frozenset()  # hidden files that a wildcard names with their dot or underscore
     looked_at: int  # files among which they were searched
+    others: list[Entry] = field(default_factory=list)  # the rest of these files
 
 
 def find_files(pattern: str, options: dict[str, Any], *, follows: bool) -> Files:
@@ -55,11 +56,13 @@ def find_files(pattern: str, options: dict[str, Any], *, follows: bool) -> Files
             globs.append(name.split("/"))
         else:
             (folders if plain in inside else named).add(plain)
-    entries, shown = [], set[str]()
+    entries, others, shown = [], list[Entry](), set[str]()
     for entry in listed:
         fitting = [glob[-1][:1] for glob in globs if _fits(entry.path.split("/"), glob)]
         if fitting or entry.path in named or not folders.isdisjoint(_folders_above(entry.path)):
             entries.append(entry)
+        else:
+            others.append(entry)
         if posixpath.basename(entry.path)[:1] in {"_", "."}.intersection(fitting):
             shown.add(entry.path)
     missing = sorted(named - paths)
@@ -75,6 +78,7 @@ def find_files(pattern: str, options: dict[str, Any], *, follows: bool) -> Files
         named=frozenset(named),
         shown=frozenset(shown),
         looked_at=len(listed),
+        others=others,
     )
 
 

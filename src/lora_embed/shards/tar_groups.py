@@ -1,6 +1,5 @@
 """Members of a tar → samples: members of one key make one sample, whose image is chosen among its members by their names."""
 
-import json
 import posixpath
 import tarfile
 from collections import Counter
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_embed.schema import Layout, Sample, Wanted
-from lora_embed.shards.fields import MOST_FIELD
+from lora_embed.shards.fields import MOST_FIELD, fields_of_file
 from lora_embed.shards.kinds import IMAGES, USUAL_IMAGES
 from lora_embed.shards.tar_headers import Headers
 from lora_embed.shards.tar_links import Links
@@ -70,13 +69,7 @@ class Source:
         if isinstance(target, str) or target.size > MOST_FIELD:
             return {}
         data, names = self._content(target), {name for name, _ in self.layout.carry}
-        if extension in names:
-            return {extension: data.decode("utf-8", "replace").strip()}
-        try:
-            values = json.loads(data)
-        except (ValueError, RecursionError):
-            return {}
-        return {name: values[name] for name in names & set(values)} if isinstance(values, dict) else {}
+        return fields_of_file(extension, data, names)
 
     def holds_fields(self, extension: str) -> bool:
         return bool(self.layout.carry) and (extension == "json" or any(extension == name for name, _ in self.layout.carry))

@@ -22,6 +22,7 @@ from lora_embed.schema import Entry
 
 SILENCE_S = 15.0  # how long a store may send no byte, unless `read_timeout` is set; s3fs's own limit for reading
 MOST_PAGES_IN_VAIN = 10  # pages of a listing, in a row, without a new key
+_LAID_OVER = ("zip", "tar", "libarchive", "dir", "reference", "simplecache", "filecache", "blockcache", "cached")
 SLOWEST = 2**18  # bytes per second; a slower upload counts as broken
 _WALKS = "tell whether a file system's listing leaves out the folders that it may not list"
 _find_of_fsspec = part("fsspec", "fsspec.asyn:AsyncFileSystem._find", _WALKS)
@@ -53,11 +54,25 @@ def _connect_anew(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, 
         # Only `retry` repeats requests: botocore and s3fs would try five times each, and a stalled read 25 times.
         given["config_kwargs"] = {"retries": {"total_max_attempts": 1}} | given.get("config_kwargs", {})
         given.setdefault("max_concurrency", 1)  # otherwise each read first asks for the size
-    fs, root = fsspec.core.url_to_fs(uri, **given)
+    apart = "" if _is_chain(uri) else _after_folder(uri)
+    fs, root = fsspec.core.url_to_fs(uri.removesuffix(apart) or "/", **given)
+    root = f"{root.rstrip('/')}{apart}" if apart else root
     if is_s3(uri):
         _check_s3fs()
         fs.retries = 1
     return fs, root
+
+
+def _is_chain(uri: str) -> bool:
+    """Is this one file system over another, such as `zip://*.jpg::s3://bucket/a.zip`? Other names may hold `::` as well."""
+    first, mark, _ = uri.partition("::")
+    return bool(mark) and (first.isalnum() or first.partition("://")[0] in _LAID_OVER)
+
+
+def _after_folder(uri: str) -> str:
+    """The part of a URI from the last `/` before `::` on, since fsspec would take that for a chain; empty without `::`."""
+    mark = uri.find("::")
+    return uri[uri.rindex("/", 0, mark) :] if mark >= 0 else ""
 
 
 def _keep_to_host(uri: str, given: dict[str, Any]) -> None:

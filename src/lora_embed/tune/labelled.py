@@ -39,7 +39,7 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How inputs are read: storage options, and the image and key columns of Parquet (None: found by name), the images of tars."""
+    """How inputs are read: storage options, columns of Parquet (None: found by name), and members of tars."""
 
     options: dict[str, Any] = field(default_factory=dict, repr=False)  # storage options; they may hold keys
     image_column: str | None = None
@@ -86,7 +86,7 @@ def read_labelled(
 
     Raises ConfigError if a task has no labelled image, and ShardError for a shard that cannot be read to its end.
     """
-    listing = list_input(inputs, reading.options)
+    listing = list_input(inputs, reading.options, fields=selection.fields)
     listing.say_passed()
     shards = listing.shards
     about = [FORMAT, [shard.id for shard in shards], asdict(selection), preprocessing.settings()]
@@ -165,7 +165,7 @@ class _Drawing:
             self._drawn.unlabelled += 1
             return
         if sample.data is None:
-            raise BadImage("no_image", "the sample has no image")
+            raise BadImage("no_image", sample.missing or "the sample has no image")
         name = (_text(sample.fields.get(self._selection.group)) if self._selection.group else None) or id_
         rank = (_hash(self._selection.seed, name), _hash(self._selection.seed, id_))
         place = -(rank[0] << 64 | rank[1])
