@@ -50,7 +50,9 @@ class Entries:
         for number, size in enumerate(self._sizes):
             path_end = end + self._lengths[2 * number]
             begin, end = end, path_end + self._lengths[2 * number + 1]
-            path, etag = (bytes(part).decode("utf-8", "surrogatepass") for part in (self._text[begin:path_end], self._text[path_end:end]))
+            path, etag = (
+                bytes(part).decode("utf-8", "surrogatepass") for part in (self._text[begin:path_end], self._text[path_end:end])
+            )
             yield Entry(path=path, size=size, etag=etag, broken=self._broken.get(number, ""))
 
     def __eq__(self, other: object) -> bool:

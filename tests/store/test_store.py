@@ -17,8 +17,8 @@ import pytest
 import s3fs
 from fsspec.spec import AbstractFileSystem
 
+from lora_embed.entries import Entry
 from lora_embed.errors import StorageError
-from lora_embed.schema import Entry
 from lora_embed.store.fetch import fetch_directory
 from lora_embed.store.local import TEMPORARY
 from lora_embed.store.store import Store

@@ -10,11 +10,10 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_embed.schema import Entry
+from lora_embed.entries import Entry
 from lora_embed.text import printable
 
 TEMPORARY = "_tmp"  # folder below a root for files that are being written; listings leave it out

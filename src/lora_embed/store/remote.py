@@ -16,9 +16,9 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.spec import AbstractFileSystem
 
+from lora_embed.entries import Entry
 from lora_embed.errors import StorageError
 from lora_embed.libraries import part
-from lora_embed.schema import Entry
 
 SILENCE_S = 15.0  # how long a store may send no byte, unless `read_timeout` is set; s3fs's own limit for reading
 MOST_PAGES_IN_VAIN = 10  # pages of a listing, in a row, without a new key

@@ -10,15 +10,15 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from fsspec.implementations.local import LocalFileSystem
 
+from lora_embed.entries import Entries, Entry
 from lora_embed.errors import StorageError, StoreUnavailable
-from lora_embed.schema import Entry
 from lora_embed.store import local, remote
 from lora_embed.store.retry import LIBRARY_ERRORS, describe, explained, is_no_connection, is_refused_create, retried
 
