@@ -20,7 +20,7 @@ _PART = re.compile(r"([0-9a-f]+)-([0-9]{8})(-last)?\.parquet")
 _CARRY_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One stored object."""
 
@@ -31,7 +31,7 @@ class Entry:
     broken: str = ""  # why no file is behind this name of an input: a link whose target is gone, for example
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
     """One input unit: a tar, a Parquet file, or a group of loose image files."""
 
@@ -110,7 +110,7 @@ class Layout:
         return {"precision": self.precision, "vector_type": self.vector_type, "carry": [list(pair) for pair in self.carry]}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
     """A committed chunk, described by its file name: `<shard_id>-<chunk>[-last].parquet`."""
 
