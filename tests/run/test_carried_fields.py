@@ -24,7 +24,10 @@ def write_labelled(folder: Path, labels: list[str | None], name: str = "a") -> P
 @pytest.mark.parametrize(
     ("field", "says"),
     [
-        ("lable", "carry names lable: of the first samples of 1 shard, 2 in all, none has that field. A field is a column"),
+        (
+            "lable",
+            "carry names lable: of the first samples of 1 shard, 2 in all, none has that field. .* Did you mean 'label'",
+        ),
         ("label:int64", "none has it as int64, but as 'cat'. Carry it as text: label"),
     ],
 )
