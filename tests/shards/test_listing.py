@@ -243,8 +243,10 @@ def test_links_out_of_an_input_are_named_and_followed_only_where_told(
     ):
         (tmp_path / "input" / name).symlink_to(target)
     for pattern in ("input", "input/**"):
-        names = {shard.name for shard in list_input((f"{tmp_path}/{pattern}",), {}).shards}
-        assert names == {"own/#0000of0001", "model.tar"}
+        listed = list_input((f"{tmp_path}/{pattern}",), {})
+        assert {shard.name for shard in listed.shards} == {"own/#0000of0001", "model.tar"}
+        assert listed.passed_over == {"linked folder": 2}
+        assert listed.describe() == "0 files (linked folder 2)"
         said = " ".join(capsys.readouterr().err.split())
         assert f"are ignored: out (to {tmp_path}/private), own/up (to {tmp_path}/private/deep). To read those folders" in said
     names = {shard.name for shard in list_input((f"{tmp_path}/input",), {}, follows=True).shards}

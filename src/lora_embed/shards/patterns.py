@@ -31,6 +31,7 @@ class Files:
     entries: list[Entry]
     named: frozenset[str] = frozenset()  # paths of files that are named outright, not by a folder or a wildcard
     shown: frozenset[str] = frozenset()  # hidden files that a wildcard names with their dot or underscore
+    linked_folders: int = 0  # links to folders elsewhere that were not followed
     looked_at: int  # files among which they were searched
 
 
@@ -45,7 +46,7 @@ def find_files(pattern: str, options: dict[str, Any], *, follows: bool) -> Files
     root = _folder_of(_WILD_OR_BRACE.split(pattern)[0])  # the longest folder without wildcards
     store = Store(root, options, follows_links=True)
     store.check_reachable()
-    listed = _list(store, follows)
+    listed, linked_folders = _list(store, follows)
     paths = {entry.path for entry in listed}
     inside = {folder for path in paths for folder in _folders_above(path)}
     named, folders, globs = set[str](), set[str](), list[list[str]]()
@@ -74,6 +75,7 @@ def find_files(pattern: str, options: dict[str, Any], *, follows: bool) -> Files
         entries=entries,
         named=frozenset(named),
         shown=frozenset(shown),
+        linked_folders=linked_folders,
         looked_at=len(listed),
     )
 
@@ -140,8 +142,8 @@ def _files_at(uri: str, options: dict[str, Any], follows: bool) -> Files:
     store = Store(uri, options, follows_links=True)
     store.check_reachable()
     if store.is_directory():
-        entries = _list(store, follows)
-        return Files(pattern=uri, root=uri, entries=entries, looked_at=len(entries))
+        entries, linked_folders = _list(store, follows)
+        return Files(pattern=uri, root=uri, entries=entries, linked_folders=linked_folders, looked_at=len(entries))
     root, name = _folder_of(uri), posixpath.basename(uri)
     entry = Store(root, options, follows_links=True).info(name)
     if entry is None:
@@ -149,7 +151,8 @@ def _files_at(uri: str, options: dict[str, Any], follows: bool) -> Files:
     return Files(pattern=uri, root=root, entries=[entry], named=frozenset([name]), looked_at=1)
 
 
-def _list(store: Store, follows: bool) -> list[Entry]:
+def _list(store: Store, follows: bool) -> tuple[list[Entry], int]:
+    """The files of a folder, and the number of links to folders elsewhere that are not followed."""
     entries, ignored_links = store.list_input(follows=follows)
     if ignored_links:
         named = ", ".join(f"{path} (to {target})" for path, target in list(ignored_links.items())[:NAMED_LINKS])
@@ -158,7 +161,7 @@ def _list(store: Store, follows: bool) -> list[Entry]:
             f"input {store.uri}: links to folders outside of it are ignored: {named}{more}. To read those folders, set "
             "follow_folder_links to true in the job, or name the folders as input."
         )
-    return entries
+    return entries, len(ignored_links)
 
 
 def _folder_of(uri: str) -> str:
