@@ -20,7 +20,7 @@ from lora_embed.table.lineage import forget
 from lora_embed.table.manifest import Manifest, ShardCounts
 from lora_embed.table.parts import make_part, to_parquet, write_part
 from lora_embed.table.read import Table, open_table
-from lora_embed.table.staging import VerifiedShard, is_complete, part_paths, staged_parts, verify_parts
+from lora_embed.table.staging import VerifiedShard, clear_absorbed, is_complete, part_paths, staged_parts, verify_parts
 from lora_embed.table.status import describe_table
 from lora_embed.table.verify import verify_table
 from lora_embed.table.versions import commit_version, read_manifest
@@ -112,6 +112,16 @@ def test_a_shard_is_complete_when_its_parts_reach_a_proven_last_one_without_a_ga
     assert not is_complete([])
     assert not is_complete([part_of("aa", 0, False), part_of("aa", 1, False)])
     assert not is_complete([part_of("aa", 0, False), part_of("aa", 2, True)])
+
+
+def test_parts_that_a_version_has_not_absorbed_stay_staged(store: Store) -> None:
+    """They may be of another run that goes on beside."""
+    parts = stage(store, "cc", "c.tar", 7)
+    assert staged_parts(store, SPACE, LAYOUT.layout_id).keys() == {"aa", "bb", "cc"}
+    manifest = read_manifest(store)
+    assert manifest is not None
+    clear_absorbed(store, manifest, LAYOUT)
+    assert staged_parts(store, SPACE, LAYOUT.layout_id) == {"cc": parts}
 
 
 def test_vectors_and_rejects_are_published_apart(store: Store) -> None:
