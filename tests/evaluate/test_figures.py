@@ -23,8 +23,8 @@ from lora_embed.evaluate.figures import (
     query_changes,
     retention_of,
     score,
-    verdict_of,
     seeded_splits,
+    verdict_of,
 )
 from lora_embed.evaluate.records import METRICS
 from lora_embed.vectors.metrics import cluster_nmi, knn_accuracy, mean_interval, probe, score_interval

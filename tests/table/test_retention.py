@@ -396,6 +396,20 @@ def test_what_auto_was_resolved_to_stays_for_as_long_as_a_pass_goes_on(job: JobC
     assert store.info("staging/0ther/resolved.json") is not None
 
 
+# Spaces that are held back
+
+
+def test_a_space_that_is_held_back_is_not_published_alone_either(job: JobConfig) -> None:
+    """The rollback may come between a run without publishing and its publication."""
+    retrain(job)
+    assert run_job(job, replaces=True).version == 3
+    roll_back(Store(job.table), 2, "search got worse")
+    with pytest.raises(GateFailed, match=r"because a rollback holds it back \(search got worse\)"):
+        publish_job(job)
+    assert highest_version(Store(job.table)) == 4
+    assert publish_job(job, releases=True).version == 5
+
+
 # Clocks
 
 

@@ -23,7 +23,7 @@ from lora_embed.table.read import Table, open_table
 from lora_embed.table.staging import VerifiedShard, clear_absorbed, is_complete, part_paths, staged_parts, verify_parts
 from lora_embed.table.status import describe_table
 from lora_embed.table.verify import verify_table
-from lora_embed.table.versions import commit_version, read_manifest
+from lora_embed.table.versions import commit_version, read_manifest, refuse_gone
 from samples import layout
 
 SPACE = "5ace5ace5ace"
@@ -155,6 +155,17 @@ def test_a_version_has_one_winner(store: Store) -> None:
     assert first is not None
     assert not commit_version(store, replace(first, space_id="other"))
     assert read_manifest(store) == first
+
+
+@pytest.mark.parametrize("kind", ["files", "rejects"])
+def test_a_version_whose_files_are_gone_is_not_created(store: Store, kind: str) -> None:
+    manifest = read_manifest(store)
+    assert manifest is not None
+    refuse_gone(store, manifest)
+    (gone,) = getattr(manifest, kind)
+    store.delete([gone.path])
+    with pytest.raises(VerificationFailed, match=rf"{gone.path}: is missing, .* \(missing in all: 1\)"):
+        refuse_gone(store, manifest)
 
 
 def test_unchanged_files_are_reused_and_rows_of_touched_ones_copied(store: Store) -> None:
