@@ -6,6 +6,7 @@ import posixpath
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from glob import escape
 from typing import Any
 
 from lora_embed.errors import ConfigError
@@ -53,7 +54,7 @@ def find_files(pattern: str, options: dict[str, Any], *, follows: bool) -> Files
     for name in expand_braces(pattern[len(root) :].lstrip("/")):
         plain = name if name in paths else _without_wildcards(name)
         if plain is None:
-            globs.append(name.split("/"))
+            globs.append(_with_existing(name.split("/"), inside))
         else:
             (folders if plain in inside else named).add(plain)
     entries, shown = [], set[str]()
@@ -78,6 +79,14 @@ def find_files(pattern: str, options: dict[str, Any], *, follows: bool) -> Files
         linked_folders=linked_folders,
         looked_at=len(listed),
     )
+
+
+def _with_existing(glob: list[str], folders: set[str]) -> list[str]:
+    """A glob whose first folders are meant as they are written, as far as such folders exist: `photos[1]/*.jpg`."""
+    exist = 0
+    while exist < len(glob) - 1 and "/".join(glob[: exist + 1]) in folders:
+        exist += 1
+    return [escape(folder) for folder in glob[:exist]] + glob[exist:]
 
 
 def _folders_above(path: str) -> Iterator[str]:
