@@ -603,7 +603,7 @@ def broken(case: Case, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def everything(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and time of all files and folders."""
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
+    return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
 
 
 @pytest.fixture

@@ -53,9 +53,9 @@ class Listing:
 
 def describe_passed(passed: Mapping[str, int]) -> str:
     """The files that were passed over, for a person."""
-    total = sum(passed.values())
     by_kind = ", ".join(f"{kind} {number:,}" for kind, number in passed.items())
-    return f"{total:,} file{'' if total == 1 else 's'} ({by_kind})" if total else "no file"
+    total = sum(number for kind, number in passed.items() if kind != kinds.FOLDER)
+    return f"{total:,} file{'' if total == 1 else 's'}" + (f" ({by_kind})" if passed else "")
 
 
 def list_input(
@@ -91,6 +91,8 @@ def _group(files: Files, options: dict[str, Any], fields: Collection[str], passe
     """Files → shards. Hidden files and files of other kinds are counted in `passed`, unless their full names are given."""
     where = f"input {files.pattern}"
     shards, images, others, here = [], [], list[Entry](), Counter[str]()
+    if files.linked_folders:
+        here[kinds.FOLDER] += files.linked_folders
     for entry in files.entries:
         is_named = entry.path in files.named
         if kinds.is_hidden(entry.path) and not is_named and entry.path not in files.shown:

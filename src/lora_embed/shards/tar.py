@@ -1,8 +1,6 @@
 """A tar → its samples, up to its checked end."""
 
-import posixpath
 import tarfile
-from collections import Counter
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -38,7 +36,7 @@ class _Reading:
     def __init__(self, file: BinaryIO, where: str, size: int, layout: Layout, span: Span) -> None:
         self._file, self._where, self._size, self._layout, self._span = file, where, size, layout, span
         self.is_at_begin = not span.begin  # no member was read yet
-        self._hidden: Counter[str] = Counter()  # images whose names hide them, before the first sample
+        self._hidden: dict[str, int] = {}  # images whose names hide them, before the first sample
 
     def samples(self, wanted: Wanted) -> Iterator[Sample]:
         """The samples of the span; the last ones only when its end was checked."""
@@ -46,19 +44,20 @@ class _Reading:
         tar, headers = open_headers(self._file, self._where)
         with tar:
             links = Links(self._file, tar, headers, self._where, self._span.begin)
-            source = Source(tar=tar, headers=headers, links=links, layout=self._layout, size=self._size)
+            source = Source(tar, headers, links, self._layout, self._size)
             group, number, first_hidden = None, self._span.first, ""
             for member in read_members(tar, headers, self._span.end):
                 links.note(member)
                 key, extension = split_name(member.name)
-                if posixpath.basename(member.name).startswith("."):  # macOS adds ._name to each
+                if key[-1:] in ("", "/") and member.name[-1:] != "/":  # the name begins with a dot; macOS adds ._name to each
                     if member.isreg() and kind_by_name(member.name) == "images":
                         first_hidden = first_hidden or member.name
-                        (group.passed if group is not None else self._hidden)[counted_as(member.name, is_hidden=True)] += 1
+                        _count_hidden(member, group.passed if group is not None else self._hidden)
                     continue
-                if not _counts(member, extension, group is not None and group.takes(key, extension)):
+                is_of_group = group is not None and group.takes(key, extension)
+                if not member.isreg() and not _counts(member, extension, is_of_group):
                     continue
-                if group is None or not group.takes(key, extension):
+                if group is None or not is_of_group:
                     begin = None if headers.has_global else member.offset  # a reader from here on would miss global headers
                     if group is not None:
                         for sample in group.finish(begin):
@@ -66,7 +65,6 @@ class _Reading:
                             number += 1
                     group = Group(source, key, begin, number, wanted)
                     self._take_hidden(group)
-                self._check_size(member)
                 group.add(extension, member)
             end = tar.offset
             self._check_end(end)
@@ -77,18 +75,19 @@ class _Reading:
 
     def _take_hidden(self, group: Group) -> None:
         self.is_at_begin = False
-        group.passed.update(self._hidden)
-        self._hidden.clear()
+        group.passed, self._hidden = self._hidden, {}
 
     def _all_hidden(self, name: str, end: int) -> Sample:
         """A sample that stands for a tar of hidden images alone, so that it is not taken for an empty one."""
-        self._hidden[counted_as(name, is_hidden=True)] -= 1
+        self._hidden[counted_as(name, is_hidden=True)] -= 1  # which is this sample
         why = "the names of all images in the tar begin with a dot, which hides them. Rename them"
-        return Sample(name.removeprefix("./"), missing=why, begin=self._span.begin, end=end, passed=dict(+self._hidden))
-
-    def _check_size(self, member: tarfile.TarInfo) -> None:
-        if member.isreg() and not member.issparse() and member.offset_data + member.size > self._size:
-            raise tarfile.ReadError("unexpected end of data")
+        return Sample(
+            name.removeprefix("./"),
+            missing=why,
+            begin=self._span.begin,
+            end=end,
+            passed={kind: n for kind, n in self._hidden.items() if n},
+        )
 
     def _check_end(self, end: int) -> None:
         expected = self._span.end
@@ -100,8 +99,11 @@ class _Reading:
             )
 
 
+def _count_hidden(member: tarfile.TarInfo, passed: dict[str, int]) -> None:
+    kind = counted_as(member.name, is_hidden=True)
+    passed[kind] = passed.get(kind, 0) + 1
+
+
 def _counts(member: tarfile.TarInfo, extension: str, is_of_group: bool) -> bool:
-    """Is a member part of a sample? A link or a device is one if it looks like an image; a link also as a field of a sample."""
-    if member.isreg():
-        return True
+    """Is a link or a device part of a sample? It is one if it looks like an image; a link also as a field of a sample."""
     return not member.isdir() and (looks_like_image(extension) or (is_of_group and (member.islnk() or member.issym())))
