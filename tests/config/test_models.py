@@ -1,6 +1,7 @@
 """Recipes and jobs as they are read: paths, shorthands, overrides, and what is refused in which words."""
 
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import pytest
@@ -279,6 +280,21 @@ def test_an_override_is_refused_by_its_own_name(tmp_path: Path, override: str, m
     assert str(error.value).startswith(f"--set {override}: {message}")
 
 
+def test_a_wrong_key_beside_an_override_is_named_by_its_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        job_of(tmp_path, JOB + "resources: {wait_s: -1, actors: {min: 0}}\n", "resources.device=cpu", "resources.actors.max=0")
+    assert sorted(str(error.value).splitlines()) == [
+        "--set resources.actors.max=0: resources.actors.max is 0, expected at least 1",
+        f"{tmp_path}/job.yaml: resources.actors.min is 0, expected at least 1",
+        f"{tmp_path}/job.yaml: resources.wait_s is -1, expected at least 0",
+    ]
+
+
+def test_a_pool_of_one_size_is_a_pool(tmp_path: Path) -> None:
+    actors = job_of(tmp_path, JOB, "resources.actors.min=2", "resources.actors.max=2").resources.actors
+    assert (actors.min, actors.max) == (2, 2)
+
+
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         job_of(tmp_path, JOB + "chunksize: 1\nbatch_size: 0\n", "limit=0")
@@ -324,3 +340,16 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as error:
             load_recipe(path)
         assert str(error.value) == f"{path}: {message}"
+
+
+def test_members_of_tars_that_are_images(tmp_path: Path) -> None:
+    def members(value: Any) -> tuple[str, ...]:
+        return JobConfig(recipe="r", input=("i",), table="t", image_member=value).image_member
+
+    assert members(()) == ()
+    assert members(".JPG") == ("jpg",)
+    assert members(["left.png", "right.PNG"]) == ("left.png", "right.png")
+    assert members("jpg; jpeg;.png") == ("jpg;jpeg;png",)
+    for wrong in (["jpg", "JPG"], "", "jpg;", ["jpg", 3]):
+        with pytest.raises(ValueError, match="image_member"):
+            members(wrong)

@@ -14,9 +14,10 @@ from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImag
 from lora_embed.config.models import Recipe
 from lora_embed.errors import EncoderError
 from lora_embed.images.preprocess import Arithmetic, Preprocessing, from_processor
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.description import read_description
 from lora_embed.model.encoder import load_encoder
+from lora_embed.model.ingredients import gather
 from models import save_base
 from samples import noise
 
@@ -143,7 +144,7 @@ def test_fast_is_an_encoder_and_a_space_of_its_own_with_a_large_golden_image(tmp
     about = json.loads((tmp_path / "fast" / "encoder.json").read_text())
     del about["preprocessing"]["decode"]  # decoded exactly, the large image has another vector
     (tmp_path / "fast" / "encoder.json").write_text(json.dumps(about))
-    with pytest.raises(EncoderError, match=r"pixels: .* 3 of 37 test images .*jpeg-large.jpg fast to 18"):
+    with pytest.raises(EncoderError, match=r"pixels: .* 3 of 47 test images .*jpeg-large.jpg fast to 18"):
         load_encoder(tmp_path / "fast", check=False).check_golden(tmp_path / "fast")
     with pytest.raises(EncoderError, match="its files make vectors of space"):
         load_encoder(tmp_path / "fast")

@@ -40,9 +40,10 @@ from lora_embed.chain import cluster
 from lora_embed.config.models import JobConfig, load_job, load_recipe
 from lora_embed.demo.parts import LabelledImage, write_shards
 from lora_embed.errors import EncoderError, GateFailed, IncompleteRun
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.fold import Limit
 from lora_embed.model.golden import relative_difference
+from lora_embed.model.ingredients import gather
 from lora_embed.run.job import run_job
 from lora_embed.run.plan import plan_job
 from lora_embed.table.verify import verify_table

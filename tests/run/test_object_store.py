@@ -19,8 +19,9 @@ from lora_embed.chain import pipeline
 from lora_embed.cli.main import run_command
 from lora_embed.config.models import load_job, load_recipe
 from lora_embed.errors import StorageError, StoreUnavailable
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.fold import Limit
+from lora_embed.model.ingredients import gather
 from lora_embed.run.job import run_job
 from lora_embed.store import remote
 from lora_embed.store.store import Store

@@ -15,8 +15,9 @@ from lora_embed.cli import main
 from lora_embed.config.models import load_recipe
 from lora_embed.errors import ConfigError
 from lora_embed.images.decode import decode_image
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.encoder import Encoder, load_encoder
+from lora_embed.model.ingredients import gather
 from lora_embed.schema import encoder_path
 from lora_embed.search.export import export_index, open_index
 from lora_embed.search.search import find_pictures, search_image, search_table
@@ -59,7 +60,8 @@ def test_search_is_exact(tmp_path: Path, vector_type: str, k: int) -> None:
 def test_equal_scores_are_in_the_order_of_ids_wherever_they_lie(tmp_path: Path) -> None:
     """Batches and files of one vector many times over: powers of two, so that no rounding tells them apart."""
     vectors = np.outer(2.0 ** (np.arange(60) % 3), [1, 0, 0, 0]).astype(np.float32)
-    table = publish_vectors(tmp_path / "table", spread(vectors, 6))
+    backwards = {name: (keys[::-1], rows[::-1]) for name, (keys, rows) in spread(vectors, 6).items()}
+    table = publish_vectors(tmp_path / "table", backwards)
     (hits,) = search_table(table, vectors[:1], 15)
     assert [int(hit.key) for hit in hits] == list(range(15))
 

@@ -166,7 +166,15 @@ def test_a_field_that_no_sample_has_is_found_without_reading_images(tmp_path: Pa
     put(tmp_path / "b.parquet", parquet_of({"image": [png()] * 3, "day": ["x", None, "y"]}))
     assert absent(tmp_path, ("label", "string"), ("n", "int64"), ("day", "string")) == []
     (misspelt,) = absent(tmp_path, ("label", "string"), ("lable", "string"))
-    assert "lable: of the first samples of 2 shards, 12 in all, none has that field. A field is a column" in misspelt
+    assert "lable: of the first samples of 2 shards, 12 in all, none has that field. a.tar has the fields label, n." in misspelt
+    assert "Did you mean 'label'?" in misspelt
+    put(tmp_path / "loose" / "x.jpg", png())
+    put(tmp_path / "loose" / "metadata.csv", "file_name,label,hint\nx.jpg,a,b\n")
+    assert "has the fields file_name, hint, label. Did you mean 'hint'?" in absent(tmp_path / "loose", ("hints", "string"))[0]
+    (tmp_path / "loose" / "x.jpg").unlink()
+    put(tmp_path / "only" / "b.parquet", parquet_of({"image": [png()], "Label": ["x"]}))
+    assert "b.parquet has the fields Label, image. Did you mean 'Label'?" in absent(tmp_path / "only", ("label", "string"))[0]
+    (tmp_path / "only" / "b.parquet").unlink()
     (other_type,) = absent(tmp_path, ("label", "int64"))
     assert "none has it as int64, but as 'cat', 'cat', 'cat'. Carry it as text: label" in other_type
     (tmp_path / "a.tar").write_bytes(b"no tar at all" * 99)

@@ -171,6 +171,15 @@ def test_a_carried_value_is_plain_text(tmp_path: Path, value: pa.Array, text: st
     assert chunk.samples.column("label").to_pylist() == [text]
 
 
+def test_a_long_value_in_a_list_costs_no_other_row_its_value(tmp_path: Path) -> None:
+    tags = [["a", "b"], ["x" * 9_000_000], ["a", "b", "a"], ["x" * 9_000_000] * 2]
+    shard = shard_at(tmp_path / "a.parquet", parquet_of({"image": PNGS[:4], "tags": tags}, row_group_size=4))
+    (chunk,) = decode_shard(WorkItem(shard=shard), layout(carry=(("tags", "string"),)), PREPROCESSING, {})
+    found = chunk.samples.column("tags").to_pylist()
+    assert (found[0], found[2], found[3]) == ('["a", "b"]', '["a", "b", "a"]', None)
+    assert len(found[1]) == 9_000_004
+
+
 def test_numbers_and_flags_from_bytes_and_decimals(tmp_path: Path) -> None:
     columns = {
         "image": PNGS[:2],

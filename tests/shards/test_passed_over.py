@@ -41,7 +41,7 @@ def test_every_file_of_a_folder_is_a_sample_or_counted(tmp_path: Path) -> None:
     assert len(images) + sum(listed.passed_over.values()) == sum(len(files) for _, _, files in os.walk(tmp_path))
     assert listed.describe().startswith("14 files (none 3, .txt 2, hidden .jpg 2, macOS ._ 2, .bak 1")
     assert listed.hidden_share == 4 / (4 + len(images))  # what macOS adds is no image
-    assert Listing(shards=[]).describe() == "no file"
+    assert Listing(shards=[]).describe() == "0 files"
 
 
 def test_many_kinds_are_counted_together(tmp_path: Path) -> None:

@@ -70,6 +70,10 @@ def test_patterns_beside_strange_names(place: tuple[str, dict[str, Any]]) -> Non
     assert names("{photos[1].tar,set2.tar}") == {"photos[1].tar", "set2.tar"}  # in braces too, what exists is meant
     assert names("{set[{]1[}]*,set1.tar}") == {"set1.tar"}
     assert names("set[{]1,2[}].tar") == {"set{1,2}.tar"}
+    assert (
+        names("dir[1]/*.tar") == names("dir[1]/in::*.tar") == {"dir[1]/in::side.tar"}
+    )  # as it is written, before the wildcard
+    assert names("dir[0-9]/*.tar") == {"dir1/in::side.tar"}
     assert names("what[?].tar") == {"what?.tar"}
     assert names("star[*].tar") == {"star*.tar"}
     assert names("{dir1,dir[[]1]}") == {"dir1/in::side.tar", "dir[1]/in::side.tar"}  # braces may name folders

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lora_embed.errors import ShardError
+from lora_embed.images.recognise import name_of
 from lora_embed.shards.pages import Column, ColumnReader, Page
 from lora_embed.shards.thrift import Thrift
 
@@ -90,12 +91,22 @@ class ParquetFile:
                 raise self._checked.error from None
             raise
 
+    def _without_footer(self, tail: bytes) -> str:
+        """What a file without a footer is, and what helps."""
+        if tail[-4:] == b"PARE":
+            return "is encrypted Parquet, which is not read. Write it without encryption."
+        self._file.seek(0)
+        head = self._file.read(4096)
+        if not head or head.startswith(_MAGIC):
+            return f"cannot be read as Parquet to its end ({'it has no footer' if head else 'it has 0 bytes'}). {_AGAIN}"
+        return f"is not Parquet, although its name says so. It has {name_of(head)}. Rename it or remove it."
+
     def _read_footer(self, size: int) -> bytes:
         self._file.seek(max(0, size - TAIL))
         tail = self._file.read(TAIL)
         length = int.from_bytes(tail[-8:-4], "little") + 8
         if len(tail) < 12 or tail[-4:] != _MAGIC or length > size:
-            raise ShardError(f"{self._where}: cannot be read as Parquet to its end (it has no footer). Upload it again.")
+            raise ShardError(f"{self._where}: {self._without_footer(tail)}")
         if length > MOST_FOOTER:
             raise ShardError(
                 f"{self._where}: its footer has {length} bytes; at most {MOST_FOOTER} are allowed. Write larger row groups."

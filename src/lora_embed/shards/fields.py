@@ -54,10 +54,9 @@ def _weight_of_all(values: pa.Array) -> int:
     """The sum of `_weight` over all values of an array."""
     kind = values.type
     if pa.types.is_dictionary(kind):
-        longest = (
-            pc.max(pc.binary_length(values.dictionary)).as_py() if _has_length(kind.value_type) else values.dictionary.nbytes
-        )
-        return len(values) * (1 + (longest or 0))
+        if not _has_length(kind.value_type):
+            return len(values) * (1 + int(values.dictionary.nbytes))
+        return len(values) + (pc.sum(pc.take(pc.binary_length(values.dictionary), values.indices)).as_py() or 0)
     if isinstance(kind, pa.BaseExtensionType):
         return _weight_of_all(values.storage)
     if pa.types.is_struct(kind):

@@ -21,7 +21,7 @@ OTHER_IMAGES = (
     ".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".rwl", ".raf", ".pef",
     ".srw", ".x3f", ".3fr", ".fff", ".iiq", ".erf", ".mef", ".mos", ".mrw", ".kdc", ".dcr",
 )  # fmt: skip
-HIDDEN, MACOS, BROKEN = "hidden ", "macOS ._", "broken link"  # kinds of files that are passed over
+HIDDEN, MACOS, BROKEN, FOLDER = "hidden ", "macOS ._", "broken link", "linked folder"  # kinds of files that are passed over
 IMAGES = USUAL_IMAGES + OTHER_IMAGES
 
 HEAD_BYTES = 4096  # of a file that is looked at to find its kind

@@ -54,9 +54,9 @@ class Listing:
 
 def describe_passed(passed: Mapping[str, int]) -> str:
     """The files that were passed over, for a person."""
-    total = sum(passed.values())
     by_kind = ", ".join(f"{kind} {number:,}" for kind, number in passed.items())
-    return f"{total:,} file{'' if total == 1 else 's'} ({by_kind})" if total else "no file"
+    total = sum(number for kind, number in passed.items() if kind != kinds.FOLDER)
+    return f"{total:,} file{'' if total == 1 else 's'}" + (f" ({by_kind})" if passed else "")
 
 
 def list_input(
@@ -93,6 +93,8 @@ def _group(files: Files, options: dict[str, Any], fields: Collection[str], passe
     where = f"input {files.pattern}"
     shards, others, here = [], Entries(), Counter[str]()
     images: dict[str, Entries] = defaultdict(Entries)  # by folder
+    if files.linked_folders:
+        here[kinds.FOLDER] += files.linked_folders
     for entry in files.entries:
         is_named = entry.path in files.named
         if kinds.is_hidden(entry.path) and not is_named and entry.path not in files.shown:

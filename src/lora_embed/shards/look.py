@@ -1,5 +1,6 @@
 """Look at the first samples of a few shards, without their images, for fields that a job carries."""
 
+import difflib
 import itertools
 import time
 from collections.abc import Sequence
@@ -9,10 +10,12 @@ from typing import Any
 from lora_embed.errors import ShardError, StorageError, StoreUnavailable
 from lora_embed.schema import Layout, Shard
 from lora_embed.shards.fields import typed
+from lora_embed.shards.known_fields import known_fields
 from lora_embed.shards.read import read_samples
 from lora_embed.text import in_one_line
 
 SHARDS, SAMPLES, SECONDS = 16, 200, 20.0  # at most; mostly the first sample has all fields
+NAMED = 20  # fields that a message names
 EXAMPLES = 3  # values of another type that a message shows
 
 
@@ -26,6 +29,7 @@ class Absence:
     shards: int
     first_shard: str
     others: list[str] = field(default_factory=list)  # values that are of another type
+    known: list[str] = field(default_factory=list)  # fields that the first samples have
 
     def describe(self) -> str:
         """For a person: what was looked at, what was found, and what a field is."""
@@ -33,10 +37,13 @@ class Absence:
         if self.others:
             found = ", ".join(self.others)
             return f"{self.name}: of {of}, none has it as {self.type}, but as {found}. Carry it as text: {self.name}"
+        near = difflib.get_close_matches(self.name, self.known, 1)
+        has = f" {self.first_shard} has the fields {', '.join(self.known[:NAMED])}." if self.known else ""
+        hint = f" Did you mean {near[0]!r}?" if near else ""
         return (
-            f"{self.name}: of {of}, none has that field. A field is a column of Parquet; a key of x.json beside x.jpg, in a "
-            "tar or a folder; the text of a file with that ending, such as x.cls; a column of metadata.csv or metadata.jsonl; "
-            f"name=… of a folder; or `folder`, the folder's own name. The first shard is {self.first_shard}"
+            f"{self.name}: of {of}, none has that field.{has}{hint} A field is a column of Parquet; a key of x.json beside "
+            "x.jpg, in a tar or a folder; the text of a file with that ending, such as x.cls; a column of metadata.csv or "
+            "metadata.jsonl; name=… of a folder; or `folder`, the folder's own name"
         )
 
 
@@ -62,11 +69,9 @@ def absent_fields(shards: Sequence[Shard], layout: Layout, options: dict[str, An
             continue  # the run says so, and which shard it is
         if not left or time.monotonic() > until:
             break
-    return [
-        Absence(name=name, type=kind, looked_at=seen, shards=read, first_shard=shards[0].name, others=others.get(name, []))
-        for name, kind in left.items()
-        if seen
-    ]
+    known = known_fields(shards[0], options) if seen and left else []
+    about: dict[str, Any] = {"looked_at": seen, "shards": read, "first_shard": shards[0].name if shards else "", "known": known}
+    return [Absence(name=name, type=kind, others=others.get(name, []), **about) for name, kind in left.items() if seen]
 
 
 def _first_of_all(number: int) -> bool:

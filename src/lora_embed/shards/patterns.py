@@ -6,6 +6,7 @@ import posixpath
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from glob import escape
 from typing import Any
 
 from lora_embed.entries import Entries
@@ -31,6 +32,7 @@ class Files:
     entries: Entries
     named: frozenset[str] = frozenset()  # paths of files that are named outright, not by a folder or a wildcard
     shown: frozenset[str] = frozenset()  # hidden files that a wildcard names with their dot or underscore
+    linked_folders: int = 0  # links to folders elsewhere that were not followed
     looked_at: int  # files among which they were searched
     others: Entries = field(default_factory=Entries)  # the rest of these files
 
@@ -46,7 +48,7 @@ def find_files(pattern: str, options: dict[str, Any], *, follows: bool) -> Files
     root = _folder_of(_WILD_OR_BRACE.split(pattern)[0])  # the longest folder without wildcards
     store = Store(root, options, follows_links=True)
     store.check_reachable()
-    listed = _list(store, follows)
+    listed, linked_folders = _list(store, follows)
     expanded = expand_braces(pattern[len(root) :].lstrip("/"))
     possible = {plain for name in expanded for plain in (name, _without_wildcards(name))}
     paths = {entry.path for entry in listed if entry.path in possible}
@@ -55,7 +57,7 @@ def find_files(pattern: str, options: dict[str, Any], *, follows: bool) -> Files
     for name in expanded:
         plain = name if name in paths else _without_wildcards(name)
         if plain is None:
-            globs.append(name.split("/"))
+            globs.append(_with_existing(name.split("/"), inside))
         else:
             (folders if plain in inside else named).add(plain)
     entries, others, shown = Entries(), Entries(), set[str]()
@@ -79,9 +81,18 @@ def find_files(pattern: str, options: dict[str, Any], *, follows: bool) -> Files
         entries=entries,
         named=frozenset(named),
         shown=frozenset(shown),
+        linked_folders=linked_folders,
         looked_at=len(listed),
         others=others,
     )
+
+
+def _with_existing(glob: list[str], folders: set[str]) -> list[str]:
+    """A glob whose first folders are meant as they are written, as far as such folders exist: `photos[1]/*.jpg`."""
+    exist = 0
+    while exist < len(glob) - 1 and "/".join(glob[: exist + 1]) in folders:
+        exist += 1
+    return [escape(folder) for folder in glob[:exist]] + glob[exist:]
 
 
 def _folders_above(path: str) -> Iterator[str]:
@@ -146,8 +157,8 @@ def _files_at(uri: str, options: dict[str, Any], follows: bool) -> Files:
     store = Store(uri, options, follows_links=True)
     store.check_reachable()
     if store.is_directory():
-        entries = _list(store, follows)
-        return Files(pattern=uri, root=uri, entries=entries, looked_at=len(entries))
+        entries, linked_folders = _list(store, follows)
+        return Files(pattern=uri, root=uri, entries=entries, linked_folders=linked_folders, looked_at=len(entries))
     root, name = _folder_of(uri), posixpath.basename(uri)
     entry = Store(root, options, follows_links=True).info(name)
     if entry is None:
@@ -155,7 +166,8 @@ def _files_at(uri: str, options: dict[str, Any], follows: bool) -> Files:
     return Files(pattern=uri, root=root, entries=Entries([entry]), named=frozenset([name]), looked_at=1)
 
 
-def _list(store: Store, follows: bool) -> Entries:
+def _list(store: Store, follows: bool) -> tuple[Entries, int]:
+    """The files of a folder, and the number of links to folders elsewhere that are not followed."""
     entries, ignored_links = store.list_input(follows=follows)
     if ignored_links:
         named = ", ".join(f"{path} (to {target})" for path, target in list(ignored_links.items())[:NAMED_LINKS])
@@ -164,7 +176,7 @@ def _list(store: Store, follows: bool) -> Entries:
             f"input {store.uri}: links to folders outside of it are ignored: {named}{more}. To read those folders, set "
             "follow_folder_links to true in the job, or name the folders as input."
         )
-    return entries
+    return entries, len(ignored_links)
 
 
 def _folder_of(uri: str) -> str:

@@ -6,6 +6,8 @@ import posixpath
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import pyarrow as pa
+
 from lora_embed.entries import Entry
 from lora_embed.errors import LoraEmbedError, ShardError, StorageError
 from lora_embed.schema import WHOLE, Layout, Sample, Shard, Span, Wanted
@@ -70,8 +72,17 @@ def _errors_of(shard: Shard) -> Iterator[None]:
             raise
         cause = f"{type(error).__name__}: {in_one_line(error)}".removesuffix(": ")
         raise ShardError(
-            f"{shard.root}/{shard.name}: {_CANNOT[shard.kind]} ({cause}). Upload it again; nothing of it is published."
+            f"{shard.root}/{shard.name}: {_CANNOT[shard.kind]} ({cause}). {_remedy(error)}; nothing of it is published."
         ) from error
+
+
+def _remedy(error: Exception) -> str:
+    """What helps where a reader, or a library below it, raised this error."""
+    if isinstance(error, pa.ArrowNotImplementedError | pa.ArrowCapacityError):
+        return "Write the file again with types and a compression that pyarrow reads, and with smaller row groups"
+    if isinstance(error, UnicodeDecodeError):
+        return "Upload it again, or write that column as binary if it is not UTF-8"
+    return "Upload it again"
 
 
 def _bounded(samples: Iterator[Sample], shard: Shard) -> Iterator[Sample]:

@@ -1,19 +1,16 @@
 """A tar → its samples, up to its checked end."""
 
-import posixpath
 import tarfile
-from collections import Counter
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from lora_embed.errors import ShardError
 from lora_embed.schema import WHOLE, Layout, Sample, Shard, Span, Wanted
 from lora_embed.shards.kinds import counted_as, kind_by_name
+from lora_embed.shards.tar_end import cut_short, is_no_tar, prove_end
 from lora_embed.shards.tar_groups import Group, Source, looks_like_image, split_name
-from lora_embed.shards.tar_headers import BLOCK, open_headers, read_members
+from lora_embed.shards.tar_headers import open_headers, read_members
 from lora_embed.shards.tar_links import Links
-
-MOST_PADDING = 2**20 + 2 * BLOCK  # tar pads with zeros to a record of 10 KiB, or by an option of up to 1 MiB
 
 
 def read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted, span: Span = WHOLE) -> Iterator[Sample]:
@@ -28,9 +25,9 @@ def read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted, span:
     try:
         yield from reading.samples(wanted)
     except (tarfile.TarError, EOFError) as error:
-        if size >= BLOCK and reading.is_at_begin and not _begins_with_header(file):
-            raise ShardError(f"{where}: is not a tar, although its name says so. Rename it or remove it.") from None
-        raise ShardError(_cut_short(where, size, str(error))) from None
+        if reading.is_at_begin and (says := is_no_tar(file, where)):
+            raise ShardError(says) from None
+        raise ShardError(cut_short(where, size, str(error))) from None
 
 
 class _Reading:
@@ -39,7 +36,7 @@ class _Reading:
     def __init__(self, file: BinaryIO, where: str, size: int, layout: Layout, span: Span) -> None:
         self._file, self._where, self._size, self._layout, self._span = file, where, size, layout, span
         self.is_at_begin = not span.begin  # no member was read yet
-        self._hidden: Counter[str] = Counter()  # images whose names hide them, before the first sample
+        self._hidden: dict[str, int] = {}  # images whose names hide them, before the first sample
 
     def samples(self, wanted: Wanted) -> Iterator[Sample]:
         """The samples of the span; the last ones only when its end was checked."""
@@ -47,19 +44,20 @@ class _Reading:
         tar, headers = open_headers(self._file, self._where)
         with tar:
             links = Links(self._file, tar, headers, self._where, self._span.begin)
-            source = Source(tar=tar, headers=headers, links=links, layout=self._layout, size=self._size)
+            source = Source(tar, headers, links, self._layout, self._size)
             group, number, first_hidden = None, self._span.first, ""
             for member in read_members(tar, headers, self._span.end):
                 links.note(member)
                 key, extension = split_name(member.name)
-                if posixpath.basename(member.name).startswith("."):  # macOS adds ._name to each
+                if key[-1:] in ("", "/") and member.name[-1:] != "/":  # the name begins with a dot; macOS adds ._name to each
                     if member.isreg() and kind_by_name(member.name) == "images":
                         first_hidden = first_hidden or member.name
-                        (group.passed if group is not None else self._hidden)[counted_as(member.name, is_hidden=True)] += 1
+                        _count_hidden(member, group.passed if group is not None else self._hidden)
                     continue
-                if not _counts(member, extension, group is not None and group.takes(key, extension)):
+                is_of_group = group is not None and group.takes(key, extension)
+                if not member.isreg() and not _counts(member, extension, is_of_group):
                     continue
-                if group is None or not group.takes(key, extension):
+                if group is None or not is_of_group:
                     begin = None if headers.has_global else member.offset  # a reader from here on would miss global headers
                     if group is not None:
                         for sample in group.finish(begin):
@@ -67,7 +65,6 @@ class _Reading:
                             number += 1
                     group = Group(source, key, begin, number, wanted)
                     self._take_hidden(group)
-                self._check_size(member)
                 group.add(extension, member)
             end = tar.offset
             self._check_end(end)
@@ -78,64 +75,35 @@ class _Reading:
 
     def _take_hidden(self, group: Group) -> None:
         self.is_at_begin = False
-        group.passed.update(self._hidden)
-        self._hidden.clear()
+        group.passed, self._hidden = self._hidden, {}
 
     def _all_hidden(self, name: str, end: int) -> Sample:
         """A sample that stands for a tar of hidden images alone, so that it is not taken for an empty one."""
-        self._hidden[counted_as(name, is_hidden=True)] -= 1
+        self._hidden[counted_as(name, is_hidden=True)] -= 1  # which is this sample
         why = "the names of all images in the tar begin with a dot, which hides them. Rename them"
-        return Sample(name.removeprefix("./"), missing=why, begin=self._span.begin, end=end, passed=dict(+self._hidden))
-
-    def _check_size(self, member: tarfile.TarInfo) -> None:
-        if member.isreg() and not member.issparse() and member.offset_data + member.size > self._size:
-            raise tarfile.ReadError("unexpected end of data")
+        return Sample(
+            name.removeprefix("./"),
+            missing=why,
+            begin=self._span.begin,
+            end=end,
+            passed={kind: n for kind, n in self._hidden.items() if n},
+        )
 
     def _check_end(self, end: int) -> None:
         expected = self._span.end
         if expected is None:
-            _prove_end(self._file, end, self._size, self._where)
+            prove_end(self._file, end, self._size, self._where)
         elif end != expected:
             raise ShardError(
                 f"{self._where}: damaged tar: its members end at byte {end}, expected {expected}. Upload it again."
             )
 
 
+def _count_hidden(member: tarfile.TarInfo, passed: dict[str, int]) -> None:
+    kind = counted_as(member.name, is_hidden=True)
+    passed[kind] = passed.get(kind, 0) + 1
+
+
 def _counts(member: tarfile.TarInfo, extension: str, is_of_group: bool) -> bool:
-    """Is a member part of a sample? A link or a device is one if it looks like an image; a link also as a field of a sample."""
-    if member.isreg():
-        return True
+    """Is a link or a device part of a sample? It is one if it looks like an image; a link also as a field of a sample."""
     return not member.isdir() and (looks_like_image(extension) or (is_of_group and (member.islnk() or member.issym())))
-
-
-def _begins_with_header(file: BinaryIO) -> bool:
-    file.seek(0)
-    try:
-        tarfile.TarInfo.frombuf(file.read(BLOCK), encoding="utf-8", errors="backslashreplace")
-    except tarfile.HeaderError:
-        return False
-    return True
-
-
-def _prove_end(file: BinaryIO, end: int, size: int, where: str) -> None:
-    """Check the end, since `tarfile` ends silently on a cut archive: a whole tar ends with two or more blocks of zeros."""
-    file.seek(end)
-    rest = 0
-    while data := file.read(1 << 20):
-        if data.count(0) != len(data):
-            raise ShardError(
-                f"{where}: incomplete or damaged tar: its members end at byte {end} of {size} without the closing blocks of "
-                "a tar. Upload it again; nothing of it is published."
-            )
-        rest += len(data)
-    if rest > MOST_PADDING:
-        raise ShardError(
-            f"{where}: incomplete or damaged tar: its members end at byte {end} of {size}, and only zeros follow, as if the "
-            "file was never written to its end. Upload it again; nothing of it is published."
-        )
-    if rest < 2 * BLOCK or end + rest != size:
-        raise ShardError(_cut_short(where, size, f"members end at byte {end} without the two closing blocks of a tar"))
-
-
-def _cut_short(where: str, size: int, detail: str) -> str:
-    return f"{where}: incomplete tar, cut short at {size} bytes ({detail}). Upload it again; nothing of it is published."

@@ -2,9 +2,7 @@
 
 import posixpath
 import tarfile
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from lora_embed.schema import Layout, Sample, Wanted
@@ -13,22 +11,23 @@ from lora_embed.shards.kinds import IMAGES, USUAL_IMAGES
 from lora_embed.shards.tar_headers import Headers
 from lora_embed.shards.tar_links import Links
 
-MOST_DOTTED = (
-    64  # images with a dot in their names that are kept in mind, until it is known whether `key.jpg` stands beside them
-)
+_USUAL, _IMAGES = (frozenset(ending[1:] for ending in endings) for endings in (USUAL_IMAGES, IMAGES))
+MOST_DOTTED = 64  # images with a dot in their names that are remembered until it is known whether `key.jpg` stands beside them
 MOST_OWN_FIELDS = 4 * MOST_DOTTED  # members with fields of such images
 Member = tuple[str, tarfile.TarInfo]  # extension, header
 
 
 def split_name(name: str) -> tuple[str, str]:
     """A member's key and extension, as in WebDataset: `a/0001.left.png` → a/0001, left.png."""
-    folder, base = posixpath.split(name.removeprefix("./"))
+    name = name.removeprefix("./")
+    folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
-    return posixpath.join(folder, stem), extension.lower()
+    key = f"{folder}{slash}{stem}" if "//" not in name else posixpath.join(posixpath.dirname(name), stem)
+    return key, extension.lower()
 
 
 def looks_like_image(extension: str) -> bool:
-    return f".{extension.rpartition('.')[2]}" in IMAGES
+    return extension.rpartition(".")[2] in _IMAGES
 
 
 def own_key(name: str) -> str:
@@ -43,41 +42,45 @@ def suffixes_of(image_member: tuple[str, ...]) -> list[str]:
     return short if len(set(short)) == len(short) else firsts
 
 
-@dataclass(frozen=True, kw_only=True)
 class Source:
     """An open tar, and the layout by which its members are read."""
 
-    tar: tarfile.TarFile
-    headers: Headers
-    links: Links
-    layout: Layout
-    size: int  # of the file, in bytes
+    def __init__(self, tar: tarfile.TarFile, headers: Headers, links: Links, layout: Layout, size: int) -> None:
+        self._tar, self._headers, self._links, self._max_bytes = tar, headers, links, layout.max_bytes
+        self._size = size  # of the file, in bytes
+        self._names = frozenset(name for name, _ in layout.carry)
+        self.named = [frozenset(name.split(";")) for name in layout.image_member]
+        self.suffixes = [f"#{suffix}" for suffix in suffixes_of(layout.image_member)] if len(self.named) > 1 else [""]
+        self._field_endings = self._names | {"json"} if self._names else frozenset[str]()
+
+    def check_size(self, member: tarfile.TarInfo) -> None:
+        """Raises ReadError for a member that is longer than the file, before memory is allocated for it."""
+        if member.offset_data + member.size > self._size and member.isreg() and not member.issparse():
+            raise tarfile.ReadError("unexpected end of data")
 
     def read_image(self, sample: Sample, member: tarfile.TarInfo) -> None:
         """Read the member, or the one that a link leads to, as the sample's image."""
-        target = self.links.follow(member)
+        target = self._links.follow(member)
         if isinstance(target, str):
             sample.missing = target
-        elif target.size > self.layout.max_bytes:  # also for a sparse member, which is small in the file
+        elif target.size > self._max_bytes:  # also for a sparse member, which is small in the file
             sample.excess = target.size
         else:
             sample.data = self._content(target)
 
     def read_fields(self, extension: str, member: tarfile.TarInfo) -> dict[str, Any]:
         """The carried fields that a member holds: keys of JSON, or the text of a member that is named like a field."""
-        target = self.links.follow(member)
+        target = self._links.follow(member)
         if isinstance(target, str) or target.size > MOST_FIELD:
             return {}
-        data, names = self._content(target), {name for name, _ in self.layout.carry}
-        return fields_of_file(extension, data, names)
+        return fields_of_file(extension, self._content(target), self._names)
 
     def holds_fields(self, extension: str) -> bool:
-        return bool(self.layout.carry) and (extension == "json" or any(extension == name for name, _ in self.layout.carry))
+        return extension in self._field_endings
 
     def _content(self, member: tarfile.TarInfo) -> bytes:
-        if not member.issparse() and member.offset_data + member.size > self.size:  # before memory is allocated for it
-            raise tarfile.ReadError("unexpected end of data")
-        data = self.headers.content(self.tar, member)
+        self.check_size(member)
+        data = self._headers.content(self._tar, member)
         if len(data) != member.size:
             raise tarfile.ReadError("unexpected end of data")
         return data
@@ -91,11 +94,10 @@ class Group:
     """
 
     def __init__(self, source: Source, key: str, begin: int | None, first: int, wanted: Wanted) -> None:
-        self.key, self.passed = key, Counter[str]()
+        self.key = key
+        self.passed: dict[str, int] = {}
         self._source, self._begin, self._first, self._wanted = source, begin, first, wanted
-        self._named = [name.split(";") for name in source.layout.image_member]
-        suffixes = suffixes_of(source.layout.image_member)
-        self._samples = [Sample(f"{key}#{suffix}") for suffix in suffixes] if len(suffixes) > 1 else [Sample(key)]
+        self._named, self._samples = source.named, [Sample(key + suffix) for suffix in source.suffixes]
         self._is_chosen = [False] * len(self._samples)
         self._taken: set[str] = set()  # extensions
         self._others: list[Member] = []  # images of another ending
@@ -108,6 +110,7 @@ class Group:
         return key == self.key and extension not in self._taken and len(self._dotted) < MOST_DOTTED
 
     def add(self, extension: str, member: tarfile.TarInfo) -> None:
+        self._source.check_size(member)
         self._taken.add(extension)
         if self._choose(extension, member):
             return
@@ -127,7 +130,7 @@ class Group:
     def _choose(self, extension: str, member: tarfile.TarInfo) -> bool:
         """Take a member as the image of a sample, if it is one; it is read at once, since what follows lies behind it."""
         for number, sample in enumerate(self._samples):
-            fits = extension in self._named[number] if self._named else f".{extension}" in USUAL_IMAGES
+            fits = extension in (self._named[number] if self._named else _USUAL)
             if fits and not self._is_chosen[number]:
                 self._is_chosen[number] = True
                 if self._wanted(self._first + number):
@@ -141,7 +144,8 @@ class Group:
             samples: Iterator[Sample] = iter(self._samples)
             for extension, _ in [*self._others, *self._dotted]:
                 self._pass_over(extension)
-            self._say_what_is_missing()
+            if self._named and not all(self._is_chosen):
+                self._say_what_is_missing()
             count = len(self._samples)
         elif self._others:
             samples, count = self._other_image(), 1
@@ -150,7 +154,7 @@ class Group:
             samples, count = self._own_samples(chosen), len(chosen)
         for number, sample in enumerate(samples):
             if number == 0:
-                sample.begin, sample.passed = self._begin, dict(self.passed)
+                sample.begin, sample.passed = self._begin, self.passed
             sample.end = end if number == count - 1 else None
             yield sample
 
@@ -181,10 +185,10 @@ class Group:
             yield sample
 
     def _pass_over(self, extension: str) -> None:
-        self.passed[f".{extension}"] += 1
+        self.passed[f".{extension}"] = self.passed.get(f".{extension}", 0) + 1
 
     def _say_what_is_missing(self) -> None:
         for number, sample in enumerate(self._samples):
-            if self._named and not self._is_chosen[number]:
+            if not self._is_chosen[number]:
                 there = ", ".join(sorted(self._taken)[:10])
-                sample.missing = f"the sample has no member {' or '.join(self._named[number])}, but {there}"
+                sample.missing = f"the sample has no member {' or '.join(sorted(self._named[number]))}, but {there}"

@@ -27,9 +27,14 @@ class Links:
         self._index: dict[int, list[int]] | None = None  # made when the first link is followed: most tars have none
 
     def note(self, member: tarfile.TarInfo) -> None:
-        """Remember where a member is, which was read in order."""
-        if not self._is_whole:
-            self._add(member)
+        """Remember where a member is."""
+        if self._is_whole or len(self._offsets) >= MOST_INDEXED:
+            return
+        name = hash(_plain(member.name))
+        self._hashes.append(name)
+        self._offsets.append(member.offset)
+        if self._index is not None:
+            self._index.setdefault(name, []).append(member.offset)
 
     def follow(self, member: tarfile.TarInfo) -> tarfile.TarInfo | str:
         """The member that holds the content: this one, or the one that a link leads to. Text says why there is none."""
@@ -74,16 +79,7 @@ class Links:
         self._file.seek(start)
         tar, headers = open_headers(self._file, self._where)
         for member in read_members(tar, headers, end):
-            self._add(member)
-
-    def _add(self, member: tarfile.TarInfo) -> None:
-        if member.isdir() or len(self._offsets) >= MOST_INDEXED:
-            return
-        name = hash(_plain(member.name))
-        self._hashes.append(name)
-        self._offsets.append(member.offset)
-        if self._index is not None:
-            self._index.setdefault(name, []).append(member.offset)
+            self.note(member)
 
 
 def _plain(name: str) -> str:
