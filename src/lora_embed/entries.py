@@ -46,14 +46,13 @@ class Entries:
         return len(self._sizes)
 
     def __iter__(self) -> Iterator[Entry]:
-        end = 0
+        text, lengths, end = self._text, iter(self._lengths), 0
         for number, size in enumerate(self._sizes):
-            path_end = end + self._lengths[2 * number]
-            begin, end = end, path_end + self._lengths[2 * number + 1]
-            path, etag = (
-                bytes(part).decode("utf-8", "surrogatepass") for part in (self._text[begin:path_end], self._text[path_end:end])
-            )
-            yield Entry(path=path, size=size, etag=etag, broken=self._broken.get(number, ""))
+            begin, middle = end, end + next(lengths)
+            end = middle + next(lengths)
+            path = text[begin:middle].decode("utf-8", "surrogatepass")
+            etag = text[middle:end].decode("utf-8", "surrogatepass")
+            yield Entry(path, size, etag, 0.0, self._broken.get(number, ""))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Entries) and all(getattr(self, name) == getattr(other, name) for name in self.__slots__)

@@ -6,7 +6,7 @@ import math
 import posixpath
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,11 +157,8 @@ def _image_groups(root: str, folders: dict[str, Entries], beside: dict[str, list
     for folder in sorted(folders):
         files = folders.pop(folder)
         buckets = 2 ** max(0, math.ceil(math.log2(len(files) / IMAGES_PER_GROUP)))
-        groups: dict[int, Entries] = defaultdict(Entries)
-        for file in files:
-            groups[int(_hash(posixpath.basename(file.path)), 16) % buckets].append(file)
-        for bucket in sorted(groups):
-            by_path = {file.path: file for file in groups.pop(bucket)}  # a faulty store may list a file twice
+        for bucket, dealt in _dealt(files, buckets):
+            by_path = {file.path: file for file in dealt}  # a faulty store may list a file twice
             group = [by_path[path] for path in sorted(by_path)]
             name = f"{folder or '.'}/#{bucket:04d}of{buckets:04d}"
             sidecars = tuple(entry for place in (folder, *by_path) for entry in beside.get(place, ()))
@@ -170,6 +167,18 @@ def _image_groups(root: str, folders: dict[str, Entries], beside: dict[str, list
                 Shard(id=state, name=name, prefix=folder, kind="images", root=root, files=Entries(group), sidecars=sidecars)
             )
     return shards
+
+
+def _dealt(files: Entries, buckets: int) -> Iterator[tuple[int, Entries]]:
+    """The files of a folder by the hash of their names; only the buckets that hold a file."""
+    if buckets == 1:
+        yield 0, files
+        return
+    groups: dict[int, Entries] = defaultdict(Entries)
+    for file in files:
+        groups[int(_hash(posixpath.basename(file.path)), 16) % buckets].append(file)
+    for bucket in sorted(groups):
+        yield bucket, groups.pop(bucket)
 
 
 def _refuse_shared_names(shards: list[Shard]) -> None:
