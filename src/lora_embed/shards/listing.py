@@ -12,6 +12,8 @@ from typing import Any
 from lora_embed.errors import ConfigError
 from lora_embed.monitor.progress import say
 from lora_embed.schema import Entry, Shard
+from lora_embed.shards.list_rows import LISTS, References
+from lora_embed.shards.lists import hint, list_ranges, without_listed
 from lora_embed.store.store import Store
 
 TAR, PARQUET = (".tar",), (".parquet", ".pq")
@@ -25,18 +27,34 @@ _WILD, _WILD_OR_BRACE = re.compile(r"[*?\[]"), re.compile(r"[*?\[{]")
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python holds bytes of a local name that are not UTF-8
 
 
-def list_shards(patterns: tuple[str, ...], options: dict[str, Any], *, follows: bool = False) -> list[Shard]:
-    """All shards of the inputs, sorted by name.
+def list_shards(
+    patterns: tuple[str, ...], options: dict[str, Any], *, follows: bool = False, references: References | None = None
+) -> list[Shard]:
+    """All shards of the inputs, sorted by name. With `references`, tables are lists of references: each gives several shards.
 
     A pattern is a file, a directory (searched to any depth), a glob or a brace range such as `{00..41}` or `{a,b}`. Links
     to folders outside of an input are followed only if `follows`; otherwise a message says that they are ignored.
     Raises ConfigError for a pattern that matches nothing, for compressed tars, and for inputs whose samples could get
     equal ids.
     """
-    shards = [shard for pattern in patterns for shard in _shards_of(pattern, options, follows)]
+    are_lists = references is not None
+    shards = [shard for pattern in patterns for shard in _shards_of(pattern, options, follows, are_lists=are_lists)]
     shards.sort(key=lambda shard: shard.name)
     _refuse_shared_names(shards)
-    return shards
+    if references is None:
+        return shards
+    if not any(shard.kind == "references" for shard in shards):
+        raise ConfigError(
+            f"input {patterns[0]}: reference_column is {references.column!r}, but there is no list of references "
+            f"({', '.join(LISTS)}). Name one, or remove reference_column if the input holds the images themselves."
+        )
+    if not (parts := [part for shard in shards for part in _parts_of(shard, references, options)]):
+        raise ConfigError(f"input {patterns[0]}: its lists name no image: they have no rows. Write them again.")
+    return parts
+
+
+def _parts_of(shard: Shard, references: References, options: dict[str, Any]) -> list[Shard]:
+    return list_ranges(shard, references, options) if shard.kind == "references" else [shard]
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -64,9 +82,9 @@ def _values(inside: str) -> int:
     return max(0, int(span[2]) - int(span[1]) + 1) if span else inside.count(",") + 1
 
 
-def _shards_of(pattern: str, options: dict[str, Any], follows: bool) -> list[Shard]:
+def _shards_of(pattern: str, options: dict[str, Any], follows: bool, *, are_lists: bool) -> list[Shard]:
     if not _WILD_OR_BRACE.search(pattern):
-        return _shards_at(re.sub(r"(?<=[^/:])/+$", "", pattern), options, follows)
+        return _shards_at(re.sub(r"(?<=[^/:])/+$", "", pattern), options, follows, are_lists=are_lists)
     root = _folder_of(_WILD_OR_BRACE.split(pattern)[0])  # the longest folder without wildcards
     expanded = expand_braces(pattern[len(root) :].lstrip("/"))
     named = frozenset(name for name in expanded if not _WILD.search(name))
@@ -81,21 +99,21 @@ def _shards_of(pattern: str, options: dict[str, Any], follows: bool) -> list[Sha
             f"input {pattern}: {len(missing)} of the {len(named)} files that it names do not exist; the first is "
             f"{root.rstrip('/')}/{missing[0]}. Correct the range, or use * to take all files that exist."
         )
-    return _group(root, entries, named, f"input {pattern}", looked_at=len(listed))
+    return _group(root, entries, named, f"input {pattern}", looked_at=len(listed), are_lists=are_lists)
 
 
-def _shards_at(uri: str, options: dict[str, Any], follows: bool) -> list[Shard]:
+def _shards_at(uri: str, options: dict[str, Any], follows: bool, *, are_lists: bool) -> list[Shard]:
     """A file's shard, or those of a directory."""
     store = Store(uri, options, follows_links=True)
     store.check_reachable()
     if store.is_directory():
         entries = _list(store, follows)
-        return _group(uri, entries, frozenset(), f"input {uri}", looked_at=len(entries))
+        return _group(uri, entries, frozenset(), f"input {uri}", looked_at=len(entries), are_lists=are_lists)
     root, name = _folder_of(uri), posixpath.basename(uri)
     entry = Store(root, options, follows_links=True).info(name)
     if entry is None:
         raise ConfigError(f"input {uri}: no such file or directory. Correct the path.")
-    return _group(root, [entry], frozenset([name]), f"input {uri}", looked_at=1)
+    return _group(root, [entry], frozenset([name]), f"input {uri}", looked_at=1, are_lists=are_lists)
 
 
 def _list(store: Store, follows: bool) -> list[Entry]:
@@ -124,16 +142,22 @@ def _fits(path: list[str], glob: list[str]) -> bool:
     return fnmatch.fnmatchcase(path[0], glob[0]) and _fits(path[1:], glob[1:])
 
 
-def _group(root: str, entries: list[Entry], named: frozenset[str], where: str, *, looked_at: int) -> list[Shard]:
+def _group(
+    root: str, entries: list[Entry], named: frozenset[str], where: str, *, looked_at: int, are_lists: bool
+) -> list[Shard]:
     """Entries → shards. Hidden files and other kinds of files are ignored, unless their full names are in `named`."""
     shards, images = [], []
+    if are_lists:
+        entries = without_listed(entries, named, IMAGES, where)
     for entry in entries:
         name = entry.path.lower()
         if entry.path not in named and posixpath.basename(name).startswith((".", "_")):
             continue
         if name.endswith(COMPRESSED_TAR):
             raise ConfigError(f"{where}: {entry.path} is a compressed tar, which cannot be read in parts. Unpack it to .tar.")
-        if name.endswith(TAR):
+        if are_lists and name.endswith(LISTS):
+            shards.append(_single(root, entry, "references"))
+        elif name.endswith(TAR):
             shards.append(_single(root, entry, "tar"))
         elif name.endswith(PARQUET):
             shards.append(_single(root, entry, "parquet"))
@@ -142,10 +166,12 @@ def _group(root: str, entries: list[Entry], named: frozenset[str], where: str, *
         elif entry.path in named:
             raise ConfigError(
                 f"{where}: {entry.path} is not a .tar, .parquet or image file ({', '.join(IMAGES)}). Name such files."
+                + hint(name)
             )
     if not shards and not images:
         raise ConfigError(
             f"{where}: matches no tar, Parquet or image file among {looked_at} files below {root}. Correct the pattern."
+            + next(filter(None, (hint(entry.path.lower()) for entry in entries)), "")
         )
     for entry in [*images, *(shard.files[0] for shard in shards)]:
         if _NOT_UTF8.search(entry.path):

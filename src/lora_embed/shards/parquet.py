@@ -17,7 +17,7 @@ MOST_REPEATED = 2**28  # bytes that the rows of a batch may take in memory beyon
 MOST_AT_ONCE = 2**25  # bytes of images that are converted to Python at once
 FREE_ROWS, BYTES_PER_ROW = 1_000_000, 64  # a file may have so many rows, or one row for so many of its bytes
 _IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "jpg", "png")
-_KEY_COLUMNS = ("key", "__key__", "id", "path", "file_name")
+KEY_COLUMNS = ("key", "__key__", "id", "path", "file_name")
 
 
 def read_parquet(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted) -> Iterator[Sample]:
@@ -27,7 +27,7 @@ def read_parquet(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted) -
     image, key = _columns(source.schema, layout, where)
     carried = [name for name, _ in layout.carry if name in source.schema.names]
     for name in filter(None, (image, key, *carried)):
-        _check_column(source.schema, name, where)
+        check_column(source.schema, name, where)
     _check_rows(source.num_rows, shard, where)
     number = 0
     for group, rows in enumerate(source.rows):
@@ -55,13 +55,13 @@ def _columns(schema: pa.Schema, layout: Layout, where: str) -> tuple[str, str | 
             f"{where}: has no image column: expected {expected} of binary type, found {schema.names}. Set image_column in the "
             "job."
         )
-    key = layout.key_column or next((name for name in _KEY_COLUMNS if name in schema.names), None)
+    key = layout.key_column or next((name for name in KEY_COLUMNS if name in schema.names), None)
     if key is not None and key not in schema.names:
         raise ShardError(f"{where}: has no key column {key!r}, found {schema.names}. Correct key_column in the job.")
     return image, key
 
 
-def _check_column(schema: pa.Schema, name: str, where: str) -> None:
+def check_column(schema: pa.Schema, name: str, where: str) -> None:
     """Refuse Ray's Arrow types, whose values may be pickles: opening a pickle runs the code in it."""
     if (count := schema.names.count(name)) > 1:
         raise ShardError(f"{where}: has {count} columns named {name!r}, expected one. Rename the others.")

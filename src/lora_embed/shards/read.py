@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from lora_embed.errors import LoraEmbedError, ShardError, StorageError
 from lora_embed.schema import WHOLE, Entry, Layout, Sample, Shard, Span, Wanted
 from lora_embed.shards.parquet import read_parquet
+from lora_embed.shards.references import read_references
 from lora_embed.shards.tar import read_tar
 from lora_embed.store.retry import LIBRARY_ERRORS
 from lora_embed.store.store import Store
@@ -21,6 +22,7 @@ _CANNOT = {
     "tar": "incomplete or damaged tar, which cannot be read to its end",
     "parquet": "cannot be read as Parquet to its end",
     "images": "cannot be read to its end",
+    "references": "cannot be read to its end",
 }
 
 
@@ -41,7 +43,10 @@ def read_samples(shard: Shard, layout: Layout, options: dict[str, Any], wanted: 
     assert shard.kind == "tar" or span == WHOLE, (shard.kind, span)
     store = Store(shard.root, options, follows_links=True)
     with _errors_of(shard):
-        yield from _bounded(_read(store, shard, layout, wanted, span), shard)
+        if shard.kind == "references":
+            yield from _bounded(read_references(shard, options, wanted, layout.max_bytes), shard)
+        else:
+            yield from _bounded(_read(store, shard, layout, wanted, span), shard)
 
 
 def count_samples(shard: Shard, layout: Layout, options: dict[str, Any], most: int) -> int:
@@ -72,7 +77,7 @@ def _errors_of(shard: Shard) -> Iterator[None]:
 
 def _bounded(samples: Iterator[Sample], shard: Shard) -> Iterator[Sample]:
     """The samples, with ShardError for keys or images that are too large, so that a small file cannot cause endless work."""
-    most = max(MOST_UNPACKED, TIMES_UNPACKED * shard.size)
+    most = max(MOST_UNPACKED, TIMES_UNPACKED * shard.size) if shard.kind != "references" else float("inf")
     for sample in samples:
         most -= len(sample.data or b"")
         if most < 0:
