@@ -1,11 +1,12 @@
 """Objects on the web that a list names: limits on size, time, addresses and redirects, since the list may be a stranger's."""
 
 import asyncio
+import atexit
 import ipaddress
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeVar
 
 import aiohttp
@@ -144,16 +145,18 @@ def _url_of(text: str) -> URL:
         raise _Refused(f"is no URL ({error})") from None
 
 
-@lru_cache(maxsize=8)
+@cache  # all lists of a job share one
 def _session(private: frozenset[str]) -> aiohttp.ClientSession:
     """The session of this process, in fsspec's loop. It has no cookies, no proxies and no passwords of this machine."""
-    return aiohttp.ClientSession(
+    session = aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(resolver=_PublicResolver(private), limit=AT_ONCE),
         timeout=aiohttp.ClientTimeout(total=WHOLE_S, sock_connect=SILENCE_S, sock_read=SILENCE_S),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,  # a few bytes could unpack to any number
         headers={"Accept-Encoding": "identity", "User-Agent": "lora-embed"},
     )
+    atexit.register(_in_loop, session.close)  # otherwise aiohttp complains while the process ends
+    return session
 
 
 class _PublicResolver(AbstractResolver):
