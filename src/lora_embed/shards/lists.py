@@ -115,7 +115,8 @@ def _repeated(keys: "array[int]") -> np.ndarray[Any, np.dtype[np.int64]]:
 
 def _allowed(rows: Iterator[Row], folder: str, references: References, where: str) -> Iterator[Row]:
     """The rows. Raises ConfigError where a reference leads to a place that neither the list nor the job allows."""
-    own = place_of(folder).store
+    home = place_of(folder)
+    own = home.store
     roots = [place_of(root) for root in references.roots]
     at_once = tuple(f"{kind}://" for kind in WEB)
     if not own.startswith(at_once):
@@ -124,7 +125,7 @@ def _allowed(rows: Iterator[Row], folder: str, references: References, where: st
         reference = row[0]
         if reference and not reference.startswith(at_once) and ("/" in reference[:1] or ":" in reference):
             with contextlib.suppress(ValueError):  # it can name nothing: the reader makes a reject of it
-                place = locate(reference, folder)
+                place = locate(reference, home)
                 if place.store != own and not place.is_web and not any(place.is_below(root) for root in roots):
                     named = "/" if place.store == "/" else place.store
                     raise ConfigError(

@@ -9,8 +9,8 @@ from typing import Any
 
 from lora_embed.schema import Rows, Sample, Shard, Wanted, from_ipc
 from lora_embed.shards.fields import values_of
-from lora_embed.store.objects import Fetched, Reach, Room, fetch, look
-from lora_embed.store.place import locate, place_of
+from lora_embed.store.objects import Fetched, Reach, fetch, look
+from lora_embed.store.place import Place, locate, place_of
 from lora_embed.text import in_one_line, redacted
 
 REFERENCE, KEY, ETAG, FIELD = "reference", "key", "etag", "field "  # columns of packed rows; the last is a prefix
@@ -26,28 +26,27 @@ def read_references(shard: Shard, options: dict[str, Any], wanted: Wanted, max_b
     etags = batch.column(ETAG).to_pylist() if ETAG in batch.schema.names else [None] * len(keys)
     fields = {name.removeprefix(FIELD): values_of(batch[name]) for name in batch.schema.names if name.startswith(FIELD)}
     fetching = _Fetching(shard.rows, options, max_bytes)
-    pool, ahead = ThreadPoolExecutor(AT_ONCE), deque[Future[_Ahead] | None]()
+    ahead: deque[_Object | None] = deque()
     try:
         for number, key in enumerate(keys):
             for row in range(number + len(ahead), min(number + AT_ONCE, len(keys))):
                 is_fetched = wanted(row) and row not in repeated and references[row] is not None
-                ahead.append(pool.submit(fetching.ahead, references[row], etags[row]) if is_fetched else None)
-            sample, future = Sample(key), ahead.popleft()
+                ahead.append(fetching.begin(references[row], etags[row]) if is_fetched else None)
+            sample, on_its_way = Sample(key), ahead.popleft()
             if wanted(number):
                 sample.fields = {name: values[number] for name, values in fields.items()}
                 if references[number] is None:
                     sample.problem = ("no_image", "the row names no image")
                 if number in repeated:
                     sample.problem = ("duplicate_id", "an earlier row of the list has the same key")
-            if future is None:
+            if on_its_way is None:
                 yield sample
                 continue
-            fetched = future.result()
-            fetching.finish(sample, fetched)
+            fetching.finish(sample, on_its_way)
             yield sample
-            fetching.release(fetched.held)
+            fetching.release(on_its_way.held)
     finally:
-        pool.shutdown(cancel_futures=True)
+        fetching.stop()
 
 
 def reach_of(rows: Rows, options: dict[str, Any]) -> Reach:
@@ -58,11 +57,11 @@ def reach_of(rows: Rows, options: dict[str, Any]) -> Reach:
 
 def etags_of(references: list[str | None], rows: Rows, options: dict[str, Any]) -> list[str]:
     """The etag of each reference's object; empty where there is none."""
-    reach = reach_of(rows, options)
+    reach, folder = reach_of(rows, options), place_of(rows.folder)
 
     def etag_of(reference: str | None) -> str:
         try:
-            entry = look(locate(reference or "", rows.folder), reach)
+            entry = look(locate(reference or "", folder), reach)
         except ValueError:
             return ""
         return "" if entry is None else entry.etag
@@ -71,57 +70,64 @@ def etags_of(references: list[str | None], rows: Rows, options: dict[str, Any]) 
         return list(pool.map(etag_of, references))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Ahead:
-    """An object that was fetched before its turn, and the bytes that it holds."""
+@dataclass(kw_only=True)
+class _Object:
+    """An object whose turn comes soon."""
 
     reference: str
     etag: str | None
-    fetched: Fetched
-    held: int = 0
+    place: Place | None = None
+    detail: str = ""  # why there is no place
+    future: Future[Fetched] | None = None
+    held: int = 0  # bytes
 
 
 class _Fetching:
-    """Fetches the objects of a shard in several threads. Those that are fetched before their turn share `HELD` bytes."""
+    """Fetches the objects of a shard: remote ones before their turn, in several threads, which may hold `HELD` bytes."""
 
     def __init__(self, rows: Rows, options: dict[str, Any], max_bytes: int) -> None:
-        self._folder, self._reach, self._max_bytes = rows.folder, reach_of(rows, options), max_bytes
-        self._lock, self._left = threading.Lock(), HELD
+        self._folder, self._reach, self._max_bytes = place_of(rows.folder), reach_of(rows, options), max_bytes
+        self._pool, self._lock, self._left = ThreadPoolExecutor(AT_ONCE), threading.Lock(), HELD
 
-    def ahead(self, reference: str, etag: str | None) -> _Ahead:
-        held = 0
+    def begin(self, reference: str, etag: str | None) -> _Object:
+        """Begin to fetch an object, unless it lies on a local disk, which answers at once."""
+        try:
+            begun = _Object(reference=reference, etag=etag, place=locate(reference, self._folder))
+        except ValueError as error:
+            return _Object(reference=reference, etag=etag, detail=str(error))
+        if begun.place is not None and not begun.place.is_local:
+            begun.future = self._pool.submit(self._fetch_ahead, begun.place, begun)
+        return begun
 
+    def finish(self, sample: Sample, begun: _Object) -> None:
+        """Put an object, whose turn it is, into its sample."""
+        fetched = begun.future.result() if begun.future is not None else Fetched(missing=begun.detail, waits=not begun.detail)
+        if fetched.waits and begun.place is not None:
+            fetched = fetch(begun.place, self._reach, self._max_bytes, lambda size: True, begun.etag)
+        sample.data, sample.excess = fetched.data, fetched.excess
+        if fetched.missing:
+            sample.problem = ("no_image", f"{in_one_line(redacted(begun.reference))} {fetched.missing}")
+
+    def release(self, size: int) -> None:
+        """An object's bytes were used."""
+        with self._lock:
+            self._left += size
+
+    def stop(self) -> None:
+        """Fetch no more. Waits for what is being fetched."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _fetch_ahead(self, place: Place, begun: _Object) -> Fetched:
         def room(size: int) -> bool:
-            nonlocal held
             with self._lock:
                 if size > self._left:
                     return False
                 self._left -= size
-            held += size
+            begun.held += size
             return True
 
-        fetched = self._fetch(reference, etag, room)
+        fetched = fetch(place, self._reach, self._max_bytes, room, begun.etag)
         if fetched.data is None:
-            self.release(held)
-            held = 0
-        return _Ahead(reference=reference, etag=etag, fetched=fetched, held=held)
-
-    def finish(self, sample: Sample, ahead: _Ahead) -> None:
-        """Put an object, whose turn it is, into its sample."""
-        fetched = ahead.fetched
-        if fetched.waits:
-            fetched = self._fetch(ahead.reference, ahead.etag, lambda size: True)
-        sample.data, sample.excess = fetched.data, fetched.excess
-        if fetched.missing:
-            sample.problem = ("no_image", f"{in_one_line(redacted(ahead.reference))} {fetched.missing}")
-
-    def release(self, size: int) -> None:
-        with self._lock:
-            self._left += size
-
-    def _fetch(self, reference: str, etag: str | None, room: Room) -> Fetched:
-        try:
-            place = locate(reference, self._folder)
-        except ValueError as error:
-            return Fetched(missing=str(error))
-        return fetch(place, self._reach, self._max_bytes, room, etag)
+            self.release(begun.held)
+            begun.held = 0
+        return fetched

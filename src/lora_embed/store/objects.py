@@ -43,7 +43,7 @@ def fetch(place: Place, reach: Reach, most: int, room: Room, listed: str | None 
     if place.is_web:
         got = web.fetch(place.uri, most, room, reach.private, store.retry_s)
         return Fetched(data=got.data, missing=got.missing, excess=got.excess, waits=got.waits)
-    entry = look(place, reach)
+    entry = _find(store, place)
     if entry is None:
         return Fetched(missing="does not exist")
     if listed is not None and entry.etag != listed:
@@ -64,4 +64,8 @@ def look(place: Place, reach: Reach) -> Entry | None:
     if place.is_web:
         etag = web.etag(place.uri, reach.private, store.retry_s)
         return None if etag is None else Entry(path=place.path, size=0, etag=etag)
-    return local.find(store.full_path(place.path), place.path) if store.is_local else store.info(place.path)
+    return _find(store, place)
+
+
+def _find(store: Store, place: Place) -> Entry | None:
+    return local.find(store.full_path(place.path), place.path) if place.is_local else store.info(place.path)

@@ -24,6 +24,10 @@ class Place:
         return f"{self.store.rstrip('/')}/{self.path}"
 
     @property
+    def is_local(self) -> bool:
+        return self.store == "/"
+
+    @property
     def is_web(self) -> bool:
         return self.store.partition("://")[0] in WEB
 
@@ -37,8 +41,8 @@ class Place:
         return self.store == root.store and f"{self.path}/".startswith(f"{root.path}/" if root.path else "")
 
 
-def locate(reference: str, folder: str) -> Place:
-    """The place of a reference; relative paths count from the list's folder, a local path or a URI.
+def locate(reference: str, folder: Place) -> Place:
+    """The place of a reference; relative paths count from the list's folder.
 
     Raises ValueError with a detail for a reference that can name no object.
     """
@@ -46,7 +50,7 @@ def locate(reference: str, folder: str) -> Place:
         raise ValueError("names no file")
     scheme = _SCHEME.match(reference)
     if scheme is None and not reference.startswith("/"):
-        return _joined(place_of(folder), reference)
+        return _joined(folder, reference)
     place = place_of(reference)
     if not place.path:
         raise ValueError("names no file")
@@ -73,8 +77,10 @@ def place_of(uri: str) -> Place:
 
 def _local(path: str) -> Place:
     normal = posixpath.normpath(f"/{path}").lstrip("/")
-    if any(len(os.fsencode(part)) > MOST_PART for part in normal.split("/")) or len(os.fsencode(normal)) > MOST_PATH:
-        raise ValueError("is longer than a path on a local disk can be")
+    if len(normal) > MOST_PART // 4:  # no character takes more than four bytes
+        encoded = os.fsencode(normal)
+        if len(encoded) > MOST_PATH or max(map(len, encoded.split(b"/"))) > MOST_PART:
+            raise ValueError("is longer than a path on a local disk can be")
     return Place("/", normal)
 
 
@@ -95,6 +101,8 @@ def _web(uri: str) -> Place:
 
 def _joined(folder: Place, relative: str) -> Place:
     """A relative path from a folder on. Raises ValueError where it leads out of the folder's store."""
+    if folder.is_local:
+        return _local(f"{folder.path}/{relative}")
     path = posixpath.normpath(posixpath.join(folder.path, relative))
     if path.startswith("../") or path in ("..", "."):
         raise ValueError("leads out of the list's own store")
