@@ -23,9 +23,10 @@ from lora_embed.chain.items import Block, WorkItem
 from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.demo import parts
 from lora_embed.demo.tour import ADAPTERS
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.description import read_description
 from lora_embed.model.encoder import load_encoder
+from lora_embed.model.ingredients import gather
 from lora_embed.monitor.progress import say
 from lora_embed.schema import Layout
 from lora_embed.shards.listing import list_shards

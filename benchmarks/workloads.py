@@ -10,7 +10,8 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from lora_embed.config.models import Recipe
 from lora_embed.demo import parts
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
+from lora_embed.model.ingredients import gather
 from lora_embed.monitor.progress import say
 from lora_embed.store.fetch import cache_root
 from pictures import fetch_jpegs

@@ -31,10 +31,11 @@ from jobs import write_recipe
 from lora_embed.config.models import load_recipe
 from lora_embed.errors import LoraEmbedError
 from lora_embed.model.adapter import read_adapter
-from lora_embed.model.base import find_base
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.base_files import find_base
+from lora_embed.model.build import build_encoder
 from lora_embed.model.encoder import load_encoder
 from lora_embed.model.fold import Limit
+from lora_embed.model.ingredients import gather
 from lora_embed.model.match import match_adapter, target_of
 from lora_embed.run.encoders import find_source, named_base, store_encoder
 from lora_embed.store.store import Store

@@ -25,7 +25,8 @@ from faults import MONITOR, Fault
 from jobs import kill_all, start_job, tiny_recipe, write_job, write_recipe, write_tars
 from lora_embed import open_table
 from lora_embed.config.models import load_recipe
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
+from lora_embed.model.ingredients import gather
 from lora_embed.run.journal import software
 from lora_embed.store.store import Store
 from models import save_adapter, save_base

@@ -14,7 +14,7 @@ import torch
 from lora_embed import demo
 from lora_embed.chain import cluster as ray_cluster
 from lora_embed.demo import parts
-from lora_embed.model.base import Base, find_base
+from lora_embed.model.base_files import Base, find_base
 from lora_embed.model.match import target_of
 from lora_embed.model.whole import Target
 from lora_embed.monitor.progress import say

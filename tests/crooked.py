@@ -277,8 +277,9 @@ CASES = [
     # Their numbers
     Case("float64", mapped(torch.Tensor.double), SAME),
     *(
-        Case(f"{dtype}", mapped(lambda tensor, dtype=dtype: tensor.to(dtype)), f"holds {dtype}, expected float32") for dtype in
-        (torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64)
+        Case(f"{dtype}", mapped(lambda tensor, dtype=dtype: tensor.to(dtype)), f"holds numbers of type {name}, expected F64")
+        for dtype, name in
+        {torch.int8: "I8", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.complex64: "C64"}.items()
     ),
     Case("NaN", mapped(lambda tensor: tensor * float("nan"), B), "lora_B.weight holds NaN or infinity. The training diverged"),
     Case("infinity", mapped(lambda tensor: tensor / 0, "classifier.bias"), r"classifier\.bias holds NaN or infinity"),

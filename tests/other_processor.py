@@ -22,10 +22,11 @@ from jobs import embed_here, run_here
 from lora_embed.chain import pipeline
 from lora_embed.config.models import load_job, load_recipe
 from lora_embed.model import merge
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.change import LowRank
 from lora_embed.model.encoder import load_encoder
 from lora_embed.model.fold import Limit
+from lora_embed.model.ingredients import gather
 from lora_embed.run.job import run_job
 from lora_embed.schema import ChunkHead
 

@@ -23,7 +23,8 @@ from jobs import ROOT, write_recipe
 from lora_embed import load_encoder
 from lora_embed.config.models import load_recipe
 from lora_embed.errors import EncoderError, LoraEmbedError, ShardError, StorageError
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
+from lora_embed.model.ingredients import gather
 from lora_embed.store.fetch import fetch_directory
 from models import save_adapter, save_base
 from samples import png, samples_of, shard_at, tar_of

@@ -19,7 +19,7 @@ _PART = re.compile(r"([0-9a-f]+)-([0-9]{8})(-last)?\.parquet")
 _CARRY_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One stored object."""
 
@@ -29,7 +29,7 @@ class Entry:
     modified: float = field(default=0.0, compare=False, repr=False)  # seconds since 1970 by the store's clock
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
     """One input unit: a tar, a Parquet file, a group of loose image files, or consecutive rows of a list of references."""
 
@@ -115,7 +115,7 @@ class Layout:
         return {"precision": self.precision, "vector_type": self.vector_type, "carry": [list(pair) for pair in self.carry]}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
     """A committed chunk, described by its file name: `<shard_id>-<chunk>[-last].parquet`."""
 

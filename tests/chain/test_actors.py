@@ -13,8 +13,9 @@ from lora_embed.chain.items import Block, WorkItem
 from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.images.decode import decode_image
 from lora_embed.images.preprocess import Joint, decoding
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.encoder import load_encoder
+from lora_embed.model.ingredients import gather
 from lora_embed.schema import Shard
 from lora_embed.store.store import Store
 from models import save_adapter, save_base

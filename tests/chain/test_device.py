@@ -9,8 +9,9 @@ import torch
 from jobs import tiny_recipe
 from lora_embed.chain.actors import EmbedImages, EncoderSource, Pass
 from lora_embed.config.models import load_recipe
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.encoder import load_encoder
+from lora_embed.model.ingredients import gather
 from lora_embed.schema import Layout
 from lora_embed.store.store import Store
 

@@ -14,9 +14,10 @@ from test_checks import LIMITS, failed, figures, health
 from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.demo.parts import LabelledImage
 from lora_embed.gates import checks
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.description import read_description
 from lora_embed.model.encoder import Encoder, load_encoder, load_members
+from lora_embed.model.ingredients import gather
 from lora_embed.vectors.health import seeded_sample
 from models import save_base
 

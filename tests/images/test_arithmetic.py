@@ -28,8 +28,9 @@ from lora_embed.config.models import load_recipe
 from lora_embed.errors import EncoderError
 from lora_embed.images.arithmetic import IMAGES, check_arithmetic, check_once, known_paths, known_pixels, name_arithmetic
 from lora_embed.images.preprocess import PILLOW_13, Arithmetic, Joint
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.description import DESCRIPTION, read_description
+from lora_embed.model.ingredients import gather
 from lora_embed.run.job import run_job
 from old_pillow import install, path_with, resize_columns_first
 from samples import PREPROCESSING, layout

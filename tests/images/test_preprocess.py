@@ -14,9 +14,10 @@ from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImag
 from lora_embed.config.models import Recipe
 from lora_embed.errors import EncoderError
 from lora_embed.images.preprocess import Arithmetic, Preprocessing, from_processor
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.description import read_description
 from lora_embed.model.encoder import load_encoder
+from lora_embed.model.ingredients import gather
 from models import save_base
 from samples import noise
 

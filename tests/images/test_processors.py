@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 import other_processor
 from jobs import ROOT, job_of, read_rows, vectors_by_id, write_tars
 from lora_embed.config.models import load_recipe
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.description import DESCRIPTION
 from lora_embed.model.golden import BOUNDS, relative_difference
+from lora_embed.model.ingredients import gather
 from lora_embed.run.encoders import store_encoder
 from lora_embed.schema import encoder_path
 from lora_embed.store.store import Store

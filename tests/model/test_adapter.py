@@ -8,7 +8,7 @@ import torch
 
 from lora_embed.errors import AdapterMismatch, StorageError
 from lora_embed.model.adapter import read_adapter
-from lora_embed.model.base import find_base
+from lora_embed.model.base_files import find_base
 from lora_embed.model.change import LowRank
 from lora_embed.model.match import Adapter, match_adapter, target_of
 from models import edit_tensors, save_adapter, save_base, with_v4_names

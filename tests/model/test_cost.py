@@ -22,7 +22,8 @@ MEASURE = """
 import json, resource, sys, time
 from pathlib import Path
 from lora_embed.config.models import AdapterSpec, Recipe
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
+from lora_embed.model.ingredients import gather
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 base, out, method, *adapters = sys.argv[1:]

@@ -19,8 +19,9 @@ from jobs import ROOT
 from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.errors import AdapterMismatch, ConfigError, StorageError
 from lora_embed.model.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
-from lora_embed.model.base import Base, load_headless
-from lora_embed.model.build import gather
+from lora_embed.model.base import load_headless
+from lora_embed.model.base_files import Base
+from lora_embed.model.ingredients import gather
 from lora_embed.model.match import Adapter, match_adapter, target_of
 from lora_embed.model.member import fold_members
 from lora_embed.model.whole import Target

@@ -20,9 +20,10 @@ from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.demo.parts import LabelledImage
 from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.images.decode import BadImage
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.description import read_description
 from lora_embed.model.golden import relative_difference
+from lora_embed.model.ingredients import gather
 from lora_embed.model.pooling import HiddenState
 from models import save_adapter, save_base
 from samples import png, poisoned

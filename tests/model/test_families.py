@@ -30,9 +30,10 @@ from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.images.preprocess import from_processor
 from lora_embed.model.base import load_headless, read_model_config, read_processor
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.encoder import Encoder, load_encoder
 from lora_embed.model.golden import relative_difference
+from lora_embed.model.ingredients import gather
 from lora_embed.model.locate import head_names, locate, weight_shapes
 from lora_embed.model.pooling import find_tap
 from models import FAMILIES, SIZE, SMALL, Family, save_adapter_of, save_base, save_bases, v4_name, with_v4_names

@@ -26,10 +26,12 @@ from transformers import PreTrainedModel
 from jobs import ROOT
 from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.model.adapter import read_adapter
-from lora_embed.model.base import find_base, read_processor
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.base import read_processor
+from lora_embed.model.base_files import find_base
+from lora_embed.model.build import build_encoder
 from lora_embed.model.encoder import Encoder, load_encoder
 from lora_embed.model.golden import relative_difference
+from lora_embed.model.ingredients import gather
 from lora_embed.model.match import match_adapter, target_of
 from models import FAMILIES, edit_tensors, save_bases
 

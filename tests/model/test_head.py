@@ -11,10 +11,12 @@ from transformers import AutoModelForImageClassification
 
 from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.demo.parts import LabelledImage
-from lora_embed.model.base import Base, find_base, load_headless
-from lora_embed.model.build import gather, match_adapters
+from lora_embed.model.base import load_headless
+from lora_embed.model.base_files import Base, find_base
+from lora_embed.model.build import match_adapters
 from lora_embed.model.fold import Merge, fold
 from lora_embed.model.head import HeadOnBody, SavedHead, class_names, find_head
+from lora_embed.model.ingredients import gather
 from lora_embed.model.match import Adapter
 from models import SIZE, save_adapter, save_base
 

@@ -16,10 +16,11 @@ from lora_embed import load_encoder
 from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.demo.parts import LabelledImage
 from lora_embed.errors import ConfigError, EncoderError
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.description import read_description
 from lora_embed.model.fold import Limit, on_grid
 from lora_embed.model.golden import relative_difference
+from lora_embed.model.ingredients import gather
 from models import save_adapter, save_base
 
 

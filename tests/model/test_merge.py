@@ -29,7 +29,7 @@ def low_rank(seed: int, rank: int = 4, scale: float = 2.0) -> LowRank:
 
 
 def adapter(seed: int, **changes: LowRank) -> Adapter:
-    saved = SavedAdapter(uri=str(seed), folder=Path(), config={}, tensors={}, content_hash=f"{seed:012d}")
+    saved = SavedAdapter(uri=str(seed), folder=Path(), config={}, content_hash=f"{seed:012d}")
     changes = changes or {"a": low_rank(seed), "b": low_rank(seed + 1)}
     named = {f"{name}.weight": change for name, change in changes.items()}
     return Adapter(saved=saved, changes=dict(named), places={}, head_keys=())

@@ -182,6 +182,7 @@ def child(code: str, *arguments: str, limit_s: float = 400, **environment: str) 
     return subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=True, env=variables, cwd=ROOT)
 
 
+@pytest.mark.long
 def test_ray_tries_again_as_often_as_it_is_told_and_tells_that_it_does(tmp_path: Path) -> None:
     """Of a task or an actor's call whose process dies; and nothing of it goes to stdout, or is deprecated."""
     ended = child(RETRIES, str(tmp_path))
@@ -224,6 +225,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.long
 def test_ray_knows_the_limit_to_retries_for_want_of_memory(tmp_path: Path) -> None:
     """Its memory monitor ends every worker here; without the limit, which the environment sets, that went on for ever."""
     settings = {

@@ -18,9 +18,10 @@ from lora_embed.model import fold as folding
 from lora_embed.model import match as matching
 from lora_embed.model import member as members
 from lora_embed.model import merge
-from lora_embed.model.base import Base
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.base_files import Base
+from lora_embed.model.build import build_encoder
 from lora_embed.model.change import LowRank
+from lora_embed.model.ingredients import gather
 from models import edit_tensors, save_adapter, save_base
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lora_embed.model.adapter import read_adapter
-from lora_embed.model.base import Base, load_headless
+from lora_embed.model.base import load_headless
+from lora_embed.model.base_files import Base
 from lora_embed.model.fold import Merge, fold
 from lora_embed.model.match import Adapter, match_adapter
 from lora_embed.model.whole import Target

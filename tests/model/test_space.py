@@ -19,9 +19,10 @@ from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.errors import EncoderError
 from lora_embed.images.preprocess import Arithmetic
 from lora_embed.model.base import load_headless
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.description import DESCRIPTION, REPORT, read_description
 from lora_embed.model.fold import Limit
+from lora_embed.model.ingredients import gather
 from lora_embed.model.space import SHAPING, shaping_fields, space_id_of
 from models import FAMILIES, SIZE, save_adapter, save_base, save_bases
 from old_pillow import install, path_with
@@ -64,7 +65,8 @@ BUILDS = """
 import sys
 from pathlib import Path
 from lora_embed.config.models import load_recipe
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
+from lora_embed.model.ingredients import gather
 print(build_encoder(gather(load_recipe(sys.argv[1])), Path(sys.argv[2]), lambda line: None).space_id)
 """
 

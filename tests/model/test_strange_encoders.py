@@ -25,11 +25,13 @@ from lora_embed.errors import AdapterMismatch, ConfigError, EncoderError, Storag
 from lora_embed.evaluate.candidates import find_entrants
 from lora_embed.model import endless, golden
 from lora_embed.model.adapter import read_adapter
-from lora_embed.model.base import check_base, find_base, load_headless
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.base import load_headless
+from lora_embed.model.base_files import check_base, find_base
+from lora_embed.model.build import build_encoder
 from lora_embed.model.description import FILES, read_description
 from lora_embed.model.encoder import Encoder, golden_pixels, load_members
 from lora_embed.model.fold import Limit
+from lora_embed.model.ingredients import gather
 from lora_embed.model.match import match_adapter, target_of
 from lora_embed.model.peft_private import named_by, targeting
 from lora_embed.run.encoders import find_source, named_base, store_encoder

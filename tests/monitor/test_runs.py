@@ -120,6 +120,7 @@ def status(uri: str, environment: dict[str, str], *arguments: str) -> str:
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=True, timeout=60, cwd=ROOT).stdout
 
 
+@pytest.mark.long
 def test_a_run_is_seen_from_elsewhere_while_it_goes_on_and_seems_dead_once_it_is_killed(
     tmp_path: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,8 @@ from lora_embed.chain import pipeline, ray_private
 from lora_embed.cli.main import run_command
 from lora_embed.config.models import load_recipe
 from lora_embed.errors import ChangedMeanwhile, IncompleteRun, StorageError, WorkersLost
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
+from lora_embed.model.ingredients import gather
 from lora_embed.store.fetch import cache_root, fetch_directory
 from lora_embed.store.store import Store
 from models import save_adapter, save_base

@@ -40,9 +40,10 @@ from lora_embed.chain import cluster
 from lora_embed.config.models import JobConfig, load_job, load_recipe
 from lora_embed.demo.parts import LabelledImage, write_shards
 from lora_embed.errors import EncoderError, GateFailed, IncompleteRun
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.fold import Limit
 from lora_embed.model.golden import relative_difference
+from lora_embed.model.ingredients import gather
 from lora_embed.run.job import run_job
 from lora_embed.run.plan import plan_job
 from lora_embed.table.verify import verify_table
@@ -296,7 +297,7 @@ def test_an_opened_table_answers_with_its_own_encoder(tmp_path: Path, tiny: Path
     assert (nearest["id"], nearest["label"], float(distances.min())) == ("0000.tar/000017", 17 % 7, 0.0)
 
 
-@pytest.mark.parametrize(("cpus", "gpus"), [(4, 0), (1, 1)])
+@pytest.mark.parametrize(("cpus", "gpus"), [pytest.param(4, 0, marks=pytest.mark.long), (1, 1)])
 def test_both_topologies_end_with_the_same_vectors(tmp_path: Path, tiny: Path, cpus: int, gpus: int) -> None:
     """A declared GPU puts decoding, embedding and writing into processes of their own; the actor computes on the CPU."""
     source = write_tars(tmp_path / "shards", shards=5, images=12)
@@ -314,7 +315,7 @@ def test_both_topologies_end_with_the_same_vectors(tmp_path: Path, tiny: Path, c
     assert vectors_by_id(read_rows(tmp_path / "table")) == expected
 
 
-@pytest.mark.parametrize("gpus", [0, 1])
+@pytest.mark.parametrize("gpus", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_an_image_that_kills_its_decoder_is_one_reject(
     tmp_path: Path, tiny: Path, gpus: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,6 +403,7 @@ def peak_memory(job: JobConfig) -> int:
     return peaks[0]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("cluster")
 def test_memory_does_not_grow_with_the_number_of_shards(tmp_path: Path, tiny: Path) -> None:
     peaks = {}

@@ -5,10 +5,13 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -37,6 +40,29 @@ def tonight(job: Path, capfd: pytest.CaptureFixture[str], *arguments: str) -> di
     assert code == 0, errors
     said: dict[str, object] = json.loads(output.splitlines()[-1])
     return said
+
+
+QUIET = """
+import sys
+from lora_embed.cli.main import nightly_job
+code = nightly_job(["--config", sys.argv[1], "--json"])
+print(code, sorted({"torch", "transformers", "peft"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize(("method", "imports"), [("linear", []), ("ties", ["peft", "torch", "transformers"])])
+def test_a_night_with_nothing_to_do_needs_no_torch(
+    job: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, method: str, imports: list[str]
+) -> None:
+    """Only the options of a method that has some are completed by code that needs torch."""
+    recipe = job.parent / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | {"merge_method": method}))
+    run_here(monkeypatch)
+    assert tonight(job, capfd)["published"]
+    command = [sys.executable, "-c", QUIET, str(job)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.splitlines()
+    assert json.loads(said[0])["published"] is False
+    assert said[1] == f"0 {imports}"
 
 
 @pytest.mark.usefixtures("cluster")

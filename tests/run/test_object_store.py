@@ -19,8 +19,9 @@ from lora_embed.chain import pipeline
 from lora_embed.cli.main import run_command
 from lora_embed.config.models import load_job, load_recipe
 from lora_embed.errors import StorageError, StoreUnavailable
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.fold import Limit
+from lora_embed.model.ingredients import gather
 from lora_embed.run.job import run_job
 from lora_embed.store import remote
 from lora_embed.store.store import Store
@@ -118,6 +119,7 @@ def test_base_and_adapters_on_s3_make_the_encoder_of_those_on_a_disk(
 
 
 @pytest.mark.usefixtures("cluster")
+@pytest.mark.long
 def test_an_outage_longer_than_the_limit_ends_the_run_and_loses_nothing(
     tmp_path: Path, server: S3Server, proxy: Proxy, local: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

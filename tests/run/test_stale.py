@@ -205,7 +205,9 @@ def planned(folder: Path, count: int) -> dict[str, float]:
         os.close(os.open(parts / f"{shard.id}-00000000-last.parquet", os.O_CREAT))
     half = counts[: count // 2]
     files = tuple(
-        FileEntry(path=f"data/{n}", rows=170 * 512, bytes=2**27, sha256="0" * 64, shards=tuple(half[n : n + 170]))
+        FileEntry(
+            path=f"data/{SPACE}/{n:032x}.parquet", rows=170 * 512, bytes=2**27, sha256="0" * 64, shards=tuple(half[n : n + 170])
+        )
         for n in range(0, len(half), 170)
     )
     reuse = Reuse(files=files, rejects=(), sources=())

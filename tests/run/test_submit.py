@@ -154,6 +154,7 @@ def test_a_shell_joins_with_its_package_and_keeps_its_keys(head: Head, ended: di
     assert refused.startswith(f"the Ray cluster at {head.dashboard} cannot be joined: Invalid Ray address")
 
 
+@pytest.mark.long
 def test_a_stopped_job_goes_on_with_the_same_submit(head: Head, tmp_path: Path) -> None:
     source = write_tars(tmp_path / "shards", shards=4, images=100)
     job = write_job(tmp_path, tiny_recipe(tmp_path), source, chunk_size=4)

@@ -17,8 +17,9 @@ from documented import bits, documented, expected_ids, run_documented
 from lora_embed.config.models import load_recipe
 from lora_embed.demo.parts import LabelledImage
 from lora_embed.errors import ConfigError
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.encoder import load_encoder
+from lora_embed.model.ingredients import gather
 from lora_embed.search.export import KINDS, export_index, open_index
 from lora_embed.search.index import Hit, Index
 from lora_embed.search.search import search_table

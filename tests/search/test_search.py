@@ -15,8 +15,9 @@ from lora_embed.cli import main
 from lora_embed.config.models import load_recipe
 from lora_embed.errors import ConfigError
 from lora_embed.images.decode import decode_image
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.encoder import Encoder, load_encoder
+from lora_embed.model.ingredients import gather
 from lora_embed.schema import encoder_path
 from lora_embed.search.export import export_index, open_index
 from lora_embed.search.search import find_pictures, search_image, search_table

@@ -15,9 +15,10 @@ from lora_embed.config.models import load_recipe
 from lora_embed.errors import StorageError
 from lora_embed.evaluate.candidates import find_entrants
 from lora_embed.model.adapter import read_adapter
-from lora_embed.model.base import find_base
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.base_files import find_base
+from lora_embed.model.build import build_encoder
 from lora_embed.model.fold import Limit
+from lora_embed.model.ingredients import gather
 from models import save_adapter, save_base
 
 NEWEST, TAGGED = "a" * 40, "b" * 40

@@ -17,8 +17,9 @@ from lora_embed.cli import main
 from lora_embed.config.models import load_recipe
 from lora_embed.errors import AdapterMismatch, ConfigError
 from lora_embed.evaluate.records import Evaluation
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.encoder import load_encoder
+from lora_embed.model.ingredients import gather
 from lora_embed.model.merge import METHODS
 from lora_embed.model.refold import BATCH, Refolder
 from lora_embed.tune.goal import Budget, Goal, TaskLabel, read_label
@@ -136,6 +137,7 @@ def test_another_objective_needs_no_trial_anew(folder: Path, tuned: Tuned) -> No
         assert trial.objective >= other.objective
 
 
+@pytest.mark.long
 def test_a_search_killed_in_its_midst_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     undisturbed = tune(tiny_search(tmp_path, evaluations=FOREVER, work=tmp_path / "undisturbed"))
     expected = (tmp_path / "tuned.yaml").read_bytes()

@@ -6,7 +6,7 @@ from lora_embed.schema import Shard
 from lora_embed.store.store import Store
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WorkItem:
     """A shard to embed: all chunks that are not yet committed or, in a trial run, its first samples."""
 

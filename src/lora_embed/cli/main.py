@@ -47,8 +47,9 @@ def build(
     log_format: Log = LogFormat.TEXT,
 ) -> None:
     """Merge a recipe's adapters into an encoder directory, with its merge report."""
-    from lora_embed.model.build import build_encoder, gather
+    from lora_embed.model.build import build_encoder
     from lora_embed.model.fold import Limit
+    from lora_embed.model.ingredients import gather
 
     if store is Store.MODEL and (rank is not None or energy != 1.0):
         raise ConfigError("--rank and --energy limit the adapter that --store adapter writes. Add --store adapter.")

@@ -14,10 +14,11 @@ from lora_embed.config.models import Recipe, distinct_names, load_recipe, record
 from lora_embed.errors import AdapterMismatch, ConfigError, EncoderError, StorageError
 from lora_embed.evaluate.collect import Wanted
 from lora_embed.evaluate.records import Candidate
-from lora_embed.model.build import Ingredients, gather, match_adapters
+from lora_embed.model.build import match_adapters
 from lora_embed.model.description import Description, read_description
 from lora_embed.model.follow import refuse_elsewhere
 from lora_embed.model.head import SavedHead, class_names, find_head
+from lora_embed.model.ingredients import Ingredients, gather
 from lora_embed.model.match import Adapter
 from lora_embed.model.merge import CONCAT
 from lora_embed.monitor.progress import say

@@ -4,25 +4,24 @@ PEFT's module injection is not used, since merges silently go wrong there. PEFT 
 module decides by name what each field means for the merge.
 """
 
-import dataclasses
 import hashlib
 import json
-import re
 import sys
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import safetensors
-import torch
-from peft import LoraConfig
-from safetensors.torch import load_file, save_file
 
 from lora_embed.errors import AdapterMismatch, ChangedMeanwhile, LoraEmbedError, StorageError
-from lora_embed.model.change import LowRank
 from lora_embed.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROCESSOR_FILES, own_file, read_json
 from lora_embed.store.fetch import fetch_directory
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG_NAME, WEIGHTS_NAME, PROCESSOR_NAME = ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROCESSOR_FILES[0]
 PREFIX = "base_model.model."
@@ -43,8 +42,10 @@ _IRRELEVANT = {
 # Initialisations that do not change the base, and two whose change of the base can be computed from the base alone.
 _HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _RESIDUAL_INITIALISATIONS = ("pissa", "olora")
+_BLOCK = 2**20  # bytes that are read at a time
 MOST_NAMED = 1000  # characters in the name of a tensor, a module or a base
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Types of numbers that an adapter may hold, as safetensors names them, and as torch does in content hashes.
+_DTYPES = {"F64": "torch.float64", "F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +55,28 @@ class SavedAdapter:
     uri: str
     folder: Path  # on this machine
     config: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
     content_hash: str  # over all tensors, and the fields of the configuration that change the result
 
+    @cached_property
+    def tensors(self) -> "dict[str, torch.Tensor]":
+        """All tensors by name, read when they are first needed. Raises AdapterMismatch for NaN and infinity."""
+        import torch
+        from safetensors.torch import load_file
 
-def read_adapter(uri: str, revision: str | None = None) -> SavedAdapter:
-    """Read an adapter's configuration and tensors from a directory, an fsspec URI or the hub.
+        try:
+            tensors = load_file(self.folder / WEIGHTS_NAME)
+        except (safetensors.SafetensorError, ValueError, OSError) as error:  # it was readable when it was hashed
+            raise ChangedMeanwhile(f"{self.uri}: changed while it was read ({error}). Run the same command again.") from None
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise AdapterMismatch(
+                    f"{self.uri}: {name} holds NaN or infinity. The training diverged; use another checkpoint."
+                )
+        return tensors
+
+
+def find_adapter(uri: str, revision: str | None = None) -> SavedAdapter:
+    """Find an adapter in a directory, at an fsspec URI or on the hub; check its configuration, and hash it without torch.
 
     Raises AdapterMismatch for an adapter that cannot be folded exactly, and StorageError if it cannot be read.
     """
@@ -68,55 +85,25 @@ def read_adapter(uri: str, revision: str | None = None) -> SavedAdapter:
     path = own_file(folder, WEIGHTS_NAME)
     if path is None:
         raise AdapterMismatch(f"{uri}: expected {WEIGHTS_NAME}, {_describe_other_files(folder)}")
-    try:
-        path.open("rb").close()  # safetensors reports a file without read permission as missing
-        tensors = load_file(path)
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise AdapterMismatch(f"{path}: is not a whole safetensors file ({str(error)[:200]}). Copy or save it again.") from None
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read ({error.strerror or error}). Check its permissions and the disk.") from None
     _check_fields(uri, config)
-    _check_numbers(uri, tensors)
-    content_hash = _content_hash(config, tensors)
-    return SavedAdapter(uri=uri, folder=folder, config=config, tensors=tensors, content_hash=content_hash)
+    return SavedAdapter(uri=uri, folder=folder, config=config, content_hash=_content_hash(uri, config, path))
+
+
+def read_adapter(uri: str, revision: str | None = None) -> SavedAdapter:
+    """`find_adapter`, with its tensors read and checked as well."""
+    saved = find_adapter(uri, revision)
+    assert isinstance(saved.tensors, dict)
+    return saved
 
 
 def check_adapter(saved: SavedAdapter) -> None:
     """Raises ChangedMeanwhile if the files have changed since they were read."""
     try:
-        now = read_adapter(str(saved.folder)).content_hash
+        now = find_adapter(str(saved.folder)).content_hash
     except LoraEmbedError:
         now = ""
     if now != saved.content_hash:
         raise ChangedMeanwhile(f"{saved.uri}: changed while the encoder was built. Run the same command again.")
-
-
-def write_adapter(folder: Path, changes: dict[str, LowRank], base: str) -> None:
-    """Write low-rank changes (module of the headless model → change) as one LoRA adapter that PEFT can load.
-
-    The scale of every change must be 1: for each module, alpha is written equal to the rank.
-    """
-    tensors, ranks = {}, {}
-    for module, change in changes.items():
-        assert change.scale == 1.0, module
-        ranks[re.escape(module)] = rank = change.down.shape[0]
-        kernel = change.shape[2:]
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = change.down.reshape(rank, *change.shape[1:]).contiguous()
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = change.up.reshape(-1, rank, *[1] * len(kernel)).contiguous()
-    most = max(ranks.values())
-    others = {module: rank for module, rank in ranks.items() if rank != most}
-    config = LoraConfig(
-        r=most,
-        lora_alpha=most,
-        rank_pattern=others,
-        alpha_pattern=dict(others),
-        target_modules=sorted(changes),
-        base_model_name_or_path=base,
-        inference_mode=True,
-    )
-    folder.mkdir(parents=True)
-    config.save_pretrained(str(folder))
-    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def residual_kind(config: dict[str, Any]) -> Any:
@@ -165,12 +152,13 @@ def _read_config(uri: str, folder: Path) -> dict[str, Any]:
 def _check_fields(uri: str, config: dict[str, Any]) -> None:
     """Check the types of the fields that are handled, and refuse every other field that differs from PEFT's default."""
     _check_types(uri, config)
-    defaults = dataclasses.asdict(LoraConfig())
-    for field, value in config.items():
-        default = defaults.get(field)
-        if field in _HANDLED | _SHOWN_BY_TENSORS | _IRRELEVANT or value == default:
+    for field in sorted(config.keys() - _HANDLED - _SHOWN_BY_TENSORS - _IRRELEVANT):
+        value = config[field]
+        if not value:  # the default of all other fields; they switch something on
             continue
-        if (field not in defaults or isinstance(value, dict | list)) and not value and not default:
+        from lora_embed.model.peft_private import defaults  # imports peft, which takes seconds
+
+        if value == defaults.get(field):
             continue
         reason = "cannot be folded exactly" if field in defaults else "is not known to this version of PEFT"
         raise AdapterMismatch(
@@ -240,25 +228,40 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
-def _check_numbers(uri: str, tensors: dict[str, torch.Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if len(name) > MOST_NAMED:
-            raise AdapterMismatch(f"{uri}: the name of a tensor has {len(name):,} characters. Save the adapter again.")
-        if tensor.dtype not in _DTYPES:
-            raise AdapterMismatch(
-                f"{uri}: {name} holds {tensor.dtype}, expected float32, float16, bfloat16 or float64. "
-                "Save the adapter without quantisation."
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise AdapterMismatch(f"{uri}: {name} holds NaN or infinity. The training diverged; use another checkpoint.")
-
-
-def _content_hash(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+def _content_hash(uri: str, config: dict[str, Any], path: Path) -> str:
     fields = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
     relevant = {field: config.get(field) or None for field in fields} | {"residual": residual_kind(config)}
     digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    try:
+        with path.open("rb") as file:
+            for name, described, data in _tensors_of(path, file):
+                if len(name) > MOST_NAMED:
+                    raise AdapterMismatch(f"{uri}: the name of a tensor has {len(name):,} characters. Save the adapter again.")
+                if described["dtype"] not in _DTYPES:
+                    raise AdapterMismatch(
+                        f"{uri}: {name} holds numbers of type {described['dtype']}, expected {', '.join(_DTYPES)}. Save the "
+                        "adapter without quantisation."
+                    )
+                digest.update(f"{name} {_DTYPES[described['dtype']]} {tuple(described['shape'])}\n".encode())
+                for block in data:
+                    digest.update(block)
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise AdapterMismatch(f"{path}: is not a whole safetensors file ({str(error)[:200]}). Copy or save it again.") from None
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror or error}). Check its permissions and the disk.") from None
     return digest.hexdigest()
+
+
+def _tensors_of(path: Path, file: BinaryIO) -> Iterator[tuple[str, dict[str, Any], Iterator[bytes]]]:
+    """Each tensor of a safetensors file, by name: its type and shape, and its bytes, which are read in blocks.
+
+    The file is the length of a header (8 bytes), the header as JSON, and the bytes, to which the header has offsets.
+    """
+    safetensors.safe_open(path, framework="np")  # checks the header against the size of the file
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    for name, described in sorted(header.items()):
+        begin, end = described["data_offsets"]
+        file.seek(8 + length + begin)
+        yield name, described, (file.read(min(_BLOCK, end - at)) for at in range(begin, end, _BLOCK))

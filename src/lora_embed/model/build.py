@@ -1,11 +1,10 @@
 """Recipe → encoder directory: the adapters are folded into the headless base in float32, checked and described."""
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,17 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from lora_embed.config.models import Recipe
 from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.images.arithmetic import with_golden
 from lora_embed.images.preprocess import Preprocessing, from_processor
-from lora_embed.model import golden, merge
-from lora_embed.model.adapter import PROCESSOR_NAME, SavedAdapter, check_adapter, first_names, read_adapter
-from lora_embed.model.base import Base, check_base, find_base, load_headless, read_processor
+from lora_embed.model import golden
+from lora_embed.model.adapter import PROCESSOR_NAME, check_adapter, first_names
+from lora_embed.model.base import load_headless, read_processor
+from lora_embed.model.base_files import Base, check_base
 from lora_embed.model.description import BaseReference, Description, read_description, write_description
 from lora_embed.model.encoder import Encoder, golden_pixels
 from lora_embed.model.fold import Limit
+from lora_embed.model.ingredients import Ingredients, with_recipe
 from lora_embed.model.match import Adapter, match_adapter, target_of
 from lora_embed.model.member import Member, fold_members, prove_members, write_member
 from lora_embed.model.pooling import find_tap
@@ -35,41 +35,6 @@ from lora_embed.store.aside import folder_aside
 from lora_embed.text import in_one_line
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ingredients:
-    """A recipe, with its base and adapters read and hashed. Nothing is built yet."""
-
-    recipe: Recipe
-    base: Base
-    adapters: tuple[SavedAdapter, ...]
-    recipe_id: str
-
-
-def gather(recipe: Recipe) -> Ingredients:
-    """Read a recipe's base and adapters. Raises AdapterMismatch, ConfigError, EncoderError or StorageError for a bad one."""
-    merge.options_of(recipe.merge_method, recipe.merge_options)
-    base = find_base(recipe.base_model, recipe.revision)
-    adapters = tuple(read_adapter(spec.path, spec.revision) for spec in recipe.adapters)
-    seen: dict[str, str] = {}
-    for adapter in adapters:
-        if adapter.content_hash in seen:
-            raise ConfigError(
-                f"{adapter.uri}: is the same adapter as {seen[adapter.content_hash]}. Name it once, with the sum of weights."
-            )
-        seen[adapter.content_hash] = adapter.uri
-    return Ingredients(recipe=recipe, base=base, adapters=adapters, recipe_id=_recipe_id(recipe, base, adapters, None))
-
-
-def with_recipe(ingredients: Ingredients, recipe: Recipe) -> Ingredients:
-    """The same base with another recipe, whose adapters were all read before."""
-    merge.options_of(recipe.merge_method, recipe.merge_options)
-    known = {saved.uri: saved for saved in ingredients.adapters}
-    adapters = tuple(known[spec.path] for spec in recipe.adapters)
-    return Ingredients(
-        recipe=recipe, base=ingredients.base, adapters=adapters, recipe_id=_recipe_id(recipe, ingredients.base, adapters, None)
-    )
 
 
 def match_adapters(ingredients: Ingredients) -> list[Adapter]:
@@ -245,7 +210,7 @@ def _describe(
     reference = BaseReference(uri=base.uri, revision=recipe.revision, content_hash=base.content_hash)
     return Description(
         space_id=space_id_of(models, preprocessing, recipe.pooling, recipe.normalize),
-        recipe_id=_recipe_id(recipe, base, ingredients.adapters, limit),
+        recipe_id=ingredients.recipe_id_with(limit),
         dimension=len(models) * (output.shape[1] if output.ndim == 4 else output.shape[2]),
         pooling=recipe.pooling,
         normalize=recipe.normalize,
@@ -270,18 +235,3 @@ def _prefix_tokens(model: PreTrainedModel, output: torch.Tensor, preprocessing: 
     rows, columns = (patch, patch) if isinstance(patch, int) else patch
     height, width = preprocessing.size
     return max(0, int(output.shape[1]) - (height // rows) * (width // columns))
-
-
-def _recipe_id(recipe: Recipe, base: Base, adapters: tuple[SavedAdapter, ...], limit: Limit | None) -> str:
-    """12 hex digits: a hash of contents and options. Moved files and another order of adapters do not change it."""
-    weights = [spec.weight for spec in recipe.adapters]
-    parts = {
-        "base": base.content_hash,
-        "adapters": sorted([saved.content_hash, weight] for saved, weight in zip(adapters, weights, strict=True)),
-        "merge": [recipe.merge_method, merge.options_of(recipe.merge_method, recipe.merge_options), merge.VERSION],
-        "limit": asdict(limit) if limit else None,
-        "pooling": [recipe.pooling, recipe.normalize, recipe.image_size],
-    }
-    if recipe.decode != "exact":  # otherwise left out, so that recipes keep the ids from before this key existed
-        parts["decode"] = recipe.decode
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]

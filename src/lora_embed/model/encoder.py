@@ -17,7 +17,8 @@ from lora_embed.images.decode import BadImage, decode_image, to_rgb
 from lora_embed.images.isolate import IsolatedDecoder
 from lora_embed.images.preprocess import Pixels, Preprocessing
 from lora_embed.model import golden
-from lora_embed.model.base import Base, find_base, is_base, load_headless
+from lora_embed.model.base import load_headless
+from lora_embed.model.base_files import Base, find_base, is_base
 from lora_embed.model.description import FILES, BaseReference, Description, check_files, read_description
 from lora_embed.model.follow import may_ask_hub, refuse_elsewhere
 from lora_embed.model.pooling import FROM_LAST_HIDDEN_STATE, HiddenState, pooler

@@ -19,7 +19,8 @@ from safetensors.torch import load, save
 from torch import nn
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
-from lora_embed.model.base import Base, read_model_config
+from lora_embed.model.base import read_model_config
+from lora_embed.model.base_files import Base
 from lora_embed.model.files import MODEL_CONFIG, own_file, read_json
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import torch
 
 from lora_embed.errors import AdapterMismatch
 from lora_embed.model.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, SavedAdapter, residual_kind
-from lora_embed.model.base import Base, read_model_config
+from lora_embed.model.base import read_model_config
+from lora_embed.model.base_files import Base
 from lora_embed.model.change import Change, LowRank, Normed, Replaced, Residual, Shift
 from lora_embed.model.locate import head_names, locate, weight_shapes
 from lora_embed.model.peft_private import expressions_of_names, named_by

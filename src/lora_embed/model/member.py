@@ -4,16 +4,20 @@ An encoder has one model, or, with `concat`, one for each adapter, whose vectors
 """
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from peft import LoraConfig
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from lora_embed.config.models import Recipe
 from lora_embed.errors import AdapterMismatch, EncoderError
 from lora_embed.model import merge
-from lora_embed.model.adapter import read_adapter, write_adapter
-from lora_embed.model.base import Base, load_headless
+from lora_embed.model.adapter import PREFIX, WEIGHTS_NAME, read_adapter
+from lora_embed.model.base import load_headless
+from lora_embed.model.base_files import Base
 from lora_embed.model.change import LowRank
 from lora_embed.model.description import Description
 from lora_embed.model.encoder import load_members
@@ -84,11 +88,39 @@ def _fold(base: Base, merged: Merge, limit: Limit | None) -> Member:
 
 def write_member(member: Member, folder: Path, base: Base) -> None:
     if member.kept:
-        write_adapter(
+        _write_adapter(
             folder, {name.removesuffix(".weight"): change for name, change in member.kept.items()}, hub.plain_name(base.uri)
         )
     else:
         member.model.save_pretrained(folder)
+
+
+def _write_adapter(folder: Path, changes: dict[str, LowRank], base: str) -> None:
+    """Write low-rank changes (module of the headless model → change) as one LoRA adapter that PEFT can load.
+
+    The scale of every change must be 1: for each module, alpha is written equal to the rank.
+    """
+    tensors, ranks = {}, {}
+    for module, change in changes.items():
+        assert change.scale == 1.0, module
+        ranks[re.escape(module)] = rank = change.down.shape[0]
+        kernel = change.shape[2:]
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = change.down.reshape(rank, *change.shape[1:]).contiguous()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = change.up.reshape(-1, rank, *[1] * len(kernel)).contiguous()
+    most = max(ranks.values())
+    others = {module: rank for module, rank in ranks.items() if rank != most}
+    config = LoraConfig(
+        r=most,
+        lora_alpha=most,
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        target_modules=sorted(changes),
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+    folder.mkdir(parents=True)
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def prove_members(base: Base, members: list[Member], description: Description, folder: Path) -> list[Proof]:

@@ -22,7 +22,6 @@ from lora_embed.errors import AdapterMismatch, ConfigError
 from lora_embed.model.change import LowRank, multiply
 from lora_embed.model.match import Adapter
 
-VERSION = 2  # part of the recipe id: raise it when a method's numbers change
 CONCAT = "concat"  # does not merge: each adapter gets its own model, see `build.py`
 
 _BLOCK = 2**18  # entries of a weight that are merged at a time

@@ -1,5 +1,6 @@
 """The private parts of PEFT that are used, its two rules for matching names. They are checked when this is imported."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,8 @@ from lora_embed.model.endless import Expression
 _PURPOSE = "find the modules that an adapter changes, and their ranks, as PEFT itself does"
 _matches = part("peft", "peft.tuners.tuners_utils:check_target_module_exists", _PURPOSE, takes=("config", "key"))
 _pattern_key = part("peft", "peft.utils.other:get_pattern_key", _PURPOSE, takes=("pattern_keys", "key_to_match"))
+
+defaults = dataclasses.asdict(LoraConfig())  # of all fields of an adapter's configuration
 
 
 def targeting(config: dict[str, Any]) -> Callable[[str], bool]:

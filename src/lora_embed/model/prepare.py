@@ -11,7 +11,8 @@ from lora_embed.errors import EncoderError
 from lora_embed.images.arithmetic import name_arithmetic
 from lora_embed.images.preprocess import Preprocessing, from_processor
 from lora_embed.model import golden
-from lora_embed.model.base import Base, read_processor
+from lora_embed.model.base import read_processor
+from lora_embed.model.base_files import Base
 from lora_embed.model.encoder import golden_pixels
 
 MOST_LARGE = 8192  # pixels along an edge of the large golden image

@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from lora_embed.config.models import Recipe
 from lora_embed.images.preprocess import Pixels
 from lora_embed.model import merge
-from lora_embed.model.build import Ingredients, match_adapters, one_thread, open_base, with_recipe
+from lora_embed.model.build import match_adapters, one_thread, open_base
 from lora_embed.model.encoder import Encoder
 from lora_embed.model.fold import Merge, fold
+from lora_embed.model.ingredients import Ingredients, with_recipe
 from lora_embed.model.space import space_id_of
 
 BLOCK = 1024  # images that are copied from a mapped file at a time

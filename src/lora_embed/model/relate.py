@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lora_embed.model.base import Base, load_headless
+from lora_embed.model.base import load_headless
+from lora_embed.model.base_files import Base
 from lora_embed.model.change import LowRank
 from lora_embed.model.fold import Merge
 from lora_embed.model.match import Adapter

@@ -10,7 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from lora_embed.model.base import Base
+from lora_embed.model.base_files import Base
 from lora_embed.model.description import REPORT, Description
 from lora_embed.model.member import Member
 from lora_embed.model.proof import Proof

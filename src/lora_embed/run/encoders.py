@@ -3,34 +3,28 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lora_embed.config.foreign import RecipeRecord, read_record
 from lora_embed.config.models import load_recipe
 from lora_embed.errors import EncoderError, IncompleteRun
 from lora_embed.model.description import DESCRIPTION, Description, files_of, read_description
 from lora_embed.model.follow import refuse_elsewhere
+from lora_embed.model.ingredients import Ingredients, find_ingredients
 from lora_embed.monitor.progress import say
 from lora_embed.schema import encoder_path
 from lora_embed.store.store import Store
 from lora_embed.table import retention
 
-if TYPE_CHECKING:
-    from lora_embed.model.build import Ingredients
 
-
-def find_source(uri: str) -> "Ingredients | Path":
-    """The files that a recipe names, read and hashed, or the directory of an encoder built before."""
+def find_source(uri: str) -> Ingredients | Path:
+    """The files that a recipe names, found and hashed, or the directory of an encoder built before."""
     if Path(uri).is_dir():
         read_description(Path(uri))
         return Path(uri)
-    recipe = load_recipe(uri)
-    from lora_embed.model.build import gather  # imports torch and peft, which takes seconds
-
-    return gather(recipe)
+    return find_ingredients(load_recipe(uri))
 
 
-def named_base(source: "Ingredients | Path") -> str | None:
+def named_base(source: Ingredients | Path) -> str | None:
     """The place of the base that the user named, in a recipe or by naming an encoder's directory.
 
     Raises EncoderError if such an encoder names a base that lies elsewhere.
@@ -43,22 +37,25 @@ def named_base(source: "Ingredients | Path") -> str | None:
     return base.uri if base is not None else None
 
 
-def prepare_encoder(source: "Ingredients | Path", out: Path) -> Path:
+def prepare_encoder(source: Ingredients | Path, out: Path) -> Path:
     """The directory of an encoder that the table does not have: the user's, or else built at `out`."""
     if isinstance(source, Path):
         return source
-    from lora_embed.model.build import build_encoder
+    from lora_embed.model.build import build_encoder  # imports torch and peft, which takes seconds
 
     build_encoder(source, out, say)
     return out
 
 
-def find_encoder(source: "Ingredients | Path", store: Store) -> Description | None:
+def find_encoder(source: Ingredients | Path, store: Store) -> Description | None:
     """The encoder that was built from this source before, if the table's storage holds it completely."""
     if isinstance(source, Path):
         return stored_encoder(store, read_description(source).space_id)
-    recorded = read_record(store, record_path(source.recipe_id), RecipeRecord)
-    return stored_encoder(store, recorded.space_id) if recorded is not None else None
+    for recipe_id in source.possible_ids():
+        recorded = read_record(store, record_path(recipe_id), RecipeRecord)
+        if recorded is not None:
+            return stored_encoder(store, recorded.space_id)
+    return None
 
 
 def stored_encoder(store: Store, space_id: str) -> Description | None:

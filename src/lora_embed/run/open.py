@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lora_embed.config.models import JobConfig
 from lora_embed.model.description import Description
+from lora_embed.model.ingredients import Ingredients
 from lora_embed.run.encoders import find_encoder, find_source, named_base
 from lora_embed.run.layout import known_layout
 from lora_embed.schema import Layout, Shard
@@ -15,9 +15,6 @@ from lora_embed.store.store import Store
 from lora_embed.table import versions
 from lora_embed.table.manifest import Manifest
 
-if TYPE_CHECKING:
-    from lora_embed.model.build import Ingredients
-
 
 @dataclass(frozen=True, kw_only=True)
 class OpenJob:
@@ -26,7 +23,7 @@ class OpenJob:
     job: JobConfig
     store: Store  # the table's
     shards: list[Shard]
-    source: "Ingredients | Path"  # a recipe's files, read and hashed, or the directory of an encoder
+    source: Ingredients | Path  # a recipe's files, read and hashed, or the directory of an encoder
     current: Manifest | None
     encoder: Description | None  # the encoder built from this source before, if the table's storage holds it completely
 

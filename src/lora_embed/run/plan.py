@@ -5,13 +5,13 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lora_embed.chain import cluster, pipeline
 from lora_embed.chain.items import WorkItem
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import ConfigError, IncompleteRun
 from lora_embed.model.description import Description, read_description
+from lora_embed.model.ingredients import Ingredients
 from lora_embed.monitor.stages import Workers, add_seconds, find_bound, seconds_an_image
 from lora_embed.run import work
 from lora_embed.run.encoders import find_encoder, named_base, prepare_encoder
@@ -23,9 +23,6 @@ from lora_embed.shards.read import count_samples
 from lora_embed.store.store import Store
 from lora_embed.text import rough_span
 from lora_embed.vectors.health import seeded_sample
-
-if TYPE_CHECKING:
-    from lora_embed.model.build import Ingredients
 
 SHARDS_AN_ACTOR, IMAGES_A_SHARD = 3, 32  # size of the sample that a forecast embeds
 
@@ -116,7 +113,7 @@ def plan_job(job: JobConfig, *, forecasts: bool = False) -> Outlook:
 
 
 def forecast(
-    job: JobConfig, store: Store, source: "Ingredients | Path", layout: Layout | None, items: list[WorkItem]
+    job: JobConfig, store: Store, source: Ingredients | Path, layout: Layout | None, items: list[WorkItem]
 ) -> Forecast:
     """Embed the first images of a few shards on the cluster, discard the vectors, and estimate the time of a run.
 
@@ -173,7 +170,7 @@ def reckon(job: JobConfig, chunks: list[ChunkHead], images: int, start_seconds: 
     )
 
 
-def _find_or_build(job: JobConfig, store: Store, source: "Ingredients | Path", out: Path) -> tuple[Description, str]:
+def _find_or_build(job: JobConfig, store: Store, source: Ingredients | Path, out: Path) -> tuple[Description, str]:
     """The encoder, and where actors load it: from the table's storage, or from this machine if it is the only node."""
     if (known := find_encoder(source, store)) is not None:
         return known, f"{store.uri}/{encoder_path(known.space_id)}"

@@ -11,8 +11,9 @@ from lora_embed.config.models import Recipe
 from lora_embed.errors import EncoderError
 from lora_embed.evaluate.figures import BANK_SHARE, cka_relations, tasks_of
 from lora_embed.evaluate.records import Candidate, Evaluation, Relation, Trial
-from lora_embed.model.build import build_encoder, gather
+from lora_embed.model.build import build_encoder
 from lora_embed.model.encoder import load_encoder
+from lora_embed.model.ingredients import gather
 from lora_embed.model.refold import BATCH, Refolder
 from lora_embed.model.relate import relate_adapters
 from lora_embed.monitor.progress import say

@@ -15,7 +15,7 @@ from lora_embed.config.models import Recipe
 from lora_embed.errors import ConfigError
 from lora_embed.evaluate.page.evaluation import write_report
 from lora_embed.evaluate.records import Candidate, Evaluation
-from lora_embed.model.build import gather
+from lora_embed.model.ingredients import gather
 from lora_embed.model.merge import METHODS
 from lora_embed.model.refold import BATCH, Refolder
 from lora_embed.monitor.progress import say
