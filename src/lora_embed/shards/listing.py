@@ -12,13 +12,13 @@ from typing import Any
 from lora_embed.errors import ConfigError
 from lora_embed.monitor.progress import say
 from lora_embed.schema import Entry, Shard
+from lora_embed.shards.compressed import COMPRESSED_TAR
 from lora_embed.shards.list_rows import LISTS, References
 from lora_embed.shards.lists import hint, list_ranges, without_listed
 from lora_embed.store.store import Store
 
 TAR, PARQUET = (".tar",), (".parquet", ".pq")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 IMAGES_PER_GROUP = 1024
 MOST_NAMES = 10_000_000  # files that the braces of one pattern may name
 NAMED_LINKS = 10  # ignored links that a message names
@@ -34,7 +34,7 @@ def list_shards(
 
     A pattern is a file, a directory (searched to any depth), a glob or a brace range such as `{00..41}` or `{a,b}`. Links
     to folders outside of an input are followed only if `follows`; otherwise a message says that they are ignored.
-    Raises ConfigError for a pattern that matches nothing, for compressed tars, and for inputs whose samples could get
+    Raises ConfigError for a pattern that matches nothing, and for inputs whose samples could get
     equal ids.
     """
     are_lists = references is not None
@@ -153,11 +153,9 @@ def _group(
         name = entry.path.lower()
         if entry.path not in named and posixpath.basename(name).startswith((".", "_")):
             continue
-        if name.endswith(COMPRESSED_TAR):
-            raise ConfigError(f"{where}: {entry.path} is a compressed tar, which cannot be read in parts. Unpack it to .tar.")
         if are_lists and name.endswith(LISTS):
             shards.append(_single(root, entry, "references"))
-        elif name.endswith(TAR):
+        elif name.endswith(TAR + COMPRESSED_TAR):
             shards.append(_single(root, entry, "tar"))
         elif name.endswith(PARQUET):
             shards.append(_single(root, entry, "parquet"))

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from lora_embed.errors import LoraEmbedError, ShardError, StorageError
 from lora_embed.schema import WHOLE, Entry, Layout, Sample, Shard, Span, Wanted
+from lora_embed.shards.compressed import COMPRESSED_TAR, Unpacked
 from lora_embed.shards.parquet import read_parquet
 from lora_embed.shards.references import read_references
 from lora_embed.shards.tar import read_tar
@@ -77,7 +78,7 @@ def _errors_of(shard: Shard) -> Iterator[None]:
 
 def _bounded(samples: Iterator[Sample], shard: Shard) -> Iterator[Sample]:
     """The samples, with ShardError for keys or images that are too large, so that a small file cannot cause endless work."""
-    most = max(MOST_UNPACKED, TIMES_UNPACKED * shard.size) if shard.kind != "references" else float("inf")
+    most = _most_unpacked(shard) if shard.kind != "references" else float("inf")
     for sample in samples:
         most -= len(sample.data or b"")
         if most < 0:
@@ -93,6 +94,11 @@ def _bounded(samples: Iterator[Sample], shard: Shard) -> Iterator[Sample]:
         yield sample
 
 
+def _most_unpacked(shard: Shard) -> int:
+    """How many bytes a shard may unpack to."""
+    return max(MOST_UNPACKED, TIMES_UNPACKED * shard.size)
+
+
 def _read(store: Store, shard: Shard, layout: Layout, wanted: Wanted, span: Span) -> Iterator[Sample]:
     if shard.kind == "images":
         yield from _read_images(store, shard, wanted, layout.max_bytes)
@@ -103,7 +109,9 @@ def _read(store: Store, shard: Shard, layout: Layout, wanted: Wanted, span: Span
     try:
         with store.explained(entry.path), store.open(entry.path, ahead) as file, _errors_of(shard):
             if shard.kind == "tar":
-                yield from read_tar(file, shard, layout, wanted, span)
+                most, is_compressed = _most_unpacked(shard), entry.path.lower().endswith(COMPRESSED_TAR)
+                content: Any = Unpacked(file, entry.path, most, f"{shard.root}/{shard.name}") if is_compressed else file
+                yield from read_tar(content, shard, layout, wanted, span)
             else:
                 yield from read_parquet(file, shard, layout, wanted)
     except (ShardError, StorageError):

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 from lora_embed.errors import ShardError
 from lora_embed.schema import WHOLE, Layout, Sample, Shard, Span, Wanted
+from lora_embed.shards.compressed import Unpacked
 from lora_embed.shards.fields import MOST_FIELD
 from lora_embed.shards.listing import IMAGES
 
@@ -28,6 +29,7 @@ def read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted, span:
     ShardError for a tar that is cut short or has too many headers, and any error of `tarfile` for a damaged one.
     """
     where, size = f"{shard.root}/{shard.name}", shard.files[0].size
+    is_unpacked = isinstance(file, Unpacked)  # then the size is that of the compressed file, and no reader can begin within
     if size == 0:
         raise ShardError(f"{where}: has 0 bytes, but even an empty tar has at least 1,024. Upload it again, or remove it.")
     current: Sample | None = None
@@ -43,14 +45,17 @@ def read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted, span:
                 if not member.isreg() or posixpath.basename(member.name).startswith("."):  # macOS adds ._name to each
                     continue
                 if current is None or key != current.key or extension in taken:
-                    begin = None if headers.has_global else member.offset  # a reader from here on would miss global headers
+                    begin = (
+                        None if headers.has_global or is_unpacked else member.offset
+                    )  # a reader from here on would miss global headers
                     if current is not None:
                         current.end = begin
                         yield current
                         number += 1
                     current, taken = Sample(key, begin=begin), set()
                 taken.add(extension)
-                if not member.issparse() and member.offset_data + member.size > size:  # before memory is allocated for it
+                is_whole = is_unpacked or member.issparse() or member.offset_data + member.size <= size
+                if not is_whole:  # before memory is allocated for it
                     raise tarfile.ReadError("unexpected end of data")
                 if wanted(number):
                     _add_field(current, tar, headers, member, extension, layout)
@@ -60,11 +65,11 @@ def read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted, span:
             raise ShardError(f"{where}: is not a tar, although its name says so. Rename it or remove it.") from None
         raise ShardError(_cut_short(where, size, str(error))) from None
     if span.end is None:
-        _prove_end(file, end, size, where)
+        _prove_end(file, end, None if is_unpacked else size, where)
     elif end != span.end:
         raise ShardError(f"{where}: damaged tar: its members end at byte {end}, expected {span.end}. Upload it again.")
     if current is not None:
-        current.end = end
+        current.end = None if is_unpacked else end
         yield current
 
 
@@ -187,7 +192,7 @@ def _json_fields(data: bytes, names: set[str]) -> dict[str, Any]:
     return {name: values[name] for name in names & set(values)} if isinstance(values, dict) else {}
 
 
-def _prove_end(file: BinaryIO, end: int, size: int, where: str) -> None:
+def _prove_end(file: BinaryIO, end: int, size: int | None, where: str) -> None:
     """Check the end, since `tarfile` ends silently on a cut archive: a whole tar ends with two or more blocks of zeros."""
     file.seek(end)
     rest = 0
@@ -203,6 +208,7 @@ def _prove_end(file: BinaryIO, end: int, size: int, where: str) -> None:
             f"{where}: incomplete or damaged tar: its members end at byte {end} of {size}, and only zeros follow, as if the "
             "file was never written to its end. Upload it again; nothing of it is published."
         )
+    size = end + rest if size is None else size
     if rest < 2 * BLOCK or end + rest != size:
         raise ShardError(_cut_short(where, size, f"members end at byte {end} without the two closing blocks of a tar"))
 
