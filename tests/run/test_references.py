@@ -8,15 +8,22 @@ import pytest
 
 from jobs import job_of, read_rows, run_here, tiny_recipe, vectors_by_id, write_tars
 from lists import images_in, write_list
+from lora_embed.chain import pipeline
+from lora_embed.chain.device import Device
+from lora_embed.cli.options import read_as
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import ConfigError, GateFailed, IncompleteRun
+from lora_embed.evaluate.assess import open_source
+from lora_embed.evaluate.request import Request
 from lora_embed.run.job import run_job
 from lora_embed.run.plan import plan_job
 from lora_embed.shards import lists, references
+from lora_embed.shards.read import count_samples
 from lora_embed.store.objects import fetch
 from lora_embed.table.read import open_table
 from lora_embed.table.verify import verify_table
-from samples import png
+from lora_embed.tune.labelled import Reading, Wanted, read_labelled
+from samples import PREPROCESSING, png
 
 
 @pytest.fixture(autouse=True)
@@ -130,3 +137,18 @@ def test_a_job_without_lists_says_what_is_missing(tmp_path: Path, tiny: Path) ->
     for given in (source, source.parent / "*.csv"):
         with pytest.raises(ConfigError, match="set reference_column in the job to the column that holds them"):
             run_job(job_of(tmp_path, tiny, given))
+
+
+def test_evaluate_and_tune_read_the_lists_of_a_job(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `--data job.yaml` reads is what a run would read."""
+    rows = {"url": images_in(tmp_path / "in", 8), "kind": ["a", "b"] * 4}
+    job = job_with(tmp_path, tiny, write_list(tmp_path / "in" / "a.csv", rows))
+    reading = Reading(options={}, references=read_as(job)["references"])
+    wanted = Wanted(fields=("kind",), group=None, most=8, seed=0)
+    found = read_labelled(job.input, wanted, PREPROCESSING, tmp_path / "work", reading)
+    assert set(found.ids) == {f"a.csv/{path}" for path in rows["url"]}
+    assert found.classes == {"kind": ("a", "b")}
+    request = Request(recipes=(str(tiny),), inputs=job.input, labels=("kind",), work=str(tmp_path / "kept"), **read_as(job))
+    monkeypatch.setattr(pipeline, "ask_device", lambda topology: Device(kind="cpu", has_native_bfloat16=False))
+    source, _ = open_source(request)
+    assert sum(count_samples(shard, source.layout, {}, 10**6) for shard in source.shards) == 8

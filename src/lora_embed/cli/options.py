@@ -10,6 +10,7 @@ import typer
 from lora_embed.config.models import JobConfig, load_job
 from lora_embed.errors import ConfigError
 from lora_embed.monitor.progress import shown
+from lora_embed.run.open import references_of
 from lora_embed.text import without_secrets
 
 if TYPE_CHECKING:
@@ -49,7 +50,12 @@ def read_as(job: JobConfig | None) -> dict[str, Any]:
     """A job's settings for reading its images, as `evaluate` and `tune` take them; empty without a job."""
     if job is None:
         return {}
-    return {"input_options": job.input_storage_options, "image_column": job.image_column, "key_column": job.key_column}
+    return {
+        "input_options": job.input_storage_options,
+        "image_column": job.image_column,
+        "key_column": job.key_column,
+        "references": references_of(job),
+    }
 
 
 def options_like(place: str, known: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:

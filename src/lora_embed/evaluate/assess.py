@@ -20,6 +20,7 @@ from lora_embed.evaluate.thumbnails import thumbnails
 from lora_embed.monitor.progress import say
 from lora_embed.run.refuse import local_places, refuse_unshared
 from lora_embed.schema import Layout
+from lora_embed.shards.list_rows import carrying
 from lora_embed.shards.listing import list_shards
 from lora_embed.store.fetch import private_folder
 from lora_embed.store.store import Store
@@ -93,10 +94,11 @@ def open_source(request: Request) -> tuple[Source, cluster.Topology]:
     """List the input, check that it has the fields, and join the cluster."""
     work = request.work if request.work is not None else str(private_folder("evaluate"))
     store = Store(work, request.work_options)
-    shards = list_shards(request.inputs, request.input_options)
     options = [("--label", name) for name in request.labels]
     options += [(option, name) for option, name in (("--group", request.group), ("--split", request.split)) if name]
     carry = tuple((name, "string") for name in dict.fromkeys(name for _, name in options))
+    references = carrying(request.references, tuple(name for name, _ in carry))
+    shards = list_shards(request.inputs, request.input_options, references=references)
     layout = Layout(
         precision="float32",
         batch_size=16,

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, BinaryIO
 
@@ -36,6 +36,11 @@ class References:
     fields: tuple[str, ...] = ()  # carried
     roots: tuple[str, ...] = ()  # places that lists may name beside their own store and public web servers
     checks: bool = False  # True: the etag of each object is part of its shard's id
+
+
+def carrying(references: References | None, names: tuple[str, ...]) -> References | None:
+    """The same lists, with other carried fields."""
+    return None if references is None else replace(references, fields=tuple(dict.fromkeys(names)))
 
 
 @dataclass(frozen=True, kw_only=True)

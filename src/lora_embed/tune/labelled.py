@@ -20,6 +20,7 @@ from lora_embed.images.preprocess import Pixels, Preprocessing
 from lora_embed.monitor.progress import LOG_EVERY_S, say
 from lora_embed.schema import Layout, Sample, Shard
 from lora_embed.shards.fields import typed
+from lora_embed.shards.list_rows import References, carrying
 from lora_embed.shards.listing import list_shards
 from lora_embed.shards.read import read_samples
 from lora_embed.store import local
@@ -44,6 +45,7 @@ class Reading:
     options: dict[str, Any] = field(default_factory=dict, repr=False)  # storage options; they may hold keys
     image_column: str | None = None
     key_column: str | None = None
+    references: References | None = None
 
 
 AS_IT_IS = Reading()
@@ -85,7 +87,8 @@ def read_labelled(
 
     Raises ConfigError if a task has no labelled image, and ShardError for a shard that cannot be read to its end.
     """
-    shards = list_shards(inputs, reading.options)
+    names = (*selection.fields, *filter(None, [selection.group]))
+    shards = list_shards(inputs, reading.options, references=carrying(reading.references, names))
     about = [FORMAT, [shard.id for shard in shards], asdict(selection), preprocessing.settings()]
     about += [reading.image_column, reading.key_column] if reading.image_column or reading.key_column else []
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]

@@ -90,7 +90,12 @@ def tune(search: Search) -> Tuned:
         selection = Wanted(
             fields=tuple(task.field for task in search.tasks), group=search.group, most=search.most_images, seed=search.seed
         )
-        reading = Reading(options=search.input_options, image_column=search.image_column, key_column=search.key_column)
+        reading = Reading(
+            options=search.input_options,
+            image_column=search.image_column,
+            key_column=search.key_column,
+            references=search.references,
+        )
         preprocessing = refolder.encoder.description.preprocessing
         images = read_labelled(search.inputs, selection, preprocessing, search.work_folder, reading)
         decoded = time.perf_counter()
