@@ -55,6 +55,7 @@ class Rows:
     packed: bytes = field(default=b"", repr=False)
     repeated: frozenset[int] = frozenset()  # rows whose key an earlier row of the list has
     roots: tuple[str, ...] = ()  # the job's `reference_roots`
+    has_local: bool = False  # a row names a file of a local disk
 
 
 Wanted = Callable[[int], bool]  # number of a sample in its shard → True if its bytes must be read

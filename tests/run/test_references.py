@@ -17,9 +17,13 @@ from lora_embed.evaluate.assess import open_source
 from lora_embed.evaluate.request import Request
 from lora_embed.run.job import run_job
 from lora_embed.run.plan import plan_job
+from lora_embed.run.refuse import local_places
 from lora_embed.shards import lists, references
+from lora_embed.shards.list_rows import References
+from lora_embed.shards.listing import list_shards
 from lora_embed.shards.read import count_samples
 from lora_embed.store.objects import fetch
+from lora_embed.store.store import Store
 from lora_embed.table.read import open_table
 from lora_embed.table.verify import verify_table
 from lora_embed.tune.labelled import Reading, Wanted, read_labelled
@@ -152,3 +156,14 @@ def test_evaluate_and_tune_read_the_lists_of_a_job(tmp_path: Path, tiny: Path, m
     monkeypatch.setattr(pipeline, "ask_device", lambda topology: Device(kind="cpu", has_native_bfloat16=False))
     source, _ = open_source(request)
     assert sum(count_samples(shard, source.layout, {}, 10**6) for shard in source.shards) == 8
+
+
+@pytest.mark.parametrize(
+    ("reference", "local"),
+    [("images/0.png", True), ("/data/0.png", True), ("file:///data/0.png", True), ("https://example.org/0.png", False)],
+)
+def test_a_local_list_may_name_what_all_nodes_reach(tmp_path: Path, reference: str, *, local: bool) -> None:
+    """Workers need the rows of a list, and not the list."""
+    source = write_list(tmp_path / "a.csv", {"url": [reference, "s3://images/1.png"]})
+    listed = list_shards((str(source),), {}, references=References(column="url", roots=("s3://images",)))
+    assert local_places(Store("memory://table"), listed, {}) == [str(tmp_path)] * local

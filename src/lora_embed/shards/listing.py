@@ -1,6 +1,7 @@
 """Inputs → shards, by listing alone; no file is opened."""
 
 import fnmatch
+import functools
 import hashlib
 import itertools
 import math
@@ -13,6 +14,7 @@ from lora_embed.errors import ConfigError
 from lora_embed.monitor.progress import say
 from lora_embed.schema import Entry, Shard
 from lora_embed.shards.compressed import COMPRESSED_TAR
+from lora_embed.shards.img2dataset import without_metadata
 from lora_embed.shards.list_rows import LISTS, References
 from lora_embed.shards.lists import hint, list_ranges, without_listed
 from lora_embed.store.store import Store
@@ -147,8 +149,8 @@ def _group(
 ) -> list[Shard]:
     """Entries → shards. Hidden files and other kinds of files are ignored, unless their full names are in `named`."""
     shards, images = [], []
-    if are_lists:
-        entries = without_listed(entries, named, IMAGES, where)
+    leave_out = functools.partial(without_listed, images=IMAGES) if are_lists else without_metadata
+    entries = leave_out(entries, named, where=where)
     for entry in entries:
         name = entry.path.lower()
         if entry.path not in named and posixpath.basename(name).startswith((".", "_")):

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import posixpath
 from array import array
 from collections import Counter
@@ -17,7 +18,7 @@ from lora_embed.monitor.progress import say
 from lora_embed.schema import Entry, Rows, Shard
 from lora_embed.shards.list_rows import LISTS, PARQUET, ListRows, References, Row, read_list
 from lora_embed.shards.references import ETAG, FIELD, KEY, REFERENCE, etags_of
-from lora_embed.store.place import WEB, locate, place_of
+from lora_embed.store.place import WEB, is_local, locate, place_of
 from lora_embed.store.retry import LIBRARY_ERRORS
 from lora_embed.store.store import Store
 from lora_embed.text import in_one_line, redacted
@@ -28,7 +29,7 @@ MOST_REFERENCES = 2**28  # of a list: each takes eight bytes in memory, and what
 _ZSTD = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
-def without_listed(entries: list[Entry], named: frozenset[str], images: tuple[str, ...], where: str) -> list[Entry]:
+def without_listed(entries: list[Entry], named: frozenset[str], where: str, images: tuple[str, ...]) -> list[Entry]:
     """The files of an input that has lists, without loose images: a list names them, and they would be embedded twice."""
     passed = [entry for entry in entries if entry.path.lower().endswith(images) and entry.path not in named]
     if passed:
@@ -54,24 +55,26 @@ def list_ranges(shard: Shard, references: References, options: dict[str, Any]) -
     their own range, and seldom the next. Raises ConfigError for a list that cannot be read, or names what it may not.
     """
     entry, root = shard.files[0], posixpath.basename(shard.root.rstrip("/"))
-    folder = posixpath.join(shard.root, posixpath.dirname(shard.name)).rstrip("/") or "/"
+    place = shard.root if "://" in shard.root else os.path.abspath(shard.root)
+    folder = posixpath.join(place, posixpath.dirname(shard.name)).rstrip("/") or "/"
     reach = Rows(folder=folder, roots=references.roots)
-    keys, ranges, ends = array("q"), list[tuple[str, bytes]](), [0]
+    keys, ranges, ends = array("q"), list[tuple[str, bytes, bool]](), [0]
     store = Store(shard.root, options, follows_links=True)
     with _errors_of(shard), store.explained(entry.path), store.open(entry.path, entry.size) as file:
         told = read_list(file, shard, references)
         for rows, state in _ranges(_allowed(told.rows, folder, references, f"{shard.root}/{shard.name}"), keys):
             etags = etags_of([row[0] for row in rows], reach, options) if references.checks else None
             state.update(repr(etags).encode() if etags is not None else b"")
-            ranges.append((state.hexdigest(), _packed(rows, etags, told)))
+            has_local = any(is_local(row[0], folder) for row in rows if row[0])
+            ranges.append((state.hexdigest(), _packed(rows, etags, told), has_local))
             ends.append(ends[-1] + len(rows))
     repeated, times, shards = _repeated(keys), Counter[str](), []
-    for first, end, (state, packed) in zip(ends, ends[1:], ranges, strict=False):
+    for first, end, (state, packed, has_local) in zip(ends, ends[1:], ranges, strict=False):
         again = (repeated[slice(*np.searchsorted(repeated, [first, end]))] - first).tolist()
         content = (root, shard.name, state, again)
         times[repr(content)] += 1  # two ranges may be equal, if all rows of both are repeated
         name = hashlib.sha256(repr((*content, times[repr(content)])).encode()).hexdigest()[:16]
-        held = replace(reach, packed=packed, repeated=frozenset(again))
+        held = replace(reach, packed=packed, repeated=frozenset(again), has_local=has_local)
         files = (replace(entry, size=len(packed)),)
         shards.append(replace(shard, id=name, name=f"{shard.name}/#{name}", kind="references", files=files, rows=held))
     return shards

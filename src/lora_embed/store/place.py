@@ -41,6 +41,14 @@ class Place:
         return self.store == root.store and f"{self.path}/".startswith(f"{root.path}/" if root.path else "")
 
 
+def is_local(reference: str, folder: str) -> bool:
+    """True if a reference leads to a local disk, by its beginning alone."""
+    scheme = _SCHEME.match(reference)
+    if scheme is not None:
+        return scheme[1].lower() in ("file", "local")
+    return reference.startswith("/") or folder.startswith("/") or is_local(folder, "/")
+
+
 def locate(reference: str, folder: Place) -> Place:
     """The place of a reference; relative paths count from the list's folder.
 
