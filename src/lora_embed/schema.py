@@ -56,6 +56,7 @@ class Rows:
     repeated: frozenset[int] = frozenset()  # rows whose key an earlier row of the list has
     roots: tuple[str, ...] = ()  # the job's `reference_roots`
     has_local: bool = False  # a row names a file of a local disk
+    rejects_unreachable: bool = False  # a web server that fails for `retry_s` makes rejects, not an incomplete shard
 
 
 Wanted = Callable[[int], bool]  # number of a sample in its shard → True if its bytes must be read

@@ -126,10 +126,10 @@ def test_the_records_and_the_plan_know_lists(tmp_path: Path, tiny: Path) -> None
     assert (result.published, result.embedded) == (False, 7)
 
 
-@pytest.mark.parametrize("key", ["check_references", "reference_roots"])
+@pytest.mark.parametrize("key", ["check_references", "reject_unreachable", "reference_roots"])
 def test_keys_of_lists_need_their_column(tmp_path: Path, tiny: Path, key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key} has no effect without reference_column"):
-        job_of(tmp_path, tiny, tmp_path, **{key: True if key == "check_references" else ["/data"]})
+        job_of(tmp_path, tiny, tmp_path, **{key: ["/data"] if key == "reference_roots" else True})
 
 
 def test_a_job_without_lists_says_what_is_missing(tmp_path: Path, tiny: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,11 +22,14 @@ from web_server import Answer, Answers, WebServer, web_server
 IMAGE = png(1)
 
 
-def asked(folder: Path, urls: list[str], *roots: str, retry_s: float = 5.0, **changes: int) -> list[Sample]:
+def asked(
+    folder: Path, urls: list[str], *roots: str, retry_s: float = 5.0, rejects_unreachable: bool = False, **changes: int
+) -> list[Sample]:
     """The samples of a list of URLs."""
     path = write_list(folder / "a.csv", {"url": urls})
     options = {"retry_s": retry_s}
-    shards = list_shards((str(path),), options, references=References(column="url", roots=roots))
+    references = References(column="url", roots=roots, rejects_unreachable=rejects_unreachable)
+    shards = list_shards((str(path),), options, references=references)
     return [s for shard in shards for s in read_samples(shard, layout(**changes), options, lambda number: True)]
 
 
@@ -107,6 +111,20 @@ def test_a_server_that_fails_for_a_while_is_no_reject(tmp_path: Path) -> None:
         assert len(server.requests["/busy"]) > 1
     with pytest.raises(StoreUnavailable, match="no usable answer"):  # nobody listens there any more
         asked(tmp_path, [f"{server.url}/busy"], server.url, retry_s=0.5)
+
+
+def test_servers_that_are_gone_are_rejects_where_the_job_says_so(tmp_path: Path) -> None:
+    """A host that gives no connection is tried for `retry_s` once, and not again for each of its images."""
+    with web_server({"/busy": (503, {}, b""), "/a.png": IMAGE}) as server, web_server({}) as other:
+        dead = other.url
+        urls = [f"{server.url}/busy", f"{server.url}/a.png"]
+        found = asked(tmp_path, urls, server.url, retry_s=0.5, rejects_unreachable=True)
+    assert [sample.data for sample in found] == [None, IMAGE]
+    assert found[0].problem == ("no_image", f"{server.url}/busy cannot be reached: HTTP 503 Service Unavailable")
+    started = time.monotonic()
+    found = asked(tmp_path, [f"{dead}/{number}" for number in range(200)], dead, retry_s=1, rejects_unreachable=True)
+    assert all(sample.problem and "cannot be reached: Cannot connect" in sample.problem[1] for sample in found)
+    assert time.monotonic() - started < 6  # of 7 s for each 32 of them
 
 
 def test_a_name_that_no_host_has_is_a_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,7 @@ class JobConfig(Section):
     reference_column: Text | None = None  # the input's tables are lists of references to images
     reference_roots: tuple[Uri, ...] = Field(default=(), strict=False)
     check_references: bool = False
+    reject_unreachable: bool = False  # web servers that do not answer make rejects, not an incomplete run
     limit: int | None = Field(default=None, ge=1)
     vector_type: Literal["float32", "float16"] = "float32"
     resources: Resources = Resources()
@@ -183,7 +184,7 @@ class JobConfig(Section):
 
     @model_validator(mode="after")
     def _references_have_a_column(self) -> "JobConfig":
-        given = [name for name in ("reference_roots", "check_references") if getattr(self, name)]
+        given = [name for name in ("reference_roots", "check_references", "reject_unreachable") if getattr(self, name)]
         if given and self.reference_column is None:
             raise ValueError(
                 f"{given[0]} has no effect without reference_column. Set that to the lists' column of paths or URIs."

@@ -47,6 +47,7 @@ def references_of(job: JobConfig) -> References | None:
         fields=tuple(field.name for field in job.carry),
         roots=job.reference_roots,
         checks=job.check_references,
+        rejects_unreachable=job.reject_unreachable,
     )
 
 

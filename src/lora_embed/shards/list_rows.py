@@ -36,6 +36,7 @@ class References:
     fields: tuple[str, ...] = ()  # carried
     roots: tuple[str, ...] = ()  # places that lists may name beside their own store and public web servers
     checks: bool = False  # True: the etag of each object is part of its shard's id
+    rejects_unreachable: bool = False  # True: what a web server does not give within `retry_s` is a reject
 
 
 def carrying(references: References | None, names: tuple[str, ...]) -> References | None:

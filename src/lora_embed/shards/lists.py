@@ -57,7 +57,7 @@ def list_ranges(shard: Shard, references: References, options: dict[str, Any]) -
     entry, root = shard.files[0], posixpath.basename(shard.root.rstrip("/"))
     place = shard.root if "://" in shard.root else os.path.abspath(shard.root)
     folder = posixpath.join(place, posixpath.dirname(shard.name)).rstrip("/") or "/"
-    reach = Rows(folder=folder, roots=references.roots)
+    reach = Rows(folder=folder, roots=references.roots, rejects_unreachable=references.rejects_unreachable)
     keys, ranges, ends = array("q"), list[tuple[str, bytes, bool]](), [0]
     store = Store(shard.root, options, follows_links=True)
     with _errors_of(shard), store.explained(entry.path), store.open(entry.path, entry.size) as file:
@@ -121,12 +121,14 @@ def _allowed(rows: Iterator[Row], folder: str, references: References, where: st
     home = place_of(folder)
     own = home.store
     roots = [place_of(root) for root in references.roots]
-    at_once = tuple(f"{kind}://" for kind in WEB)
-    if not own.startswith(at_once):
-        at_once += (f"{own.rstrip('/')}/",)
+    web = tuple(f"{kind}://" for kind in WEB)
+    at_once = (
+        tuple(f"{place.rstrip('/')}/" for place in (own, *(root.uri for root in roots)) if not place.startswith(web)) + web
+    )
     for number, row in enumerate(rows, 1):
-        reference = row[0]
-        if reference and not reference.startswith(at_once) and ("/" in reference[:1] or ":" in reference):
+        reference = row[0] or ""
+        is_allowed = reference.startswith(at_once) and (".." not in reference or reference.startswith(web))
+        if not is_allowed and (reference.startswith("/") or ":" in reference):
             with contextlib.suppress(ValueError):  # it can name nothing: the reader makes a reject of it
                 place = locate(reference, home)
                 if place.store != own and not place.is_web and not any(place.is_below(root) for root in roots):

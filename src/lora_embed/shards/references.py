@@ -52,7 +52,8 @@ def read_references(shard: Shard, options: dict[str, Any], wanted: Wanted, max_b
 def reach_of(rows: Rows, options: dict[str, Any]) -> Reach:
     """How the objects of a list are reached. Hosts on the web that the job names may have private addresses."""
     named = [place_of(place) for place in (rows.folder, *rows.roots)]
-    return Reach(options=options, private=frozenset(place.host for place in named if place.is_web))
+    private = frozenset(place.host for place in named if place.is_web)
+    return Reach(options=options, private=private, rejects_unreachable=rows.rejects_unreachable)
 
 
 def etags_of(references: list[str | None], rows: Rows, options: dict[str, Any]) -> list[str]:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lora_embed.errors import ShardError
+from lora_embed.errors import ShardError, StoreUnavailable
 from lora_embed.schema import Entry
 from lora_embed.store import local, web
 from lora_embed.store.place import Place
+from lora_embed.store.retry import describe, is_no_connection
 from lora_embed.store.store import Store
 
 Room = Callable[[int], bool]  # a number of bytes → True if so many more may be held now
@@ -29,6 +30,7 @@ class Reach:
 
     options: dict[str, Any]
     private: frozenset[str] = frozenset()  # `host:port`
+    rejects_unreachable: bool = False
 
     def store_of(self, place: Place) -> Store:
         return Store(place.store, self.options, follows_links=True)
@@ -41,8 +43,7 @@ def fetch(place: Place, reach: Reach, most: int, room: Room, listed: str | None 
     """
     store = reach.store_of(place)
     if place.is_web:
-        got = web.fetch(place.uri, most, room, reach.private, store.retry_s)
-        return Fetched(data=got.data, missing=got.missing, excess=got.excess, waits=got.waits)
+        return _from_web(place, reach, most, room, store.retry_s)
     entry = _find(store, place)
     if entry is None:
         return Fetched(missing="does not exist")
@@ -56,6 +57,25 @@ def fetch(place: Place, reach: Reach, most: int, room: Room, listed: str | None 
     if data is None or len(data) != entry.size:
         raise ShardError(f"{place.uri}: changed while it was read. Run the same command again.")
     return Fetched(data=data)
+
+
+_dead: dict[str, str] = {}  # hosts that gave no connection within `retry_s`, and the last error: they are not asked again
+_MOST_DEAD = 100_000
+
+
+def _from_web(place: Place, reach: Reach, most: int, room: Room, retry_s: float) -> Fetched:
+    if reach.rejects_unreachable and place.host in _dead:
+        return Fetched(missing=f"cannot be reached: {_dead[place.host]}")
+    try:
+        got = web.fetch(place.uri, most, room, reach.private, retry_s)
+    except StoreUnavailable as error:
+        if not reach.rejects_unreachable:
+            raise
+        says = describe(error.__cause__ or error)
+        if is_no_connection(error.__cause__ or error) and len(_dead) < _MOST_DEAD:
+            _dead[place.host] = says
+        return Fetched(missing=f"cannot be reached: {says}")
+    return Fetched(data=got.data, missing=got.missing, excess=got.excess, waits=got.waits)
 
 
 def look(place: Place, reach: Reach) -> Entry | None:
