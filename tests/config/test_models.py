@@ -279,6 +279,21 @@ def test_an_override_is_refused_by_its_own_name(tmp_path: Path, override: str, m
     assert str(error.value).startswith(f"--set {override}: {message}")
 
 
+def test_a_wrong_key_beside_an_override_is_named_by_its_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        job_of(tmp_path, JOB + "resources: {wait_s: -1, actors: {min: 0}}\n", "resources.device=cpu", "resources.actors.max=0")
+    assert sorted(str(error.value).splitlines()) == [
+        "--set resources.actors.max=0: resources.actors.max is 0, expected at least 1",
+        f"{tmp_path}/job.yaml: resources.actors.min is 0, expected at least 1",
+        f"{tmp_path}/job.yaml: resources.wait_s is -1, expected at least 0",
+    ]
+
+
+def test_a_pool_of_one_size_is_a_pool(tmp_path: Path) -> None:
+    actors = job_of(tmp_path, JOB, "resources.actors.min=2", "resources.actors.max=2").resources.actors
+    assert (actors.min, actors.max) == (2, 2)
+
+
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         job_of(tmp_path, JOB + "chunksize: 1\nbatch_size: 0\n", "limit=0")

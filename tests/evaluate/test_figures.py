@@ -24,6 +24,7 @@ from lora_embed.evaluate.figures import (
     retention_of,
     score,
     seeded_splits,
+    verdict_of,
 )
 from lora_embed.evaluate.records import METRICS
 from lora_embed.vectors.metrics import cluster_nmi, knn_accuracy, mean_interval, probe, score_interval
@@ -124,6 +125,21 @@ def test_differences_are_paired_and_say_which_is_better(scored: dict[str, dict[s
     assert {one.verdict for one in found if one.metric in ("knn", "probe", "map")} == {"worse"}
     same = differences_of(labelled(), "kind", ("good", "good"), scored["good"]["kind"], scored["good"]["kind"])
     assert {(one.mean, one.verdict) for one in same} == {(0.0, "within noise")}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.1, 0.2, "better"),
+        (-0.2, -0.1, "worse"),
+        (-0.1, 0.2, "within noise"),
+        (-0.2, 0.1, "within noise"),
+        (0.0, 0.1, "within noise"),
+        (-0.1, 0.0, "within noise"),
+    ],
+)
+def test_an_interval_that_holds_zero_is_noise(low: float, high: float, verdict: str) -> None:
+    assert verdict_of(low, high) == verdict
 
 
 def test_ones_own_split_has_intervals_over_its_queries() -> None:

@@ -19,7 +19,7 @@ from lora_embed.evaluate.page.evaluation import evaluation_page, write_report
 from lora_embed.evaluate.page.plots import class_changes, relations, scores, trial_scores, weight_curves
 from lora_embed.evaluate.page.trials import best_of
 from lora_embed.evaluate.records import Evaluation
-from lora_embed.report.charts import scale
+from lora_embed.report.charts import Stack, scale
 from lora_embed.report.page import PACKAGE, environment, page, render, shortened
 from lora_embed.text import printable
 
@@ -231,6 +231,11 @@ def test_scales_have_round_ticks_that_hold_all_values(values: list[float], ticks
     assert len(found.ticks) >= 2
     assert all(found.low <= value <= found.high for value in values if value == value)
     assert (found.at(found.low), found.at(found.high)) == (0, 100)
+
+
+def test_parts_of_a_stack_stand_on_each_other() -> None:
+    stack = Stack(start=0, end=1, heights={"read": 1.0, "decode": 2.0, "write": 0.5})
+    assert stack.lower_edges() == [("read", 0.0, 1.0), ("decode", 1.0, 2.0), ("write", 3.0, 0.5)]
 
 
 @pytest.mark.parametrize("kind", ["plain", "hostile"])

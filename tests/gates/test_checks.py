@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
-from lora_embed.gates import checks
+from lora_embed.gates import checks, judge
 from lora_embed.gates.checks import Comparison, Gate, Limits, compare, comparison_gates
 from lora_embed.gates.reembed import Policy, re_embed_decision
 from lora_embed.vectors.health import Figures, measure
@@ -191,6 +191,18 @@ def without_classes(vectors: Array) -> Array:
     centres = np.random.default_rng(99).normal(size=(CLASSES, vectors.shape[1]))
     axes = np.linalg.qr(centres.T)[0]
     return (vectors - vectors @ axes @ axes.T).astype(np.float32)
+
+
+def test_images_that_have_changed_are_not_compared() -> None:
+    """Nor those of one version alone: vectors of two images say nothing of two encoders."""
+
+    def rows(**images: tuple[bytes, float]) -> judge.Rows:
+        return {id_: {"sha256": sha256, "embedding": [value]} for id_, (sha256, value) in images.items()}
+
+    before = rows(same=(b"1", 1.0), changed=(b"2", 2.0), removed=(b"3", 3.0), moved=(b"4", 4.0))
+    new = rows(added=(b"3", 30.0), moved=(b"4", 40.0), changed=(b"5", 50.0), same=(b"1", 10.0))
+    ids, old, now = judge.align(before, new)
+    assert (ids, old.tolist(), now.tolist()) == (["same", "moved"], [[1.0], [4.0]], [[10.0], [40.0]])
 
 
 def test_accuracy_on_carried_labels_falls_where_classes_are_lost() -> None:

@@ -22,7 +22,7 @@ from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.images.decode import BadImage
 from lora_embed.model.build import build_encoder
 from lora_embed.model.description import read_description
-from lora_embed.model.golden import relative_difference
+from lora_embed.model.golden import check, relative_difference
 from lora_embed.model.ingredients import gather
 from lora_embed.model.pooling import HiddenState
 from models import save_adapter, save_base
@@ -158,6 +158,17 @@ def test_an_encoder_whose_weights_were_touched_refuses_to_work(tmp_path: Path) -
         load_encoder(folder)
     with pytest.raises(EncoderError, match="golden vectors: cpu in float32 differs by"):
         load_encoder(folder, check=False).check_golden(folder)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_golden_vectors_that_are_not_finite_do_not_hold(precision: str, value: float) -> None:
+    expected = np.ones((3, 4), np.float32)
+    vectors = expected.copy()
+    assert check(vectors, expected, precision, "a device") == 0
+    vectors[1, 2] = value
+    with pytest.raises(EncoderError, match=rf"golden vectors: a device in {precision} differs by (nan|inf)"):
+        check(vectors, expected, precision, "a device")
 
 
 IN_LITTLE_MEMORY = """

@@ -15,7 +15,7 @@ import pytest
 
 from jobs import ROOT, run_here, tiny_recipe, write_job, write_tars
 from lora_embed.cli.main import nightly_job, run_command
-from lora_embed.monitor.ending import MOST_CHARACTERS, Ending
+from lora_embed.monitor.ending import MOST_CHARACTERS, Ending, gist
 from s3 import free_ports
 from samples import png, tar_of
 
@@ -114,3 +114,16 @@ def test_a_last_line_fits_a_message(cause: str) -> None:
     assert line.startswith("end: not done, exit 1 · …")
     assert line.endswith(f" · {advice} · run {FACTS['run_id']}")
     assert f" · {cause[:6].strip()}" in line
+
+
+@pytest.mark.parametrize(
+    ("message", "summary"),
+    [
+        ("one line", "one line"),
+        ("two\nlines", "two lines"),
+        ("not published:\n  the only cause", "the only cause"),
+        ("not published:\n  the first cause\n  another\n  and another", "the first cause (and 2 more)"),
+    ],
+)
+def test_a_message_is_summed_up_by_its_first_cause(message: str, summary: str) -> None:
+    assert gist(message) == summary

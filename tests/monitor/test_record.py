@@ -11,7 +11,7 @@ from jobs import job_of, run_here, tiny_recipe, write_tars
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import GateFailed
 from lora_embed.monitor.record import Reading, RunRecord, bins_of
-from lora_embed.report.run import run_page
+from lora_embed.report.run import rate_chart, run_page
 from lora_embed.run import journal
 from lora_embed.run.job import run_job
 from lora_embed.store.store import Store
@@ -133,6 +133,16 @@ def test_the_time_line_is_cut_into_stretches_that_say_what_bounded_them() -> Non
     assert "<desc>Images per second in" in text
     assert "&lt;table&gt;" in text
     assert bins_of(record_of((Reading(elapsed_s=0.0, samples=0),))) == []
+
+
+@pytest.mark.parametrize(("end_s", "unit", "end"), [(240, "seconds", 240.0), (480, "minutes", 8.0)])
+def test_the_axis_of_time_is_in_its_unit(end_s: int, unit: str, end: float) -> None:
+    readings = [Reading(elapsed_s=s, samples=10 * s, seconds={"forward": 1.8 * s}) for s in range(0, end_s + 2, 2)]
+    chart = rate_chart(bins_of(record_of(tuple(readings))))
+    times = [point.x for point in chart.series[0].points]
+    assert chart.x.name == f"{unit} since the beginning"
+    assert 0 < times[0] < times[-1] < end < times[-1] + 2 * times[0]
+    assert {round(point.y, 6) for point in chart.series[0].points} == {10.0}
 
 
 def test_a_run_without_embedding_or_merge_has_a_page_too() -> None:

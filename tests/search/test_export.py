@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,15 @@ def test_an_export_that_fails_midway_leaves_nothing(kind: str, tmp_path: Path) -
     Path(table.files[-1]).unlink()
     with pytest.raises(VerificationFailed, match="is missing, but the table needs it"):
         export_index(table, kind, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["table"]
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_an_index_of_more_or_fewer_vectors_than_the_version_is_not_kept(more: int, tmp_path: Path) -> None:
+    table = publish_vectors(tmp_path / "table", spread(noise_vectors(50), 4))
+    counts = table.manifest.counts | {"vectors": 50 + more}
+    with pytest.raises(VerificationFailed, match=f"its files hold 50 vectors, its manifest says {50 + more}"):
+        export_index(Table(table.store, replace(table.manifest, counts=counts)), "faiss-flat", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["table"]
 
 

@@ -60,7 +60,8 @@ def test_search_is_exact(tmp_path: Path, vector_type: str, k: int) -> None:
 def test_equal_scores_are_in_the_order_of_ids_wherever_they_lie(tmp_path: Path) -> None:
     """Batches and files of one vector many times over: powers of two, so that no rounding tells them apart."""
     vectors = np.outer(2.0 ** (np.arange(60) % 3), [1, 0, 0, 0]).astype(np.float32)
-    table = publish_vectors(tmp_path / "table", spread(vectors, 6))
+    backwards = {name: (keys[::-1], rows[::-1]) for name, (keys, rows) in spread(vectors, 6).items()}
+    table = publish_vectors(tmp_path / "table", backwards)
     (hits,) = search_table(table, vectors[:1], 15)
     assert [int(hit.key) for hit in hits] == list(range(15))
 

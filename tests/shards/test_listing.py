@@ -244,7 +244,7 @@ def test_links_out_of_an_input_are_named_and_followed_only_where_told(
 
 
 class Endless(BaseHTTPRequestHandler):
-    """A store whose listings go on and on, each bucket in its way."""
+    """A store whose listings go on for 100 pages, each bucket in its way: longer than anybody should ask."""
 
     asked = 0
 
@@ -255,9 +255,8 @@ class Endless(BaseHTTPRequestHandler):
         token = {"same-token": "t", "no-token": ""}.get(bucket, f"t{number}")
         listed = f"<Contents><Key>{key}</Key><Size>1</Size><ETag>e</ETag></Contents>" if key else ""
         more = f"<NextContinuationToken>{token}</NextContinuationToken>" if token else ""
-        body = (
-            f'<?xml version="1.0"?><ListBucketResult><IsTruncated>true</IsTruncated>{listed}{more}</ListBucketResult>'.encode()
-        )
+        goes_on = f"<IsTruncated>{str(number < 100).lower()}</IsTruncated>"
+        body = f'<?xml version="1.0"?><ListBucketResult>{goes_on}{listed}{more}</ListBucketResult>'.encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

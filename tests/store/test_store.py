@@ -90,6 +90,17 @@ def test_round_trip(tmp_path: Path, uri: str) -> None:
     assert store.read("a/b") is None
 
 
+@pytest.mark.parametrize("uri", ["memory://table-of-order-test/x", "{tmp}"])
+def test_a_listing_is_in_the_order_of_paths(tmp_path: Path, uri: str) -> None:
+    """Not in that of folders: `.` comes before `/`, so a file may come before the content of a folder it is named after."""
+    store = Store(uri.format(tmp=tmp_path))
+    paths = ["a.b", "a/b", "a/b.c", "b", *(f"c/{number:02d}" for number in range(40))]
+    for path in reversed(paths):
+        store.create(path, b"")
+    assert [entry.path for entry in store.list_files()] == paths
+    assert [entry.path for entry in store.list_files("c")] == paths[4:]
+
+
 def test_nothing_is_left_behind_and_temporary_files_are_not_listed(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     (tmp_path / "folder").mkdir()

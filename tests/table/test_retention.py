@@ -142,6 +142,21 @@ def test_what_a_failed_night_has_staged_stays_for_the_next(job: JobConfig) -> No
     assert run_job(tonight.model_copy(update={"max_rejects": 1.0})).embedded == 0
 
 
+def test_what_was_forgotten_before_stays_so_when_more_is_forgotten(job: JobConfig) -> None:
+    """Also in a shard that is embedded anew."""
+    store, shard = Store(job.table), Path(job.input[0]) / "0000.tar"
+    first, second = sorted(vectors_by_id(open_table(job.table).to_dataset().to_table()))[:2]
+    assert first.startswith(shard.name)
+    for id_ in (first, second):
+        forget(store, [id_], "its owner asked")
+    assert open_table(job.table).manifest.forgotten == (first, second)
+    os.utime(shard, (1, 1))  # another version of the file, with the same images
+    assert run_job(job).embedded >= 4
+    opened = open_table(job.table)
+    assert opened.manifest.forgotten == (first, second)
+    assert not {first, second} & vectors_by_id(opened.to_dataset().to_table()).keys()
+
+
 def test_forget_says_until_when_the_files_stay_and_gc_shows_it(job: JobConfig, capsys: pytest.CaptureFixture[str]) -> None:
     job = job.model_copy(update={"retain": Retain(grace_days=2.0)})
     (Path(job.input[0]) / "0004.tar").write_bytes(tar_of([("last.png", png(7))]))
@@ -379,6 +394,20 @@ def test_what_auto_was_resolved_to_stays_for_as_long_as_a_pass_goes_on(job: JobC
     store.create("staging/0ther/layout/aa-00000000.parquet", b"{}")
     collect(store, Retain(), Needs(shards=frozenset({"aa"})))
     assert store.info("staging/0ther/resolved.json") is not None
+
+
+# Spaces that are held back
+
+
+def test_a_space_that_is_held_back_is_not_published_alone_either(job: JobConfig) -> None:
+    """The rollback may come between a run without publishing and its publication."""
+    retrain(job)
+    assert run_job(job, replaces=True).version == 3
+    roll_back(Store(job.table), 2, "search got worse")
+    with pytest.raises(GateFailed, match=r"because a rollback holds it back \(search got worse\)"):
+        publish_job(job)
+    assert highest_version(Store(job.table)) == 4
+    assert publish_job(job, releases=True).version == 5
 
 
 # Clocks

@@ -20,10 +20,10 @@ from lora_embed.table.lineage import forget
 from lora_embed.table.manifest import Manifest, ShardCounts
 from lora_embed.table.parts import make_part, to_parquet, write_part
 from lora_embed.table.read import Table, open_table
-from lora_embed.table.staging import VerifiedShard, is_complete, part_paths, staged_parts, verify_parts
+from lora_embed.table.staging import VerifiedShard, clear_absorbed, is_complete, part_paths, staged_parts, verify_parts
 from lora_embed.table.status import describe_table
 from lora_embed.table.verify import verify_table
-from lora_embed.table.versions import commit_version, read_manifest
+from lora_embed.table.versions import commit_version, read_manifest, refuse_gone
 from samples import layout
 
 SPACE = "5ace5ace5ace"
@@ -114,6 +114,16 @@ def test_a_shard_is_complete_when_its_parts_reach_a_proven_last_one_without_a_ga
     assert not is_complete([part_of("aa", 0, False), part_of("aa", 2, True)])
 
 
+def test_parts_that_a_version_has_not_absorbed_stay_staged(store: Store) -> None:
+    """They may be of another run that goes on beside."""
+    parts = stage(store, "cc", "c.tar", 7)
+    assert staged_parts(store, SPACE, LAYOUT.layout_id).keys() == {"aa", "bb", "cc"}
+    manifest = read_manifest(store)
+    assert manifest is not None
+    clear_absorbed(store, manifest, LAYOUT)
+    assert staged_parts(store, SPACE, LAYOUT.layout_id) == {"cc": parts}
+
+
 def test_vectors_and_rejects_are_published_apart(store: Store) -> None:
     table = open_table(store.uri)
     rows = table.to_dataset().to_table().sort_by("id").to_pylist()
@@ -145,6 +155,17 @@ def test_a_version_has_one_winner(store: Store) -> None:
     assert first is not None
     assert not commit_version(store, replace(first, space_id="other"))
     assert read_manifest(store) == first
+
+
+@pytest.mark.parametrize("kind", ["files", "rejects"])
+def test_a_version_whose_files_are_gone_is_not_created(store: Store, kind: str) -> None:
+    manifest = read_manifest(store)
+    assert manifest is not None
+    refuse_gone(store, manifest)
+    (gone,) = getattr(manifest, kind)
+    store.delete([gone.path])
+    with pytest.raises(VerificationFailed, match=rf"{gone.path}: is missing, .* \(missing in all: 1\)"):
+        refuse_gone(store, manifest)
 
 
 def test_unchanged_files_are_reused_and_rows_of_touched_ones_copied(store: Store) -> None:

@@ -143,6 +143,20 @@ def test_retired_versions_go_after_the_grace_period_and_not_before(store: Store)
     verify_table(open_table(store.uri))
 
 
+def test_old_files_of_a_retired_version_stay_through_all_nights_of_the_grace_period(store: Store) -> None:
+    """They were written long before, and only the retired manifest still names them."""
+    roll_back(store, 1, "to leave b and c to the retired ones")
+    age(store, 30)
+    everything = files_below(store, "data")
+    for _ in range(3):
+        retire(store, keep=1, grace_s=DAY)
+        assert listed_versions(store) == [4]
+        assert files_below(store, "data") == everything
+    age(store, 2)
+    retire(store, keep=1, grace_s=DAY)
+    assert files_below(store, "data") == {entry.path for entry in current_of(store).files}
+
+
 def test_a_rollback_that_began_before_a_version_was_retired_finds_its_files(store: Store) -> None:
     """The race: the manifest was read, then another run retired it, then the rollback is committed."""
     old = read_manifest(store, 1)
