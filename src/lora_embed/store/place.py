@@ -74,6 +74,10 @@ def place_of(uri: str) -> Place:
     if kind in WEB:
         return _web(uri)
     host, _, path = uri[scheme.end() :].partition("/")
+    if kind == "hf":  # hf://datasets/owner/name/path
+        owner, _, path = path.partition("/")
+        name, _, path = path.partition("/")
+        host = f"{host}/{owner}/{name}"
     if kind in ("s3", "s3a"):
         kind = "s3"
         if not _BUCKET.fullmatch(host) or len(path.encode("utf-8", "surrogatepass")) > MOST_KEY:
