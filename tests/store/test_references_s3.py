@@ -1,8 +1,14 @@
 """References to a real S3 server: keys as people have them, faults that pass, and places that a list may not name."""
 
+import hashlib
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lists import write_list
@@ -110,3 +116,40 @@ def test_an_object_that_changed_since_it_was_checked_is_noticed(
     store.replace("p.png", png(2))
     with pytest.raises(ShardError, match=r"p.png: changed since it was listed. Run the same command again."):
         samples(shards, server.options())
+
+
+MILLION = """
+import json, re, sys, time
+from pathlib import Path
+import psutil
+from lora_embed.shards.list_rows import References
+from lora_embed.shards.listing import list_shards
+source, options = sys.argv[1], json.loads(sys.argv[2])
+before, started = psutil.Process().memory_info().rss, time.monotonic()
+shards = list_shards((source,), options, references=References(column="url", fields=("label",)))
+seconds = time.monotonic() - started
+peak = int(re.search(r"VmHWM:\\s+([0-9]+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+print(json.dumps([seconds, psutil.Process().memory_info().rss - before, peak - before, [shard.id for shard in shards]]))
+"""
+
+
+@pytest.mark.long
+def test_a_million_references_are_planned_in_seconds_and_little_memory(tmp_path: Path, server: S3Server) -> None:
+    """And a night with one new image in the middle of the list has one stale range, or two."""
+    urls = [f"s3://images/{n // 1000:05d}/{hashlib.md5(b'%d' % n).hexdigest()}.jpg" for n in range(1_000_000)]
+
+    def listed_apart() -> tuple[float, int, int, list[str]]:
+        columns = {"url": urls, "label": [f"class {url[-5]}" for url in urls]}
+        pq.write_table(pa.table(columns), tmp_path / "m.parquet")
+        Store("s3://images", server.options()).filesystem.put_file(str(tmp_path / "m.parquet"), "images/m.parquet")
+        command = [sys.executable, "-c", MILLION, "s3://images/m.parquet", json.dumps(server.options())]
+        seconds, held, peak, ids = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        print(f"\n{seconds:.1f} s, {held / len(urls):.0f} bytes a reference, {peak / len(urls):.0f} at most, {len(ids)} shards")
+        return seconds, held, peak, ids
+
+    seconds, held, peak, before = listed_apart()
+    assert seconds < 60  # about 7 on one free core
+    assert held < 300 * len(urls)
+    assert peak < 400 * len(urls)
+    urls.insert(500_000, "s3://images/new.jpg")
+    assert len(set(listed_apart()[3]) - set(before)) <= 2
