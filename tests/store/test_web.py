@@ -1,5 +1,6 @@
 """Objects on the web that a stranger's list names: what is fetched, a reject, tried again, or not asked for."""
 
+import gc
 import gzip
 import socket
 import time
@@ -12,11 +13,13 @@ from listener import listening
 from lists import write_list
 from lora_embed.errors import ConfigError, StoreUnavailable
 from lora_embed.schema import Sample
+from lora_embed.shards.isolated import read_isolated
 from lora_embed.shards.list_rows import References
 from lora_embed.shards.listing import list_shards
 from lora_embed.shards.read import read_samples
+from lora_embed.shards.references import AT_ONCE
 from lora_embed.store import web
-from samples import layout, png
+from samples import all_of_them, layout, png
 from web_server import Answer, Answers, WebServer, web_server
 
 IMAGE = png(1)
@@ -261,3 +264,27 @@ def test_etags_of_the_web_are_checked(tmp_path: Path) -> None:
         assert state() == before
         answers["/a.png"] = (200, {"ETag": '"2"', "Content-Length": str(len(IMAGE))}, IMAGE)
         assert state() != before
+
+
+def test_a_list_is_read_in_a_child_too(tmp_path: Path) -> None:
+    """As after a crash: with a limit for memory, in which all threads must find room."""
+    answers: Answers = {f"/{number}.png": png(number) for number in range(100)}
+    with web_server(answers) as server:
+        path = write_list(tmp_path / "a.csv", {"url": [f"{server.url}{name}" for name in answers]})
+        (shard,) = list_shards((str(path),), {}, references=References(column="url", roots=(server.url,)))
+        assert [sample.data for sample in read_isolated(shard, layout(), {}, all_of_them)] == list(answers.values())
+
+
+def test_a_reader_that_stops_leaves_no_request_behind(tmp_path: Path) -> None:
+    """It asked for a few objects ahead of their turn, and waits for no others."""
+    answers: Answers = {f"/{number}.png": png(number) for number in range(200)}
+    with web_server(answers) as server:
+        path = write_list(tmp_path / "a.csv", {"url": [f"{server.url}{name}" for name in answers]})
+        (shard,) = list_shards((str(path),), {}, references=References(column="url", roots=(server.url,)))
+        for _, sample in zip(range(5), read_samples(shard, layout(), {}, lambda number: True), strict=False):
+            assert sample.data
+        gc.collect()
+        asked = server.count
+        assert asked < 5 + 2 * AT_ONCE
+        time.sleep(0.2)
+        assert server.count == asked
