@@ -22,10 +22,12 @@ import pyarrow as pa
 
 from lora_embed.chain import cluster, pipeline
 from lora_embed.config.models import JobConfig
+from lora_embed.entries import Entry
 from lora_embed.images.preprocess import Preprocessing
 from lora_embed.model.description import Description
 from lora_embed.run import publish, work
-from lora_embed.schema import ChunkHead, Entry, Layout, Shard, sample_schema
+from lora_embed.schema import ChunkHead, Layout, Shard, sample_schema
+from lora_embed.shards.listing import Listing
 from lora_embed.store.local import create
 from lora_embed.store.store import Store
 from lora_embed.table import staging, versions
@@ -100,7 +102,7 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
     where = (store, SPACE, LAYOUT)
     each_has = publish.SHARDS_PER_TASK
     timed(found, "verify parts", lambda: pipeline.map_tasks(staging.verify_parts, where, parts, each_has=each_has))
-    manifest, _ = timed(found, "publish", lambda: publish.publish(job, shared, shards))
+    manifest, _ = timed(found, "publish", lambda: publish.publish(job, shared, Listing(shards=shards)))
     assert manifest.counts["vectors"] == count
     timed(found, "open", lambda: open_table(str(folder)))
     again = timed(found, "nothing stale", lambda: work.find_work(job, store, ENCODER, LAYOUT, shards))

@@ -130,6 +130,10 @@ def nothing(_setup: Setup) -> None:
     """For what is wrong with the command alone."""
 
 
+def broken_link(setup: Setup) -> None:
+    (setup.folder / "shards" / "0002.tar").symlink_to("/gone/0002.tar")
+
+
 def with_set(*overrides: str) -> list[str]:
     return ["run", "job.yaml", *(part for override in overrides for part in ("--set", override))]
 
@@ -309,7 +313,9 @@ ADAPTER_CASES = [
 INPUT_CASES = [
     Case("no such input", lambda s: s.job(input="sahrds"), ["/sahrds", "no such file or directory"]),
     Case(
-        "a pattern that matches no file", lambda s: s.job(input="shards/*.zip"), ["/shards/*.zip", "matches no tar", "2 files"]
+        "a pattern that matches no file",
+        lambda s: s.job(input="shards/*.zip"),
+        ["/shards/*.zip", "matches no tar", "2 files", "Correct the pattern"],
     ),
     Case(
         "a range with files missing",
@@ -331,7 +337,10 @@ INPUT_CASES = [
         lambda s: s.list("lists/a.csv", "url\ns3://pictures/1.jpg\n", reference_column="url"),
         ["row 1", "s3://pictures/1.jpg", "set reference_roots"],
     ),
-    Case("another kind of file", lambda s: s.job(input="recipe.yaml"), ["recipe.yaml", "not a .tar, .parquet or image"]),
+    Case(
+        "another kind of file", lambda s: s.job(input="recipe.yaml"), ["recipe.yaml", "begins with", "text", "Expected a tar"]
+    ),
+    Case("a link whose file is gone", broken_link, ["/shards", "0002.tar is a link to /gone/0002.tar", "Fetch the file again"]),
     Case("two images that would share an id", clashing_names, ["duplicate ids", "0000.tar", "Name the folder above both"]),
 ]
 
@@ -350,6 +359,11 @@ JOB_CASES = [
         "a gate's limit that does not exist",
         lambda s: s.job(gates={"norms": 3}),
         ["gates", "unknown key 'norms'", "norm_factor"],
+    ),
+    Case(
+        "a member of samples named twice",
+        lambda s: s.job(image_member=["jpg", ".JPG"]),
+        ["job.yaml", "image_member", "different endings"],
     ),
     Case("a missing key", lambda s: s.text("job.yaml", "recipe: r\ninput: i\n"), ["job.yaml", "'table' is missing", "Add it"]),
     Case("a number out of its bounds", lambda s: s.job(chunk_size=0), ["job.yaml", "chunk_size is 0", "at least 1"]),
@@ -605,7 +619,7 @@ def broken(case: Case, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def everything(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and time of all files and folders."""
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
+    return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
 
 
 @pytest.fixture

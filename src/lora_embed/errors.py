@@ -88,9 +88,13 @@ class VerificationFailed(LoraEmbedError):
 
 
 class GateFailed(LoraEmbedError):
-    """A check before publication failed. The staged parts are kept."""
+    """A check before publication failed. The staged parts are kept. `gates` are those that were judged, as in a manifest."""
 
     advice = "a person must decide"
+
+    def __init__(self, message: str = "", gates: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.gates = gates or {}
 
 
 def lack_of_machine(error: OSError | MemoryError) -> str | None:

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import pyarrow as pa
+
+from lora_embed.entries import Entries, Entry
 
 FORMAT = 1  # the format of tables, manifests and parts, and a part of the layout id; see docs/format.md
 REASONS = (
@@ -15,18 +17,9 @@ REASONS = (
     "duplicate_id", "non_finite_vector", "forgotten",
 )  # fmt: skip
 MAX_BYTES = 2**30  # of an encoded image: 100 megapixels with 16 bits of red, green, blue and alpha have 0.8 GB
+MOST_KINDS, OTHER_KINDS = 20, "others"
 _PART = re.compile(r"([0-9a-f]+)-([0-9]{8})(-last)?\.parquet")
 _CARRY_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One stored object."""
-
-    path: str  # below the store's root
-    size: int  # bytes
-    etag: str  # a mark that changes whenever the content changes
-    modified: float = field(default=0.0, compare=False, repr=False)  # seconds since 1970 by the store's clock
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,13 +31,14 @@ class Shard:
     prefix: str  # the part of a sample's id before its key
     kind: Literal["tar", "parquet", "images", "references"]
     root: str  # URI of the store that holds the files
-    files: tuple[Entry, ...]  # one file, or the files of a group of loose images
+    files: tuple[Entry, ...] | Entries  # one file, or the files of a group of loose images
+    sidecars: tuple[Entry, ...] = ()  # files that hold carried fields of loose images
     rows: "Rows | None" = None  # of references
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return sum(entry.size for entry in self.files)
+        return self.files.size if isinstance(self.files, Entries) else sum(entry.size for entry in self.files)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +65,8 @@ class Sample:
     fields: dict[str, Any] = field(default_factory=dict)
     excess: int = 0  # size in bytes of an image that is larger than allowed
     problem: tuple[str, str] | None = None  # reason and detail of a reject that the reader found
+    missing: str = ""  # why there is no image, if more is known than that
+    passed: dict[str, int] = field(default_factory=dict)  # images beside it in a tar that were passed over, by kind
     begin: int | None = None  # byte of its first header in a tar; None where a reader could not begin there
     end: int | None = None  # byte where the next sample, or the tar's closing blocks, begin
 
@@ -102,6 +98,7 @@ class Layout:
     limit: int | None = None
     format: int = FORMAT
     max_bytes: int = MAX_BYTES
+    image_member: tuple[str, ...] = ()  # extensions of the members of a tar that are images; none: see `shards.tar_groups`
 
     @property
     def layout_id(self) -> str:
@@ -109,6 +106,8 @@ class Layout:
         settings = asdict(self)
         if self.max_bytes == MAX_BYTES:  # left out, so that parts made before this setting existed keep their names
             del settings["max_bytes"]
+        if not self.image_member:
+            del settings["image_member"]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -151,6 +150,9 @@ class ChunkHead:
     end: int | None = None
     samples: int = 0  # good and bad samples, counted at the chain's end
     reasons: dict[str, int] = field(default_factory=dict)  # rejects by reason, counted with `samples`
+    examples: list[dict[str, str]] = field(default_factory=list)  # id, reason and detail of a few rejects
+    passed: dict[str, int] = field(default_factory=dict)  # images in a tar that were passed over, by kind
+    lacking: dict[str, int] = field(default_factory=dict)  # carried field → samples that do not have it in its type
     image_bytes: int = 0  # size of the samples' encoded images
     retries: int = 0  # store requests that were repeated so far
     error: str = ""
@@ -174,6 +176,15 @@ class ChunkHead:
     @classmethod
     def from_json(cls, text: str) -> "ChunkHead":
         return cls(**json.loads(text))
+
+
+def add_kinds(known: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
+    """Counts by kind, with more of them. Kinds beyond `MOST_KINDS` are counted together, since strangers name them."""
+    counts = dict(known)
+    for kind, number in more.items():
+        name = kind if kind in counts or len(counts) < MOST_KINDS else OTHER_KINDS
+        counts[name] = counts.get(name, 0) + number
+    return counts
 
 
 def encoder_path(space_id: str) -> str:

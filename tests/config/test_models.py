@@ -1,6 +1,7 @@
 """Recipes and jobs as they are read: paths, shorthands, overrides, and what is refused in which words."""
 
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import pytest
@@ -339,3 +340,16 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as error:
             load_recipe(path)
         assert str(error.value) == f"{path}: {message}"
+
+
+def test_members_of_tars_that_are_images(tmp_path: Path) -> None:
+    def members(value: Any) -> tuple[str, ...]:
+        return JobConfig(recipe="r", input=("i",), table="t", image_member=value).image_member
+
+    assert members(()) == ()
+    assert members(".JPG") == ("jpg",)
+    assert members(["left.png", "right.PNG"]) == ("left.png", "right.png")
+    assert members("jpg; jpeg;.png") == ("jpg;jpeg;png",)
+    for wrong in (["jpg", "JPG"], "", "jpg;", ["jpg", 3]):
+        with pytest.raises(ValueError, match="image_member"):
+            members(wrong)

@@ -1,5 +1,6 @@
 """What a run leaves with its table: a record, a report, and neither a secret nor a failure more."""
 
+import html
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,19 @@ import pytest
 from jobs import job_of, run_here, tiny_recipe, write_tars
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import GateFailed
-from lora_embed.monitor.record import Reading, RunRecord, bins_of
+from lora_embed.monitor.record import Reading, RejectExample, RunRecord, bins_of
+from lora_embed.monitor.runs import describe_runs, read_runs
 from lora_embed.report.run import rate_chart, run_page
 from lora_embed.run import journal
 from lora_embed.run.job import run_job
+from lora_embed.run.plan import plan_job
 from lora_embed.store.store import Store
+from lora_embed.table import rejects
+from lora_embed.table.read import open_table
+from lora_embed.table.rejects import describe_examples, describe_rejects
 from lora_embed.table.versions import read_manifest
 from lora_embed.text import without_secrets
-from samples import tar_of
+from samples import png, tar_of, touch_files
 
 SECRET = "wJalrXUtnFEMI"
 
@@ -62,8 +68,8 @@ def test_rejects_in_files_that_are_not_read_are_counted(job: JobConfig, monkeypa
     store = Store(job.table)
     manifest = read_manifest(store)
     assert manifest is not None
-    monkeypatch.setattr(journal, "MOST_REJECT_FILES", 0)
-    assert journal.find_rejects(store, manifest) == ({journal.NOT_READ: 1}, ())
+    monkeypatch.setattr(rejects, "MOST_FILES", 0)
+    assert journal.find_rejects(store, manifest) == ({rejects.NOT_READ: 1}, ())
 
 
 def test_a_run_that_finds_nothing_to_do_leaves_no_record(job: JobConfig) -> None:
@@ -74,15 +80,65 @@ def test_a_run_that_finds_nothing_to_do_leaves_no_record(job: JobConfig) -> None
 
 def test_a_run_that_a_gate_stops_says_why(job: JobConfig) -> None:
     strict = job.model_copy(update={"max_rejects": 0.0})
-    with pytest.raises(GateFailed):
+    with pytest.raises(GateFailed) as stopped:
         run_job(strict)
     (record,) = records(strict)
     assert (record["outcome"], record["version"], record["embedded"]) == ("failed", None, 25)
-    assert "1 of 25 new samples cannot be embedded" in record["error"]
+    assert record["rejects"] == {"not_an_image": 1}
+    assert [(shown["id"], shown["reason"]) for shown in record["examples"]] == [("0003.tar/<b>no picture", "not_an_image")]
     with pytest.raises(GateFailed):
-        run_job(strict)  # embeds nothing, so there is nothing to tell beside the message
-    (page,) = Path(job.table, "runs").glob("*/report.html")
-    assert "1 of 25 new samples cannot be embedded" in page.read_text()
+        run_job(strict)  # embeds nothing: what was staged before is told
+    assert [record["rejected"] for record in records(strict)] == [1, 0]
+    (state, _) = read_runs(Store(job.table))
+    shown = "\n".join(describe_runs(read_runs(Store(job.table))))
+    pages = [html.unescape(path.read_text()) for path in Path(job.table, "runs").glob("*/report.html")]
+    errors = [record["error"] for record in records(strict)]
+    assert len(pages) == 2
+    for text in (*pages, *errors, state.state.error, shown, str(stopped.value)):
+        assert "1 of 25 new samples cannot be embedded: 1 not_an_image" in text
+        assert "0003.tar/<b>no picture: not_an_image, " in text
+    for record in records(strict):
+        assert record["gates"]["rejects"]["details"][0].startswith("0003.tar/<b>no picture: not_an_image, ")
+        assert record["gates"]["removed"]["holds"]
+
+
+def test_examples_are_of_as_many_reasons_as_possible() -> None:
+    examples = [RejectExample(id=f"{n}", reason=reason, detail="") for reason in ("empty", "no_image") for n in range(3)]
+    assert describe_examples(examples) == ["0: empty", "0: no_image", "1: empty"]
+    assert describe_rejects({"empty": 2, "no_image": 1200}) == "1,200 no_image, 2 empty"
+
+
+def test_what_was_passed_over_is_in_record_state_and_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_here(monkeypatch)
+    source = write_tars(tmp_path / "shards", shards=1, images=2)
+    (source / "0001.tar").write_bytes(tar_of([("a.jpg", png()), ("a.left.png", b"-"), ("._a.jpg", b"-"), ("b.heic", b"-")]))
+    touch_files(source, "notes.txt", "more.txt", "film.mp4", ".c.jpg")
+    (source / "loose.jpg").write_bytes(png(7))
+    (source / "gone.jpg").symlink_to("/nowhere/gone.jpg")
+    job = job_of(tmp_path, tiny_recipe(tmp_path), source, max_rejects=0.9, gates={"passed_over": 0.1})
+    with pytest.raises(GateFailed, match=r"passed_over: passed over by the listing: 4 files \(.txt 2, .mp4 1, hidden .jpg 1\)"):
+        run_job(job)
+    result = run_job(job.model_copy(update={"gates": {"passed_over": 0.5}}))
+    record = records(job)[-1]
+    state = json.loads(max(Path(job.table, "runs").glob("*/state.json")).read_text())
+    plan = plan_job(job)
+    files = {".txt": 2, ".mp4": 1, "hidden .jpg": 1}
+    assert record["passed_over"] == state["passed_over"] == result.passed_over == plan.passed_over == files
+    assert records(job)[0]["passed_in_tars"] == {".left.png": 1, "macOS ._": 1}
+    assert result.counts["samples"] == 2 + 2 + 2
+    table = open_table(job.table)
+    assert {(row["id"], row["reason"], row["detail"]) for row in table.rejects().to_pylist()} >= {
+        ("gone.jpg", "no_image", "a link to /nowhere/gone.jpg, which does not exist")
+    }
+    said = " ".join(capfd.readouterr().err.split())
+    assert "Passed over: 4 files (.txt 2, .mp4 1, hidden .jpg 1)" in said
+    assert said.count("Images in tars that are passed over, beside the image of their sample or hidden: .left.png 1") == 1
+    assert "passed 4 files (.txt 2, .mp4 1, hidden .jpg 1) passed over" in " ".join(plan.describe().split())
+    page = max(Path(job.table, "runs").glob("*/report.html")).read_text()
+    assert "Files of the input that are passed over: .txt 2, .mp4 1, hidden .jpg 1." in page
+    assert run_job(job).passed_over == files  # also where there is nothing to do
 
 
 def test_a_run_does_not_fail_for_its_report(job: JobConfig, capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,10 +7,12 @@ import pytest
 from jobs import job_of
 from lora_embed.chain.items import WorkItem
 from lora_embed.chain.pipeline import BLOCK_BYTES, BLOCK_ITEMS, plan_blocks
+from lora_embed.entries import Entry
 from lora_embed.errors import ConfigError
 from lora_embed.run.open import OpenJob
 from lora_embed.run.refuse import SUBMITTED, refuse_local_paths
-from lora_embed.schema import Entry, Shard
+from lora_embed.schema import Shard
+from lora_embed.shards.listing import Listing
 from lora_embed.store.store import Store
 
 
@@ -44,7 +46,7 @@ def test_a_table_in_the_submitted_folder_is_refused(tmp_path: Path, monkeypatch:
     (tmp_path / "submitted").mkdir()
     monkeypatch.chdir(tmp_path / "submitted")
     job = job_of(tmp_path / "submitted", tmp_path / "recipe.yaml", tmp_path / "shards")
-    opened = OpenJob(job=job, store=Store(job.table), shards=[], source=tmp_path, current=None, encoder=None)
+    opened = OpenJob(job=job, store=Store(job.table), listing=Listing(shards=[]), source=tmp_path, current=None, encoder=None)
     monkeypatch.setenv(SUBMITTED, "{}")
     with pytest.raises(ConfigError, match="is in Ray's copy of the submitted folder, which Ray removes"):
         refuse_local_paths(opened, None)

@@ -15,7 +15,8 @@ from lora_embed.errors import ConfigError
 from lora_embed.search.index import Hit
 from lora_embed.search.places import lies_within
 from lora_embed.search.search import find_pictures
-from lora_embed.shards.listing import expand_braces, list_shards
+from lora_embed.shards.listing import list_shards
+from lora_embed.shards.patterns import expand_braces
 from lora_embed.table.read import Table
 from samples import png, tar_of
 from tables import noise_vectors, publish_vectors

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_embed.entries import Entries, Entry
 from lora_embed.errors import ConfigError, StorageError
-from lora_embed.schema import ChunkHead, Entry, Shard
+from lora_embed.schema import ChunkHead, Shard
 from lora_embed.shards import listing
-from lora_embed.shards.listing import expand_braces, list_shards
+from lora_embed.shards.listing import list_input, list_shards
+from lora_embed.shards.patterns import expand_braces
 from lora_embed.store.store import Store
 from samples import touch_files
 
@@ -117,25 +119,29 @@ def images(number: int, folder: str = "f") -> list[Entry]:
     return [Entry(f"{folder}/{index:05d}.jpg", 7, "1") for index in range(number)]
 
 
-GROUPED = {shard.name: shard.id for shard in listing._image_groups("/root", images(3000))}
+def grouped(entries: list[Entry]) -> list[Shard]:
+    return listing._image_groups("/root", {"f": Entries(entries)}, {})
+
+
+GROUPED = {shard.name: shard.id for shard in grouped(images(3000))}
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.text(min_size=1, max_size=20).filter(lambda name: "/" not in name))
 def test_a_new_image_touches_one_group(name: str) -> None:
-    entries = sorted([*images(3000), Entry(f"f/new-{name}.jpg", 7, "1")], key=lambda entry: entry.path)
-    after = {shard.name: shard.id for shard in listing._image_groups("/root", entries)}
+    entries = [*images(3000), Entry(f"f/new-{name}.jpg", 7, "1")]
+    after = {shard.name: shard.id for shard in grouped(entries)}
     assert len(GROUPED) == 4
     assert after.keys() == GROUPED.keys()
     assert sum(after[group] != GROUPED[group] for group in GROUPED) == 1
 
 
 def test_sample_ids_stay_when_groups_are_dealt_anew() -> None:
-    few, many = listing._image_groups("/root", images(1024)), listing._image_groups("/root", images(1025))
+    few, many = grouped(images(1024)), grouped(images(1025))
     assert (len(few), len(many)) == (1, 2)
     assert set(sample_ids(many)) - set(sample_ids(few)) == {"f/01024.jpg"}
     assert len(sample_ids(many)) == 1025
-    assert max(len(shard.files) for shard in listing._image_groups("/root", images(5000))) < 2 * listing.IMAGES_PER_GROUP
+    assert max(len(shard.files) for shard in grouped(images(5000))) < 2 * listing.IMAGES_PER_GROUP
 
 
 @pytest.mark.parametrize(
@@ -146,9 +152,15 @@ def test_sample_ids_stay_when_groups_are_dealt_anew() -> None:
         (["{5..6}.tar"], r"matches no tar, Parquet or image file among 10 files"),
         (["{3..1}.tar"], "matches no tar, Parquet or image file"),
         (["{0..3}.tar"], r"2 of the 4 files that it names do not exist; the first is .*/2.tar. Correct the range, or use \*"),
-        (["notes.txt"], "notes.txt is not a .tar, .parquet or image file"),
-        (["{0.tar,notes.txt}"], "notes.txt is not a .tar, .parquet or image file"),
-        (["hidden"], r"matches no tar, Parquet or image file among 2 files"),
+        (
+            ["notes.txt"],
+            "notes.txt begins with 1 bytes of text, not an image: 'x'. Expected a tar, a Parquet file or an image.",
+        ),
+        (["{0.tar,notes.txt}"], "notes.txt begins with 1 bytes of text, not an image"),
+        (
+            ["hidden"],
+            r"matches no tar, Parquet or image file among 2 files below .*It passes over 2 files \(hidden .tar 1, macOS ._ 1\)",
+        ),
         (
             ["a", "b"],
             "duplicate ids: .*/a and .*/b both hold s.tar, whose images would get the same ids. Name the folder",
@@ -214,7 +226,7 @@ def test_each_folder_of_an_input_is_listed_once(tmp_path: Path, shape: str, foll
     if shape == "by its whole path":
         (source / "again").symlink_to(tmp_path)
     started = time.monotonic()
-    listed = list_shards((str(source),), {}, follows=follows)
+    listed = list_input((str(source),), {}, follows=follows).shards
     assert sorted(shard.prefix for shard in listed) == ["/".join(f"d{n}" for n in range(level + 1)) for level in range(15)]
     assert time.monotonic() - started < 5
 
@@ -234,11 +246,13 @@ def test_links_out_of_an_input_are_named_and_followed_only_where_told(
     ):
         (tmp_path / "input" / name).symlink_to(target)
     for pattern in ("input", "input/**"):
-        names = {shard.name for shard in list_shards((f"{tmp_path}/{pattern}",), {})}
-        assert names == {"own/#0000of0001", "model.tar"}
+        listed = list_input((f"{tmp_path}/{pattern}",), {})
+        assert {shard.name for shard in listed.shards} == {"own/#0000of0001", "model.tar"}
+        assert listed.passed_over == {"linked folder": 2}
+        assert listed.describe() == "0 files (linked folder 2)"
         said = " ".join(capsys.readouterr().err.split())
         assert f"are ignored: out (to {tmp_path}/private), own/up (to {tmp_path}/private/deep). To read those folders" in said
-    names = {shard.name for shard in list_shards((f"{tmp_path}/input",), {}, follows=True)}
+    names = {shard.name for shard in list_input((f"{tmp_path}/input",), {}, follows=True).shards}
     assert names == {"own/#0000of0001", "model.tar", "out/#0000of0001", "out/deep/#0000of0001"}
     assert capsys.readouterr().err == ""
 

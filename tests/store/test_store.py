@@ -17,8 +17,8 @@ import pytest
 import s3fs
 from fsspec.spec import AbstractFileSystem
 
+from lora_embed.entries import Entry
 from lora_embed.errors import StorageError
-from lora_embed.schema import Entry
 from lora_embed.store.fetch import fetch_directory
 from lora_embed.store.local import TEMPORARY
 from lora_embed.store.store import Store
@@ -151,8 +151,17 @@ def test_links_are_followed_and_circles_end(tmp_path: Path) -> None:
     store = Store(str(folder), follows_links=True)
     state = {"size": 3, "etag": "1234567890123456789"}
     listed, passed_over = store.list_input(follows=True)
-    assert (listed, passed_over) == ([Entry("file.tar", **state), Entry("linked/sub/a.tar", **state)], {})
-    assert listed == [store.info("file.tar"), store.info("linked/sub/a.tar")]
+    broken = [
+        Entry(name, size=0, etag=why, broken=why)
+        for name, why in (
+            ("itself", f"a link to {folder}/itself, which does not exist"),
+            ("nothing", f"a link to {tmp_path}/nowhere, which does not exist"),
+        )
+    ]
+    found = sorted(listed, key=lambda entry: entry.path)
+    assert found == [Entry("file.tar", **state), broken[0], Entry("linked/sub/a.tar", **state), broken[1]]
+    assert passed_over == {}
+    assert found == [store.info(entry.path) for entry in found]
     os.utime(real / "sub" / "a.tar", ns=(5, 1_234_567_890_123_456_790))
     assert store.info("file.tar") != Entry("file.tar", **state)  # a nanosecond is noticed
 

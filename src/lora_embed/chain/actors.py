@@ -1,7 +1,7 @@
 """The actors of the chain: embed a chunk's pixels with one or several encoders, write its part, or do everything."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from lora_embed.monitor.stages import Stopwatch
 from lora_embed.schema import ChunkHead, Layout, from_ipc
 from lora_embed.store.retry import take_retries
 from lora_embed.store.store import Store
-from lora_embed.table.parts import make_part, reasons_of, write_part
+from lora_embed.table.parts import make_part, write_part
+from lora_embed.table.rejects import count_reasons, examples_of
 
 if TYPE_CHECKING:
     from lora_embed.model.encoder import Encoder
@@ -173,7 +174,13 @@ class WriteParts:
                 vectors = chunk.vectors.reshape(head.good, self._dimension)
                 part = make_part(head, chunk.samples, vectors, self._layout)
                 write_part(self._store, self._space_id, self._layout, head, part)
-            head = replace(head, samples=part.num_rows, reasons=reasons_of(part), seconds=chunk.seconds | clock.seconds)
+            head = replace(
+                head,
+                samples=part.num_rows,
+                reasons=count_reasons(part),
+                examples=[asdict(example) for example in examples_of(part)],
+                seconds=chunk.seconds | clock.seconds,
+            )
         head = replace(head, retries=head.retries + take_retries())
         return {"head": np.array([head.to_json()], dtype=object)}
 

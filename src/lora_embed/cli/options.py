@@ -50,12 +50,9 @@ def read_as(job: JobConfig | None) -> dict[str, Any]:
     """A job's settings for reading its images, as `evaluate` and `tune` take them; empty without a job."""
     if job is None:
         return {}
-    return {
-        "input_options": job.input_storage_options,
-        "image_column": job.image_column,
-        "key_column": job.key_column,
-        "references": references_of(job),
-    }
+    names = ("image_column", "key_column", "image_member")
+    own = {"input_options": job.input_storage_options, "references": references_of(job)}
+    return own | {name: getattr(job, name) for name in names}
 
 
 def options_like(place: str, known: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:

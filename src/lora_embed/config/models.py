@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, create_model, model_validator
 
 from lora_embed.config.messages import Keys, checked, shown
 from lora_embed.config.paths import base_place, local_place, with_absolute_paths
-from lora_embed.config.values import Number, Section, Share, Text, Uri, not_empty
+from lora_embed.config.values import Number, Section, Share, Text, Uri, as_members, not_empty
 from lora_embed.config.yaml import Loader, read_yaml, yaml_problem
 from lora_embed.errors import ConfigError
 
@@ -119,6 +119,7 @@ class CarryField(Section):
 
     name: Text
     type: Literal["string", "int64", "float64", "bool"] = "string"
+    optional: bool = False  # true: a run begins also if no sample seems to have the field
 
 
 def _carry_field(value: Any) -> Any:
@@ -148,6 +149,7 @@ class JobConfig(Section):
     reference_roots: tuple[Uri, ...] = Field(default=(), strict=False)
     check_references: bool = False
     reject_unreachable: bool = False  # web servers that do not answer make rejects, not an incomplete run
+    image_member: Annotated[tuple[Text, ...], Field(strict=False), AfterValidator(as_members)] = ()
     limit: int | None = Field(default=None, ge=1)
     vector_type: Literal["float32", "float16"] = "float32"
     resources: Resources = Resources()
@@ -164,10 +166,9 @@ class JobConfig(Section):
     @classmethod
     def _widen_shorthands(cls, data: dict[str, Any]) -> dict[str, Any]:
         data = dict(data)
-        if isinstance(data.get("input"), str):
-            data["input"] = [data["input"]]
-        if isinstance(data.get("reference_roots"), str):
-            data["reference_roots"] = [data["reference_roots"]]
+        for key in ("input", "image_member", "reference_roots"):
+            if isinstance(data.get(key), str):
+                data[key] = [data[key]]
         if isinstance(data.get("carry"), list):
             data["carry"] = [_carry_field(value) for value in data["carry"]]
         return data

@@ -32,6 +32,14 @@ def not_empty(value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
+def as_members(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of members in a sample of a tar, in small letters and without a dot before them."""
+    members = tuple(";".join(part.strip().lower().removeprefix(".") for part in name.split(";")) for name in names)
+    if not all(part for member in members for part in member.split(";")) or len(set(members)) < len(members):
+        raise ValueError("expected different endings of file names such as jpg, left.png or jpg;png")
+    return members
+
+
 def _without_password(uri: str) -> str:
     if holds_secret(uri):
         shown_uri = redacted("".join(uri.split()))

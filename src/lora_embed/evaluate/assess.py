@@ -21,7 +21,7 @@ from lora_embed.monitor.progress import say
 from lora_embed.run.refuse import local_places, refuse_unshared
 from lora_embed.schema import Layout
 from lora_embed.shards.list_rows import carrying
-from lora_embed.shards.listing import list_shards
+from lora_embed.shards.listing import list_input
 from lora_embed.store.fetch import private_folder
 from lora_embed.store.store import Store
 from lora_embed.text import utc
@@ -97,16 +97,19 @@ def open_source(request: Request) -> tuple[Source, cluster.Topology]:
     options = [("--label", name) for name in request.labels]
     options += [(option, name) for option, name in (("--group", request.group), ("--split", request.split)) if name]
     carry = tuple((name, "string") for name in dict.fromkeys(name for _, name in options))
-    references = carrying(request.references, tuple(name for name, _ in carry))
-    shards = list_shards(request.inputs, request.input_options, references=references)
     layout = Layout(
         precision="float32",
         batch_size=16,
         carry=carry,
         image_column=request.image_column,
         key_column=request.key_column,
+        image_member=request.image_member,
     )
-    source = Source(shards=tuple(shards), options=request.input_options, store=store, layout=layout)
+    fields = [name for name, _ in carry]
+    references = carrying(request.references, tuple(fields))
+    listing = list_input(request.inputs, request.input_options, fields=fields, references=references)
+    listing.say_passed()
+    source = Source(shards=tuple(listing.shards), options=request.input_options, store=store, layout=layout)
     check_fields(source, options)
     store.check_reachable()
     store.check_writable()
@@ -114,7 +117,7 @@ def open_source(request: Request) -> tuple[Source, cluster.Topology]:
     topology = cluster.choose_topology(request.resources)
     if not request.shared_filesystem:
         refuse_unshared(
-            local_places(store, shards, request.input_options),
+            local_places(store, source.shards, request.input_options),
             "Use URIs that all nodes reach for --data and --work, such as s3://…, or add --shared-filesystem if all nodes "
             "mount the path.",
         )

@@ -23,12 +23,9 @@ from lora_embed.images.preprocess import decoding
 from lora_embed.monitor.progress import Progress, say
 from lora_embed.monitor.stages import add_seconds
 from lora_embed.schema import FORMAT, Layout, Shard, from_ipc, to_ipc
-from lora_embed.shards.read import read_samples
+from lora_embed.shards.look import absent_fields
 from lora_embed.store.store import Store
-from lora_embed.table.parts import reasons_of
-
-LOOK_AT = 16  # samples of a shard that are checked for a field before anything is embedded
-MOST_LOOKED_AT = 64  # shards that are checked for a field
+from lora_embed.table.rejects import count_reasons
 
 Vectors = NDArray[np.float32]
 
@@ -85,6 +82,7 @@ class Source:
         """The folder that keeps vectors; its name hashes the input and all settings of the layout that affect a vector."""
         layout = self.layout
         settings = [FORMAT, layout.precision, layout.batch_size, layout.max_pixels, layout.image_column, layout.key_column]
+        settings += [layout.image_member] if layout.image_member else []
         return f"evaluated/{_hash([sorted(shard.id for shard in self.shards), settings])}"
 
     @property
@@ -100,19 +98,10 @@ def check_fields(source: Source, options: Sequence[tuple[str, str]]) -> None:
 
     Raises ConfigError for a field that none of these samples has.
     """
-    missing = list(options)
-    shards = source.shards[:: -(-len(source.shards) // MOST_LOOKED_AT)]
-    for shard in shards:
-        for sample in itertools.islice(read_samples(shard, source.layout, source.options, lambda number: True), LOOK_AT):
-            missing = [(option, name) for option, name in missing if sample.fields.get(name) is None]
-        if not missing:
-            return
-    for option, name in missing:
-        raise ConfigError(
-            f"{option} {name}: none of the first {LOOK_AT} samples of {len(shards)} shards has that field. A field is a key "
-            f"of a sample's .json, a text member such as .cls, or a column of Parquet. Correct the name; the first shard is "
-            f"{shards[0].name}."
-        )
+    absent = {absence.name: absence for absence in absent_fields(source.shards, source.layout, source.options)}
+    for option, name in options:
+        if name in absent:
+            raise ConfigError(f"{option} {absent[name].describe()}. Correct the name.")
 
 
 def collect(source: Source, encoders: Sequence[Wanted], topology: Topology) -> Collected:
@@ -163,7 +152,7 @@ def _watched(source: Source, shared: Pass, topology: Topology) -> Iterator[Vecto
     """Run the chain, and show progress."""
     with Progress(list(source.shards), topology.workers) as progress:
         for chunk in pipeline.embed_with_each([WorkItem(shard=shard) for shard in source.shards], shared, topology):
-            samples, reasons = chunk.samples.num_rows, reasons_of(chunk.samples)
+            samples, reasons = chunk.samples.num_rows, count_reasons(chunk.samples)
             progress.add(replace(chunk.head, samples=samples, reasons=reasons, seconds=chunk.seconds))
             yield chunk
 

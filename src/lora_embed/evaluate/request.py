@@ -36,6 +36,7 @@ class Request:
     image_column: str | None = None  # of Parquet input
     key_column: str | None = None
     references: References | None = None  # None: the input holds the images themselves
+    image_member: tuple[str, ...] = ()  # of tars
 
 
 def check_request(request: Request) -> None:

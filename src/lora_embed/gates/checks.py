@@ -32,6 +32,7 @@ class Gate:
     limit: float
     direction: Literal["at most", "at least"]
     says: str
+    details: tuple[str, ...] = ()  # lines for the message of a gate that fails
 
     @property
     def holds(self) -> bool:
@@ -40,7 +41,8 @@ class Gate:
     def to_dict(self) -> dict[str, Any]:
         """The gate as JSON types, for a manifest; None for a figure that is not finite."""
         value = self.value if isfinite(self.value) else None
-        return asdict(self) | {"value": value, "holds": self.holds}
+        kept = {name: of for name, of in asdict(self).items() if name != "details"}
+        return kept | {"value": value, "holds": self.holds}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ class Limits:
     good update does (overlap 0.55 to 0.71, accuracy −0.02 to 0.01): only the gate `processor` notices them.
     """
 
+    passed_over: float = 0.05  # share of files that look like input and are hidden by their names; a figure of `listing`
     unusable: float = 0.001  # share of rows; all measured updates: 0. An encoder may give zeros for a blank image
     constant: float = 0.05  # share of dimensions, added to the old share; all measured updates: 0
     duplicates: float = 0.05  # share of rows, added to the old share; all measured: 0. A few per cent may be blank images

@@ -18,6 +18,7 @@ from lora_embed.gates.checks import Gate, Limits
 from lora_embed.model import golden
 from lora_embed.model.description import DESCRIPTION
 from lora_embed.schema import encoder_path
+from lora_embed.shards.listing import Listing
 from lora_embed.store.store import Store
 from lora_embed.table.manifest import FileEntry, Manifest
 from lora_embed.table.parquet import file_batches, read_rows
@@ -34,6 +35,14 @@ def limits_of(job: JobConfig) -> Limits:
     """The job's limits, with defaults for those that it does not set. Raises ConfigError for an unknown name."""
     known = {limit.name: (float, limit.default) for limit in fields(Limits)}
     return Limits(**check_options("gates", known, job.gates))
+
+
+def hidden(listing: Listing, limits: Limits) -> Gate:
+    """Check that few files of the input are passed over because their names hide them, of all that look like input."""
+    says = f"passed over by the listing: {listing.describe()}. Files that are hidden by their names count here"
+    if listing.hidden_share > limits.passed_over:
+        says += "; name them in a pattern such as folder/**/{*,_*} to embed them"
+    return Gate(name="passed_over", value=listing.hidden_share, limit=limits.passed_over, direction="at most", says=says)
 
 
 def measure(shared: pipeline.Job, written: list[FileEntry], *, here: bool) -> Figures | None:
@@ -160,11 +169,15 @@ def decide(where: str, judged: Iterable[Gate], accepted: dict[str, str]) -> dict
     failed = [gate for gate in judged if not gate.holds and gate.name not in accepted]
     if failed:
         lines = "".join(
-            f"\n  {gate.name}: {gate.says} ({gate.value:.4g}, {gate.direction} {gate.limit:.4g})" for gate in failed
+            "\n    ".join(
+                [f"\n  {gate.name}: {gate.says} ({gate.value:.4g}, {gate.direction} {gate.limit:.4g})", *gate.details]
+            )
+            for gate in failed
         )
         raise GateFailed(
             f"{where}: not published, the version before stays. What was embedded is kept. Correct the input or the recipe and "
-            f"run again, or accept the gate with `lora-embed publish JOB --accept {failed[0].name} --why …`. Failed:{lines}"
+            f"run again, or accept the gate with `lora-embed publish JOB --accept {failed[0].name} --why …`. Failed:{lines}",
+            kept | {gate.name: gate.to_dict() | {"details": gate.details} for gate in failed},
         )
     for name in accepted.keys() & kept.keys():
         kept[name]["accepted"] = accepted[name]

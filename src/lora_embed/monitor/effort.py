@@ -6,8 +6,9 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+from lora_embed.monitor.record import EXAMPLES, RejectExample
 from lora_embed.monitor.stages import Bound, Timeline
-from lora_embed.schema import ChunkHead
+from lora_embed.schema import ChunkHead, add_kinds
 
 
 @dataclass
@@ -22,6 +23,9 @@ class Effort:
     shards_failed: int = 0  # in the current attempt
     chunks: int = 0
     rejects: Counter[str] = field(default_factory=Counter)  # by reason
+    examples: dict[str, list[RejectExample]] = field(default_factory=dict)  # a few rejects of each reason
+    passed: dict[str, int] = field(default_factory=dict)  # images in tars that were passed over, by kind
+    lacking: Counter[str] = field(default_factory=Counter)  # carried field → samples that do not have it in its type
     image_bytes: int = 0  # bytes of encoded images read
     retries: int = 0  # requests to a store that were tried again
     bound: Bound | None = None
@@ -68,6 +72,9 @@ class Effort:
                 return
             self.chunks += 1
             self.rejects = self.rejects + Counter(chunk.reasons)  # a new object, since a copy from `now` shares the old one
+            self.passed = add_kinds(self.passed, chunk.passed)
+            self.lacking = self.lacking + Counter(chunk.lacking)
+            self.examples = _joined(self.examples, chunk.examples)
             self.image_bytes += chunk.image_bytes
             self.shards_done += chunk.last
 
@@ -80,3 +87,12 @@ class Effort:
         """A copy of the counts as they are now; it does not change later."""
         with self._lock:
             return replace(self, timeline=copy.copy(self.timeline))
+
+
+def _joined(known: dict[str, list[RejectExample]], more: list[dict[str, str]]) -> dict[str, list[RejectExample]]:
+    """Examples of rejects by reason with more of them, up to `EXAMPLES` of each reason."""
+    joined = {reason: list(examples) for reason, examples in known.items()} if more else known
+    for example in more:
+        if len(of_reason := joined.setdefault(example["reason"], [])) < EXAMPLES:
+            of_reason.append(RejectExample(**example))
+    return joined

@@ -118,8 +118,11 @@ def _say_end(ending: Ending) -> None:
 
 
 def gist(message: str) -> str:
-    """Summarise a message in one line: if it has indented lines, which list the causes, only the first of these."""
-    causes = [line.strip() for line in message.splitlines() if line.startswith("  ")]
+    """Summarise a message in one line: if it has indented lines, which list the causes, only the first of these.
+
+    Lines that are indented further are details of a cause.
+    """
+    causes = [line.strip() for line in message.splitlines() if line.startswith("  ") and line[2:3] != " "]
     more = f" (and {len(causes) - 1} more)" if len(causes) > 1 else ""
     return f"{causes[0]}{more}" if causes else " ".join(message.split())
 

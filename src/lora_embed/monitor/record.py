@@ -11,11 +11,12 @@ from lora_embed.monitor.stages import Bound, Reading, Workers, find_bound
 FORMAT = 1
 OPTIONS = (  # keys of a job that a record holds; no storage options, because they may hold secrets
     "recipe", "input", "table", "precision", "chunk_size", "batch_size", "max_rejects", "max_removed", "max_pixels",
-    "max_bytes", "carry", "image_column", "key_column", "reference_column",
-    "reference_roots", "check_references", "reject_unreachable", "limit", "vector_type", "resources", "reembed", "gates",
-    "prices", "retain", "shared_filesystem",
+    "max_bytes", "carry", "image_column", "key_column", "image_member", "reference_column", "reference_roots",
+    "check_references", "reject_unreachable", "limit", "vector_type", "resources", "reembed",
+    "gates", "prices", "retain", "shared_filesystem",
 )  # fmt: skip
 MOST_BINS = 48
+EXAMPLES = 5  # rejects that are kept of each reason
 Outcome = Literal["running", "published", "current", "not published", "failed"]
 
 
@@ -40,6 +41,10 @@ class RunSummary:
     embedded: int = 0  # samples that this run decoded, rejects included
     rejected: int = 0  # rejects among the embedded samples
     version: int | None = None
+    rejects: dict[str, int] = field(default_factory=dict)  # reason → samples; in a record, of the version if there is one
+    passed_over: dict[str, int] = field(default_factory=dict)  # listed files that are no shards, by kind
+    passed_in_tars: dict[str, int] = field(default_factory=dict)  # images in tars that were not embedded, by kind
+    lacking: dict[str, int] = field(default_factory=dict)  # carried field → embedded samples that do not have it in its type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +61,6 @@ class RunRecord(RunSummary):
     counts: dict[str, int] = field(default_factory=dict)  # of the version
     gates: dict[str, dict[str, Any]] = field(default_factory=dict)
     lineage: dict[str, Any] = field(default_factory=dict)
-    rejects: dict[str, int] = field(default_factory=dict)  # of the version: reason → samples
     examples: tuple[RejectExample, ...] = ()
     merge: dict[str, Any] = field(default_factory=dict)  # merge_report.json, without its rows by weight
     software: dict[str, str] = field(default_factory=dict)  # package → version

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from lora_embed.entries import Entry
 from lora_embed.errors import LoraEmbedError
 from lora_embed.monitor.ending import gist
 from lora_embed.monitor.heartbeat import DEAD_AFTER_S, Heartbeat
 from lora_embed.monitor.record import RunState
-from lora_embed.schema import Entry
 from lora_embed.store.store import Store
 from lora_embed.text import printable, span, without_secrets
 
@@ -91,13 +91,18 @@ class Run:
         if self.status == "seems dead":
             return f"seems dead: {state.doing} on {state.host}, {done}; {heard}"
         took = f"in {span(state.seconds)}"
+        reasons = f" ({', '.join(f'{count:,} {reason}' for reason, count in state.rejects.items())})" if state.rejects else ""
         if state.outcome == "current":
             return f"version {state.version} stayed current, {took}: {state.embedded:,} embedded"
         if state.outcome == "published":
-            return f"published version {state.version} {took}: {state.embedded:,} embedded, {state.rejected:,} rejects"
+            return f"published version {state.version} {took}: {state.embedded:,} embedded, {state.rejected:,} rejects{reasons}"
         if state.outcome == "failed":
             return f"failed after {span(state.seconds)}, {done}: {gist(state.error)[:MOST_OF_CAUSE]}"
-        return f"embedded {state.embedded:,} {took}, not published"
+        return (
+            f"embedded {state.embedded:,} {took}, not published"
+            + (f", {state.rejected:,} rejects" if reasons else "")
+            + reasons
+        )
 
 
 def read_runs(store: Store, most: int = SHOWN) -> list[Run]:
@@ -175,10 +180,11 @@ def announced(store: Store, doing: str, space_id: str = "") -> Iterator[None]:
 
 
 def describe_runs(runs: list[Run]) -> list[str]:
-    """The lines of `status` about runs."""
-    return [
-        printable(f"{'run' if run.status != 'running' else 'running':<9} {run.state.run_id} {run.describe()}") for run in runs
-    ]
+    """The lines of `status` about runs; below the latest, the details of the error that it ended with."""
+    lines = [f"{'run' if run.status != 'running' else 'running':<9} {run.state.run_id} {run.describe()}" for run in runs]
+    if runs and runs[0].state.outcome == "failed":
+        lines[1:1] = [line for line in runs[0].state.error.splitlines() if line.startswith("    ")]
+    return [printable(line) for line in lines]
 
 
 def to_prometheus(table: str, version: int | None, runs: list[Run]) -> str:

@@ -19,8 +19,9 @@ from lora_embed.run import journal, preview, publish, work
 from lora_embed.run.encoders import prepare_encoder, renew_encoder, store_encoder
 from lora_embed.run.layout import resolve_layout
 from lora_embed.run.open import OpenJob, open_job
-from lora_embed.run.refuse import refuse_local_paths, refuse_space
+from lora_embed.run.refuse import refuse_absent_fields, refuse_local_paths, refuse_space
 from lora_embed.schema import Shard, encoder_path
+from lora_embed.shards.listing import Listing
 from lora_embed.table import retention, staging, versions
 from lora_embed.table.manifest import Manifest
 from lora_embed.table.parts import part_path
@@ -40,6 +41,7 @@ class RunResult:
     seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)  # seconds by stage, summed over the workers
     bound: str | None = None  # the stage that limited the speed
+    passed_over: dict[str, int] = field(default_factory=dict)  # listed files that are no shards, by kind
 
     @classmethod
     def of(cls, table: str, space_id: str, effort: Effort) -> "RunResult":
@@ -77,6 +79,7 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
         if _is_current(opened):
             return _leave_as_it_is(beginning, opened)
 
+    refuse_absent_fields(opened)
     with tempfile.TemporaryDirectory() as scratch:
         folder = _build_or_take(opened, Path(scratch)) if known is None else None
         encoder = known or read_description(cast(Path, folder))
@@ -86,6 +89,7 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
         refuse_local_paths(opened, encoder.base)
         store = versions.claim(opened.store)  # the last check, and the first write
         with once_started(), journal.recorded(beginning, job, store, encoder.space_id, topology) as recording:
+            recording.passed_over = opened.listing.passed_over
             if folder is None:
                 renew_encoder(encoder, store, job.retain.grace_days)
             else:
@@ -93,9 +97,9 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
             layout = resolve_layout(job, store, encoder, current, topology)
             recording.shared = shared = pipeline.Job.of(job, store, encoder, layout, base)
             with _retaining(shared, job, opened.shards, beginning.run_id):
-                result = _carry_out(recording, current, opened.shards, publishes=publishes, releases=releases)
+                result = _carry_out(recording, current, opened.listing, publishes=publishes, releases=releases)
             recording.version, recording.published = result.version, result.published
-    return replace(result, seconds=beginning.seconds)
+    return replace(result, seconds=beginning.seconds, passed_over=opened.listing.passed_over)
 
 
 def _build_or_take(opened: OpenJob, scratch: Path) -> Path:
@@ -123,10 +127,10 @@ def _retaining(shared: pipeline.Job, job: JobConfig, shards: list[Shard], run_id
 
 
 def _carry_out(
-    recording: journal.Journal, current: Manifest | None, shards: list[Shard], *, publishes: bool, releases: bool
+    recording: journal.Journal, current: Manifest | None, listing: Listing, *, publishes: bool, releases: bool
 ) -> RunResult:
     """Embed what is missing and publish it. If everything is missing, a sample is embedded and judged first."""
-    job, shared, topology = recording.job, recording.shared, recording.topology
+    job, shared, topology, shards = recording.job, recording.shared, recording.topology, listing.shards
     assert shared is not None
     store, space_id = shared.store, shared.encoder.space_id
     recording.before = current.version if current is not None else None
@@ -140,7 +144,7 @@ def _carry_out(
     if publishes and job.limit is None:
         recording.doing = "publishing"
         before = current.space_id if current is not None else None
-        manifest, is_new = publish.publish(job, shared, shards, replaces=before, releases=releases)
+        manifest, is_new = publish.publish(job, shared, listing, replaces=before, releases=releases)
         result = result.at(manifest, published=is_new)
     return result
 
@@ -161,7 +165,7 @@ def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, s
         shared = pipeline.Job.of(job, store, encoder, layout, opened.base)
         with _retaining(shared, job, opened.shards):
             manifest, is_new = publish.publish(
-                job, shared, opened.shards, replaces=before, releases=releases, accepted=accepted
+                job, shared, opened.listing, replaces=before, releases=releases, accepted=accepted
             )
     result = RunResult(table=job.table, space_id=encoder.space_id, embedded=0, seconds=beginning.seconds)
     return result.at(manifest, published=is_new)
@@ -183,7 +187,13 @@ def _leave_as_it_is(beginning: Beginning, opened: OpenJob) -> RunResult:
     """End a run that has nothing to embed or publish: it is recorded, and retention is enforced."""
     current, job, store = opened.current, opened.job, opened.store
     assert current is not None
-    journal.leave_quiet(beginning, job, store, current)
+    journal.leave_quiet(beginning, opened, current)
     retention.enforce(impatient(store), job.retain, retention.Needs(shards=frozenset(current.shards)))
-    result = RunResult(table=job.table, space_id=current.space_id, embedded=0, seconds=beginning.seconds)
+    result = RunResult(
+        table=job.table,
+        space_id=current.space_id,
+        embedded=0,
+        seconds=beginning.seconds,
+        passed_over=opened.listing.passed_over,
+    )
     return result.at(current)

@@ -1,38 +1,32 @@
 """Record a run on its table's storage: `runs/<run_id>/state.json`, `record.json`, and the same as a page, `report.html`."""
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import pyarrow.compute as pc
-
 from lora_embed.chain import cluster, pipeline
 from lora_embed.config.foreign import read_json
 from lora_embed.config.models import JobConfig
-from lora_embed.errors import LoraEmbedError
+from lora_embed.errors import GateFailed, LoraEmbedError
 from lora_embed.monitor.effort import Effort
 from lora_embed.monitor.heartbeat import Heartbeat
 from lora_embed.monitor.progress import note, say
 from lora_embed.monitor.record import OPTIONS, Outcome, RejectExample, RunRecord, RunState, RunSummary
 from lora_embed.monitor.runs import BEAT_RETRY_S, Beginning, impatient, prune_runs, state_path
 from lora_embed.report.run import run_page
+from lora_embed.run.open import OpenJob
 from lora_embed.run.prometheus import Meters
 from lora_embed.schema import encoder_path
 from lora_embed.store.retry import take_retries
 from lora_embed.store.store import Store
 from lora_embed.table import versions
 from lora_embed.table.manifest import Manifest
-from lora_embed.table.parquet import read_rows
+from lora_embed.table.rejects import read_rejects
 from lora_embed.text import utc, without_secrets
 
 PACKAGES = ("lora-embed", "torch", "transformers", "peft", "ray", "pyarrow", "pillow")
-MOST_REJECT_FILES = 64  # files of rejects that are read for a report
-EXAMPLES = 5  # rejects that a report shows of each reason
-NOT_READ = "in more files than a report reads"
-FORGOTTEN = "forgotten"  # reason of forgotten images, which are counted but not shown
 
 
 def begin(job: JobConfig) -> Beginning:
@@ -53,11 +47,13 @@ class Journal:
     topology: cluster.Topology
     shared: pipeline.Job | None = None  # once the encoder is on storage
     effort: Effort = field(default_factory=Effort)
+    passed_over: dict[str, int] = field(default_factory=dict)
     doing: str = "starting"
     before: int | None = None  # the version that was current when the run began
     version: int | None = None
     published: bool = False
     error: str = ""
+    gates: dict[str, Any] = field(default_factory=dict)  # those that stopped the run, and the others that were judged
     has_missed: bool = False  # a state could not be written, and that was logged
 
     def state(self, outcome: Outcome = "running") -> RunState:
@@ -72,10 +68,14 @@ class Journal:
             shards_failed=effort.shards_failed,
             embedded=effort.samples,
             rejected=effort.rejects.total(),
+            rejects=dict(effort.rejects),
             images_per_s=effort.images_per_s,
             bound=effort.bound.by if effort.bound is not None else None,
             last_chunk=utc(effort.last_chunk) if effort.last_chunk is not None else None,
             version=self.version,
+            passed_over=self.passed_over,
+            passed_in_tars=effort.passed,
+            lacking=dict(effort.lacking),
             error=without_secrets(self.error),
         )
 
@@ -104,13 +104,14 @@ def recorded(
             yield journal
     except BaseException as error:
         journal.error = _reason_of(error)
+        journal.gates = error.gates if isinstance(error, GateFailed) else {}
         raise
     finally:
         meters.show(journal.effort.now(), journal.version or journal.before)
         state = journal.state(outcome_of(journal))
         note(**asdict(state))
         is_written = leave_state(state, store, job.retain.runs)  # first: a stopped run may be killed soon
-        if is_written and (journal.effort.samples or journal.published):
+        if is_written and (journal.effort.samples or journal.published or journal.gates):
             _leave_report(journal, state)
 
 
@@ -133,11 +134,12 @@ def _leave_state(journal: Journal) -> None:
             )
 
 
-def leave_quiet(beginning: Beginning, job: JobConfig, store: Store, current: Manifest) -> None:
+def leave_quiet(beginning: Beginning, opened: OpenJob, current: Manifest) -> None:
     """Write the state of a run that found nothing to do, so that it does not look as if there was no run."""
-    state = beginning.state(outcome="current", space_id=current.space_id, version=current.version)
+    passed = opened.listing.passed_over
+    state = beginning.state(outcome="current", space_id=current.space_id, version=current.version, passed_over=passed)
     note(**asdict(state))
-    leave_state(state, store, job.retain.runs)
+    leave_state(state, opened.store, opened.job.retain.runs)
 
 
 def leave_state(state: RunState, store: Store, keep: int) -> bool:
@@ -168,7 +170,8 @@ def make_record(journal: Journal, state: RunState, store: Store) -> RunRecord:
     job, shared, effort, workers = journal.job, journal.shared, journal.effort, journal.topology.workers
     assert shared is not None, "a run that embedded something has it"
     manifest = versions.read_manifest(store, journal.version) if journal.version is not None else None
-    rejects, examples = find_rejects(store, manifest) if manifest is not None else ({}, ())
+    of_run = tuple(example for examples in effort.examples.values() for example in examples)
+    rejects, examples = find_rejects(store, manifest) if manifest is not None else (dict(effort.rejects), of_run)
     options = job.model_dump(mode="json")
     facts = {
         "job": {key: options[key] for key in OPTIONS},
@@ -177,12 +180,12 @@ def make_record(journal: Journal, state: RunState, store: Store) -> RunRecord:
         "stages": effort.rounded_seconds,
         "bound": {"by": effort.bound.by, "says": effort.bound.says} if effort.bound is not None else {},
         "workers": asdict(workers),
-        "gates": manifest.gates if manifest is not None else {},
+        "gates": manifest.gates if manifest is not None else journal.gates,
         "lineage": manifest.lineage if manifest is not None else {},
         "merge": read_merge(store, shared.encoder.space_id),
     }
     return RunRecord(
-        **{summed.name: getattr(state, summed.name) for summed in fields(RunSummary)},
+        **{summed.name: getattr(state, summed.name) for summed in fields(RunSummary) if summed.name != "rejects"},
         readings=effort.timeline.readings(),
         counts=manifest.counts if manifest is not None else {},
         rejects=rejects,
@@ -201,21 +204,8 @@ def outcome_of(journal: Journal) -> Outcome:
 
 
 def find_rejects(store: Store, manifest: Manifest) -> tuple[dict[str, int], tuple[RejectExample, ...]]:
-    """A version's rejects by reason, and a few examples of each, from its first reject files; others are only counted."""
-    counts: Counter[str] = Counter()
-    shown: dict[str, list[RejectExample]] = {}
-    for entry in manifest.rejects[:MOST_REJECT_FILES]:
-        rows = read_rows(store, entry.path)
-        counts.update(rows["reason"].to_pylist())
-        for reason in [reason for reason in counts if reason != FORGOTTEN and len(shown.setdefault(reason, [])) < EXAMPLES]:
-            of_reason = rows.filter(pc.equal(rows["reason"], reason))
-            examples = of_reason.slice(0, EXAMPLES - len(shown[reason])).select(["id", "reason", "detail"]).to_pylist()
-            shown[reason] += [
-                RejectExample(id=row["id"], reason=reason, detail=without_secrets(row["detail"] or "")) for row in examples
-            ]
-    if unread := sum(entry.rows for entry in manifest.rejects[MOST_REJECT_FILES:]):
-        counts[NOT_READ] = unread
-    return dict(counts), tuple(example for examples in shown.values() for example in examples)
+    """A version's rejects by reason, and a few examples of each."""
+    return read_rejects(store, ((entry.path, entry.rows) for entry in manifest.rejects))
 
 
 def read_merge(store: Store, space_id: str) -> dict[str, Any]:

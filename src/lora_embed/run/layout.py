@@ -72,6 +72,7 @@ def layout_of(job: JobConfig, resolved: dict[str, Any]) -> Layout:
         image_column=job.image_column,
         key_column=job.key_column,
         limit=job.limit,
+        image_member=job.image_member,
     )
 
 

@@ -10,7 +10,7 @@ from lora_embed.run.encoders import find_encoder, find_source, named_base
 from lora_embed.run.layout import known_layout
 from lora_embed.schema import Layout, Shard
 from lora_embed.shards.list_rows import References
-from lora_embed.shards.listing import list_shards
+from lora_embed.shards.listing import Listing, list_input
 from lora_embed.store.store import Store
 from lora_embed.table import versions
 from lora_embed.table.manifest import Manifest
@@ -22,10 +22,14 @@ class OpenJob:
 
     job: JobConfig
     store: Store  # the table's
-    shards: list[Shard]
+    listing: Listing
     source: Ingredients | Path  # a recipe's files, read and hashed, or the directory of an encoder
     current: Manifest | None
     encoder: Description | None  # the encoder built from this source before, if the table's storage holds it completely
+
+    @property
+    def shards(self) -> list[Shard]:
+        return self.listing.shards
 
     @property
     def base(self) -> str | None:
@@ -54,13 +58,21 @@ def references_of(job: JobConfig) -> References | None:
 def open_job(job: JobConfig, *, writes: bool = True) -> OpenJob:
     """List the job's input, read its recipe and find its table's current version.
 
-    With `writes`, also checks that the table can be written to. Raises ConfigError and StorageError.
+    With `writes`, also says what the listing passes over, and checks that the table can be written to. Raises ConfigError
+    and StorageError.
     """
     store = Store(job.table, job.table_storage_options)
     store.check_reachable()
-    shards = list_shards(job.input, job.input_storage_options, follows=job.follow_folder_links, references=references_of(job))
+    listing = list_input(
+        job.input,
+        job.input_storage_options,
+        fields=[carried.name for carried in job.carry],
+        follows=job.follow_folder_links,
+        references=references_of(job),
+    )
     source = find_source(job.recipe)
     if writes:
+        listing.say_passed()
         store.check_writable()
     current = versions.manifest_to_follow(store)
-    return OpenJob(job=job, store=store, shards=shards, source=source, current=current, encoder=find_encoder(source, store))
+    return OpenJob(job=job, store=store, listing=listing, source=source, current=current, encoder=find_encoder(source, store))

@@ -3,7 +3,7 @@
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_embed.chain import cluster, pipeline
@@ -17,8 +17,9 @@ from lora_embed.run import work
 from lora_embed.run.encoders import find_encoder, named_base, prepare_encoder
 from lora_embed.run.layout import ask_device, known_layout, layout_of, leaves_open
 from lora_embed.run.open import open_job
-from lora_embed.run.refuse import refuse_other_space
+from lora_embed.run.refuse import refuse_absent_fields, refuse_other_space
 from lora_embed.schema import ChunkHead, Layout, encoder_path
+from lora_embed.shards.listing import describe_passed
 from lora_embed.shards.read import count_samples
 from lora_embed.store.store import Store
 from lora_embed.text import rough_span
@@ -61,6 +62,7 @@ class Outlook:
     to_embed: int
     to_embed_bytes: int
     removed: int  # shards of the current version that the input no longer holds
+    passed_over: dict[str, int] = field(default_factory=dict)  # files of the input that are no shards, by kind
     forecast: Forecast | None = None
 
     def describe(self) -> str:
@@ -70,6 +72,7 @@ class Outlook:
             f"table     {self.table}, {f'version {self.version}' if self.version else 'nothing published'}\n"
             f"encoder   {encoder}\n"
             f"input     {self.shards:,} shards, {self.bytes / 1e6:,.1f} MB\n"
+            f"passed    {describe_passed(self.passed_over)} passed over\n"
             f"done      {self.done:,} shards, and {self.partly_done:,} in part\n"
             f"to embed  {self.to_embed:,} shards, {self.to_embed_bytes / 1e6:,.1f} MB\n"
             f"removed   {self.removed:,} shards of the current version are not in the input"
@@ -96,6 +99,8 @@ def plan_job(job: JobConfig, *, forecasts: bool = False) -> Outlook:
         items = work.find_work(job, store, encoder, layout, shards)
     else:
         items = [WorkItem(shard=shard) for shard in shards]
+    if items:
+        refuse_absent_fields(opened)
     published = set(current.shards) if current is not None else set()
     return Outlook(
         table=job.table,
@@ -108,6 +113,7 @@ def plan_job(job: JobConfig, *, forecasts: bool = False) -> Outlook:
         to_embed=len(items),
         to_embed_bytes=sum(item.shard.size for item in items),
         removed=len(published - {shard.id for shard in shards}),
+        passed_over=opened.listing.passed_over,
         forecast=forecast(job, store, source, layout, items) if forecasts and items else None,
     )
 

@@ -14,9 +14,11 @@ from lora_embed.gates.checks import Gate
 from lora_embed.monitor.progress import say
 from lora_embed.run import work
 from lora_embed.schema import Part, Shard
+from lora_embed.shards.listing import Listing
 from lora_embed.store.store import Store
 from lora_embed.table import compact, staging, versions
 from lora_embed.table.manifest import Manifest, ShardCounts, join_records
+from lora_embed.table.rejects import describe_examples, describe_rejects, read_rejects
 
 SHARDS_PER_TASK = 64  # to verify one takes milliseconds
 BYTES_HERE = 2 * compact.DATA_FILE_BYTES  # vectors up to this size are compacted here, as starting a worker takes seconds
@@ -26,20 +28,21 @@ _GROUP = re.compile(r"/#(\d+of\d+|[0-9a-f]{16})$")  # names of groups of loose i
 def publish(
     job: JobConfig,
     shared: pipeline.Job,
-    shards: list[Shard],
+    listing: Listing,
     *,
     replaces: str | None = None,
     releases: bool = False,
     accepted: dict[str, str] | None = None,
 ) -> tuple[Manifest, bool]:
-    """Publish the shards as the table's current version. Returns its manifest, and False if it existed already.
+    """Publish the listed shards as the table's current version. Returns its manifest, and False if it existed already.
 
     `replaces` is the space whose vectors this run was started to replace; `releases` allows a space that a rollback holds
     back; `accepted` are gates that a person accepts although they fail, with the reason. Raises IncompleteRun,
     VerificationFailed or GateFailed. Staged parts are removed only once a version holds their rows.
     """
     store = shared.store
-    by_id = {shard.id: shard for shard in shards}
+    by_id = {shard.id: shard for shard in listing.shards}
+    hidden = judge.hidden(listing, judge.limits_of(job))
     while True:
         current = versions.manifest_to_follow(store)
         versions.refuse_held(current, shared.encoder.space_id, releases=releases)
@@ -48,7 +51,7 @@ def publish(
             staging.clear_absorbed(store, current, shared.layout)
             return current, False
         try:
-            manifest = _next_version(job, shared, current, by_id, accepted or {})
+            manifest = _next_version(job, shared, current, by_id, accepted or {}, hidden)
             versions.refuse_gone(store, manifest)
             committed = versions.commit_version(store, manifest)
         except (IncompleteRun, VerificationFailed):
@@ -87,7 +90,12 @@ def _version(manifest: Manifest | None) -> int:
 
 
 def _next_version(
-    job: JobConfig, shared: pipeline.Job, current: Manifest | None, shards: dict[str, Shard], accepted: dict[str, str]
+    job: JobConfig,
+    shared: pipeline.Job,
+    current: Manifest | None,
+    shards: dict[str, Shard],
+    accepted: dict[str, str],
+    hidden: Gate,
 ) -> Manifest:
     """Write the files of the next version, check its gates, and return its manifest."""
     store, encoder, layout = shared.store, shared.encoder, shared.layout
@@ -99,9 +107,10 @@ def _next_version(
     new = {shard_id: staged.get(shard_id, []) for shard_id in shards if shard_id not in kept}
     _refuse_incomplete(new, shards)
     few = len(new) <= SHARDS_PER_TASK
-    sources = _verified_sources(shared, new, shards, here=few)
+    sources, with_rejects = _verified_sources(shared, new, shards, here=few)
     counts = join_records(record for source in sources for record in source.shards)
-    shares = _shares(job, current, list(counts.values()), kept)
+    rejects, removed = _shares(job, current, list(counts.values()), kept)
+    shares = [_with_reasons(rejects, store, with_rejects, accepted), removed, hidden]
     if before is not None:
         again = _embedded_again(job, shared, before, shards, staged)
         drift = judge.drift(shared, before, again, job.reembed.drift)
@@ -140,17 +149,26 @@ def _lineage_of(job: JobConfig, shared: pipeline.Job) -> dict[str, Any]:
 
 def _verified_sources(
     shared: pipeline.Job, new: dict[str, list[Part]], shards: dict[str, Shard], *, here: bool
-) -> list[compact.Source]:
-    """Check the footers of new shards' parts, and return the parts as sources of data files."""
+) -> tuple[list[compact.Source], list[tuple[str, int]]]:
+    """Check the footers of new shards' parts. Returns the parts as sources of data files, and those that hold rejects."""
     store, space_id, layout = shared.store, shared.encoder.space_id, shared.layout
     where = (store, space_id, layout)
     checked = pipeline.map_tasks(staging.verify_parts, where, list(new.values()), each_has=SHARDS_PER_TASK, here=here)
     vector_bytes = compact.row_bytes(shared.encoder.dimension, layout.vector_type)
-    sources = []
+    sources, with_rejects = [], []
     for verified in checked:
         parts = staging.part_paths(space_id, layout, new[verified.shard_id])
         sources += compact.cut_shard(shards[verified.shard_id], verified, parts, vector_bytes)
-    return sources
+        with_rejects += [(path, rejects) for path, rejects in zip(parts, verified.rejects_of_parts, strict=True) if rejects]
+    return sources, with_rejects
+
+
+def _with_reasons(rejects: Gate, store: Store, files: list[tuple[str, int]], accepted: dict[str, str]) -> Gate:
+    """The gate `rejects`; if it stops the version, with the reasons, their counts and a few examples."""
+    if rejects.holds or rejects.name in accepted:
+        return rejects
+    counts, examples = read_rejects(store, files)
+    return replace(rejects, says=f"{rejects.says}: {describe_rejects(counts)}", details=tuple(describe_examples(examples)))
 
 
 def _embedded_again(

@@ -130,11 +130,28 @@ def embed_missing(
                 say(f"{error}\nTrying again to embed what is missing.")
                 continue
         if not failures:
+            say_passed(effort.passed, is_named=bool(job.image_member))
+            say_lacking(effort)
             break
         if attempt == ATTEMPTS or not all(failure.may_pass for failure in failures.values()):
             raise _incomplete(failures, len(work))
         say(f"{len(failures)} shards could not be read; trying again to read them")
     return effort
+
+
+def say_lacking(effort: Effort) -> None:
+    """Say which carried fields some of the embedded samples do not have in their type."""
+    if effort.lacking:
+        by_name = ", ".join(f"{name} {number:,}" for name, number in effort.lacking.items())
+        say(f"Of {effort.samples:,} embedded samples, these have no value for a carried field: {by_name}. There it is null")
+
+
+def say_passed(passed: dict[str, int], *, is_named: bool) -> None:
+    """Say which images of tars were passed over, because another one of the same sample was embedded, or they are hidden."""
+    if passed:
+        by_kind = ", ".join(f"{kind} {number:,}" for kind, number in passed.items())
+        remedy = "" if is_named else ". To embed others, name them with image_member, such as image_member: left.png"
+        say(f"Images in tars that are passed over, beside the image of their sample or hidden: {by_kind}{remedy}")
 
 
 def _embed(

@@ -15,7 +15,7 @@ KINDS = {
 }  # fmt: skip
 COMPRESSED_TAR = tuple(KINDS)
 PIECE = 2**20  # bytes that are unpacked at once
-KEPT = 2**16  # bytes before the newest piece that are kept, since `tarfile` goes back by some
+KEPT = 2**21  # bytes before the newest piece that are kept, since `tarfile` goes back by some
 MOST_DICTIONARY = 2**27  # bytes of memory that unpacking xz may take: its highest level needs 65 MiB. That of zstd is the same
 
 

@@ -15,8 +15,8 @@ import pyarrow as pa
 from lora_embed.errors import ConfigError
 from lora_embed.schema import Shard
 from lora_embed.shards.checked_parquet import ParquetFile
+from lora_embed.shards.columns import KEY_COLUMNS, NUMBERED, check_column
 from lora_embed.shards.fields import MOST_FIELD, values_of
-from lora_embed.shards.parquet import KEY_COLUMNS, MOST_REPEATED, check_column
 from lora_embed.text import holds_secret, redacted
 
 PARQUET, CSV, TSV, JSON_LINES = (".parquet", ".pq"), (".csv",), (".tsv",), (".jsonl", ".ndjson")
@@ -72,7 +72,10 @@ def _read_text(lines: Iterator[str], references: References, where: str, name: s
         fields = tuple(field for field in references.fields if field in columns)
     key = _key_column(columns, references, where) if columns else None
     told = ((row.get(references.column), row.get(key) if key else None, [_text(row.get(f)) for f in fields]) for row in rows)
-    return ListRows(fields=tuple((field, pa.string()) for field in fields), rows=_images(told))
+    return ListRows(
+        fields=tuple((field, pa.string()) for field in fields),
+        rows=_images(told, is_numbered=references.key_column == NUMBERED and key is None),
+    )
 
 
 def _read_parquet(file: BinaryIO, shard: Shard, references: References, where: str) -> ListRows:
@@ -93,7 +96,7 @@ def _read_parquet(file: BinaryIO, shard: Shard, references: References, where: s
 
     def rows() -> Iterator[tuple[Any, Any, list[Any]]]:
         for group in range(len(source.rows)):
-            for batch in source.batches(group, columns, ROWS, MOST_REPEATED):
+            for batch in source.batches(group, columns, ROWS):
                 found = values_of(batch.column(column))
                 keys = itertools.repeat(None) if key is None else found if key == column else values_of(batch.column(key))
                 fields = [values_of(batch.column(name)) for name in names]
@@ -101,7 +104,10 @@ def _read_parquet(file: BinaryIO, shard: Shard, references: References, where: s
                     found, keys, map(list, zip(*fields, strict=True)) if fields else itertools.repeat([]), strict=False
                 )
 
-    return ListRows(fields=tuple((name, _plain(schema.field(name).type)) for name in names), rows=_images(rows()))
+    return ListRows(
+        fields=tuple((name, _plain(schema.field(name).type)) for name in names),
+        rows=_images(rows(), is_numbered=references.key_column == NUMBERED and key is None),
+    )
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -120,16 +126,20 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 def _key_column(names: list[str], references: References, where: str) -> str | None:
     """The key column, configured or with a usual name. Raises ConfigError without it, or without the references' column."""
     key = references.key_column or next((name for name in KEY_COLUMNS if name in names), None)
+    if key == NUMBERED and key not in names:
+        key = None
     for setting, name in (("reference_column", references.column), ("key_column", key)):
         if name is not None and name not in names:
             raise ConfigError(f"{where}: has no column {name!r}, found {names}. Correct {setting} in the job.")
     return key
 
 
-def _images(rows: Iterator[tuple[Any, Any, list[Any]]]) -> Iterator[Row]:
+def _images(rows: Iterator[tuple[Any, Any, list[Any]]], *, is_numbered: bool) -> Iterator[Row]:
     """One row for each image: a list gives several, whose keys end with their number. Without a key, the reference is it."""
     for number, (value, key, fields) in enumerate(rows):
         references = _references_in(value)
+        if is_numbered:
+            key = f"{number:010d}"
         has_key = key is not None and key != "" and not isinstance(key, list | dict)
         for place, reference in enumerate(references):
             if has_key:

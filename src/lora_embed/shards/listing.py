@@ -1,182 +1,169 @@
-"""Inputs → shards, by listing alone; no file is opened."""
+"""Inputs → shards, by listing alone. A file is opened only where a user named it and its name does not tell what it is."""
 
-import fnmatch
-import functools
 import hashlib
 import itertools
 import math
 import posixpath
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from lora_embed.entries import Entries, Entry
 from lora_embed.errors import ConfigError
+from lora_embed.images.recognise import name_of
 from lora_embed.monitor.progress import say
-from lora_embed.schema import Entry, Shard
-from lora_embed.shards.compressed import COMPRESSED_TAR
+from lora_embed.schema import Shard, add_kinds
+from lora_embed.shards import kinds
+from lora_embed.shards.beside import assign
 from lora_embed.shards.img2dataset import without_metadata
+from lora_embed.shards.kinds import Kind
 from lora_embed.shards.list_rows import LISTS, References
-from lora_embed.shards.lists import hint, list_ranges, without_listed
+from lora_embed.shards.lists import expand_lists, hint, without_listed
+from lora_embed.shards.patterns import Files, find_files
 from lora_embed.store.store import Store
 
-TAR, PARQUET = (".tar",), (".parquet", ".pq")
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 IMAGES_PER_GROUP = 1024
-MOST_NAMES = 10_000_000  # files that the braces of one pattern may name
-NAMED_LINKS = 10  # ignored links that a message names
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_WILD, _WILD_OR_BRACE = re.compile(r"[*?\[]"), re.compile(r"[*?\[{]")
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python holds bytes of a local name that are not UTF-8
 
 
-def list_shards(
-    patterns: tuple[str, ...], options: dict[str, Any], *, follows: bool = False, references: References | None = None
-) -> list[Shard]:
-    """All shards of the inputs, sorted by name. With `references`, tables are lists of references: each gives several shards.
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The shards of an input, and the listed files that are none, by kind: an ending, or why a file is no shard."""
+
+    shards: list[Shard]
+    passed_over: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def hidden_share(self) -> float:
+        """The share of files that are passed over because their names hide them, of all that look like input."""
+        hidden = self._hidden
+        return hidden / max(1, hidden + sum(len(shard.files) for shard in self.shards))
+
+    @property
+    def _hidden(self) -> int:
+        return sum(number for kind, number in self.passed_over.items() if kind.startswith(kinds.HIDDEN))
+
+    def say_passed(self) -> None:
+        """Say what the listing passes over, if anything."""
+        if self.passed_over:
+            say(f"Passed over: {self.describe()}")
+
+    def describe(self) -> str:
+        """`7 files (.txt 4, .mp4 2, none 1)`."""
+        return describe_passed(self.passed_over)
+
+
+def describe_passed(passed: Mapping[str, int]) -> str:
+    """The files that were passed over, for a person."""
+    by_kind = ", ".join(f"{kind} {number:,}" for kind, number in passed.items())
+    total = sum(number for kind, number in passed.items() if kind != kinds.FOLDER)
+    return f"{total:,} file{'' if total == 1 else 's'}" + (f" ({by_kind})" if passed else "")
+
+
+def list_input(
+    patterns: tuple[str, ...],
+    options: dict[str, Any],
+    *,
+    fields: Collection[str] = (),
+    follows: bool = False,
+    references: References | None = None,
+) -> Listing:
+    """All shards of the inputs, sorted by name, and a count of the files that are passed over.
 
     A pattern is a file, a directory (searched to any depth), a glob or a brace range such as `{00..41}` or `{a,b}`. Links
-    to folders outside of an input are followed only if `follows`; otherwise a message says that they are ignored.
-    Raises ConfigError for a pattern that matches nothing, and for inputs whose samples could get
-    equal ids.
+    to folders outside of an input are followed only if `follows`; otherwise a message says that they are ignored. Files that
+    may hold one of the `fields` of loose images beside them are a part of their shards. With `references`, tables are lists
+    of references, each of which gives several shards.
+    Raises ConfigError for a pattern that matches nothing, for a file that the user named and that
+    cannot be read, and for inputs whose samples could get equal ids.
     """
-    are_lists = references is not None
-    shards = [shard for pattern in patterns for shard in _shards_of(pattern, options, follows, are_lists=are_lists)]
+    shards: list[Shard] = []
+    passed: Counter[str] = Counter()
+    for pattern in patterns:
+        files = find_files(pattern, options, follows=follows)
+        leave_out = without_metadata if references is None else without_listed
+        files = leave_out(files, passed)
+        shards += _group(files, options, fields, passed, are_lists=references is not None)
     shards.sort(key=lambda shard: shard.name)
     _refuse_shared_names(shards)
-    if references is None:
-        return shards
-    if not any(shard.kind == "references" for shard in shards):
-        raise ConfigError(
-            f"input {patterns[0]}: reference_column is {references.column!r}, but there is no list of references "
-            f"({', '.join(LISTS)}). Name one, or remove reference_column if the input holds the images themselves."
-        )
-    if not (parts := [part for shard in shards for part in _parts_of(shard, references, options)]):
-        raise ConfigError(f"input {patterns[0]}: its lists name no image: they have no rows. Write them again.")
-    return parts
+    if references is not None:
+        shards = expand_lists(shards, references, options, patterns[0])
+    return Listing(shards=shards, passed_over=add_kinds({}, _most_first(passed)))
 
 
-def _parts_of(shard: Shard, references: References, options: dict[str, Any]) -> list[Shard]:
-    return list_ranges(shard, references, options) if shard.kind == "references" else [shard]
+def _most_first(passed: Counter[str]) -> dict[str, int]:
+    return dict(sorted(passed.items(), key=lambda item: (-item[1], item[0])))
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """`a{0..2}b` → a0b, a1b, a2b (zero-padded as written); `{x,y}` → both; several braces multiply."""
-    match = _BRACES.search(pattern)
-    if match is None:
-        return [pattern]
-    if (count := math.prod(_values(inside) for inside in _BRACES.findall(pattern))) > MOST_NAMES:
-        raise ConfigError(
-            f"input {pattern[:200]}: its braces name {count:,} files, expected at most {MOST_NAMES:,}. Use * instead."
-        )
-    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
-    if span:
-        first, last, width = int(span[1]), int(span[2]), len(span[1])
-        values = [f"{number:0{width}d}" for number in range(first, last + 1)]
-    else:
-        values = match[1].split(",")
-    filled = [pattern[: match.start()] + value + pattern[match.end() :] for value in values]
-    return list(dict.fromkeys(expanded for pattern in filled for expanded in expand_braces(pattern)))
-
-
-def _values(inside: str) -> int:
-    """How many values a pair of braces stands for."""
-    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", inside)
-    return max(0, int(span[2]) - int(span[1]) + 1) if span else inside.count(",") + 1
-
-
-def _shards_of(pattern: str, options: dict[str, Any], follows: bool, *, are_lists: bool) -> list[Shard]:
-    if not _WILD_OR_BRACE.search(pattern):
-        return _shards_at(re.sub(r"(?<=[^/:])/+$", "", pattern), options, follows, are_lists=are_lists)
-    root = _folder_of(_WILD_OR_BRACE.split(pattern)[0])  # the longest folder without wildcards
-    expanded = expand_braces(pattern[len(root) :].lstrip("/"))
-    named = frozenset(name for name in expanded if not _WILD.search(name))
-    globs = [name.split("/") for name in expanded if name not in named]
-    store = Store(root, options, follows_links=True)
-    store.check_reachable()
-    listed = _list(store, follows)
-    entries = [e for e in listed if e.path in named or any(_fits(e.path.split("/"), glob) for glob in globs)]
-    missing = sorted(named - {entry.path for entry in entries})
-    if missing and entries:
-        raise ConfigError(
-            f"input {pattern}: {len(missing)} of the {len(named)} files that it names do not exist; the first is "
-            f"{root.rstrip('/')}/{missing[0]}. Correct the range, or use * to take all files that exist."
-        )
-    return _group(root, entries, named, f"input {pattern}", looked_at=len(listed), are_lists=are_lists)
-
-
-def _shards_at(uri: str, options: dict[str, Any], follows: bool, *, are_lists: bool) -> list[Shard]:
-    """A file's shard, or those of a directory."""
-    store = Store(uri, options, follows_links=True)
-    store.check_reachable()
-    if store.is_directory():
-        entries = _list(store, follows)
-        return _group(uri, entries, frozenset(), f"input {uri}", looked_at=len(entries), are_lists=are_lists)
-    root, name = _folder_of(uri), posixpath.basename(uri)
-    entry = Store(root, options, follows_links=True).info(name)
-    if entry is None:
-        raise ConfigError(f"input {uri}: no such file or directory. Correct the path.")
-    return _group(root, [entry], frozenset([name]), f"input {uri}", looked_at=1, are_lists=are_lists)
-
-
-def _list(store: Store, follows: bool) -> list[Entry]:
-    entries, ignored_links = store.list_input(follows=follows)
-    if ignored_links:
-        named = ", ".join(f"{path} (to {target})" for path, target in list(ignored_links.items())[:NAMED_LINKS])
-        more = f" and {len(ignored_links) - NAMED_LINKS} more" if len(ignored_links) > NAMED_LINKS else ""
-        say(
-            f"input {store.uri}: links to folders outside of it are ignored: {named}{more}. To read those folders, set "
-            "follow_folder_links to true in the job, or name the folders as input."
-        )
-    return entries
-
-
-def _folder_of(uri: str) -> str:
-    folder = uri.rpartition("/")[0]
-    return f"{folder}/" if folder == "" or folder.endswith(":/") else folder  # "/" and "memory://" keep their slashes
-
-
-def _fits(path: list[str], glob: list[str]) -> bool:
-    """True if a glob matches a path, folder by folder. `*` stays within a folder; `**` is any number of folders, even none."""
-    if not glob or not path:
-        return glob in ([], ["**"]) and not path
-    if glob[0] == "**":
-        return _fits(path, glob[1:]) or _fits(path[1:], glob)
-    return fnmatch.fnmatchcase(path[0], glob[0]) and _fits(path[1:], glob[1:])
+def list_shards(
+    patterns: tuple[str, ...],
+    options: dict[str, Any],
+    *,
+    fields: Collection[str] = (),
+    references: References | None = None,
+) -> list[Shard]:
+    """The shards of `list_input` alone."""
+    return list_input(patterns, options, fields=fields, references=references).shards
 
 
 def _group(
-    root: str, entries: list[Entry], named: frozenset[str], where: str, *, looked_at: int, are_lists: bool
+    files: Files, options: dict[str, Any], fields: Collection[str], passed: Counter[str], *, are_lists: bool
 ) -> list[Shard]:
-    """Entries → shards. Hidden files and other kinds of files are ignored, unless their full names are in `named`."""
-    shards, images = [], []
-    leave_out = functools.partial(without_listed, images=IMAGES) if are_lists else without_metadata
-    entries = leave_out(entries, named, where=where)
-    for entry in entries:
-        name = entry.path.lower()
-        if entry.path not in named and posixpath.basename(name).startswith((".", "_")):
+    """Files → shards. Hidden files and files of other kinds are counted in `passed`, unless their full names are given."""
+    where = f"input {files.pattern}"
+    shards, others, here = [], Entries(), Counter[str]()
+    images: dict[str, Entries] = defaultdict(Entries)  # by folder
+    if files.linked_folders:
+        here[kinds.FOLDER] += files.linked_folders
+    for entry in files.entries:
+        is_named = entry.path in files.named
+        if kinds.is_hidden(entry.path) and not is_named and entry.path not in files.shown:
+            here[kinds.counted_as(entry.path, is_hidden=True)] += 1
             continue
-        if are_lists and name.endswith(LISTS):
-            shards.append(_single(root, entry, "references"))
-        elif name.endswith(TAR + COMPRESSED_TAR):
-            shards.append(_single(root, entry, "tar"))
-        elif name.endswith(PARQUET):
-            shards.append(_single(root, entry, "parquet"))
-        elif name.endswith(IMAGES):
-            images.append(entry)
-        elif entry.path in named:
-            raise ConfigError(
-                f"{where}: {entry.path} is not a .tar, .parquet or image file ({', '.join(IMAGES)}). Name such files."
-                + hint(name)
-            )
-    if not shards and not images:
-        raise ConfigError(
-            f"{where}: matches no tar, Parquet or image file among {looked_at} files below {root}. Correct the pattern."
-            + next(filter(None, (hint(entry.path.lower()) for entry in entries)), "")
-        )
-    for entry in [*images, *(shard.files[0] for shard in shards)]:
-        if _NOT_UTF8.search(entry.path):
+        kind: str | None = kinds.kind_by_name(entry.path)
+        if are_lists and entry.path.lower().endswith(LISTS):
+            kind = "references"
+        if kind is None and is_named:
+            kind = _kind_of_named(files, entry, options)
+        if kind is not None and _NOT_UTF8.search(entry.path):
             raise ConfigError(f"{where}: the file name {entry.path!r} is not UTF-8, but ids must be. Rename the file.")
-    return shards + _image_groups(root, images)
+        if kind == "images":
+            images[posixpath.dirname(entry.path)].append(entry)
+        elif kind is not None and entry.broken:
+            raise ConfigError(f"{where}: {entry.path} is {entry.broken}. Fetch the file again, or remove the name.")
+        elif kind is not None:
+            shards.append(_single(files.root, entry, kind))
+        else:
+            others.append(entry)
+    all_images = itertools.chain.from_iterable(images.values())
+    beside = assign(list(all_images), [*others, *files.others], fields) if fields else {}
+    used = {entry.path for some in beside.values() for entry in some}
+    here.update(kinds.BROKEN if entry.broken else kinds.counted_as(entry.path) for entry in others if entry.path not in used)
+    if not shards and not images:
+        found = f" It passes over {describe_passed(_most_first(here))}." if here else ""
+        raise ConfigError(
+            f"{where}: matches no tar, Parquet or image file among {files.looked_at} files below {files.root}.{found} Correct "
+            "the pattern, or name a file by its full name, which is then read whatever the name."
+            + next(filter(None, (hint(entry.path) for entry in files.entries)), "")
+        )
+    passed.update(here)
+    return shards + _image_groups(files.root, images, beside)
+
+
+def _kind_of_named(files: Files, entry: Entry, options: dict[str, Any]) -> Kind:
+    """What a file that the user named is by its content. Raises ConfigError for what cannot be read."""
+    where = f"input {files.pattern}: {entry.path}"
+    if entry.broken:
+        raise ConfigError(f"{where} is {entry.broken}. Fetch the file again, or name another.")
+    with Store(files.root, options, follows_links=True).open(entry.path, kinds.HEAD_BYTES) as file:
+        head = file.read(kinds.HEAD_BYTES)
+    kind = kinds.kind_by_content(head)
+    if kind is None:
+        found = f"begins with {name_of(head)}" if head else "has 0 bytes"
+        raise ConfigError(f"{where} {found}. Expected a tar, a Parquet file or an image.{hint(entry.path)}")
+    return kind
 
 
 def _single(root: str, entry: Entry, kind: Any) -> Shard:
@@ -184,24 +171,27 @@ def _single(root: str, entry: Entry, kind: Any) -> Shard:
     return Shard(id=state, name=entry.path, prefix=entry.path, kind=kind, root=root, files=(entry,))
 
 
-def _image_groups(root: str, entries: list[Entry]) -> list[Shard]:
+def _image_groups(root: str, folders: dict[str, Entries], beside: dict[str, list[Entry]]) -> list[Shard]:
     """Group loose images by directory and by a hash of their names, so that a new image changes only one group.
 
     The number of a directory's groups is a power of two, so images change their group only when the directory's size doubles.
     """
-    folders: dict[str, list[Entry]] = defaultdict(list)
-    for entry in entries:
-        folders[posixpath.dirname(entry.path)].append(entry)
     shards = []
-    for folder, files in sorted(folders.items()):
+    for folder in sorted(folders):
+        files = folders.pop(folder)
         buckets = 2 ** max(0, math.ceil(math.log2(len(files) / IMAGES_PER_GROUP)))
-        groups: dict[int, list[Entry]] = defaultdict(list)
+        groups: dict[int, Entries] = defaultdict(Entries)
         for file in files:
             groups[int(_hash(posixpath.basename(file.path)), 16) % buckets].append(file)
-        for bucket, group in sorted(groups.items()):
+        for bucket in sorted(groups):
+            by_path = {file.path: file for file in groups.pop(bucket)}  # a faulty store may list a file twice
+            group = [by_path[path] for path in sorted(by_path)]
             name = f"{folder or '.'}/#{bucket:04d}of{buckets:04d}"
-            state = _hash(posixpath.basename(root.rstrip("/")), name, *((f.path, f.size, f.etag) for f in group))
-            shards.append(Shard(id=state, name=name, prefix=folder, kind="images", root=root, files=tuple(group)))
+            sidecars = tuple(entry for place in (folder, *by_path) for entry in beside.get(place, ()))
+            state = _hash(posixpath.basename(root.rstrip("/")), name, *((f.path, f.size, f.etag) for f in (*group, *sidecars)))
+            shards.append(
+                Shard(id=state, name=name, prefix=folder, kind="images", root=root, files=Entries(group), sidecars=sidecars)
+            )
     return shards
 
 
@@ -220,7 +210,12 @@ def _refuse_shared_names(shards: list[Shard]) -> None:
                 f"duplicate ids: {first.root} and {second.root} both hold {first.name}, whose images would get the same ids. "
                 "Name the folder above both as input, or give each its own table."
             )
-    images = [file.path for shard in shards if shard.kind == "images" for file in shard.files]
+    sizes: dict[str, set[str]] = defaultdict(set)  # of a folder's groups: more than one where two inputs hold its images
+    for shard in shards:
+        if shard.kind == "images":
+            sizes[shard.prefix].add(shard.name.rpartition("of")[2])
+    twice = [shard for shard in shards if shard.kind == "images" and len(sizes[shard.prefix]) > 1]
+    images = [file.path for shard in twice for file in shard.files]
     if len(set(images)) != len(images):
         raise ConfigError(
             "duplicate ids: two inputs hold images with the same relative path. Name the folder above both as input."

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 import posixpath
 from array import array
@@ -13,10 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from lora_embed.entries import Entries
 from lora_embed.errors import ConfigError, LoraEmbedError, ShardError
-from lora_embed.monitor.progress import say
-from lora_embed.schema import Entry, Rows, Shard
+from lora_embed.schema import Rows, Shard
+from lora_embed.shards.kinds import kind_by_name
 from lora_embed.shards.list_rows import LISTS, PARQUET, ListRows, References, Row, read_list
+from lora_embed.shards.patterns import Files
 from lora_embed.shards.references import ETAG, FIELD, KEY, REFERENCE, etags_of
 from lora_embed.store.place import WEB, is_local, locate, place_of
 from lora_embed.store.retry import LIBRARY_ERRORS
@@ -26,26 +29,39 @@ from lora_embed.text import in_one_line, redacted
 FEWEST_ROWS, MOST_ROWS = 512, 4096  # of a range; a list's last range may have fewer
 ENDS_ONE_IN = 1024  # of the rows after the first, one in so many ends a range
 MOST_REFERENCES = 2**28  # of a list: each takes eight bytes in memory, and what it packs into
+IN_LISTS = "image beside a list"  # a kind of files that are passed over
 _ZSTD = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
-def without_listed(entries: list[Entry], named: frozenset[str], where: str, images: tuple[str, ...]) -> list[Entry]:
+def without_listed(files: Files, passed: Counter[str]) -> Files:
     """The files of an input that has lists, without loose images: a list names them, and they would be embedded twice."""
-    passed = [entry for entry in entries if entry.path.lower().endswith(images) and entry.path not in named]
-    if passed:
-        say(
-            f"{where}: {len(passed)} image files beside lists of references, such as {passed[0].path}, are read only where a "
-            "list names them."
-        )
-    left = {entry.path for entry in passed}
-    return [entry for entry in entries if entry.path not in left]
+    kept = Entries()
+    for entry in files.entries:
+        if kind_by_name(entry.path) == "images" and entry.path not in files.named:
+            passed[IN_LISTS] += 1
+        else:
+            kept.append(entry)
+    return replace(files, entries=kept)
 
 
 def hint(name: str) -> str:
     """What to add to a message about a file that may be a list, in a job without `reference_column`."""
-    if not name.endswith(LISTS) or name.endswith(PARQUET):
+    if not name.lower().endswith(LISTS) or name.lower().endswith(PARQUET):
         return ""
     return " If it is a list of paths or URIs of images, set reference_column in the job to the column that holds them."
+
+
+def expand_lists(shards: list[Shard], references: References, options: dict[str, Any], where: str) -> list[Shard]:
+    """The shards, with the ranges of each list in its place. Raises ConfigError without lists, and for lists without rows."""
+    if not any(shard.kind == "references" for shard in shards):
+        raise ConfigError(
+            f"input {where}: reference_column is {references.column!r}, but there is no list of references "
+            f"({', '.join(LISTS)}). Name one, or remove reference_column if the input holds the images themselves."
+        )
+    parts = [list_ranges(shard, references, options) if shard.kind == "references" else [shard] for shard in shards]
+    if not any(parts):
+        raise ConfigError(f"input {where}: its lists name no image: they have no rows. Write them again.")
+    return list(itertools.chain.from_iterable(parts))
 
 
 def list_ranges(shard: Shard, references: References, options: dict[str, Any]) -> list[Shard]:
@@ -54,7 +70,8 @@ def list_ranges(shard: Shard, references: References, options: dict[str, Any]) -
     A range ends after a row whose hash says so, and its id is a hash of its rows: rows that are added or removed change
     their own range, and seldom the next. Raises ConfigError for a list that cannot be read, or names what it may not.
     """
-    entry, root = shard.files[0], posixpath.basename(shard.root.rstrip("/"))
+    (entry,) = shard.files
+    root = posixpath.basename(shard.root.rstrip("/"))
     place = shard.root if "://" in shard.root else os.path.abspath(shard.root)
     folder = posixpath.join(place, posixpath.dirname(shard.name)).rstrip("/") or "/"
     reach = Rows(folder=folder, roots=references.roots, rejects_unreachable=references.rejects_unreachable)

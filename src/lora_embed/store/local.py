@@ -3,21 +3,24 @@
 import contextlib
 import ctypes
 import errno
+import heapq
 import os
 import stat
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_embed.schema import Entry
+from lora_embed.entries import Entry
+from lora_embed.text import printable
 
 TEMPORARY = "_tmp"  # folder below a root for files that are being written; listings leave it out
 # Errors of file systems without hard links. exFAT and vfat give EPERM, which otherwise means that access is denied.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+# Errors of a path that has no file: missing, a circle of links, a file in place of a folder, or too long.
+_LEADS_NOWHERE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
 _CURRENT_FOLDER, _RENAME_NOREPLACE = -100, 1  # arguments of renameat2
 
 
@@ -66,66 +69,85 @@ def _link_at(path: str) -> OSError:
     return OSError(errno.ELOOP, message)
 
 
-def walk_input(root: str, *, follows: bool) -> Iterator[tuple[str, os.stat_result | str]]:
-    """Regular files, and links to files, below an input's folder, by path from it. Each folder is read once.
+def walk_input(root: str, *, follows: bool, ignored_links: dict[str, str]) -> Iterator[Entry]:
+    """All files below an input's folder, by path from it. A link to a file is a file; each folder is read once.
 
-    A link to a folder below the root is ignored, since that folder is read anyway. A link to a folder elsewhere is
-    followed if `follows`; otherwise it is yielded with the path that it leads to, as text, in place of a state.
+    A name without a file behind it, such as a link whose target is gone, is an entry that is `broken`. A link to a folder
+    below the root is ignored, since that folder is read anyway. A link to a folder elsewhere is followed if `follows`;
+    otherwise it is put into `ignored_links`, with the path that it leads to.
     """
     seen: set[tuple[int, int] | None] = {None}  # None stands for a folder that does not exist any more
     folders, links = [("", root)], list[tuple[str, str]]()
     while folders or links:
         if folders:
-            content = _look_at(*folders.pop(), seen)
-            folders += content.folders
-            links = sorted([*links, *content.links], reverse=True)
-            yield from content.files
+            yield from _look_at(*folders.pop(), seen, folders, links)
             continue
-        path, target = links.pop()  # only now, when every real folder below the root has been seen
+        path, target = heapq.heappop(links)  # only now, when every real folder below the root has been seen
         if _identity(target) not in seen:
             if follows:
                 folders.append((path, target))
             else:
-                yield path, os.path.realpath(target)
+                ignored_links[path] = os.path.realpath(target)
 
 
-@dataclass
-class _Folder:
-    """The content of a folder: files with their state, folders, and links to folders, by path from the root."""
+def _look_at(
+    path: str,
+    place: str,
+    seen: set[tuple[int, int] | None],
+    folders: list[tuple[str, str]],
+    links: list[tuple[str, str]],
+) -> Iterator[Entry]:
+    """The files of a folder, unless it was seen; its folders and the links to folders are put into the lists, with places."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(place) as entries:  # it was deleted meanwhile, or never existed
+        identity = _identity(place)
+        if identity in seen:
+            return
+        seen.add(identity)
+        for entry in entries:
+            name = f"{path}/{entry.name}" if path else entry.name
+            if not _is_folder(entry):
+                file = input_entry(name, entry.path)
+                if file is not None:
+                    yield file
+            elif entry.is_symlink():
+                heapq.heappush(links, (name, entry.path))
+            else:
+                folders.append((name, entry.path))
 
-    files: list[tuple[str, os.stat_result]] = field(default_factory=list)
-    folders: list[tuple[str, str]] = field(default_factory=list)
-    links: list[tuple[str, str]] = field(default_factory=list)
 
-
-def _look_at(path: str, place: str, seen: set[tuple[int, int] | None]) -> _Folder:
-    content = _Folder()
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """True for a folder, or a link to one."""
     try:
-        with os.scandir(place) as entries:
-            identity = _identity(place)
-            if identity in seen:
-                return content
-            seen.add(identity)
-            for entry in entries:
-                name = f"{path}/{entry.name}" if path else entry.name
-                state = _state(entry)
-                if state is not None and stat.S_ISREG(state.st_mode):
-                    content.files.append((name, state))
-                elif state is not None and stat.S_ISDIR(state.st_mode):
-                    (content.links if entry.is_symlink() else content.folders).append((name, entry.path))
-    except FileNotFoundError:  # the folder was deleted meanwhile, or never existed
-        return _Folder()
-    return content
-
-
-def _state(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """The state of a file or folder, or of a link's target. None where it was deleted meanwhile, or the link is broken."""
-    try:
-        return entry.stat()
+        return entry.is_dir()
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):
-            return None
+        if error.errno in _LEADS_NOWHERE:
+            return False
         raise
+
+
+def input_entry(path: str, place: str) -> Entry | None:
+    """The entry of a file of an input, or of a link to one; None for a folder, or if nothing has this name (any more)."""
+    try:
+        state = os.stat(place)
+    except OSError as error:
+        if error.errno not in _LEADS_NOWHERE:
+            raise
+        return _broken_link(path, place)
+    if stat.S_ISREG(state.st_mode):
+        return entry(path, state)
+    return None if stat.S_ISDIR(state.st_mode) else _broken(path, "neither a file nor a folder, but a pipe, socket or device")
+
+
+def _broken_link(path: str, place: str) -> Entry | None:
+    try:
+        target = os.readlink(place)
+    except OSError:  # it is no link, so the file was deleted meanwhile
+        return None
+    return _broken(path, f"a link to {printable(target)}, which does not exist")
+
+
+def _broken(path: str, why: str) -> Entry:
+    return Entry(path=path, size=0, etag=why, broken=why)
 
 
 def find(place: str, path: str) -> Entry | None:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lora_embed.entries import Entry
 from lora_embed.errors import ShardError, StoreUnavailable
-from lora_embed.schema import Entry
 from lora_embed.store import local, web
 from lora_embed.store.place import Place
 from lora_embed.store.retry import describe, is_no_connection

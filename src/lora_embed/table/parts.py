@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 from lora_embed.config.foreign import Count
 from lora_embed.schema import ChunkHead, Layout, Part, part_schema
 from lora_embed.store.store import Store
-from lora_embed.table.parquet import count_values, damage_named
+from lora_embed.table.parquet import damage_named
 
 FOOTER = b"lora_embed.part"
 FOOTER_BYTES = 2**16  # bytes read at once from a part when only its footer and keys are needed
@@ -38,11 +38,6 @@ _FOOTER = TypeAdapter(_Footer)
 def part_path(space_id: str, layout_id: str, part: Part | None = None) -> str:
     """The path below the table of a layout's parts, or of one part."""
     return f"staging/{space_id}/{layout_id}/{part.name if part else ''}".rstrip("/")
-
-
-def reasons_of(part: pa.Table | pa.RecordBatch) -> dict[str, int]:
-    """Number of rejects by reason, among the rows of a part or a chunk's samples."""
-    return dict(count_values(part.column("reason").drop_null()))
 
 
 def make_part(head: ChunkHead, samples: pa.RecordBatch, vectors: NDArray[np.float32], layout: Layout) -> pa.Table:

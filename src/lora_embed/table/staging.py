@@ -40,6 +40,10 @@ class VerifiedShard:
     vectors_of_parts: tuple[int, ...]
 
     @property
+    def rejects_of_parts(self) -> tuple[int, ...]:
+        return tuple(samples - good for samples, good in zip(self.samples_of_parts, self.vectors_of_parts, strict=True))
+
+    @property
     def samples(self) -> int:
         return sum(self.samples_of_parts)
 

@@ -71,6 +71,7 @@ class Search:
     image_column: str | None = None  # of Parquet input
     key_column: str | None = None
     references: References | None = None  # None: the input holds the images themselves
+    image_member: tuple[str, ...] = ()  # of tars
 
     @property
     def work_folder(self) -> Path:

@@ -21,7 +21,7 @@ from lora_embed.monitor.progress import LOG_EVERY_S, say
 from lora_embed.schema import Layout, Sample, Shard
 from lora_embed.shards.fields import typed
 from lora_embed.shards.list_rows import References, carrying
-from lora_embed.shards.listing import list_shards
+from lora_embed.shards.listing import list_input
 from lora_embed.shards.read import read_samples
 from lora_embed.store import local
 
@@ -40,11 +40,12 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How inputs are read: storage options, and the image and key columns of Parquet (None: found by name)."""
+    """How inputs are read: storage options, columns of Parquet (None: found by name), and members of tars."""
 
     options: dict[str, Any] = field(default_factory=dict, repr=False)  # storage options; they may hold keys
     image_column: str | None = None
     key_column: str | None = None
+    image_member: tuple[str, ...] = ()  # of tars
     references: References | None = None
 
 
@@ -87,10 +88,13 @@ def read_labelled(
 
     Raises ConfigError if a task has no labelled image, and ShardError for a shard that cannot be read to its end.
     """
-    names = (*selection.fields, *filter(None, [selection.group]))
-    shards = list_shards(inputs, reading.options, references=carrying(reading.references, names))
+    references = carrying(reading.references, (*selection.fields, *filter(None, [selection.group])))
+    listing = list_input(inputs, reading.options, fields=selection.fields, references=references)
+    listing.say_passed()
+    shards = listing.shards
     about = [FORMAT, [shard.id for shard in shards], asdict(selection), preprocessing.settings()]
     about += [reading.image_column, reading.key_column] if reading.image_column or reading.key_column else []
+    about += [reading.image_member] if reading.image_member else []
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
     pixels, record = folder / f"pixels-{name}.npy", folder / f"images-{name}.json"
     decoded = 0
@@ -142,6 +146,7 @@ class _Drawing:
             carry=tuple((name, "string") for name in dict.fromkeys(names)),
             image_column=reading.image_column,
             key_column=reading.key_column,
+            image_member=reading.image_member,
         )
         rejects, said = Counter[str](), time.monotonic()
         for id_, sample in _samples(shards, layout, reading.options):
@@ -163,7 +168,7 @@ class _Drawing:
             self._drawn.unlabelled += 1
             return
         if sample.data is None:
-            raise BadImage("no_image", "the sample has no image")
+            raise BadImage("no_image", sample.missing or "the sample has no image")
         name = (_text(sample.fields.get(self._selection.group)) if self._selection.group else None) or id_
         rank = (_hash(self._selection.seed, name), _hash(self._selection.seed, id_))
         place = -(rank[0] << 64 | rank[1])

@@ -94,6 +94,7 @@ def tune(search: Search) -> Tuned:
             options=search.input_options,
             image_column=search.image_column,
             key_column=search.key_column,
+            image_member=search.image_member,
             references=search.references,
         )
         preprocessing = refolder.encoder.description.preprocessing
