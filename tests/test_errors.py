@@ -96,6 +96,12 @@ class Setup:
         path = self.folder / name
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
+    def list(self, name: str, text: str, **changes: Any) -> None:
+        """The job's input is a list of references."""
+        (self.folder / name).parent.mkdir(parents=True)
+        (self.folder / name).write_text(text)
+        self.job(input=name, **changes)
+
     def move(self, name: str, target: str) -> None:
         (self.folder / target).parent.mkdir(parents=True, exist_ok=True)
         (self.folder / name).rename(self.folder / target)
@@ -317,9 +323,19 @@ INPUT_CASES = [
         ["{0000..0007}", "6 of the 8 files", "0002.tar", "Correct the range"],
     ),
     Case(
-        "a compressed tar",
-        lambda s: s.move("shards/0001.tar", "shards/0001.tar.gz"),
-        ["/shards", "0001.tar.gz", "Unpack it"],
+        "a list of images without its key",
+        lambda s: s.list("lists/a.csv", "url\nimages/1.jpg\n"),
+        ["lists/a.csv", "set reference_column in the job"],
+    ),
+    Case(
+        "a list without the column",
+        lambda s: s.list("lists/a.csv", "uri,label\nimages/1.jpg,cat\n", reference_column="url"),
+        ["lists/a.csv", "no column 'url'", "['uri', 'label']", "Correct reference_column"],
+    ),
+    Case(
+        "a list that names another place",
+        lambda s: s.list("lists/a.csv", "url\ns3://pictures/1.jpg\n", reference_column="url"),
+        ["row 1", "s3://pictures/1.jpg", "set reference_roots"],
     ),
     Case(
         "another kind of file", lambda s: s.job(input="recipe.yaml"), ["recipe.yaml", "begins with", "text", "Expected a tar"]

@@ -24,20 +24,33 @@ _CARRY_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """One input unit: a tar, a Parquet file, or a group of loose image files."""
+    """One input unit: a tar, a Parquet file, a group of loose image files, or consecutive rows of a list of references."""
 
     id: str  # 16 hex digits: a hash of root name, shard name, size and etag
     name: str  # path below the root; distinct within a table
     prefix: str  # the part of a sample's id before its key
-    kind: Literal["tar", "parquet", "images"]
+    kind: Literal["tar", "parquet", "images", "references"]
     root: str  # URI of the store that holds the files
     files: tuple[Entry, ...] | Entries  # one file, or the files of a group of loose images
     sidecars: tuple[Entry, ...] = ()  # files that hold carried fields of loose images
+    rows: "Rows | None" = None  # of references
 
     @property
     def size(self) -> int:
         """Bytes."""
         return self.files.size if isinstance(self.files, Entries) else sum(entry.size for entry in self.files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Consecutive rows of a list of references, packed by `shards.lists`: a worker needs them, and not the list."""
+
+    folder: str  # that relative paths count from, a local path or a URI
+    packed: bytes = field(default=b"", repr=False)
+    repeated: frozenset[int] = frozenset()  # rows whose key an earlier row of the list has
+    roots: tuple[str, ...] = ()  # the job's `reference_roots`
+    has_local: bool = False  # a row names a file of a local disk
+    rejects_unreachable: bool = False  # a web server that fails for `retry_s` makes rejects, not an incomplete shard
 
 
 Wanted = Callable[[int], bool]  # number of a sample in its shard → True if its bytes must be read
@@ -51,6 +64,7 @@ class Sample:
     data: bytes | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     excess: int = 0  # size in bytes of an image that is larger than allowed
+    problem: tuple[str, str] | None = None  # reason and detail of a reject that the reader found
     missing: str = ""  # why there is no image, if more is known than that
     passed: dict[str, int] = field(default_factory=dict)  # images beside it in a tar that were passed over, by kind
     begin: int | None = None  # byte of its first header in a tar; None where a reader could not begin there

@@ -149,7 +149,7 @@ def test_sample_ids_stay_when_groups_are_dealt_anew() -> None:
     [
         (["nothing.tar"], "nothing.tar: no such file or directory"),
         (["empty"], r"empty: matches no tar, Parquet or image file among 0 files below .*/empty\."),
-        (["{5..6}.tar"], r"matches no tar, Parquet or image file among 11 files"),
+        (["{5..6}.tar"], r"matches no tar, Parquet or image file among 10 files"),
         (["{3..1}.tar"], "matches no tar, Parquet or image file"),
         (["{0..3}.tar"], r"2 of the 4 files that it names do not exist; the first is .*/2.tar. Correct the range, or use \*"),
         (
@@ -157,12 +157,10 @@ def test_sample_ids_stay_when_groups_are_dealt_anew() -> None:
             "notes.txt begins with 1 bytes of text, not an image: 'x'. Expected a tar, a Parquet file or an image.",
         ),
         (["{0.tar,notes.txt}"], "notes.txt begins with 1 bytes of text, not an image"),
-        (["z"], "c.TGZ is a compressed tar, which cannot be read in parts. Unpack it"),
         (
             ["hidden"],
             r"matches no tar, Parquet or image file among 2 files below .*It passes over 2 files \(hidden .tar 1, macOS ._ 1\)",
         ),
-        (["z/c.TGZ"], "c.TGZ is a compressed tar"),
         (
             ["a", "b"],
             "duplicate ids: .*/a and .*/b both hold s.tar, whose images would get the same ids. Name the folder",
@@ -176,7 +174,7 @@ def test_sample_ids_stay_when_groups_are_dealt_anew() -> None:
 def test_refused_inputs(tmp_path: Path, patterns: list[str], message: str) -> None:
     (tmp_path / "empty").mkdir()
     touch_files(tmp_path, "0.tar", "1.tar", "a/s.tar", "b/s.tar", "a/x.jpg", "a/y.png", "notes.txt", "clash/0.tar/i.png")
-    touch_files(tmp_path, "z/c.TGZ", "hidden/_a.tar", "hidden/._b.jpg")
+    touch_files(tmp_path, "hidden/_a.tar", "hidden/._b.jpg")
     with pytest.raises(ConfigError, match=message):
         list_shards(tuple(f"{tmp_path}/{pattern}" for pattern in patterns), {})
 

@@ -180,6 +180,8 @@ class _Chunk:
         try:
             if sample.excess:
                 raise BadImage("too_many_bytes", f"{sample.excess} bytes, allowed are {self._layout.max_bytes}")
+            if sample.problem is not None:
+                raise BadImage(*sample.problem)
             if sample.data is None:
                 raise BadImage("no_image", sample.missing or "the sample has no image")
             row["sha256"] = hashlib.sha256(sample.data).digest()

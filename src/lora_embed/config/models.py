@@ -1,6 +1,5 @@
 """Recipes and jobs, the two files that users write, checked while they are read."""
 
-import os
 import posixpath
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,10 +8,10 @@ import yaml
 from pydantic import AfterValidator, Field, create_model, model_validator
 
 from lora_embed.config.messages import Keys, checked, shown
+from lora_embed.config.paths import base_place, local_place, with_absolute_paths
 from lora_embed.config.values import Number, Section, Share, Text, Uri, as_members, not_empty
 from lora_embed.config.yaml import Loader, read_yaml, yaml_problem
 from lora_embed.errors import ConfigError
-from lora_embed.store import hub
 
 OWN_COLUMNS = ("id", "embedding", "shard", "key", "width", "height", "sha256", "reason", "detail")
 
@@ -146,6 +145,10 @@ class JobConfig(Section):
     carry: tuple[CarryField, ...] = Field(default=(), strict=False)
     image_column: Text | None = None
     key_column: Text | None = None
+    reference_column: Text | None = None  # the input's tables are lists of references to images
+    reference_roots: tuple[Uri, ...] = Field(default=(), strict=False)
+    check_references: bool = False
+    reject_unreachable: bool = False  # web servers that do not answer make rejects, not an incomplete run
     image_member: Annotated[tuple[Text, ...], Field(strict=False), AfterValidator(as_members)] = ()
     limit: int | None = Field(default=None, ge=1)
     vector_type: Literal["float32", "float16"] = "float32"
@@ -163,7 +166,7 @@ class JobConfig(Section):
     @classmethod
     def _widen_shorthands(cls, data: dict[str, Any]) -> dict[str, Any]:
         data = dict(data)
-        for key in ("input", "image_member"):
+        for key in ("input", "image_member", "reference_roots"):
             if isinstance(data.get(key), str):
                 data[key] = [data[key]]
         if isinstance(data.get("carry"), list):
@@ -178,6 +181,15 @@ class JobConfig(Section):
                 raise ValueError(f"carry names {name!r}, but the table has its own column of that name. Rename the field.")
             if names.count(name) > 1:
                 raise ValueError(f"carry names {name!r} {names.count(name)} times. Name it once.")
+        return self
+
+    @model_validator(mode="after")
+    def _references_have_a_column(self) -> "JobConfig":
+        given = [name for name in ("reference_roots", "check_references", "reject_unreachable") if getattr(self, name)]
+        if given and self.reference_column is None:
+            raise ValueError(
+                f"{given[0]} has no effect without reference_column. Set that to the lists' column of paths or URIs."
+            )
         return self
 
     @model_validator(mode="after")
@@ -201,11 +213,11 @@ def load_recipe(path: str | Path) -> Recipe:
     data = read_yaml(Path(path), "a recipe (YAML)")
     folder = Path(path).resolve().parent
     if isinstance(data.get("base_model"), str):
-        data["base_model"] = _base_place(folder, data["base_model"], f"{path}: base_model")
+        data["base_model"] = base_place(folder, data["base_model"], f"{path}: base_model")
     adapters = data.get("adapters")
     for number, adapter in enumerate(adapters if isinstance(adapters, list) else []):
         if isinstance(adapter, dict) and isinstance(adapter.get("path"), str):
-            adapter["path"] = _local_place(folder, adapter["path"], f"{path}: adapters[{number}].path")
+            adapter["path"] = local_place(folder, adapter["path"], f"{path}: adapters[{number}].path")
     return checked(Recipe, data, str(path), {})
 
 
@@ -229,12 +241,12 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> JobConfig:
 
     Raises ConfigError naming the file or the override, the key, what was found and what is allowed.
     """
-    data = _with_absolute_paths(read_yaml(Path(path), "a job file (YAML)"), Path(path).resolve().parent)
+    data = with_absolute_paths(read_yaml(Path(path), "a job file (YAML)"), Path(path).resolve().parent)
     overridden: dict[Keys, str] = {}
     for text in overrides or []:
         keys, value = _parse_override(text)
         if len(keys) == 1:
-            value = _with_absolute_paths({keys[0]: value}, Path.cwd())[keys[0]]
+            value = with_absolute_paths({keys[0]: value}, Path.cwd())[keys[0]]
         _section_for(data, keys, text)[keys[-1]] = value
         overridden[tuple(keys)] = _without_secret(text)
     return checked(JobConfig, data, str(path), overridden)
@@ -268,34 +280,3 @@ def _section_for(data: dict[str, Any], keys: list[str], text: str) -> dict[str, 
             value = shown(data) if safe_text == text else type(data).__name__
             raise ConfigError(f"--set {safe_text}: {key!r} is {value}, expected a section with the key {keys[-1]!r}")
     return data
-
-
-def _with_absolute_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    data = dict(data)
-    for key in ("recipe", "table"):
-        if isinstance(data.get(key), str):
-            data[key] = _absolute(folder, data[key])
-    if isinstance(data.get("input"), str):
-        data["input"] = _absolute(folder, data["input"])
-    elif isinstance(data.get("input"), list):
-        data["input"] = [_absolute(folder, value) if isinstance(value, str) else value for value in data["input"]]
-    return data
-
-
-def _absolute(folder: Path, value: str) -> str:
-    return value if "://" in value or not value else os.path.normpath(folder / os.path.expanduser(value))
-
-
-def _base_place(folder: Path, value: str, where: str) -> str:
-    """A base's `owner/name` is a repository of the hub, unless a folder `owner` lies beside the recipe: then it is a path."""
-    if hub.may_be_repository(value) and not (folder / value.partition("/")[0]).exists():
-        return value
-    return _local_place(folder, value, where)
-
-
-def _local_place(folder: Path, value: str, where: str) -> str:
-    """An absolute path or a URI. A path that does not exist and could also name a repository of the hub is refused."""
-    path = _absolute(folder, value)
-    if "/" in value and hub.may_be_repository(value) and not os.path.exists(path):
-        raise ConfigError(f"{where} is {value}, but {hub.no_directory(value, folder)}")
-    return path

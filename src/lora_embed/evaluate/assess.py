@@ -20,6 +20,7 @@ from lora_embed.evaluate.thumbnails import thumbnails
 from lora_embed.monitor.progress import say
 from lora_embed.run.refuse import local_places, refuse_unshared
 from lora_embed.schema import Layout
+from lora_embed.shards.list_rows import carrying
 from lora_embed.shards.listing import list_input
 from lora_embed.store.fetch import private_folder
 from lora_embed.store.store import Store
@@ -104,7 +105,9 @@ def open_source(request: Request) -> tuple[Source, cluster.Topology]:
         key_column=request.key_column,
         image_member=request.image_member,
     )
-    listing = list_input(request.inputs, request.input_options, fields=[name for name, _ in carry])
+    fields = [name for name, _ in carry]
+    references = carrying(request.references, tuple(fields))
+    listing = list_input(request.inputs, request.input_options, fields=fields, references=references)
     listing.say_passed()
     source = Source(shards=tuple(listing.shards), options=request.input_options, store=store, layout=layout)
     check_fields(source, options)

@@ -6,6 +6,7 @@ from typing import Any
 
 from lora_embed.config.models import Resources
 from lora_embed.errors import ConfigError
+from lora_embed.shards.list_rows import References
 
 _OPTIONS = {"recipes": "recipe", "inputs": "data", "labels": "label"}  # as the command calls them
 
@@ -34,6 +35,7 @@ class Request:
     work_options: dict[str, Any] = field(default_factory=dict, repr=False)
     image_column: str | None = None  # of Parquet input
     key_column: str | None = None
+    references: References | None = None  # None: the input holds the images themselves
     image_member: tuple[str, ...] = ()  # of tars
 
 

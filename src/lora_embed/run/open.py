@@ -9,6 +9,7 @@ from lora_embed.model.ingredients import Ingredients
 from lora_embed.run.encoders import find_encoder, find_source, named_base
 from lora_embed.run.layout import known_layout
 from lora_embed.schema import Layout, Shard
+from lora_embed.shards.list_rows import References
 from lora_embed.shards.listing import Listing, list_input
 from lora_embed.store.store import Store
 from lora_embed.table import versions
@@ -40,6 +41,20 @@ class OpenJob:
         return known_layout(self.job, self.store, self.encoder, self.current) if self.encoder is not None else None
 
 
+def references_of(job: JobConfig) -> References | None:
+    """How the job's lists of references are read; None for a job whose input holds the images itself."""
+    if job.reference_column is None:
+        return None
+    return References(
+        column=job.reference_column,
+        key_column=job.key_column,
+        fields=tuple(field.name for field in job.carry),
+        roots=job.reference_roots,
+        checks=job.check_references,
+        rejects_unreachable=job.reject_unreachable,
+    )
+
+
 def open_job(job: JobConfig, *, writes: bool = True) -> OpenJob:
     """List the job's input, read its recipe and find its table's current version.
 
@@ -53,6 +68,7 @@ def open_job(job: JobConfig, *, writes: bool = True) -> OpenJob:
         job.input_storage_options,
         fields=[carried.name for carried in job.carry],
         follows=job.follow_folder_links,
+        references=references_of(job),
     )
     source = find_source(job.recipe)
     if writes:

@@ -22,7 +22,7 @@ from lora_embed.table.rejects import describe_examples, describe_rejects, read_r
 
 SHARDS_PER_TASK = 64  # to verify one takes milliseconds
 BYTES_HERE = 2 * compact.DATA_FILE_BYTES  # vectors up to this size are compacted here, as starting a worker takes seconds
-_GROUP = re.compile(r"/#\d+of\d+$")  # the name of a group of loose images ends like this
+_GROUP = re.compile(r"/#(\d+of\d+|[0-9a-f]{16})$")  # names of groups of loose images, and of ranges of a list, end like this
 
 
 def publish(
@@ -230,5 +230,5 @@ def _by_place(shards: Iterable[ShardCounts]) -> Counter[str]:
 
 
 def _place(shard: ShardCounts) -> str:
-    """A shard's name; for a group of loose images its folder, since the groups change when the folder has doubled."""
+    """A shard's name; for a group of loose images its folder, and for a range of a list that list, since these change."""
     return _GROUP.sub("", shard.name)

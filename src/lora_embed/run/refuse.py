@@ -55,8 +55,9 @@ def refuse_absent_fields(opened: OpenJob) -> None:
 
 
 def local_places(store: Store, shards: Iterable[Shard], input_options: dict[str, Any]) -> list[str]:
-    """Those of the store and the roots of these shards that are local paths."""
-    roots = {shard.root for shard in shards if Store(shard.root, input_options).is_local}
+    """Those of the store and the roots of these shards that are local paths. A list itself is read by the driver alone."""
+    lists = {shard.rows.folder for shard in shards if shard.rows is not None and shard.rows.has_local}
+    roots = lists | {shard.root for shard in shards if shard.rows is None and Store(shard.root, input_options).is_local}
     return [store.uri] * store.is_local + sorted(roots)
 
 

@@ -12,7 +12,7 @@ from lora_embed.shards.checked_parquet import MOST_REPEATED, extensions
 ROWS = 64  # rows of a batch
 NUMBERED = "none"  # as `key_column`: rows are numbered
 _IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "jpg", "png", "images")
-_KEY_COLUMNS = ("key", "__key__", "id", "path", "file_name")
+KEY_COLUMNS = ("key", "__key__", "id", "path", "file_name")
 _SHOWN = 20  # columns that a message names
 _MANY = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
 _BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
@@ -35,7 +35,7 @@ def choose_columns(schema: pa.Schema, layout: Layout, where: str) -> Columns:
     image, key = _image_of(schema, layout, where), _key_of(schema, layout, where)
     carried = [name for name, _ in layout.carry if name in schema.names]
     for name in filter(None, (image, key, *carried)):
-        _check_column(schema, name, where)
+        check_column(schema, name, where)
     kind = _without_dictionary(schema.field(image).type)
     return Columns(image=image, key=key, carried=carried, holds_lists=is_list(kind), is_text=_is(_single(kind), *_TEXT))
 
@@ -83,7 +83,7 @@ def _no_image(schema: pa.Schema, names: tuple[str, ...], *, is_named: bool) -> s
 
 
 def _key_of(schema: pa.Schema, layout: Layout, where: str) -> str | None:
-    key = layout.key_column or next((name for name in _KEY_COLUMNS if name in schema.names), None)
+    key = layout.key_column or next((name for name in KEY_COLUMNS if name in schema.names), None)
     if key is None or key in schema.names:
         return key
     if key == NUMBERED:
@@ -99,7 +99,7 @@ def _listed(schema: pa.Schema) -> str:
     return f"{schema.names[:_SHOWN]}{more}"
 
 
-def _check_column(schema: pa.Schema, name: str, where: str) -> None:
+def check_column(schema: pa.Schema, name: str, where: str) -> None:
     """Refuse Ray's Arrow types, whose values may be pickles: opening a pickle runs the code in it."""
     if (count := schema.names.count(name)) > 1:
         raise ShardError(f"{where}: has {count} columns named {name!r}, expected one. Rename the others.")

@@ -5,11 +5,11 @@ import tarfile
 from typing import Literal
 
 from lora_embed.images.recognise import is_image
+from lora_embed.shards.compressed import COMPRESSED_TAR
 
 Kind = Literal["tar", "parquet", "images"]
 
 TAR, PARQUET = (".tar",), (".parquet", ".pq")
-COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 USUAL_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 # An image by its name. Whether it can be decoded is found when it is read; otherwise it is a reject that says what it is.
 OTHER_IMAGES = (
@@ -31,7 +31,7 @@ MOST_ENDING = 12  # characters of a file name's ending that is counted as one
 def kind_by_name(path: str) -> Kind | None:
     """What a file is by the end of its name, in any case; None for other names."""
     name = path.lower()
-    if name.endswith(TAR):
+    if name.endswith(TAR + COMPRESSED_TAR):
         return "tar"
     if name.endswith(PARQUET):
         return "parquet"

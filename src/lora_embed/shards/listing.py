@@ -17,7 +17,10 @@ from lora_embed.monitor.progress import say
 from lora_embed.schema import Shard, add_kinds
 from lora_embed.shards import kinds
 from lora_embed.shards.beside import assign
+from lora_embed.shards.img2dataset import without_metadata
 from lora_embed.shards.kinds import Kind
+from lora_embed.shards.list_rows import LISTS, References
+from lora_embed.shards.lists import expand_lists, hint, without_listed
 from lora_embed.shards.patterns import Files, find_files
 from lora_embed.store.store import Store
 
@@ -60,22 +63,33 @@ def describe_passed(passed: Mapping[str, int]) -> str:
 
 
 def list_input(
-    patterns: tuple[str, ...], options: dict[str, Any], *, fields: Collection[str] = (), follows: bool = False
+    patterns: tuple[str, ...],
+    options: dict[str, Any],
+    *,
+    fields: Collection[str] = (),
+    follows: bool = False,
+    references: References | None = None,
 ) -> Listing:
     """All shards of the inputs, sorted by name, and a count of the files that are passed over.
 
     A pattern is a file, a directory (searched to any depth), a glob or a brace range such as `{00..41}` or `{a,b}`. Links
     to folders outside of an input are followed only if `follows`; otherwise a message says that they are ignored. Files that
-    may hold one of the `fields` of loose images beside them are a part of their shards.
-    Raises ConfigError for a pattern that matches nothing, for compressed tars, for a file that the user named and that
+    may hold one of the `fields` of loose images beside them are a part of their shards. With `references`, tables are lists
+    of references, each of which gives several shards.
+    Raises ConfigError for a pattern that matches nothing, for a file that the user named and that
     cannot be read, and for inputs whose samples could get equal ids.
     """
     shards: list[Shard] = []
     passed: Counter[str] = Counter()
     for pattern in patterns:
-        shards += _group(find_files(pattern, options, follows=follows), options, fields, passed)
+        files = find_files(pattern, options, follows=follows)
+        leave_out = without_metadata if references is None else without_listed
+        files = leave_out(files, passed)
+        shards += _group(files, options, fields, passed, are_lists=references is not None)
     shards.sort(key=lambda shard: shard.name)
     _refuse_shared_names(shards)
+    if references is not None:
+        shards = expand_lists(shards, references, options, patterns[0])
     return Listing(shards=shards, passed_over=add_kinds({}, _most_first(passed)))
 
 
@@ -83,12 +97,20 @@ def _most_first(passed: Counter[str]) -> dict[str, int]:
     return dict(sorted(passed.items(), key=lambda item: (-item[1], item[0])))
 
 
-def list_shards(patterns: tuple[str, ...], options: dict[str, Any], *, fields: Collection[str] = ()) -> list[Shard]:
+def list_shards(
+    patterns: tuple[str, ...],
+    options: dict[str, Any],
+    *,
+    fields: Collection[str] = (),
+    references: References | None = None,
+) -> list[Shard]:
     """The shards of `list_input` alone."""
-    return list_input(patterns, options, fields=fields).shards
+    return list_input(patterns, options, fields=fields, references=references).shards
 
 
-def _group(files: Files, options: dict[str, Any], fields: Collection[str], passed: Counter[str]) -> list[Shard]:
+def _group(
+    files: Files, options: dict[str, Any], fields: Collection[str], passed: Counter[str], *, are_lists: bool
+) -> list[Shard]:
     """Files → shards. Hidden files and files of other kinds are counted in `passed`, unless their full names are given."""
     where = f"input {files.pattern}"
     shards, others, here = [], Entries(), Counter[str]()
@@ -100,9 +122,9 @@ def _group(files: Files, options: dict[str, Any], fields: Collection[str], passe
         if kinds.is_hidden(entry.path) and not is_named and entry.path not in files.shown:
             here[kinds.counted_as(entry.path, is_hidden=True)] += 1
             continue
-        if entry.path.lower().endswith(kinds.COMPRESSED_TAR):
-            raise ConfigError(f"{where}: {entry.path} is a compressed tar, which cannot be read in parts. Unpack it to .tar.")
-        kind = kinds.kind_by_name(entry.path)
+        kind: str | None = kinds.kind_by_name(entry.path)
+        if are_lists and entry.path.lower().endswith(LISTS):
+            kind = "references"
         if kind is None and is_named:
             kind = _kind_of_named(files, entry, options)
         if kind is not None and _NOT_UTF8.search(entry.path):
@@ -124,6 +146,7 @@ def _group(files: Files, options: dict[str, Any], fields: Collection[str], passe
         raise ConfigError(
             f"{where}: matches no tar, Parquet or image file among {files.looked_at} files below {files.root}.{found} Correct "
             "the pattern, or name a file by its full name, which is then read whatever the name."
+            + next(filter(None, (hint(entry.path) for entry in files.entries)), "")
         )
     passed.update(here)
     return shards + _image_groups(files.root, images, beside)
@@ -139,7 +162,7 @@ def _kind_of_named(files: Files, entry: Entry, options: dict[str, Any]) -> Kind:
     kind = kinds.kind_by_content(head)
     if kind is None:
         found = f"begins with {name_of(head)}" if head else "has 0 bytes"
-        raise ConfigError(f"{where} {found}. Expected a tar, a Parquet file or an image.")
+        raise ConfigError(f"{where} {found}. Expected a tar, a Parquet file or an image.{hint(entry.path)}")
     return kind
 
 

@@ -12,8 +12,10 @@ from lora_embed.entries import Entry
 from lora_embed.errors import LoraEmbedError, ShardError, StorageError
 from lora_embed.schema import WHOLE, Layout, Sample, Shard, Span, Wanted
 from lora_embed.shards.beside import read_beside
+from lora_embed.shards.compressed import COMPRESSED_TAR, Unpacked
 from lora_embed.shards.parquet import read_parquet
 from lora_embed.shards.places import with_places
+from lora_embed.shards.references import read_references
 from lora_embed.shards.tar import read_tar
 from lora_embed.store.retry import LIBRARY_ERRORS
 from lora_embed.store.store import Store
@@ -26,6 +28,7 @@ _CANNOT = {
     "tar": "incomplete or damaged tar, which cannot be read to its end",
     "parquet": "cannot be read as Parquet to its end",
     "images": "cannot be read to its end",
+    "references": "cannot be read to its end",
 }
 
 
@@ -46,6 +49,9 @@ def read_samples(shard: Shard, layout: Layout, options: dict[str, Any], wanted: 
     assert shard.kind == "tar" or span == WHOLE, (shard.kind, span)
     store = Store(shard.root, options, follows_links=True)
     with _errors_of(shard):
+        if shard.kind == "references":
+            yield from _bounded(read_references(shard, options, wanted, layout.max_bytes), shard)
+            return
         samples = _bounded(_read(store, shard, layout, wanted, span), shard)
         yield from with_places(samples, shard, {name for name, _ in layout.carry})
 
@@ -87,7 +93,7 @@ def _remedy(error: Exception) -> str:
 
 def _bounded(samples: Iterator[Sample], shard: Shard) -> Iterator[Sample]:
     """The samples, with ShardError for keys or images that are too large, so that a small file cannot cause endless work."""
-    most = max(MOST_UNPACKED, TIMES_UNPACKED * shard.size)
+    most = _most_unpacked(shard) if shard.kind != "references" else float("inf")
     for sample in samples:
         most -= len(sample.data or b"")
         if most < 0:
@@ -103,6 +109,11 @@ def _bounded(samples: Iterator[Sample], shard: Shard) -> Iterator[Sample]:
         yield sample
 
 
+def _most_unpacked(shard: Shard) -> int:
+    """How many bytes a shard may unpack to."""
+    return max(MOST_UNPACKED, TIMES_UNPACKED * shard.size)
+
+
 def _read(store: Store, shard: Shard, layout: Layout, wanted: Wanted, span: Span) -> Iterator[Sample]:
     if shard.kind == "images":
         yield from _read_images(store, shard, layout, wanted)
@@ -113,7 +124,9 @@ def _read(store: Store, shard: Shard, layout: Layout, wanted: Wanted, span: Span
     try:
         with store.explained(entry.path), store.open(entry.path, ahead) as file, _errors_of(shard):
             if shard.kind == "tar":
-                yield from read_tar(file, shard, layout, wanted, span)
+                most, is_compressed = _most_unpacked(shard), entry.path.lower().endswith(COMPRESSED_TAR)
+                content: Any = Unpacked(file, entry.path, most, f"{shard.root}/{shard.name}") if is_compressed else file
+                yield from read_tar(content, shard, layout, wanted, span)
             else:
                 yield from read_parquet(file, shard, layout, wanted)
     except (ShardError, StorageError):

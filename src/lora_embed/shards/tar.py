@@ -6,11 +6,14 @@ from typing import BinaryIO
 
 from lora_embed.errors import ShardError
 from lora_embed.schema import WHOLE, Layout, Sample, Shard, Span, Wanted
+from lora_embed.shards.compressed import Unpacked
 from lora_embed.shards.kinds import counted_as, kind_by_name
 from lora_embed.shards.tar_end import cut_short, is_no_tar, prove_end
 from lora_embed.shards.tar_groups import Group, Source, looks_like_image, split_name
 from lora_embed.shards.tar_headers import open_headers, read_members
 from lora_embed.shards.tar_links import Links
+
+UNKNOWN = 2**63  # bytes: the size of a tar that is unpacked while it is read
 
 
 def read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted, span: Span = WHOLE) -> Iterator[Sample]:
@@ -21,7 +24,7 @@ def read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted, span:
     where, size = f"{shard.root}/{shard.name}", shard.size
     if size == 0:
         raise ShardError(f"{where}: has 0 bytes, but even an empty tar has at least 1,024. Upload it again, or remove it.")
-    reading = _Reading(file, where, size, layout, span)
+    reading = _Reading(file, where, UNKNOWN if isinstance(file, Unpacked) else size, layout, span)
     try:
         yield from reading.samples(wanted)
     except (tarfile.TarError, EOFError) as error:
@@ -35,6 +38,7 @@ class _Reading:
 
     def __init__(self, file: BinaryIO, where: str, size: int, layout: Layout, span: Span) -> None:
         self._file, self._where, self._size, self._layout, self._span = file, where, size, layout, span
+        self._is_unpacked = size == UNKNOWN  # then no reader can begin within
         self.is_at_begin = not span.begin  # no member was read yet
         self._hidden: dict[str, int] = {}  # images whose names hide them, before the first sample
 
@@ -58,7 +62,8 @@ class _Reading:
                 if not member.isreg() and not _counts(member, extension, is_of_group):
                     continue
                 if group is None or not is_of_group:
-                    begin = None if headers.has_global else member.offset  # a reader from here on would miss global headers
+                    can_begin = not headers.has_global and not self._is_unpacked  # a reader would miss global headers
+                    begin = member.offset if can_begin else None
                     if group is not None:
                         for sample in group.finish(begin):
                             yield sample
@@ -69,7 +74,7 @@ class _Reading:
             end = tar.offset
             self._check_end(end)
             if group is not None:
-                yield from group.finish(end)
+                yield from group.finish(None if self._is_unpacked else end)
             elif first_hidden:
                 yield self._all_hidden(first_hidden, end)
 
@@ -92,7 +97,7 @@ class _Reading:
     def _check_end(self, end: int) -> None:
         expected = self._span.end
         if expected is None:
-            prove_end(self._file, end, self._size, self._where)
+            prove_end(self._file, end, None if self._is_unpacked else self._size, self._where)
         elif end != expected:
             raise ShardError(
                 f"{self._where}: damaged tar: its members end at byte {end}, expected {expected}. Upload it again."

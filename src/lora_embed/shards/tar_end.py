@@ -10,10 +10,11 @@ from lora_embed.shards.tar_headers import BLOCK
 MOST_PADDING = 2**20 + 2 * BLOCK  # tar pads with zeros to a record of 10 KiB, or by an option of up to 1 MiB
 
 
-def prove_end(file: BinaryIO, end: int, size: int, where: str) -> None:
+def prove_end(file: BinaryIO, end: int, size: int | None, where: str) -> None:
     """Raises ShardError unless zeros alone follow the members, which end at this byte: two blocks or more, up to the size.
 
-    One block is enough where the file ends with it, as some programs write it: no member begins with zeros.
+    Without a size, up to the file's end. One block is enough where the file ends with it, as some programs write it: no
+    member begins with zeros.
     """
     file.seek(end)
     rest = 0
@@ -21,6 +22,7 @@ def prove_end(file: BinaryIO, end: int, size: int, where: str) -> None:
         if data.count(0) != len(data):
             raise ShardError(_says_what_follows(file, end, size, where))
         rest += len(data)
+    size = end + rest if size is None else size
     if rest > MOST_PADDING:
         raise ShardError(
             f"{where}: incomplete or damaged tar: its members end at byte {end} of {size}, and only zeros follow, as if the "
@@ -31,19 +33,19 @@ def prove_end(file: BinaryIO, end: int, size: int, where: str) -> None:
         raise ShardError(cut_short(where, size, f"members end at byte {end} without the two closing blocks of a tar"))
 
 
-def _says_what_follows(file: BinaryIO, end: int, size: int, where: str) -> str:
+def _says_what_follows(file: BinaryIO, end: int, size: int | None, where: str) -> str:
     """The message for a tar after whose members there is something else than zeros."""
-    begin = end
+    begin, of = end, "" if size is None else f" of {size}"
     file.seek(end)
     while (block := file.read(BLOCK)) and block.count(0) == len(block):
         begin += BLOCK
     if begin > end and is_header(block):
         return (
-            f"{where}: holds two tars, one after the other: the second begins at byte {begin} of {size}, and readers of tars "
+            f"{where}: holds two tars, one after the other: the second begins at byte {begin}{of}, and readers of tars "
             "stop before it. Unpack it with `tar --ignore-zeros -xf`, pack the files into one tar, and use that in its place."
         )
     return (
-        f"{where}: incomplete or damaged tar: its members end at byte {end} of {size} without the closing blocks of a tar. "
+        f"{where}: incomplete or damaged tar: its members end at byte {end}{of} without the closing blocks of a tar. "
         "Upload it again; nothing of it is published."
     )
 

@@ -150,6 +150,17 @@ def _broken(path: str, why: str) -> Entry:
     return Entry(path=path, size=0, etag=why, broken=why)
 
 
+def find(place: str, path: str) -> Entry | None:
+    """The `Entry` of a file, or None where no path can lead to one, since a part of it is missing, a file, or too long."""
+    try:
+        state = os.stat(place)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            return None
+        raise
+    return entry(path, state) if stat.S_ISREG(state.st_mode) else None
+
+
 def _identity(place: str) -> tuple[int, int] | None:
     try:
         state = os.stat(place)

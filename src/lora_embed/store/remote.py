@@ -192,7 +192,14 @@ def _walk(fs: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def entry(path: str, info: dict[str, Any]) -> Entry:
     """An object's `Entry`, from a listing or from an answer about this object."""
-    etag = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or info.get("created")
+    etag = (
+        info.get("ETag")
+        or info.get("etag")
+        or info.get("blob_id")
+        or info.get("mtime")
+        or info.get("LastModified")
+        or info.get("created")
+    )
     if isinstance(etag, datetime):  # some file systems give a number in a listing, and a date for a single object
         etag = etag.timestamp()
     modified = info.get("LastModified") or info.get("mtime") or info.get("created") or 0.0

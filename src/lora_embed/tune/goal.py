@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_embed.config.models import Recipe
 from lora_embed.errors import ConfigError
+from lora_embed.shards.list_rows import References
 from lora_embed.tune.propose import Rank
 
 
@@ -69,6 +70,7 @@ class Search:
     input_options: dict[str, Any] = field(default_factory=dict, repr=False)  # storage options; they may hold keys
     image_column: str | None = None  # of Parquet input
     key_column: str | None = None
+    references: References | None = None  # None: the input holds the images themselves
     image_member: tuple[str, ...] = ()  # of tars
 
     @property

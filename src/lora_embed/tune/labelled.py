@@ -20,6 +20,7 @@ from lora_embed.images.preprocess import Pixels, Preprocessing
 from lora_embed.monitor.progress import LOG_EVERY_S, say
 from lora_embed.schema import Layout, Sample, Shard
 from lora_embed.shards.fields import typed
+from lora_embed.shards.list_rows import References, carrying
 from lora_embed.shards.listing import list_input
 from lora_embed.shards.read import read_samples
 from lora_embed.store import local
@@ -45,6 +46,7 @@ class Reading:
     image_column: str | None = None
     key_column: str | None = None
     image_member: tuple[str, ...] = ()  # of tars
+    references: References | None = None
 
 
 AS_IT_IS = Reading()
@@ -86,7 +88,8 @@ def read_labelled(
 
     Raises ConfigError if a task has no labelled image, and ShardError for a shard that cannot be read to its end.
     """
-    listing = list_input(inputs, reading.options, fields=selection.fields)
+    references = carrying(reading.references, (*selection.fields, *filter(None, [selection.group])))
+    listing = list_input(inputs, reading.options, fields=selection.fields, references=references)
     listing.say_passed()
     shards = listing.shards
     about = [FORMAT, [shard.id for shard in shards], asdict(selection), preprocessing.settings()]

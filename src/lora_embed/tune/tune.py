@@ -95,6 +95,7 @@ def tune(search: Search) -> Tuned:
             image_column=search.image_column,
             key_column=search.key_column,
             image_member=search.image_member,
+            references=search.references,
         )
         preprocessing = refolder.encoder.description.preprocessing
         images = read_labelled(search.inputs, selection, preprocessing, search.work_folder, reading)

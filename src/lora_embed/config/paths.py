@@ -1,0 +1,41 @@
+"""Paths in recipes and jobs: relative ones count from the folder of their file."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lora_embed.errors import ConfigError
+from lora_embed.store import hub
+
+
+def with_absolute_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What a job file says, with absolute paths."""
+    data = dict(data)
+    for key in ("recipe", "table"):
+        if isinstance(data.get(key), str):
+            data[key] = _absolute(folder, data[key])
+    for key in ("input", "reference_roots"):
+        if isinstance(data.get(key), str):
+            data[key] = _absolute(folder, data[key])
+        elif isinstance(data.get(key), list):
+            data[key] = [_absolute(folder, value) if isinstance(value, str) else value for value in data[key]]
+    return data
+
+
+def _absolute(folder: Path, value: str) -> str:
+    return value if "://" in value or not value else os.path.normpath(folder / os.path.expanduser(value))
+
+
+def base_place(folder: Path, value: str, where: str) -> str:
+    """A base's `owner/name` is a repository of the hub, unless a folder `owner` lies beside the recipe: then it is a path."""
+    if hub.may_be_repository(value) and not (folder / value.partition("/")[0]).exists():
+        return value
+    return local_place(folder, value, where)
+
+
+def local_place(folder: Path, value: str, where: str) -> str:
+    """An absolute path or a URI. A path that does not exist and could also name a repository of the hub is refused."""
+    path = _absolute(folder, value)
+    if "/" in value and hub.may_be_repository(value) and not os.path.exists(path):
+        raise ConfigError(f"{where} is {value}, but {hub.no_directory(value, folder)}")
+    return path
