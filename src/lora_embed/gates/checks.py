@@ -56,7 +56,7 @@ class Limits:
     good update does (overlap 0.55 to 0.71, accuracy −0.02 to 0.01): only the gate `processor` notices them.
     """
 
-    passed_over: float = 0.05  # share of files that look like input and are hidden by their names; a figure of `listing`
+    passed_over: float = 0.5  # share of files that look like input and are hidden by their names; a figure of `listing`
     unusable: float = 0.001  # share of rows; all measured updates: 0. An encoder may give zeros for a blank image
     constant: float = 0.05  # share of dimensions, added to the old share; all measured updates: 0
     duplicates: float = 0.05  # share of rows, added to the old share; all measured: 0. A few per cent may be blank images
