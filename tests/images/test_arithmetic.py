@@ -36,7 +36,7 @@ from old_pillow import install, path_with, resize_columns_first
 from samples import PREPROCESSING, layout
 
 OTHERS = ("11.0.0", "12.1.0", "12.3.0")
-FILES = "5dda9a8bdd0d"  # of the hash over all test images
+FILES = "51477b895ae4"  # of the hash over all test images
 Break = Callable[[pytest.MonkeyPatch], None]
 
 

@@ -66,8 +66,8 @@ class Unpickled:
     ("data", "reason", "detail"),
     [
         (b"", "empty", "0 bytes"),
-        (b"just text", "not_an_image", "9 bytes that start with 6a75737420746578"),
-        (pickle.dumps(Unpickled()), "not_an_image", "bytes that start with 8004"),
+        (b"just text", "not_an_image", "9 bytes of text, not an image: 'just text'"),
+        (pickle.dumps(Unpickled()), "not_an_image", "bytes of a pickle, not an image"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not_an_image", ""),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not_an_image", ""),
         (b"P6 0 0 255\n", "not_an_image", ""),

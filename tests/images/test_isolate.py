@@ -125,7 +125,7 @@ def test_a_child_that_died_of_something_else_costs_no_image() -> None:
         (other,) = children()
         assert other != child
 
-        with pytest.raises(AttributeError, match="'str' object has no attribute 'hex'") as caught:  # a bug, not an image
+        with pytest.raises(TypeError, match="must be str or a tuple of str, not bytes") as caught:  # a bug, not an image
             decode("text", PREPROCESSING)  # type: ignore[arg-type]
         assert "in decode_image" in "".join(caught.value.__notes__)
     assert not children()

@@ -1,5 +1,6 @@
 """Reading: every sample in order to a proven end, or an error that says incomplete; never silently short."""
 
+import gzip
 import io
 import os
 import re
@@ -13,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_embed.entries import Entry
 from lora_embed.errors import ShardError
-from lora_embed.schema import Entry, Shard
+from lora_embed.schema import Shard
 from lora_embed.shards.listing import list_shards
 from lora_embed.shards.parquet import read_parquet
 from lora_embed.shards.read import count_samples, read_samples
@@ -94,18 +96,20 @@ def test_every_cut_of_a_tar_is_noticed(tmp_path: Path) -> None:
     end = -(-len(data.rstrip(b"\0")) // 512) * 512  # of the members
     assert end < len(data) - 1024
     for length in range(1, end + 1024):
+        if length == end + 512:  # one closing block, and the file ends with it
+            continue
         cut = io.BytesIO(data[:length])
         shard = Shard(id="0", name="a.tar", prefix="a.tar", kind="tar", root="r", files=(Entry("a.tar", length, "1"),))
         for wanted in (True, False):
             with pytest.raises(ShardError, match=r"^r/a.tar: incomplete"):
                 list(read_tar(cut, shard, layout(), lambda number, wanted=wanted: wanted))
     path = tmp_path / "a.tar"
-    for length in (1, 100, 512, 900, 1024, end - 512, end, end + 512, end + 1023):
+    for length in (1, 100, 512, 900, 1024, end - 512, end, end + 511, end + 513, end + 1023):
         with pytest.raises(ShardError, match=r"a.tar: incomplete"):
             samples_of(shard_at(path, data[:length]))
     with pytest.raises(ShardError, match="incomplete tar"):  # fewer bytes come than were listed, though none of a member
         list(read_tar(io.BytesIO(data[:-1]), shard_at(path, data), layout(), lambda number: True))
-    for length in (end + 1024, end + 1100, len(data)):  # past the two closing blocks nothing is missing
+    for length in (end + 512, end + 1024, end + 1100, len(data)):  # past the two closing blocks nothing is missing
         assert keys_of(shard_at(path, data[:length])) == ["a", "b", "c"]
 
 
@@ -128,19 +132,36 @@ def test_no_prefix_of_any_tar_is_short(members: list[tuple[str, bytes]], random:
     [
         ("a.tar", b"", "has 0 bytes, but even an empty tar has"),
         ("a.tar", b"\x89PNG" * 500, "is not a tar, although its name says so"),
-        ("a.tar", tar_of(THREE) + tar_of(THREE), "incomplete or damaged tar: its members end at byte"),
+        (
+            "a.tar",
+            tar_of(THREE) + tar_of(THREE),
+            "holds two tars, one after the other: the second begins at byte 10240 of 20480",
+        ),
+        ("a.tar", tar_of(THREE) + b"more" * 128, "incomplete or damaged tar: its members end at byte .* Upload it again"),
+        (
+            "a.tar",
+            gzip.compress(tar_of([("a.jpg", os.urandom(2000))])),
+            "is not a tar, .*: it begins with gzip data. Rename it",
+        ),
+        ("a.tar", b"<!DOCTYPE html><html>" + b" " * 600, "is not a tar, .*: it begins with an HTML page"),
         ("a.tar", tar_of(THREE).replace(b"c.jpg", b"c.jpx"), "incomplete or damaged tar: its members end at byte"),
         ("a.tar", tar_of(THREE)[:4096] + bytes(2**21), "only zeros follow, as if the file was never written"),
         ("a.parquet", b"", "cannot be read as Parquet to its end"),
+        ("a.parquet", b"<!DOCTYPE html><html>", "is not Parquet, although its name says so. It has 21 bytes of an HTML page"),
+        ("a.parquet", b"PAR1 and then" + b"PARE", "is encrypted Parquet, which is not read. Write it without encryption"),
         ("a.parquet", b"PAR1 but no more", "cannot be read as Parquet to its end"),
         ("a.parquet", parquet_of({"image": [b"x" * 99] * 9})[:-1], "cannot be read as Parquet to its end"),
         ("a.parquet", parquet_of({"image": [b"x" * 99] * 9})[:200], "cannot be read as Parquet to its end"),
         (
             "a.parquet",
             parquet_of({"label": [1]}),
-            r"expected one of image, .* of binary type, found \['label'\]. Set",
+            r"expected one of image, .* of binary type, found \['label'\]\. No column can hold an image\. Leave",
         ),
-        ("a.parquet", parquet_of({"image": [{"bytes": 1}]}), "has no image column"),
+        (
+            "a.parquet",
+            parquet_of({"image": [{"bytes": 1}]}),
+            "column 'image' is of type struct<bytes: int64>, expected the bytes",
+        ),
     ],
 )
 def test_damaged_shards(tmp_path: Path, name: str, data: bytes, message: str) -> None:
@@ -175,7 +196,7 @@ def test_parquet_columns_and_row_groups(tmp_path: Path) -> None:
     assert [sample.key for sample in samples_of(shard, key_column="raw")] == ["caf\\xe9"] * 5
     with pytest.raises(ShardError, match="has no key column 'nope'"):
         samples_of(shard, key_column="nope")
-    with pytest.raises(ShardError, match="expected column 'label' of binary type"):
+    with pytest.raises(ShardError, match="column 'label' is of type int64, expected the bytes of image files"):
         samples_of(shard, image_column="label")
     assert samples_of(shard_at(tmp_path / "empty.parquet", parquet_of({"image": pa.array([], pa.binary())}))) == []
 

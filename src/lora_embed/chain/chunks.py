@@ -18,6 +18,7 @@ from lora_embed.images.isolate import IsolatedDecoder, decode_or_die, keep_freed
 from lora_embed.images.preprocess import Pixels
 from lora_embed.monitor.stages import Stopwatch
 from lora_embed.schema import ChunkHead, Layout, Sample, Shard, add_kinds, sample_schema, to_ipc
+from lora_embed.shards.columns import NUMBERED
 from lora_embed.shards.fields import typed
 from lora_embed.shards.isolated import read_isolated, read_or_die
 from lora_embed.shards.read import ReadSamples, read_samples
@@ -123,7 +124,7 @@ def decode_shard(
                 open_chunk = _Chunk(number // size, layout, preprocessing, decode)
             if open_chunk.chunk not in done:
                 with clock.timing("decode"):
-                    open_chunk.add(sample, is_duplicate=sample.key in keys)
+                    open_chunk.add(sample, twice=_twice(shard) if sample.key in keys else "")
                 if open_chunk.text > MOST_TEXT:
                     raise ShardError(
                         f"{shard.root}/{shard.name}: the keys and carried fields of chunk {open_chunk.chunk} have more than "
@@ -132,6 +133,14 @@ def decode_shard(
             keys.add(sample.key)
         if open_chunk.chunk not in done:
             yield open_chunk.finish(shard, clock.take(), last=span.end is None)
+
+
+def _twice(shard: Shard) -> str:
+    """The detail of a sample whose key an earlier one has."""
+    says = "an earlier sample of this shard has the same key"
+    if shard.kind != "parquet":
+        return says
+    return f"{says}. Set key_column to a column of distinct values, or to {NUMBERED} to number the rows"
 
 
 @dataclass(frozen=True)
@@ -161,7 +170,8 @@ class _Chunk:
         self.text = 0  # characters of keys and carried fields
         self._rows: list[dict[str, Any]] = []
 
-    def add(self, sample: Sample, *, is_duplicate: bool) -> None:
+    def add(self, sample: Sample, *, twice: str = "") -> None:
+        """Decode a sample's image; `twice` is the detail of the reject if its key is not its own."""
         self._begin, self._end = self._begin if self._rows else sample.begin, sample.end
         self._passed = add_kinds(self._passed, sample.passed)
         carried = {name: typed(sample.fields.get(name), kind) for name, kind in self._layout.carry}
@@ -174,8 +184,8 @@ class _Chunk:
                 raise BadImage("no_image", sample.missing or "the sample has no image")
             row["sha256"] = hashlib.sha256(sample.data).digest()
             self._image_bytes += len(sample.data)
-            if is_duplicate:
-                raise BadImage("duplicate_id", "an earlier sample of this shard has the same key")
+            if twice:
+                raise BadImage("duplicate_id", twice)
             self._decoded += 1
             decoded = self._decode(sample.data, self._preprocessing, self._layout.max_pixels)
             row |= {"width": decoded.width, "height": decoded.height}
@@ -199,6 +209,7 @@ class _Chunk:
             end=self._end,
             image_bytes=self._image_bytes,
             passed=self._passed,
+            lacking={name: count for name, _ in self._layout.carry if (count := samples.column(name).null_count)},
             retries=take_retries(),
             seconds=seconds,
         )

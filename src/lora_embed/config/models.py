@@ -120,6 +120,7 @@ class CarryField(Section):
 
     name: Text
     type: Literal["string", "int64", "float64", "bool"] = "string"
+    optional: bool = False  # true: a run begins also if no sample seems to have the field
 
 
 def _carry_field(value: Any) -> Any:

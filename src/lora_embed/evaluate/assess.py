@@ -93,8 +93,6 @@ def open_source(request: Request) -> tuple[Source, cluster.Topology]:
     """List the input, check that it has the fields, and join the cluster."""
     work = request.work if request.work is not None else str(private_folder("evaluate"))
     store = Store(work, request.work_options)
-    listing = list_input(request.inputs, request.input_options)
-    listing.say_passed()
     options = [("--label", name) for name in request.labels]
     options += [(option, name) for option, name in (("--group", request.group), ("--split", request.split)) if name]
     carry = tuple((name, "string") for name in dict.fromkeys(name for _, name in options))
@@ -106,6 +104,8 @@ def open_source(request: Request) -> tuple[Source, cluster.Topology]:
         key_column=request.key_column,
         image_member=request.image_member,
     )
+    listing = list_input(request.inputs, request.input_options, fields=[name for name, _ in carry])
+    listing.say_passed()
     source = Source(shards=tuple(listing.shards), options=request.input_options, store=store, layout=layout)
     check_fields(source, options)
     store.check_reachable()

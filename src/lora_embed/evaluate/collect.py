@@ -23,12 +23,9 @@ from lora_embed.images.preprocess import decoding
 from lora_embed.monitor.progress import Progress, say
 from lora_embed.monitor.stages import add_seconds
 from lora_embed.schema import FORMAT, Layout, Shard, from_ipc, to_ipc
-from lora_embed.shards.read import read_samples
+from lora_embed.shards.look import absent_fields
 from lora_embed.store.store import Store
 from lora_embed.table.rejects import count_reasons
-
-LOOK_AT = 16  # samples of a shard that are checked for a field before anything is embedded
-MOST_LOOKED_AT = 64  # shards that are checked for a field
 
 Vectors = NDArray[np.float32]
 
@@ -101,19 +98,10 @@ def check_fields(source: Source, options: Sequence[tuple[str, str]]) -> None:
 
     Raises ConfigError for a field that none of these samples has.
     """
-    missing = list(options)
-    shards = source.shards[:: -(-len(source.shards) // MOST_LOOKED_AT)]
-    for shard in shards:
-        for sample in itertools.islice(read_samples(shard, source.layout, source.options, lambda number: True), LOOK_AT):
-            missing = [(option, name) for option, name in missing if sample.fields.get(name) is None]
-        if not missing:
-            return
-    for option, name in missing:
-        raise ConfigError(
-            f"{option} {name}: none of the first {LOOK_AT} samples of {len(shards)} shards has that field. A field is a key "
-            f"of a sample's .json, a text member such as .cls, or a column of Parquet. Correct the name; the first shard is "
-            f"{shards[0].name}."
-        )
+    absent = {absence.name: absence for absence in absent_fields(source.shards, source.layout, source.options)}
+    for option, name in options:
+        if name in absent:
+            raise ConfigError(f"{option} {absent[name].describe()}. Correct the name.")
 
 
 def collect(source: Source, encoders: Sequence[Wanted], topology: Topology) -> Collected:

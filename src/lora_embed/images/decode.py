@@ -6,16 +6,18 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-from PIL import ExifTags, Image
+from PIL import AvifImagePlugin, ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from lora_embed.errors import LoraEmbedError
+from lora_embed.images import deep
 from lora_embed.images.preprocess import Box, Joint, Pixels, Preprocessing
+from lora_embed.images.recognise import is_targa, name_of
 from lora_embed.text import in_one_line
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none of them runs a program or reads another file
+# None of them runs a program, reads another file, or decodes in Python.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 MAX_PIXELS = 100_000_000  # of an image, by default
 MOST_SCANS = 24  # of an image of `max_pixels`, which take 4 s; a smaller image may have more
 _SCAN = b"\xff\xda"  # a scan begins with these bytes; within its data, 0 follows each 255
@@ -27,6 +29,7 @@ _TURNS = {
 # Turns that swap width and height, those that swap left and right, and those that swap top and bottom.
 _SWAPS, _MIRRORS, _FLIPS = ({_TURNS[n] for n in numbers} for numbers in ((5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)))
 
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # there is a process for each core
 # Pillow's own limit only warns, and raises at twice its value; the limit here is checked as soon as the size is known.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -69,13 +72,13 @@ def _decode(data: bytes, preprocessing: Prepare, max_pixels: int) -> Decoded:
     Image.MAX_IMAGE_PIXELS = max_pixels  # without it, `open` alone takes 4 GB for a GIF of 43 bytes
     image: Image.Image
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=("TGA",) if is_targa(data) else FORMATS)
     except Image.DecompressionBombError:
         raise BadImage("too_many_pixels", f"has more than twice the {max_pixels} pixels that are allowed") from None
     except (LoraEmbedError, MemoryError):
         raise
     except Exception:  # noqa: BLE001  # Pillow's decoders have no list of the errors that they raise
-        raise BadImage("not_an_image", f"{len(data)} bytes that start with {data[:8].hex()}") from None
+        raise BadImage("not_an_image", name_of(data)) from None
     try:
         _check_area(image.width, image.height, max_pixels, "has")
         _check_passes(data, image, max_pixels)
@@ -87,6 +90,8 @@ def _decode(data: bytes, preprocessing: Prepare, max_pixels: int) -> Decoded:
         return Decoded(preprocessing.apply(image, size, part), *size)
     except (LoraEmbedError, BadImage, MemoryError):
         raise
+    except deep.NotPixels as error:
+        raise BadImage("not_an_image", f"{error}. Save it with 8 or 16 bits") from None
     except Exception as error:  # noqa: BLE001
         raise BadImage("corrupt_image", f"{type(error).__name__}: {in_one_line(error, 120)}") from None
 
@@ -114,15 +119,13 @@ def _load(image: Image.Image, preprocessing: Prepare) -> tuple[Image.Image, tupl
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB as a viewer shows it: turned as EXIF says, transparency on white as in the Hugging Face processors.
 
-    16-bit grey is scaled to 8 bits; Pillow's own conversion would clip it to white.
+    Samples of 16 and 32 bits are scaled to 8 bits; Pillow's own conversion would clip them to white. Raises NotPixels.
     """
-    image.load()
+    loaded = deep.load(image)
     turn = _turn_of(image)
+    image = loaded
     if turn is not None:  # not by ImageOps.exif_transpose, which also rewrites EXIF, fails on damaged EXIF, and always copies
         image = image.transpose(turn)
-    if image.mode.startswith("I"):
-        values = np.clip(np.asarray(image) >> 8, 0, 255)
-        image = Image.fromarray(values.astype(np.uint8))
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -25,6 +25,7 @@ class Effort:
     rejects: Counter[str] = field(default_factory=Counter)  # by reason
     examples: dict[str, list[RejectExample]] = field(default_factory=dict)  # a few rejects of each reason
     passed: dict[str, int] = field(default_factory=dict)  # images in tars that were passed over, by kind
+    lacking: Counter[str] = field(default_factory=Counter)  # carried field → samples that do not have it in its type
     image_bytes: int = 0  # bytes of encoded images read
     retries: int = 0  # requests to a store that were tried again
     bound: Bound | None = None
@@ -72,6 +73,7 @@ class Effort:
             self.chunks += 1
             self.rejects = self.rejects + Counter(chunk.reasons)  # a new object, since a copy from `now` shares the old one
             self.passed = add_kinds(self.passed, chunk.passed)
+            self.lacking = self.lacking + Counter(chunk.lacking)
             self.examples = _joined(self.examples, chunk.examples)
             self.image_bytes += chunk.image_bytes
             self.shards_done += chunk.last

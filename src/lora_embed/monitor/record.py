@@ -43,6 +43,7 @@ class RunSummary:
     rejects: dict[str, int] = field(default_factory=dict)  # reason → samples; in a record, of the version if there is one
     passed_over: dict[str, int] = field(default_factory=dict)  # listed files that are no shards, by kind
     passed_in_tars: dict[str, int] = field(default_factory=dict)  # images in tars that were not embedded, by kind
+    lacking: dict[str, int] = field(default_factory=dict)  # carried field → embedded samples that do not have it in its type
 
 
 @dataclass(frozen=True, kw_only=True)

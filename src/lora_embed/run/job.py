@@ -19,7 +19,7 @@ from lora_embed.run import journal, preview, publish, work
 from lora_embed.run.encoders import prepare_encoder, renew_encoder, store_encoder
 from lora_embed.run.layout import resolve_layout
 from lora_embed.run.open import OpenJob, open_job
-from lora_embed.run.refuse import refuse_local_paths, refuse_space
+from lora_embed.run.refuse import refuse_absent_fields, refuse_local_paths, refuse_space
 from lora_embed.schema import Shard, encoder_path
 from lora_embed.shards.listing import Listing
 from lora_embed.table import retention, staging, versions
@@ -79,6 +79,7 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
         if _is_current(opened):
             return _leave_as_it_is(beginning, opened)
 
+    refuse_absent_fields(opened)
     with tempfile.TemporaryDirectory() as scratch:
         folder = _build_or_take(opened, Path(scratch)) if known is None else None
         encoder = known or read_description(cast(Path, folder))

@@ -75,6 +75,7 @@ class Journal:
             version=self.version,
             passed_over=self.passed_over,
             passed_in_tars=effort.passed,
+            lacking=dict(effort.lacking),
             error=without_secrets(self.error),
         )
 

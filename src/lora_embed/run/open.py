@@ -48,7 +48,12 @@ def open_job(job: JobConfig, *, writes: bool = True) -> OpenJob:
     """
     store = Store(job.table, job.table_storage_options)
     store.check_reachable()
-    listing = list_input(job.input, job.input_storage_options, follows=job.follow_folder_links)
+    listing = list_input(
+        job.input,
+        job.input_storage_options,
+        fields=[carried.name for carried in job.carry],
+        follows=job.follow_folder_links,
+    )
     source = find_source(job.recipe)
     if writes:
         listing.say_passed()

@@ -17,7 +17,7 @@ from lora_embed.run import work
 from lora_embed.run.encoders import find_encoder, named_base, prepare_encoder
 from lora_embed.run.layout import ask_device, known_layout, layout_of, leaves_open
 from lora_embed.run.open import open_job
-from lora_embed.run.refuse import refuse_other_space
+from lora_embed.run.refuse import refuse_absent_fields, refuse_other_space
 from lora_embed.schema import ChunkHead, Layout, encoder_path
 from lora_embed.shards.listing import describe_passed
 from lora_embed.shards.read import count_samples
@@ -99,6 +99,8 @@ def plan_job(job: JobConfig, *, forecasts: bool = False) -> Outlook:
         items = work.find_work(job, store, encoder, layout, shards)
     else:
         items = [WorkItem(shard=shard) for shard in shards]
+    if items:
+        refuse_absent_fields(opened)
     published = set(current.shards) if current is not None else set()
     return Outlook(
         table=job.table,

@@ -2,14 +2,18 @@
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_embed.chain import cluster
 from lora_embed.errors import ConfigError, TableError
 from lora_embed.model.description import BaseReference, Description
+from lora_embed.monitor.progress import say
+from lora_embed.run.layout import layout_of
 from lora_embed.run.open import OpenJob
 from lora_embed.schema import Shard
+from lora_embed.shards.look import absent_fields
 from lora_embed.store.store import Store
 from lora_embed.table import versions
 
@@ -32,6 +36,22 @@ def refuse_local_paths(opened: OpenJob, base: BaseReference | None) -> None:
             local,
             "Use a URI that all nodes reach, such as s3://…, or set shared_filesystem to true if all nodes mount the path.",
         )
+
+
+def refuse_absent_fields(opened: OpenJob) -> None:
+    """Raises ConfigError for a carried field that no sample seems to have; if the table has the column, that is only said."""
+    job, current = opened.job, opened.current
+    layout = layout_of(job, {"precision": "float32", "batch_size": 1})
+    layout = replace(layout, carry=tuple((carried.name, carried.type) for carried in job.carry if not carried.optional))
+    absent = absent_fields(opened.shards, layout, job.input_storage_options)
+    if not absent:
+        return
+    says = "\n".join(f"carry names {absence.describe()}." for absence in absent)
+    if current is not None and [list(pair) for pair in layout.carry] == current.pins["carry"]:
+        say(f"{says} Its column will be null.", level="warning")
+        return
+    example = f"carry: [{{name: {absent[0].name}, optional: true}}]"
+    raise ConfigError(f"{says} Correct carry in the job. If few samples have it, begin all the same with {example}.")
 
 
 def local_places(store: Store, shards: Iterable[Shard], input_options: dict[str, Any]) -> list[str]:

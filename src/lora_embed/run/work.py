@@ -131,11 +131,19 @@ def embed_missing(
                 continue
         if not failures:
             say_passed(effort.passed, is_named=bool(job.image_member))
+            say_lacking(effort)
             break
         if attempt == ATTEMPTS or not all(failure.may_pass for failure in failures.values()):
             raise _incomplete(failures, len(work))
         say(f"{len(failures)} shards could not be read; trying again to read them")
     return effort
+
+
+def say_lacking(effort: Effort) -> None:
+    """Say which carried fields some of the embedded samples do not have in their type."""
+    if effort.lacking:
+        by_name = ", ".join(f"{name} {number:,}" for name, number in effort.lacking.items())
+        say(f"Of {effort.samples:,} embedded samples, these have no value for a carried field: {by_name}. There it is null")
 
 
 def say_passed(passed: dict[str, int], *, is_named: bool) -> None:

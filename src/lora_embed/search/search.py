@@ -135,9 +135,11 @@ def find_pictures(
         lineage = parse_record(_Origin, json.dumps({name: table.manifest.lineage.get(name) for name in ("input", "layout")}))
     except ValueError:
         return {}
-    shards = {shard.id: shard for place in lineage.input for shard in _shards_of(table, place, inputs, input_options or {})}
-    published = {shard.name: shard.id for shard in table.manifest.shards.values()}
     layout = lineage.layout
+    shards = {
+        shard.id: shard for place in lineage.input for shard in _shards_of(table, place, layout, inputs, input_options or {})
+    }
+    published = {shard.name: shard.id for shard in table.manifest.shards.values()}
     keys_of_shard: dict[str, dict[str, str]] = defaultdict(dict)
     for hit in hits:
         if published.get(hit.shard) in shards:
@@ -164,7 +166,7 @@ class _Origin:
     layout: Layout
 
 
-def _shards_of(table: Table, place: str, inputs: tuple[str, ...], options: dict[str, Any]) -> list[Shard]:
+def _shards_of(table: Table, place: str, layout: Layout, inputs: tuple[str, ...], options: dict[str, Any]) -> list[Shard]:
     """Shards of one input that the table names; none if it must not or cannot be opened."""
     try:
         refuse_elsewhere(place, table.store.uri, inputs)
@@ -172,6 +174,6 @@ def _shards_of(table: Table, place: str, inputs: tuple[str, ...], options: dict[
         say(f"pictures are left out: {error}")
         return []
     try:
-        return list_shards((place,), options)
+        return list_shards((place,), options, fields=[name for name, _ in layout.carry])
     except LoraEmbedError:
         return []

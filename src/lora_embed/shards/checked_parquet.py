@@ -3,51 +3,26 @@
 import base64
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lora_embed.errors import ShardError
+from lora_embed.images.recognise import name_of
+from lora_embed.shards.pages import Column, ColumnReader, Page
+from lora_embed.shards.thrift import Thrift
 
 TAIL = 2**16  # bytes at a file's end that are read in one request
 MOST_FOOTER = 2**24  # bytes; a footer takes about fifty times its size in memory, and a microsecond a byte
 MOST_PAGE, TIMES_PACKED = 2**26, 32  # a page may unpack to so many bytes, or to so many times its packed size
+MOST_BATCH = 2**26  # bytes of a batch of rows, by the mean size of the rows of each page
+MOST_REPEATED = 2**28  # bytes that the rows of a batch may take in memory beyond their size in the file
 MOST_VALUES = 2**24  # values that a nested column may have in a row group, or eight for each unpacked byte
 _MAGIC = b"PAR1"
 _SCHEMA, _EXTENSION = b"ARROW:schema", b"ARROW:extension:name"
 PASSED_OVER = b"-" + _EXTENSION[1:]  # replaces `_EXTENSION` in a field's metadata
-_DATA, _DICTIONARY, _DATA_2 = 0, 2, 3  # types of pages
-_DELTA_BYTE_ARRAY = 7  # an encoding in which a value may repeat the beginning of the one before: a page may unpack to far more
-
-
-@dataclass(frozen=True, kw_only=True)
-class Page:
-    """One page of a column, by its header."""
-
-    type: int
-    packed: int  # bytes
-    unpacked: int
-    values: int = 0  # in a page with data, nulls included
-    encoding: int = 0
-
-    @property
-    def repeatable(self) -> int:
-        """The bytes that every row of this page may repeat; 0 for a page that unpacks to at most twice its packed size."""
-        if self.type == _DICTIONARY or self.encoding == _DELTA_BYTE_ARRAY or self.unpacked > 2 * self.packed:
-            return self.unpacked
-        return 0
-
-
-@dataclass(frozen=True)
-class _Column:
-    """The bytes of one column in a row group; `path` is the column's name, with its parents' names."""
-
-    path: str
-    begin: int
-    size: int  # bytes
-    number: int
+_BUFFER = 2**20  # bytes that Arrow asks for at once, or a page
 
 
 class ParquetFile:
@@ -59,36 +34,79 @@ class ParquetFile:
     def __init__(self, file: BinaryIO, size: int, where: str) -> None:
         self._file, self._where = file, where
         self._unread = size  # bytes; columns share none, so a footer cannot make a file larger than it is
-        self._held = _Held(size)
         footer = _without_extensions(self._read_footer(size), where)
         # Not by Arrow's own accessors: some of them end the process when a footer is wrong.
-        described = _Thrift(footer, 0).struct()
+        described = Thrift(footer, 0).struct()
         groups = described.get(4, [])
         self.num_rows: int = described.get(3, 0)
         self.rows: list[int] = [group.get(3, 0) for group in groups]
         self._columns = [[_column_of(chunk.get(3, {}), number) for number, chunk in enumerate(group[1])] for group in groups]
         metadata = pq.read_metadata(pa.BufferReader(_MAGIC + footer))
-        self._leaves = metadata.schema
-        self._parquet = pq.ParquetFile(self._held, metadata=metadata, pre_buffer=False)
+        self._leaves = [metadata.schema.column(number) for number in range(metadata.num_columns)]
+        # Values in lists stay in their dictionary: a list may name a large one a million times.
+        lists = [leaf.path for leaf in self._leaves if leaf.max_repetition_level and leaf.physical_type == "BYTE_ARRAY"]
+        self._checked = _Checked(file, size)
+        self._parquet = pq.ParquetFile(
+            self._checked, metadata=metadata, pre_buffer=False, buffer_size=_BUFFER, read_dictionary=lists
+        )
         self.schema: pa.Schema = self._parquet.schema_arrow
 
-    def batches(self, group: int, columns: list[str], most: int, most_bytes: int) -> Iterator[pa.RecordBatch]:
-        """A row group's columns, in batches of up to `most` rows, or fewer where rows could repeat large values.
+    def batches(self, group: int, columns: list[str], most: int) -> Iterator[pa.RecordBatch]:
+        """A row group's columns, in batches of up to `most` rows, or fewer where rows are large or may repeat large values.
 
-        All columns are read, and their pages checked, before Arrow unpacks any.
+        A batch takes about `MOST_BATCH` bytes and two pages, or one row. Where a later page shows that batches are too large,
+        the group is read again from its beginning, in smaller ones.
         """
         named = [column for column in self._columns[group] if any(f"{column.path}.".startswith(f"{name}.") for name in columns)]
-        heaviest = max(map(self._hold, named), default=0)
-        most = max(1, min(most, most_bytes // max(heaviest, 1)))
-        yield from self._parquet.iter_batches(batch_size=most, row_groups=[group], columns=columns)
-        self._held.columns.clear()
+        for column in named:
+            self._unread -= column.size
+            if column.begin < 0 or column.size < 0 or self._unread < 0:
+                raise ShardError(f"{self._where}: its footer names bytes that the file does not have. {_AGAIN}")
+        given = 0  # rows
+        while True:
+            checks = [_PageCheck(column, self._leaves[column.number], self.rows[group], self._where) for column in named]
+            self._checked.open(named, checks)
+            most = min([most, *(check.most for check in checks)])
+            for check in checks:
+                check.used = most
+            try:
+                for batch in self._read_group(group, columns, most, given):
+                    yield batch
+                    given += batch.num_rows
+                return
+            except _TooManyRows as error:
+                most = min(error.most, max(1, most // 2))
+            finally:
+                self._checked.readers.clear()
+
+    def _read_group(self, group: int, columns: list[str], rows: int, skipped: int) -> Iterator[pa.RecordBatch]:
+        """Batches of so many rows, without the first `skipped` rows of the group."""
+        try:
+            for batch in self._parquet.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
+                if skipped < batch.num_rows:
+                    yield batch.slice(skipped)
+                skipped = max(0, skipped - batch.num_rows)
+        except Exception:
+            if self._checked.error is not None:  # which Arrow may have put into another error
+                raise self._checked.error from None
+            raise
+
+    def _without_footer(self, tail: bytes) -> str:
+        """What a file without a footer is, and what helps."""
+        if tail[-4:] == b"PARE":
+            return "is encrypted Parquet, which is not read. Write it without encryption."
+        self._file.seek(0)
+        head = self._file.read(4096)
+        if not head or head.startswith(_MAGIC):
+            return f"cannot be read as Parquet to its end ({'it has no footer' if head else 'it has 0 bytes'}). {_AGAIN}"
+        return f"is not Parquet, although its name says so. It has {name_of(head)}. Rename it or remove it."
 
     def _read_footer(self, size: int) -> bytes:
         self._file.seek(max(0, size - TAIL))
         tail = self._file.read(TAIL)
         length = int.from_bytes(tail[-8:-4], "little") + 8
         if len(tail) < 12 or tail[-4:] != _MAGIC or length > size:
-            raise ShardError(f"{self._where}: cannot be read as Parquet to its end (it has no footer). Upload it again.")
+            raise ShardError(f"{self._where}: {self._without_footer(tail)}")
         if length > MOST_FOOTER:
             raise ShardError(
                 f"{self._where}: its footer has {length} bytes; at most {MOST_FOOTER} are allowed. Write larger row groups."
@@ -98,49 +116,70 @@ class ParquetFile:
             tail = self._file.read(length)
         return tail[-length:]
 
-    def _hold(self, column: _Column) -> int:
-        """Read and check a column. Returns the most bytes that each of its rows may repeat."""
-        self._unread -= column.size
-        if column.begin < 0 or column.size < 0 or self._unread < 0:
-            raise ShardError(f"{self._where}: its footer names bytes that the file does not have. Upload it again.")
-        self._file.seek(column.begin)
-        data = self._file.read(column.size)
-        values = heaviest = unpacked = 0
-        for page in read_pages(data):
-            self._check(page)
-            values, unpacked = values + page.values, unpacked + page.unpacked
-            heaviest = max(heaviest, page.repeatable)
-        if values > max(MOST_VALUES, 8 * unpacked) and self._leaves.column(column.number).max_repetition_level:
-            raise ShardError(
-                f"{self._where}: column {column.path} has {values} values in {unpacked} bytes; at most {MOST_VALUES}, or eight "
-                f"for each byte, are allowed. {_ANEW}"
-            )
-        self._held.columns[column.begin] = data
-        return heaviest
 
-    def _check(self, page: Page) -> None:
+class _TooManyRows(Exception):
+    """A page was found of which a batch may hold at most `most` rows, but batches are larger."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"at most {most} rows")
+        self.most = most
+
+
+class _PageCheck:
+    """Checks the pages of a column one by one. `most`: the rows that a batch may hold, by the pages so far."""
+
+    def __init__(self, column: Column, leaf: Any, rows: int, where: str) -> None:
+        self._column, self._where = column, where
+        self._is_list = bool(leaf.max_repetition_level)
+        self._values = self._unpacked = 0
+        self.used: int | None = None  # rows of each batch, once they are read
+        self.most = max(1, MOST_BATCH * rows // column.size) if column.size else rows
+
+    def __call__(self, page: Page) -> None:
         if page.unpacked > max(MOST_PAGE, TIMES_PACKED * page.packed):
             raise ShardError(
                 f"{self._where}: a page of {page.packed} bytes unpacks to {page.unpacked} bytes; at most {MOST_PAGE}, or "
                 f"{TIMES_PACKED} times the page's own size, are allowed. {_ANEW}"
             )
+        self._values, self._unpacked = self._values + page.values, self._unpacked + page.unpacked
+        if self._is_list and self._values > max(MOST_VALUES, 8 * self._unpacked):
+            raise ShardError(
+                f"{self._where}: column {self._column.path} has {self._values} values in {self._unpacked} bytes; at most "
+                f"{MOST_VALUES}, or eight for each byte, are allowed. {_ANEW}"
+            )
+        of_size = MOST_BATCH * page.values // max(page.unpacked, 1) if page.values and not self._is_list else self.most
+        of_repeats = MOST_REPEATED // page.repeatable if page.repeatable else self.most
+        self.most = max(1, min(self.most, of_size, of_repeats))
+        if self.used is not None and self.most < self.used:
+            raise _TooManyRows(self.most)
 
 
+_AGAIN = "Upload it again."
 _ANEW = "Write the file again with smaller pages and without dictionaries."
 
 
-class _Held(io.RawIOBase):
-    """The file that Arrow reads. It holds only checked columns, by the position of their first byte."""
+class _Checked(io.RawIOBase):
+    """The file that Arrow reads. It has only the bytes of opened columns, whose pages were checked."""
 
-    def __init__(self, size: int) -> None:
-        self.columns: dict[int, bytes] = {}
-        self._size = size
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size = file, size
+        self.readers: list[ColumnReader] = []
+        self.error: Exception | None = None
         self._place = 0
 
+    def open(self, columns: list[Column], checks: list[_PageCheck]) -> None:
+        """Open columns, and read and check the first window of each."""
+        self.error = None
+        self.readers = [ColumnReader(self._file, column, check) for column, check in zip(columns, checks, strict=True)]
+
     def read(self, size: int = -1) -> bytes:
-        data = self.columns.get(self._place, b"")
+        place = self._place
         self._place += size
-        return data[:size]
+        try:
+            return next((reader.read(place, size) for reader in self.readers if reader.holds(place)), b"")
+        except Exception as error:
+            self.error = error
+            raise
 
     def seek(self, place: int, whence: int = io.SEEK_SET) -> int:
         self._place = place if whence == io.SEEK_SET else self._size + place
@@ -156,11 +195,11 @@ class _Held(io.RawIOBase):
         return True
 
 
-def _column_of(described: dict[int, Any], number: int) -> _Column:
+def _column_of(described: dict[int, Any], number: int) -> Column:
     """A column from its description in the footer. Like for Arrow, it begins with its dictionary, if it has one."""
     begin, dictionary = described.get(9, 0), described.get(11, 0)
     path = ".".join(part.decode("utf-8", "replace") for part in described.get(3, []))
-    return _Column(path, dictionary if 0 < dictionary < begin else begin, described.get(7, 0), number)
+    return Column(path, dictionary if 0 < dictionary < begin else begin, described.get(7, 0), number)
 
 
 def _without_extensions(footer: bytes, where: str) -> bytes:
@@ -172,7 +211,7 @@ def _without_extensions(footer: bytes, where: str) -> bytes:
     place = footer.find(_SCHEMA) + len(_SCHEMA)
     if place < len(_SCHEMA):
         return footer
-    thrift = _Thrift(footer, place)
+    thrift = Thrift(footer, place)
     try:
         encoded = thrift.binary()
         schema = base64.b64decode(encoded, validate=True)
@@ -197,95 +236,3 @@ def extensions(field: pa.Field) -> Iterator[str]:
     kind = field.type
     for part in range(kind.num_fields):
         yield from extensions(kind.field(part))
-
-
-def read_pages(data: bytes) -> Iterator[Page]:
-    """The pages of a column, by their headers alone.
-
-    Raises ValueError, KeyError or IndexError where the bytes are not a sequence of pages.
-    """
-    place = 0
-    while place < len(data):
-        thrift = _Thrift(data, place)
-        header = thrift.struct()
-        kind, unpacked, packed = (int(header[number]) for number in (1, 2, 3))
-        place = thrift.place + packed
-        if not 0 <= packed < 2**31 or not 0 <= unpacked < 2**31 or place > len(data):
-            raise ValueError(f"a page of {packed} bytes that unpacks to {unpacked}")
-        inner = header.get({_DATA: 5, _DICTIONARY: 7, _DATA_2: 8}.get(kind, 0), {})
-        encoding = inner.get(4 if kind == _DATA_2 else 2, 0)
-        values = inner.get(1, 0) if kind != _DICTIONARY else 0
-        yield Page(type=kind, packed=packed, unpacked=unpacked, values=values, encoding=encoding)
-
-
-_TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = 1, 2, 3, 7, 8, 9, 10, 11, 12
-
-
-class _Thrift:
-    """A reader of Thrift's compact protocol, from a position in some bytes on."""
-
-    def __init__(self, data: bytes, place: int) -> None:
-        self._data, self.place = data, place
-
-    def struct(self) -> dict[int, Any]:
-        """A struct: field number → number, bytes, list or struct; true and false are ignored."""
-        fields: dict[int, Any] = {}
-        number = 0
-        while head := self._byte():
-            number = number + (head >> 4) if head >> 4 else self._number()
-            if head & 15 not in (_TRUE, _FALSE):
-                fields[number] = self._value(head & 15)
-        return fields
-
-    def binary(self) -> bytes:
-        """The value of the next field, which must be of type binary."""
-        if self._byte() & 15 != _BINARY:
-            raise ValueError("another type where text was expected")
-        return self._take(self._varint())
-
-    def _value(self, kind: int) -> Any:
-        if 3 < kind < _DOUBLE:
-            return self._number()
-        if kind == _BINARY:
-            return self._take(self._varint())
-        if kind == _STRUCT:
-            return self.struct()
-        if kind in (_LIST, _SET):
-            head = self._byte()
-            count = head >> 4 if head >> 4 < 15 else self._varint()
-            return [self._element(head & 15) for _ in range(count)]
-        if kind == _MAP:
-            count = self._varint()
-            kinds = self._byte() if count else 0
-            return [(self._element(kinds >> 4), self._element(kinds & 15)) for _ in range(count)]
-        if kind not in (_BYTE, _DOUBLE):
-            raise ValueError(f"a field of type {kind}, which Thrift does not know")
-        return self._take(1 if kind == _BYTE else 8)
-
-    def _element(self, kind: int) -> Any:
-        return self._byte() if kind in (_TRUE, _FALSE) else self._value(kind)  # in a list, true and false take a byte
-
-    def _take(self, length: int) -> bytes:
-        if length > len(self._data) - self.place:
-            raise ValueError(f"a value of {length} bytes where fewer are left")
-        self.place += length
-        return self._data[self.place - length : self.place]
-
-    def _byte(self) -> int:
-        byte = self._data[self.place]
-        self.place += 1
-        return byte
-
-    def _varint(self) -> int:
-        value = shift = 0
-        while shift < 64:
-            byte = self._byte()
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-            shift += 7
-        raise ValueError("a number of more than 64 bits")
-
-    def _number(self) -> int:
-        value = self._varint()
-        return value >> 1 ^ -(value & 1)

@@ -1,7 +1,11 @@
 """Values of a sample's fields: from Parquet to Python, and from Python to the column that carries them."""
 
+import codecs
 import contextlib
+import datetime
+import decimal
 import json
+from collections.abc import Collection
 from typing import Any, cast
 
 import pyarrow as pa
@@ -50,10 +54,9 @@ def _weight_of_all(values: pa.Array) -> int:
     """The sum of `_weight` over all values of an array."""
     kind = values.type
     if pa.types.is_dictionary(kind):
-        longest = (
-            pc.max(pc.binary_length(values.dictionary)).as_py() if _has_length(kind.value_type) else values.dictionary.nbytes
-        )
-        return len(values) * (1 + (longest or 0))
+        if not _has_length(kind.value_type):
+            return len(values) * (1 + int(values.dictionary.nbytes))
+        return len(values) + (pc.sum(pc.take(pc.binary_length(values.dictionary), values.indices)).as_py() or 0)
     if isinstance(kind, pa.BaseExtensionType):
         return _weight_of_all(values.storage)
     if pa.types.is_struct(kind):
@@ -69,6 +72,22 @@ def _has_length(kind: pa.DataType) -> bool:
     )
 
 
+def fields_of_file(extension: str, data: bytes, fields: Collection[str]) -> dict[str, Any]:
+    """The fields that a small file holds: its text if the field is named like its extension, or else its keys as JSON."""
+    if extension in fields:
+        return {extension: _decoded(data).strip()}
+    try:
+        values = json.loads(_decoded(data))
+    except (ValueError, RecursionError):
+        return {}
+    return {name: values[name] for name in values if name in fields} if isinstance(values, dict) else {}
+
+
+def _decoded(data: bytes) -> str:
+    """Text of a file, which may begin with a byte order mark."""
+    return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig", "replace")
+
+
 def typed(value: Any, kind: str) -> Any:
     """A field's value as a type of `carry`, or None if it does not fit that type.
 
@@ -81,12 +100,14 @@ def typed(value: Any, kind: str) -> Any:
 
 
 def _typed(value: Any, kind: str) -> Any:
+    if isinstance(value, bytes):  # Parquet may hold text without a mark that it is text
+        value = value.decode()
     if kind == "string":
         return _text_of(value)
     if kind == "bool":
         return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
-    is_text = isinstance(value, str | bytes)
-    if is_text and ("_" if isinstance(value, str) else b"_") in value:
+    is_text = isinstance(value, str)
+    if is_text and "_" in value:
         return None
     number = int(value) if kind == "int64" else float(value)
     if kind == "int64" and (not -(2**63) <= number < 2**63 or (not is_text and number != value)):
@@ -95,6 +116,13 @@ def _typed(value: Any, kind: str) -> Any:
 
 
 def _text_of(value: Any) -> str:
-    """Text as it is, and any other value as JSON."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    """A value as text: days and times as ISO 8601, decimals with all their digits, lists and structs as JSON."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return f"{value:f}"
+    is_json = value is None or isinstance(value, bool | int | float | list | tuple | dict)
+    text = json.dumps(value, default=_text_of) if is_json else str(value)
     return text.encode("utf-8", "backslashreplace").decode()  # JSON may hold halves of surrogate pairs

@@ -1,81 +1,52 @@
 """A Parquet file → its samples, up to its checked end. The sizes of values are checked before they are converted."""
 
-import itertools
+import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from lora_embed.errors import ShardError
+from lora_embed.images.recognise import is_image
 from lora_embed.schema import Layout, Sample, Shard, Wanted
-from lora_embed.shards.checked_parquet import ParquetFile, extensions
+from lora_embed.shards.cells import Value, cells_of, image_bytes
+from lora_embed.shards.checked_parquet import ParquetFile
+from lora_embed.shards.columns import ROWS, Columns, choose_columns
 from lora_embed.shards.fields import values_of
 
-ROWS = 64  # rows of a batch
-MOST_REPEATED = 2**28  # bytes that the rows of a batch may take in memory beyond their size in the file
-MOST_AT_ONCE = 2**25  # bytes of images that are converted to Python at once
 FREE_ROWS, BYTES_PER_ROW = 1_000_000, 64  # a file may have so many rows, or one row for so many of its bytes
-_IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "jpg", "png")
-_KEY_COLUMNS = ("key", "__key__", "id", "path", "file_name")
+_URL = re.compile(r"[a-z][a-z0-9+.-]{1,9}://", re.IGNORECASE)
 
 
 def read_parquet(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted) -> Iterator[Sample]:
-    """Yield each row as a sample. Raises ShardError for a file that cannot be used, and any error of Arrow if it is damaged."""
+    """Yield each row as a sample, and each image of a row that holds a list of images.
+
+    Raises ShardError for a file that cannot be used, and any error of Arrow if it is damaged.
+    """
     where = f"{shard.root}/{shard.name}"
     source = ParquetFile(file, shard.size, where)
-    image, key = _columns(source.schema, layout, where)
-    carried = [name for name, _ in layout.carry if name in source.schema.names]
-    for name in filter(None, (image, key, *carried)):
-        _check_column(source.schema, name, where)
+    columns = choose_columns(source.schema, layout, where)
     _check_rows(source.num_rows, shard, where)
-    number = 0
+    row = number = 0  # of the next row, and of the next sample
     for group, rows in enumerate(source.rows):
-        _check_rows(number + rows, shard, where)
-        needed = any(wanted(number + row) for row in range(rows))
-        columns = ([key] if key else []) + ([image, *carried] if needed else [])
-        if not columns:
-            yield from (Sample(f"{number + row:010d}") for row in range(rows))
-            number += rows
+        _check_rows(row + rows, shard, where)
+        needed = columns.holds_lists or any(wanted(number + step) for step in range(rows))
+        images = [columns.image] if layout.max_bytes or columns.holds_lists else []  # 0: the fields alone are read
+        names = [*filter(None, [columns.key]), *([*images, *columns.carried] if needed else [])]
+        if not names:
+            yield from (Sample(f"{row + step:010d}") for step in range(rows))
+            row, number = row + rows, number + rows
             continue
-        for batch in source.batches(group, columns, ROWS, MOST_REPEATED):
-            yield from _rows(batch, image if needed else None, key, carried, number, layout.max_bytes)
-            number += batch.num_rows
-    if number != source.num_rows:
-        raise ShardError(f"{where}: has {number} rows, but its footer says {source.num_rows}. Upload it again.")
-
-
-def _columns(schema: pa.Schema, layout: Layout, where: str) -> tuple[str, str | None]:
-    """The image column and the key column, configured or with a usual name. Without a key column, rows are numbered."""
-    holding = {field.name for field in schema if _holds_bytes(field.type)}
-    image = layout.image_column or next((name for name in _IMAGE_COLUMNS if name in holding), None)
-    if image is None or image not in holding:
-        expected = f"column {layout.image_column!r}" if layout.image_column else f"one of {', '.join(_IMAGE_COLUMNS)}"
-        raise ShardError(
-            f"{where}: has no image column: expected {expected} of binary type, found {schema.names}. Set image_column in the "
-            "job."
-        )
-    key = layout.key_column or next((name for name in _KEY_COLUMNS if name in schema.names), None)
-    if key is not None and key not in schema.names:
-        raise ShardError(f"{where}: has no key column {key!r}, found {schema.names}. Correct key_column in the job.")
-    return image, key
-
-
-def _check_column(schema: pa.Schema, name: str, where: str) -> None:
-    """Refuse Ray's Arrow types, whose values may be pickles: opening a pickle runs the code in it."""
-    if (count := schema.names.count(name)) > 1:
-        raise ShardError(f"{where}: has {count} columns named {name!r}, expected one. Rename the others.")
-    field = schema.field(name)
-    if foreign := [extension for extension in extensions(field) if extension.startswith("ray.")]:
-        raise ShardError(
-            f"{where}: column {name!r} is of type {foreign[0]}, expected one of Arrow's own types: values of other types may "
-            "be pickles, which are never opened. Write the column as text, bytes or numbers."
-        )
-    if pa.types.is_fixed_size_binary(field.type) and field.type.byte_width * ROWS > MOST_REPEATED:
-        raise ShardError(
-            f"{where}: column {name!r} has values of {field.type.byte_width} bytes each, which is too large for a type of "
-            "fixed size. Write the column as binary."
-        )
+        for batch in source.batches(group, names, ROWS):
+            if columns.is_text and images and needed and not row:
+                _check_text(batch.column(columns.image), columns, source.schema, where)
+            for sample in _samples(batch, columns if needed else None, columns.key, row, layout.max_bytes):
+                yield sample
+                number += 1
+            row += batch.num_rows
+            _check_rows(number, shard, where)
+    if row != source.num_rows:
+        raise ShardError(f"{where}: has {row} rows, but its footer says {source.num_rows}. Upload it again.")
 
 
 def _check_rows(rows: int, shard: Shard, where: str) -> None:
@@ -86,38 +57,56 @@ def _check_rows(rows: int, shard: Shard, where: str) -> None:
         )
 
 
-def _holds_bytes(kind: pa.DataType) -> bool:
-    """True for binary, and for the struct with `bytes` that Hugging Face datasets write."""
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+def _check_text(column: pa.Array, columns: Columns, schema: pa.Schema, where: str) -> None:
+    """Raises ShardError for a column of text if none of its first values is base64 text of an image."""
+    values = [value for cell in cells_of(column) for value in cell if value is not None]
+    if not values or any(is_image(image_bytes(value)) for value in values):
+        return
+    example = str(values[0] if isinstance(values[0], str) else bytes(memoryview(values[0])[:99]).decode("utf-8", "replace"))[
+        :80
+    ]
+    kind = "URLs" if _URL.match(example) else "paths" if re.search(r"\.\w{2,5}$|/", example) else "text"
+    binary = [field.name for field in schema if pa.types.is_binary(field.type)]
+    help_ = f"Set image_column to {binary[0]!r}, which is binary" if binary else "Name the image files themselves as input"
+    raise ShardError(
+        f"{where}: column {columns.image!r} holds {kind}, such as {example!r}, not the bytes of images or base64 text of them. "
+        f"{help_}, or write the bytes of the images into the column."
+    )
 
 
-def _rows(
-    batch: pa.RecordBatch, image: str | None, key: str | None, carried: list[str], start: int, max_bytes: int
-) -> Iterator[Sample]:
-    """Samples of a batch. An image of more than `max_bytes` is not copied."""
-    keys = values_of(batch.column(key)) if key else [None] * batch.num_rows
-    fields = {field: values_of(batch.column(field)) for field in carried} if image else {}
-    images = _images(batch, image) if image else itertools.repeat(None)
-    for row, (name, data) in enumerate(zip(keys, images, strict=False)):
-        if name is None:  # without a key column, or where it holds null
-            name = f"{start + row:010d}"
-        elif isinstance(name, bytes):
-            name = name.decode("utf-8", "backslashreplace")
-        sample = Sample(str(name), fields={field: values[row] for field, values in fields.items()})
-        if data is not None and len(data) > max_bytes:
-            sample.excess = len(data)
-        elif data is not None:
-            sample.data = data if isinstance(data, bytes) else data.to_pybytes()
-        yield sample
+def _samples(batch: pa.RecordBatch, columns: Columns | None, key: str | None, start: int, max_bytes: int) -> Iterator[Sample]:
+    """Samples of a batch; without `columns`, their keys alone. Images in a list get the key of their row and a number."""
+    keys = _keys(batch, key, start)
+    if columns is None:
+        yield from map(Sample, keys)
+        return
+    fields = {field: values_of(batch.column(field)) for field in columns.carried}
+    has_image = columns.image in batch.schema.names
+    nothing: list[list[Value]] = [[None]] * batch.num_rows
+    cells = cells_of(batch.column(columns.image)) if has_image else iter(nothing)
+    for row, (name, cell) in enumerate(zip(keys, cells, strict=True)):
+        of_row = {field: values[row] for field, values in fields.items()}
+        names = [f"{name}#{place}" for place in range(len(cell))] if columns.holds_lists else [name]
+        for name_of_image, value in zip(names, cell, strict=True):
+            yield _sample(Sample(name_of_image, fields=of_row), value, max_bytes, is_text=columns.is_text)
+        if not cell:
+            yield Sample(name, fields=of_row)
 
 
-def _images(batch: pa.RecordBatch, image: str) -> Iterator[bytes | pa.Buffer | None]:
-    """The column's values; as buffers, which are not copied yet, if copies would take much memory."""
-    images = batch.column(image)
-    if pa.types.is_struct(images.type):
-        images = pc.struct_field(images, "bytes")  # null where the struct is
-    is_view = pa.types.is_binary_view(images.type)  # a type whose `nbytes` pyarrow 21 does not know
-    size = images.get_total_buffer_size() if is_view else images.nbytes
-    return iter(images.to_pylist()) if size <= MOST_AT_ONCE else (value.as_buffer() for value in images)
+def _keys(batch: pa.RecordBatch, key: str | None, start: int) -> Iterator[str]:
+    """The rows' keys; rows without one are numbered."""
+    for row, name in enumerate(values_of(batch.column(key)) if key else [None] * batch.num_rows, start):
+        if name is None:
+            yield f"{row:010d}"
+        else:
+            yield name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else str(name)
+
+
+def _sample(sample: Sample, value: Value, max_bytes: int, *, is_text: bool) -> Sample:
+    """The sample with its image, unless that has more than `max_bytes`: then it is not copied."""
+    size = 0 if value is None else len(value) * 3 // 4 if is_text else len(value)
+    if size > max_bytes:
+        sample.excess = size
+    elif value is not None:
+        sample.data = image_bytes(value)
+    return sample

@@ -6,9 +6,14 @@ import posixpath
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import pyarrow as pa
+
+from lora_embed.entries import Entry
 from lora_embed.errors import LoraEmbedError, ShardError, StorageError
-from lora_embed.schema import WHOLE, Entry, Layout, Sample, Shard, Span, Wanted
+from lora_embed.schema import WHOLE, Layout, Sample, Shard, Span, Wanted
+from lora_embed.shards.beside import read_beside
 from lora_embed.shards.parquet import read_parquet
+from lora_embed.shards.places import with_places
 from lora_embed.shards.tar import read_tar
 from lora_embed.store.retry import LIBRARY_ERRORS
 from lora_embed.store.store import Store
@@ -41,7 +46,8 @@ def read_samples(shard: Shard, layout: Layout, options: dict[str, Any], wanted: 
     assert shard.kind == "tar" or span == WHOLE, (shard.kind, span)
     store = Store(shard.root, options, follows_links=True)
     with _errors_of(shard):
-        yield from _bounded(_read(store, shard, layout, wanted, span), shard)
+        samples = _bounded(_read(store, shard, layout, wanted, span), shard)
+        yield from with_places(samples, shard, {name for name, _ in layout.carry})
 
 
 def count_samples(shard: Shard, layout: Layout, options: dict[str, Any], most: int) -> int:
@@ -66,8 +72,17 @@ def _errors_of(shard: Shard) -> Iterator[None]:
             raise
         cause = f"{type(error).__name__}: {in_one_line(error)}".removesuffix(": ")
         raise ShardError(
-            f"{shard.root}/{shard.name}: {_CANNOT[shard.kind]} ({cause}). Upload it again; nothing of it is published."
+            f"{shard.root}/{shard.name}: {_CANNOT[shard.kind]} ({cause}). {_remedy(error)}; nothing of it is published."
         ) from error
+
+
+def _remedy(error: Exception) -> str:
+    """What helps where a reader, or a library below it, raised this error."""
+    if isinstance(error, pa.ArrowNotImplementedError | pa.ArrowCapacityError):
+        return "Write the file again with types and a compression that pyarrow reads, and with smaller row groups"
+    if isinstance(error, UnicodeDecodeError):
+        return "Upload it again, or write that column as binary if it is not UTF-8"
+    return "Upload it again"
 
 
 def _bounded(samples: Iterator[Sample], shard: Shard) -> Iterator[Sample]:
@@ -90,9 +105,9 @@ def _bounded(samples: Iterator[Sample], shard: Shard) -> Iterator[Sample]:
 
 def _read(store: Store, shard: Shard, layout: Layout, wanted: Wanted, span: Span) -> Iterator[Sample]:
     if shard.kind == "images":
-        yield from _read_images(store, shard, wanted, layout.max_bytes)
+        yield from _read_images(store, shard, layout, wanted)
         return
-    entry = shard.files[0]
+    (entry,) = shard.files
     _check_unchanged(store, entry, shard)
     ahead = (span.end or entry.size) - span.begin
     try:
@@ -117,20 +132,25 @@ def _check_unchanged(store: Store, listed: Entry, shard: Shard) -> None:
         )
 
 
-def _read_images(store: Store, shard: Shard, wanted: Wanted, max_bytes: int) -> Iterator[Sample]:
+def _read_images(store: Store, shard: Shard, layout: Layout, wanted: Wanted) -> Iterator[Sample]:
+    names = {name for name, _ in layout.carry}
+    fields_of = (
+        read_beside(store, shard, names, lambda entry: _check_unchanged(store, entry, shard)) if shard.sidecars else None
+    )
     for number, entry in enumerate(shard.files):
-        data = None
+        data, key = None, posixpath.basename(entry.path)
+        fields = fields_of(entry) if fields_of is not None and wanted(number) else {}
         if entry.broken:
             if wanted(number):
                 _check_unchanged(store, entry, shard)
-            yield Sample(posixpath.basename(entry.path), missing=entry.broken)
+            yield Sample(key, fields=fields, missing=entry.broken)
             continue
-        if wanted(number) and entry.size > max_bytes:
-            yield Sample(posixpath.basename(entry.path), excess=entry.size)
+        if wanted(number) and entry.size > layout.max_bytes:
+            yield Sample(key, fields=fields, excess=entry.size)
             continue
         if wanted(number):
             _check_unchanged(store, entry, shard)
             data = store.read(entry.path)
         if wanted(number) and (data is None or len(data) != entry.size):
             raise ShardError(f"{shard.root}/{entry.path}: changed while it was read. Run the same command again.")
-        yield Sample(posixpath.basename(entry.path), data)
+        yield Sample(key, data, fields)

@@ -7,11 +7,10 @@ from typing import BinaryIO
 from lora_embed.errors import ShardError
 from lora_embed.schema import WHOLE, Layout, Sample, Shard, Span, Wanted
 from lora_embed.shards.kinds import counted_as, kind_by_name
+from lora_embed.shards.tar_end import cut_short, is_no_tar, prove_end
 from lora_embed.shards.tar_groups import Group, Source, looks_like_image, split_name
-from lora_embed.shards.tar_headers import BLOCK, open_headers, read_members
+from lora_embed.shards.tar_headers import open_headers, read_members
 from lora_embed.shards.tar_links import Links
-
-MOST_PADDING = 2**20 + 2 * BLOCK  # tar pads with zeros to a record of 10 KiB, or by an option of up to 1 MiB
 
 
 def read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted, span: Span = WHOLE) -> Iterator[Sample]:
@@ -19,16 +18,16 @@ def read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted, span:
 
     Raises ShardError for a tar that is cut short or has too many headers, and any error of `tarfile` for a damaged one.
     """
-    where, size = f"{shard.root}/{shard.name}", shard.files[0].size
+    where, size = f"{shard.root}/{shard.name}", shard.size
     if size == 0:
         raise ShardError(f"{where}: has 0 bytes, but even an empty tar has at least 1,024. Upload it again, or remove it.")
     reading = _Reading(file, where, size, layout, span)
     try:
         yield from reading.samples(wanted)
     except (tarfile.TarError, EOFError) as error:
-        if size >= BLOCK and reading.is_at_begin and not _begins_with_header(file):
-            raise ShardError(f"{where}: is not a tar, although its name says so. Rename it or remove it.") from None
-        raise ShardError(_cut_short(where, size, str(error))) from None
+        if reading.is_at_begin and (says := is_no_tar(file, where)):
+            raise ShardError(says) from None
+        raise ShardError(cut_short(where, size, str(error))) from None
 
 
 class _Reading:
@@ -93,7 +92,7 @@ class _Reading:
     def _check_end(self, end: int) -> None:
         expected = self._span.end
         if expected is None:
-            _prove_end(self._file, end, self._size, self._where)
+            prove_end(self._file, end, self._size, self._where)
         elif end != expected:
             raise ShardError(
                 f"{self._where}: damaged tar: its members end at byte {end}, expected {expected}. Upload it again."
@@ -108,36 +107,3 @@ def _count_hidden(member: tarfile.TarInfo, passed: dict[str, int]) -> None:
 def _counts(member: tarfile.TarInfo, extension: str, is_of_group: bool) -> bool:
     """Is a link or a device part of a sample? It is one if it looks like an image; a link also as a field of a sample."""
     return not member.isdir() and (looks_like_image(extension) or (is_of_group and (member.islnk() or member.issym())))
-
-
-def _begins_with_header(file: BinaryIO) -> bool:
-    file.seek(0)
-    try:
-        tarfile.TarInfo.frombuf(file.read(BLOCK), encoding="utf-8", errors="backslashreplace")
-    except tarfile.HeaderError:
-        return False
-    return True
-
-
-def _prove_end(file: BinaryIO, end: int, size: int, where: str) -> None:
-    """Check the end, since `tarfile` ends silently on a cut archive: a whole tar ends with two or more blocks of zeros."""
-    file.seek(end)
-    rest = 0
-    while data := file.read(1 << 20):
-        if data.count(0) != len(data):
-            raise ShardError(
-                f"{where}: incomplete or damaged tar: its members end at byte {end} of {size} without the closing blocks of "
-                "a tar. Upload it again; nothing of it is published."
-            )
-        rest += len(data)
-    if rest > MOST_PADDING:
-        raise ShardError(
-            f"{where}: incomplete or damaged tar: its members end at byte {end} of {size}, and only zeros follow, as if the "
-            "file was never written to its end. Upload it again; nothing of it is published."
-        )
-    if rest < 2 * BLOCK or end + rest != size:
-        raise ShardError(_cut_short(where, size, f"members end at byte {end} without the two closing blocks of a tar"))
-
-
-def _cut_short(where: str, size: int, detail: str) -> str:
-    return f"{where}: incomplete tar, cut short at {size} bytes ({detail}). Upload it again; nothing of it is published."

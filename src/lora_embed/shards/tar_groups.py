@@ -1,13 +1,12 @@
 """Members of a tar → samples: members of one key make one sample, whose image is chosen among its members by their names."""
 
-import json
 import posixpath
 import tarfile
 from collections.abc import Iterator
 from typing import Any
 
 from lora_embed.schema import Layout, Sample, Wanted
-from lora_embed.shards.fields import MOST_FIELD
+from lora_embed.shards.fields import MOST_FIELD, fields_of_file
 from lora_embed.shards.kinds import IMAGES, USUAL_IMAGES
 from lora_embed.shards.tar_headers import Headers
 from lora_embed.shards.tar_links import Links
@@ -74,14 +73,7 @@ class Source:
         target = self._links.follow(member)
         if isinstance(target, str) or target.size > MOST_FIELD:
             return {}
-        data, names = self._content(target), self._names
-        if extension in names:
-            return {extension: data.decode("utf-8", "replace").strip()}
-        try:
-            values = json.loads(data)
-        except (ValueError, RecursionError):
-            return {}
-        return {name: values[name] for name in names & set(values)} if isinstance(values, dict) else {}
+        return fields_of_file(extension, self._content(target), self._names)
 
     def holds_fields(self, extension: str) -> bool:
         return extension in self._field_endings

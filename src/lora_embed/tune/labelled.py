@@ -86,7 +86,7 @@ def read_labelled(
 
     Raises ConfigError if a task has no labelled image, and ShardError for a shard that cannot be read to its end.
     """
-    listing = list_input(inputs, reading.options)
+    listing = list_input(inputs, reading.options, fields=selection.fields)
     listing.say_passed()
     shards = listing.shards
     about = [FORMAT, [shard.id for shard in shards], asdict(selection), preprocessing.settings()]

@@ -1,0 +1,78 @@
+"""Look at the first samples of a few shards, without their images, for fields that a job carries."""
+
+import difflib
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lora_embed.errors import ShardError, StorageError, StoreUnavailable
+from lora_embed.schema import Layout, Shard
+from lora_embed.shards.fields import typed
+from lora_embed.shards.known_fields import known_fields
+from lora_embed.shards.read import read_samples
+from lora_embed.text import in_one_line
+
+SHARDS, SAMPLES, SECONDS = 16, 200, 20.0  # at most; mostly the first sample has all fields
+NAMED = 20  # fields that a message names
+EXAMPLES = 3  # values of another type that a message shows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Absence:
+    """A carried field that none of the samples had in the type that was asked for."""
+
+    name: str
+    type: str
+    looked_at: int  # samples
+    shards: int
+    first_shard: str
+    others: list[str] = field(default_factory=list)  # values that are of another type
+    known: list[str] = field(default_factory=list)  # fields that the first samples have
+
+    def describe(self) -> str:
+        """For a person: what was looked at, what was found, and what a field is."""
+        of = f"the first samples of {self.shards} shard{'s' if self.shards > 1 else ''}, {self.looked_at} in all"
+        if self.others:
+            found = ", ".join(self.others)
+            return f"{self.name}: of {of}, none has it as {self.type}, but as {found}. Carry it as text: {self.name}"
+        near = difflib.get_close_matches(self.name, self.known, 1)
+        has = f" {self.first_shard} has the fields {', '.join(self.known[:NAMED])}." if self.known else ""
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return (
+            f"{self.name}: of {of}, none has that field.{has}{hint} A field is a column of Parquet; a key of x.json beside "
+            "x.jpg, in a tar or a folder; the text of a file with that ending, such as x.cls; a column of metadata.csv or "
+            "metadata.jsonl; name=… of a folder; or `folder`, the folder's own name"
+        )
+
+
+def absent_fields(shards: Sequence[Shard], layout: Layout, options: dict[str, Any]) -> list[Absence]:
+    """The fields of `layout.carry` that none of some samples has in its type. Shards that cannot be read are left out."""
+    left, others = dict(layout.carry), dict[str, list[str]]()
+    until, seen, read = time.monotonic() + SECONDS, 0, 0
+    without_images = replace(layout, max_bytes=0)
+    for shard in shards[:: max(1, len(shards) // SHARDS)][:SHARDS] if left else []:
+        read += 1
+        try:
+            for sample in itertools.islice(read_samples(shard, without_images, options, _first_of_all), SAMPLES):
+                seen += 1
+                for name, kind in list(left.items()):
+                    value = sample.fields.get(name)
+                    if typed(value, kind) is not None:
+                        del left[name]
+                    elif value is not None and len(examples := others.setdefault(name, [])) < EXAMPLES:
+                        examples.append(in_one_line(repr(value), 40))
+                if not left or time.monotonic() > until:
+                    break
+        except (ShardError, StorageError, StoreUnavailable, OSError):
+            continue  # the run says so, and which shard it is
+        if not left or time.monotonic() > until:
+            break
+    known = known_fields(shards[0], options) if seen and left else []
+    about: dict[str, Any] = {"looked_at": seen, "shards": read, "first_shard": shards[0].name if shards else "", "known": known}
+    return [Absence(name=name, type=kind, others=others.get(name, []), **about) for name, kind in left.items() if seen]
+
+
+def _first_of_all(number: int) -> bool:
+    return number < SAMPLES

@@ -1,0 +1,183 @@
+"""Fields of loose images, partitions and folders; a changed file of fields makes its shard stale; an absent field is said."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_embed.errors import ShardError
+from lora_embed.schema import Shard
+from lora_embed.shards.listing import list_input
+from lora_embed.shards.look import absent_fields
+from lora_embed.shards.read import read_samples
+from samples import layout, parquet_of, png, tar_of
+
+Carry = tuple[tuple[str, str], ...]
+
+
+def write(folder: Path, **files: bytes | str) -> None:
+    """Files by name; `__` stands for a slash, `_DOT_` for a dot."""
+    for name, data in files.items():
+        put(folder / name.replace("__", "/").replace("_DOT_", "."), data)
+
+
+def put(path: Path, data: bytes | str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    os.utime(path, (1_700_000_000, 1_700_000_000))
+
+
+def shards_of(*places: Path | str, fields: tuple[str, ...] = ("label",)) -> list[Shard]:
+    return list_input(tuple(map(str, places)), {}, fields=fields).shards
+
+
+def fields_of(*places: Path | str, fields: tuple[str, ...] = ("label",)) -> dict[str, dict[str, Any]]:
+    carry = tuple((name, "string") for name in fields)
+    return {
+        (f"{shard.prefix}/" if shard.prefix else "") + sample.key: sample.fields
+        for shard in shards_of(*places, fields=fields)
+        for sample in read_samples(shard, layout(carry=carry), {}, lambda number: True)
+    }
+
+
+def test_files_beside_an_image_hold_its_fields(tmp_path: Path) -> None:
+    for name in ("x.jpg", "y.1.jpg", "z.PNG", "alone.jpg"):
+        put(tmp_path / name, png())
+    put(tmp_path / "x.json", '{"label": "cat", "other": 1}')
+    put(tmp_path / "y.1.jpg.json", b"\xef\xbb\xbf" + b'{"label": 7}')
+    put(tmp_path / "z.label", " dog\n")
+    put(tmp_path / "none.label", "nobody's")
+    put(tmp_path / "x.txt", "a caption")
+    listing = list_input((str(tmp_path),), {}, fields=("label",))
+    assert listing.passed_over == {".label": 1, ".txt": 1}  # what gives no field is counted
+    assert fields_of(tmp_path) == {
+        "x.jpg": {"label": "cat"},
+        "y.1.jpg": {"label": 7},
+        "z.PNG": {"label": "dog"},
+        "alone.jpg": {},
+    }
+    assert fields_of(tmp_path, fields=("txt",))["x.jpg"] == {"txt": "a caption"}
+    assert fields_of(f"{tmp_path}/*.jpg")["x.jpg"] == {"label": "cat"}  # a pattern of images alone finds them too
+
+
+def test_text_in_other_encodings_loses_its_mark(tmp_path: Path) -> None:
+    for name, data in (("a", "chat é".encode("utf-16")), ("b", "\ufeffé".encode()), ("c", b"caf\xe9")):
+        put(tmp_path / f"{name}.jpg", png())
+        put(tmp_path / f"{name}.label", data)
+    assert [found["label"] for found in fields_of(tmp_path).values()] == ["chat é", "é", "caf\ufffd"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.csv", "file_name,label,n\na.jpg,cat,1\n./sub/b.jpg,\"dog, big\",2\nsub\\c.jpg,,3\ngone.jpg,x,4\n"),
+        ("metadata.csv", "\ufefffile_name;label;n\r\na.jpg;cat;1\r\nsub/b.jpg;dog, big;2\r\nsub/c.jpg;;3\r\n"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.jpg", "label": "cat"}\n\n{"file_name": "sub/b.jpg", "label": "dog, big"}\n'
+            '{"file_name": "sub/c.jpg", "label": ""}\n["no row"]\n{"label": "no name"}\n',
+        ),
+    ],
+)  # fmt: skip
+def test_metadata_of_an_image_folder(tmp_path: Path, name: str, text: str) -> None:
+    for path in ("a.jpg", "sub/b.jpg", "sub/c.jpg", "sub/d.jpg"):
+        put(tmp_path / path, png())
+    put(tmp_path / name, text)
+    assert list_input((str(tmp_path),), {}, fields=("label",)).passed_over == {}
+    assert fields_of(tmp_path) == {
+        "a.jpg": {"label": "cat"}, "sub/b.jpg": {"label": "dog, big"}, "sub/c.jpg": {"label": ""}, "sub/d.jpg": {},
+    }  # fmt: skip
+
+
+def test_the_nearest_metadata_and_an_image_s_own_file_come_first(tmp_path: Path) -> None:
+    for path in ("train/a.jpg", "train/b.jpg", "train/c.jpg"):
+        put(tmp_path / path, png())
+    put(tmp_path / "metadata.csv", "file_name,label,extra\ntrain/a.jpg,far,1\ntrain/b.jpg,far,2\ntrain/c.jpg,far,3\n")
+    put(tmp_path / "train/metadata.jsonl", '{"file_name": "b.jpg", "label": "near"}\n{"file_name": "c.jpg", "label": "near"}\n')
+    put(tmp_path / "train/c.json", '{"label": "own"}')
+    found = fields_of(tmp_path, fields=("label", "extra"))
+    assert [fields["label"] for fields in found.values()] == ["far", "near", "own"]
+    assert [fields["extra"] for fields in found.values()] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("metadata.csv", b"file_name,label\na.jpg,caf\xe9\n", "is not UTF-8, expected text in UTF-8. Save it as UTF-8"),
+        ("metadata.jsonl", b'{"file_name": "a.jpg"\n', "cannot be read .*Correct it, or leave carry out of the job"),
+        ("metadata.csv", b'file_name,label\na.jpg,"' + b"x" * 17_000_000 + b'"\n', "a line of more than 16777216 characters"),
+    ],
+)
+def test_metadata_that_cannot_be_read(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    put(tmp_path / "a.jpg", png())
+    put(tmp_path / name, data)
+    with pytest.raises(ShardError, match=message):
+        fields_of(tmp_path)
+
+
+def test_a_changed_file_of_fields_makes_its_shard_stale_where_fields_are_carried(tmp_path: Path) -> None:
+    for path in ("a/x.jpg", "b/y.jpg"):
+        put(tmp_path / path, png())
+    plain, bare = [shard.id for shard in shards_of(tmp_path, fields=())], [shard.id for shard in shards_of(tmp_path)]
+    assert plain == bare, "without files of fields, ids are those of before"
+    put(tmp_path / "a/x.json", '{"label": 1}')
+    assert [shard.id for shard in shards_of(tmp_path, fields=())] == plain
+    first = [shard.id for shard in shards_of(tmp_path)]
+    assert (first[0] != plain[0], first[1] == plain[1]) == (True, True)
+    put(tmp_path / "a/x.json", '{"label": 22}')
+    assert [old == new for old, new in zip(first, [shard.id for shard in shards_of(tmp_path)], strict=True)] == [False, True]
+    (shard, _) = shards_of(tmp_path)
+    put(tmp_path / "a/x.json", '{"label": 333}')
+    with pytest.raises(ShardError, match=r"x\.json: changed since it was listed"):
+        list(read_samples(shard, layout(carry=(("label", "string"),)), {}, lambda number: True))
+
+
+def test_partitions_and_folders_are_fields(tmp_path: Path) -> None:
+    put(tmp_path / "label=cat/year=2024/part-0.parquet", parquet_of({"image": [png()], "id": ["k"]}))
+    put(tmp_path / "label=a%20dog/t.tar", tar_of([("one/1.jpg", png()), ("2.jpg", png()), ("2.json", b'{"label": "own"}')]))
+    put(tmp_path / "label=__HIVE_DEFAULT_PARTITION__/x.jpg", png())
+    put(tmp_path / "bird/y.jpg", png())
+    found = fields_of(tmp_path, fields=("label", "year", "folder"))
+    assert found == {
+        "label=cat/year=2024/part-0.parquet/k": {"label": "cat", "year": "2024", "folder": "year=2024"},
+        "label=a%20dog/t.tar/one/1": {"label": "a dog", "folder": "one"},
+        "label=a%20dog/t.tar/2": {"label": "own", "folder": "label=a%20dog"},
+        "label=__HIVE_DEFAULT_PARTITION__/x.jpg": {"label": None, "folder": "label=__HIVE_DEFAULT_PARTITION__"},
+        "bird/y.jpg": {"folder": "bird"},
+    }
+    assert fields_of(tmp_path / "label=cat")["year=2024/part-0.parquet/k"] == {"label": "cat"}  # of the root
+    assert fields_of(tmp_path / "bird", fields=("folder",)) == {"y.jpg": {"folder": "bird"}}
+    columns = parquet_of({"image": [png()], "label": ["column"]})
+    put(tmp_path / "label=cat/own.parquet", columns)
+    assert fields_of(tmp_path / "label=cat/own.parquet") == {"own.parquet/0000000000": {"label": "column"}}
+
+
+def absent(folder: Path, *carry: tuple[str, str], **changes: Any) -> list[str]:
+    shards = shards_of(folder, fields=tuple(name for name, _ in carry))
+    return [absence.describe() for absence in absent_fields(shards, layout(carry=carry, **changes), {})]
+
+
+def test_a_field_that_no_sample_has_is_found_without_reading_images(tmp_path: Path) -> None:
+    texts = [json.dumps({"label": "cat", "n": None if number < 5 else 3}).encode() for number in range(9)]
+    members = [pair for number, text in enumerate(texts) for pair in ((f"{number}.jpg", png()), (f"{number}.json", text))]
+    put(tmp_path / "a.tar", tar_of(members))
+    put(tmp_path / "b.parquet", parquet_of({"image": [png()] * 3, "day": ["x", None, "y"]}))
+    assert absent(tmp_path, ("label", "string"), ("n", "int64"), ("day", "string")) == []
+    (misspelt,) = absent(tmp_path, ("label", "string"), ("lable", "string"))
+    assert "lable: of the first samples of 2 shards, 12 in all, none has that field. a.tar has the fields label, n." in misspelt
+    assert "Did you mean 'label'?" in misspelt
+    put(tmp_path / "loose" / "x.jpg", png())
+    put(tmp_path / "loose" / "metadata.csv", "file_name,label,hint\nx.jpg,a,b\n")
+    assert "has the fields file_name, hint, label. Did you mean 'hint'?" in absent(tmp_path / "loose", ("hints", "string"))[0]
+    (tmp_path / "loose" / "x.jpg").unlink()
+    put(tmp_path / "only" / "b.parquet", parquet_of({"image": [png()], "Label": ["x"]}))
+    assert "b.parquet has the fields Label, image. Did you mean 'Label'?" in absent(tmp_path / "only", ("label", "string"))[0]
+    (tmp_path / "only" / "b.parquet").unlink()
+    (other_type,) = absent(tmp_path, ("label", "int64"))
+    assert "none has it as int64, but as 'cat', 'cat', 'cat'. Carry it as text: label" in other_type
+    (tmp_path / "a.tar").write_bytes(b"no tar at all" * 99)
+    assert absent(tmp_path, ("day", "string")) == []
+    (tmp_path / "b.parquet").unlink()
+    assert absent(tmp_path, ("day", "string")) == [], "the run itself says what is wrong with the shard"
