@@ -22,10 +22,11 @@ import pyarrow as pa
 
 from lora_embed.chain import cluster, pipeline
 from lora_embed.config.models import JobConfig
+from lora_embed.entries import Entry
 from lora_embed.images.preprocess import Preprocessing
 from lora_embed.model.description import Description
 from lora_embed.run import publish, work
-from lora_embed.schema import ChunkHead, Entry, Layout, Shard, sample_schema
+from lora_embed.schema import ChunkHead, Layout, Shard, sample_schema
 from lora_embed.shards.listing import Listing
 from lora_embed.store.local import create
 from lora_embed.store.store import Store

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "lora_embed"
 PAGE, PICTURE = ROOT / "docs" / "architecture.md", ROOT / "docs" / "folders.svg"
-GROUND = ("errors", "libraries", "schema", "text")
+GROUND = ("entries", "errors", "libraries", "schema", "text")
 LABELS = {  # what stands under a folder's name in the picture
     "jobs": "entry points for Ray",
     "cli": "commands",

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from lora_embed.entries import Entries, Entry
+
 FORMAT = 1  # the format of tables, manifests and parts, and a part of the layout id; see docs/format.md
 REASONS = (
     "no_image", "empty", "not_an_image", "corrupt_image", "too_many_pixels", "too_many_bytes", "decoder_crashed",
@@ -20,17 +22,6 @@ _PART = re.compile(r"([0-9a-f]+)-([0-9]{8})(-last)?\.parquet")
 _CARRY_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One stored object."""
-
-    path: str  # below the store's root
-    size: int  # bytes
-    etag: str  # a mark that changes whenever the content changes
-    modified: float = field(default=0.0, compare=False, repr=False)  # seconds since 1970 by the store's clock
-    broken: str = ""  # why no file is behind this name of an input: a link whose target is gone, for example
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
     """One input unit: a tar, a Parquet file, or a group of loose image files."""
@@ -40,13 +31,13 @@ class Shard:
     prefix: str  # the part of a sample's id before its key
     kind: Literal["tar", "parquet", "images"]
     root: str  # URI of the store that holds the files
-    files: tuple[Entry, ...]  # one file, or the files of a group of loose images
+    files: tuple[Entry, ...] | Entries  # one file, or the files of a group of loose images
     sidecars: tuple[Entry, ...] = ()  # files that hold carried fields of loose images
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return sum(entry.size for entry in self.files)
+        return self.files.size if isinstance(self.files, Entries) else sum(entry.size for entry in self.files)
 
 
 Wanted = Callable[[int], bool]  # number of a sample in its shard → True if its bytes must be read

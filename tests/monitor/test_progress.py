@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from lora_embed.entries import Entry
 from lora_embed.monitor import progress
 from lora_embed.monitor.progress import Progress, say
 from lora_embed.monitor.stages import Workers
-from lora_embed.schema import ChunkHead, Entry, Shard
+from lora_embed.schema import ChunkHead, Shard
 
 
 def shards(*sizes: int) -> list[Shard]:

@@ -9,11 +9,12 @@ import pytest
 
 from jobs import job_of, read_rows, run_here, tiny_recipe, write_tars
 from lora_embed.config.models import JobConfig
+from lora_embed.entries import Entry
 from lora_embed.images.preprocess import Preprocessing
 from lora_embed.model.description import Description
 from lora_embed.run import work
 from lora_embed.run.job import run_job
-from lora_embed.schema import Entry, Part, Shard
+from lora_embed.schema import Part, Shard
 from lora_embed.store.local import create
 from lora_embed.store.store import Store
 from lora_embed.table import staging
@@ -192,7 +193,12 @@ def planned(folder: Path, count: int) -> dict[str, float]:
     """Seconds and bytes of a night's plan: half of the shards published, half staged, none stale."""
     shards = [
         Shard(
-            id=f"{n:016x}", name=f"{n:08d}.tar", prefix=f"{n:08d}.tar", kind="tar", root="/input", files=(Entry("x", 1, "e"),)
+            id=f"{n:016x}",
+            name=f"{n:08d}.tar",
+            prefix=f"{n:08d}.tar",
+            kind="tar",
+            root="/input",
+            files=(Entry("x", 1, "e"),),
         )
         for n in range(count)
     ]

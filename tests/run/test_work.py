@@ -7,10 +7,11 @@ import pytest
 from jobs import job_of
 from lora_embed.chain.items import WorkItem
 from lora_embed.chain.pipeline import BLOCK_BYTES, BLOCK_ITEMS, plan_blocks
+from lora_embed.entries import Entry
 from lora_embed.errors import ConfigError
 from lora_embed.run.open import OpenJob
 from lora_embed.run.refuse import SUBMITTED, refuse_local_paths
-from lora_embed.schema import Entry, Shard
+from lora_embed.schema import Shard
 from lora_embed.shards.listing import Listing
 from lora_embed.store.store import Store
 

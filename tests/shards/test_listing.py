@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_embed.entries import Entries, Entry
 from lora_embed.errors import ConfigError, StorageError
-from lora_embed.schema import ChunkHead, Entry, Shard
+from lora_embed.schema import ChunkHead, Shard
 from lora_embed.shards import listing
 from lora_embed.shards.listing import list_input, list_shards
 from lora_embed.shards.patterns import expand_braces
@@ -118,25 +119,29 @@ def images(number: int, folder: str = "f") -> list[Entry]:
     return [Entry(f"{folder}/{index:05d}.jpg", 7, "1") for index in range(number)]
 
 
-GROUPED = {shard.name: shard.id for shard in listing._image_groups("/root", images(3000))}
+def grouped(entries: list[Entry]) -> list[Shard]:
+    return listing._image_groups("/root", {"f": Entries(entries)}, {})
+
+
+GROUPED = {shard.name: shard.id for shard in grouped(images(3000))}
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.text(min_size=1, max_size=20).filter(lambda name: "/" not in name))
 def test_a_new_image_touches_one_group(name: str) -> None:
-    entries = sorted([*images(3000), Entry(f"f/new-{name}.jpg", 7, "1")], key=lambda entry: entry.path)
-    after = {shard.name: shard.id for shard in listing._image_groups("/root", entries)}
+    entries = [*images(3000), Entry(f"f/new-{name}.jpg", 7, "1")]
+    after = {shard.name: shard.id for shard in grouped(entries)}
     assert len(GROUPED) == 4
     assert after.keys() == GROUPED.keys()
     assert sum(after[group] != GROUPED[group] for group in GROUPED) == 1
 
 
 def test_sample_ids_stay_when_groups_are_dealt_anew() -> None:
-    few, many = listing._image_groups("/root", images(1024)), listing._image_groups("/root", images(1025))
+    few, many = grouped(images(1024)), grouped(images(1025))
     assert (len(few), len(many)) == (1, 2)
     assert set(sample_ids(many)) - set(sample_ids(few)) == {"f/01024.jpg"}
     assert len(sample_ids(many)) == 1025
-    assert max(len(shard.files) for shard in listing._image_groups("/root", images(5000))) < 2 * listing.IMAGES_PER_GROUP
+    assert max(len(shard.files) for shard in grouped(images(5000))) < 2 * listing.IMAGES_PER_GROUP
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_embed.entries import Entry
 from lora_embed.errors import ShardError
-from lora_embed.schema import Entry, Shard
+from lora_embed.schema import Shard
 from lora_embed.shards.listing import list_shards
 from lora_embed.shards.parquet import read_parquet
 from lora_embed.shards.read import count_samples, read_samples

@@ -10,7 +10,7 @@ import pytest
 from test_publishers import add_shard
 from test_table_read import SPACE
 
-from lora_embed.schema import Entry
+from lora_embed.entries import Entry
 from lora_embed.store.store import Store
 from lora_embed.table.lineage import forget
 from lora_embed.table.read import open_table

@@ -23,11 +23,11 @@ from lora_embed import open_table
 from lora_embed.chain import cluster
 from lora_embed.cli.main import nightly_job
 from lora_embed.config.models import load_recipe
+from lora_embed.entries import Entry
 from lora_embed.errors import StorageError
 from lora_embed.model.build import build_encoder
 from lora_embed.model.ingredients import gather
 from lora_embed.run.job import run_job
-from lora_embed.schema import Entry
 from lora_embed.shards import listing
 from lora_embed.store.store import Store
 from lora_embed.table.verify import verify_table

@@ -10,10 +10,10 @@ from test_table_read import LAYOUT, SPACE, publish, stage
 
 from lora_embed.chain import pipeline
 from lora_embed.config.models import JobConfig
+from lora_embed.entries import Entry
 from lora_embed.errors import GateFailed, StorageError, StoreUnavailable, TableError
 from lora_embed.run.encoders import renew_encoder
 from lora_embed.run.publish import _clear
-from lora_embed.schema import Entry
 from lora_embed.store.store import Store
 from lora_embed.table.compact import plan_reuse
 from lora_embed.table.manifest import Manifest, ShardCounts

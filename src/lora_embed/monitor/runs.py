@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from lora_embed.entries import Entry
 from lora_embed.errors import LoraEmbedError
 from lora_embed.monitor.ending import gist
 from lora_embed.monitor.heartbeat import DEAD_AFTER_S, Heartbeat
 from lora_embed.monitor.record import RunState
-from lora_embed.schema import Entry
 from lora_embed.store.store import Store
 from lora_embed.text import printable, span, without_secrets
 

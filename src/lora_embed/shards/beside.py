@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
+from lora_embed.entries import Entry
 from lora_embed.errors import ShardError
-from lora_embed.schema import Entry, Shard
+from lora_embed.schema import Shard
 from lora_embed.shards.fields import MOST_FIELD, fields_of_file
 from lora_embed.store.store import Store
 

@@ -32,7 +32,7 @@ def _names(shard: Shard, store: Store) -> Iterator[str]:
             with store.open(entry.path, MOST_BYTES) as file:
                 yield from _names_in(posixpath.basename(entry.path).lower(), file.read(MOST_BYTES))
         return
-    with store.open(shard.files[0].path, MOST_BYTES) as file:
+    with store.open(next(iter(shard.files)).path, MOST_BYTES) as file:
         if shard.kind == "parquet":
             yield from ParquetFile(file, shard.size, shard.name).schema.names
         else:

@@ -10,10 +10,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_embed.entries import Entries, Entry
 from lora_embed.errors import ConfigError
 from lora_embed.images.recognise import name_of
 from lora_embed.monitor.progress import say
-from lora_embed.schema import Entry, Shard, add_kinds
+from lora_embed.schema import Shard, add_kinds
 from lora_embed.shards import kinds
 from lora_embed.shards.beside import assign
 from lora_embed.shards.kinds import Kind
@@ -90,7 +91,8 @@ def list_shards(patterns: tuple[str, ...], options: dict[str, Any], *, fields: C
 def _group(files: Files, options: dict[str, Any], fields: Collection[str], passed: Counter[str]) -> list[Shard]:
     """Files → shards. Hidden files and files of other kinds are counted in `passed`, unless their full names are given."""
     where = f"input {files.pattern}"
-    shards, images, others, here = [], [], list[Entry](), Counter[str]()
+    shards, others, here = [], Entries(), Counter[str]()
+    images: dict[str, Entries] = defaultdict(Entries)  # by folder
     if files.linked_folders:
         here[kinds.FOLDER] += files.linked_folders
     for entry in files.entries:
@@ -103,15 +105,18 @@ def _group(files: Files, options: dict[str, Any], fields: Collection[str], passe
         kind = kinds.kind_by_name(entry.path)
         if kind is None and is_named:
             kind = _kind_of_named(files, entry, options)
+        if kind is not None and _NOT_UTF8.search(entry.path):
+            raise ConfigError(f"{where}: the file name {entry.path!r} is not UTF-8, but ids must be. Rename the file.")
         if kind == "images":
-            images.append(entry)
+            images[posixpath.dirname(entry.path)].append(entry)
         elif kind is not None and entry.broken:
             raise ConfigError(f"{where}: {entry.path} is {entry.broken}. Fetch the file again, or remove the name.")
         elif kind is not None:
             shards.append(_single(files.root, entry, kind))
         else:
             others.append(entry)
-    beside = assign(images, [*others, *files.others], fields)
+    all_images = itertools.chain.from_iterable(images.values())
+    beside = assign(list(all_images), [*others, *files.others], fields) if fields else {}
     used = {entry.path for some in beside.values() for entry in some}
     here.update(kinds.BROKEN if entry.broken else kinds.counted_as(entry.path) for entry in others if entry.path not in used)
     if not shards and not images:
@@ -120,9 +125,6 @@ def _group(files: Files, options: dict[str, Any], fields: Collection[str], passe
             f"{where}: matches no tar, Parquet or image file among {files.looked_at} files below {files.root}.{found} Correct "
             "the pattern, or name a file by its full name, which is then read whatever the name."
         )
-    for entry in [*images, *(shard.files[0] for shard in shards)]:
-        if _NOT_UTF8.search(entry.path):
-            raise ConfigError(f"{where}: the file name {entry.path!r} is not UTF-8, but ids must be. Rename the file.")
     passed.update(here)
     return shards + _image_groups(files.root, images, beside)
 
@@ -146,28 +148,26 @@ def _single(root: str, entry: Entry, kind: Any) -> Shard:
     return Shard(id=state, name=entry.path, prefix=entry.path, kind=kind, root=root, files=(entry,))
 
 
-def _image_groups(root: str, entries: list[Entry], beside: dict[str, list[Entry]] | None = None) -> list[Shard]:
+def _image_groups(root: str, folders: dict[str, Entries], beside: dict[str, list[Entry]]) -> list[Shard]:
     """Group loose images by directory and by a hash of their names, so that a new image changes only one group.
 
     The number of a directory's groups is a power of two, so images change their group only when the directory's size doubles.
     """
-    folders: dict[str, list[Entry]] = defaultdict(list)
-    for entry in entries:
-        folders[posixpath.dirname(entry.path)].append(entry)
     shards = []
-    for folder, files in sorted(folders.items()):
+    for folder in sorted(folders):
+        files = folders.pop(folder)
         buckets = 2 ** max(0, math.ceil(math.log2(len(files) / IMAGES_PER_GROUP)))
-        groups: dict[int, list[Entry]] = defaultdict(list)
+        groups: dict[int, Entries] = defaultdict(Entries)
         for file in files:
             groups[int(_hash(posixpath.basename(file.path)), 16) % buckets].append(file)
-        for bucket, group in sorted(groups.items()):
+        for bucket in sorted(groups):
+            by_path = {file.path: file for file in groups.pop(bucket)}  # a faulty store may list a file twice
+            group = [by_path[path] for path in sorted(by_path)]
             name = f"{folder or '.'}/#{bucket:04d}of{buckets:04d}"
-            sidecars = tuple(
-                entry for place in (folder, *(file.path for file in group)) for entry in (beside or {}).get(place, ())
-            )
+            sidecars = tuple(entry for place in (folder, *by_path) for entry in beside.get(place, ()))
             state = _hash(posixpath.basename(root.rstrip("/")), name, *((f.path, f.size, f.etag) for f in (*group, *sidecars)))
             shards.append(
-                Shard(id=state, name=name, prefix=folder, kind="images", root=root, files=tuple(group), sidecars=sidecars)
+                Shard(id=state, name=name, prefix=folder, kind="images", root=root, files=Entries(group), sidecars=sidecars)
             )
     return shards
 
@@ -187,7 +187,12 @@ def _refuse_shared_names(shards: list[Shard]) -> None:
                 f"duplicate ids: {first.root} and {second.root} both hold {first.name}, whose images would get the same ids. "
                 "Name the folder above both as input, or give each its own table."
             )
-    images = [file.path for shard in shards if shard.kind == "images" for file in shard.files]
+    sizes: dict[str, set[str]] = defaultdict(set)  # of a folder's groups: more than one where two inputs hold its images
+    for shard in shards:
+        if shard.kind == "images":
+            sizes[shard.prefix].add(shard.name.rpartition("of")[2])
+    twice = [shard for shard in shards if shard.kind == "images" and len(sizes[shard.prefix]) > 1]
+    images = [file.path for shard in twice for file in shard.files]
     if len(set(images)) != len(images):
         raise ConfigError(
             "duplicate ids: two inputs hold images with the same relative path. Name the folder above both as input."

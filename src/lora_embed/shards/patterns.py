@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from glob import escape
 from typing import Any
 
+from lora_embed.entries import Entries
 from lora_embed.errors import ConfigError
 from lora_embed.monitor.progress import say
-from lora_embed.schema import Entry
 from lora_embed.store.store import Store
 
 MOST_NAMES = 10_000_000  # files that the braces of one pattern may name
@@ -29,12 +29,12 @@ class Files:
 
     pattern: str
     root: str  # URI of the folder from which the paths of the entries count
-    entries: list[Entry]
+    entries: Entries
     named: frozenset[str] = frozenset()  # paths of files that are named outright, not by a folder or a wildcard
     shown: frozenset[str] = frozenset()  # hidden files that a wildcard names with their dot or underscore
     linked_folders: int = 0  # links to folders elsewhere that were not followed
     looked_at: int  # files among which they were searched
-    others: list[Entry] = field(default_factory=list)  # the rest of these files
+    others: Entries = field(default_factory=Entries)  # the rest of these files
 
 
 def find_files(pattern: str, options: dict[str, Any], *, follows: bool) -> Files:
@@ -49,16 +49,18 @@ def find_files(pattern: str, options: dict[str, Any], *, follows: bool) -> Files
     store = Store(root, options, follows_links=True)
     store.check_reachable()
     listed, linked_folders = _list(store, follows)
-    paths = {entry.path for entry in listed}
-    inside = {folder for path in paths for folder in _folders_above(path)}
+    expanded = expand_braces(pattern[len(root) :].lstrip("/"))
+    possible = {plain for name in expanded for plain in (name, _without_wildcards(name))}
+    paths = {entry.path for entry in listed if entry.path in possible}
+    inside = {folder for entry in listed for folder in _folders_above(entry.path)}
     named, folders, globs = set[str](), set[str](), list[list[str]]()
-    for name in expand_braces(pattern[len(root) :].lstrip("/")):
+    for name in expanded:
         plain = name if name in paths else _without_wildcards(name)
         if plain is None:
             globs.append(_with_existing(name.split("/"), inside))
         else:
             (folders if plain in inside else named).add(plain)
-    entries, others, shown = [], list[Entry](), set[str]()
+    entries, others, shown = Entries(), Entries(), set[str]()
     for entry in listed:
         fitting = [glob[-1][:1] for glob in globs if _fits(entry.path.split("/"), glob)]
         if fitting or entry.path in named or not folders.isdisjoint(_folders_above(entry.path)):
@@ -68,7 +70,7 @@ def find_files(pattern: str, options: dict[str, Any], *, follows: bool) -> Files
         if posixpath.basename(entry.path)[:1] in {"_", "."}.intersection(fitting):
             shown.add(entry.path)
     missing = sorted(named - paths)
-    if missing and entries:
+    if missing and len(entries):
         raise ConfigError(
             f"input {pattern}: {len(missing)} of the {len(named)} files that it names do not exist; the first is "
             f"{root.rstrip('/')}/{missing[0]}. Correct the range, or use * to take all files that exist."
@@ -161,10 +163,10 @@ def _files_at(uri: str, options: dict[str, Any], follows: bool) -> Files:
     entry = Store(root, options, follows_links=True).info(name)
     if entry is None:
         raise ConfigError(f"input {uri}: no such file or directory. Correct the path.")
-    return Files(pattern=uri, root=root, entries=[entry], named=frozenset([name]), looked_at=1)
+    return Files(pattern=uri, root=root, entries=Entries([entry]), named=frozenset([name]), looked_at=1)
 
 
-def _list(store: Store, follows: bool) -> tuple[list[Entry], int]:
+def _list(store: Store, follows: bool) -> tuple[Entries, int]:
     """The files of a folder, and the number of links to folders elsewhere that are not followed."""
     entries, ignored_links = store.list_input(follows=follows)
     if ignored_links:

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from lora_embed.entries import Entry
 from lora_embed.errors import LoraEmbedError, ShardError, StorageError
-from lora_embed.schema import WHOLE, Entry, Layout, Sample, Shard, Span, Wanted
+from lora_embed.schema import WHOLE, Layout, Sample, Shard, Span, Wanted
 from lora_embed.shards.beside import read_beside
 from lora_embed.shards.parquet import read_parquet
 from lora_embed.shards.places import with_places
@@ -106,7 +107,7 @@ def _read(store: Store, shard: Shard, layout: Layout, wanted: Wanted, span: Span
     if shard.kind == "images":
         yield from _read_images(store, shard, layout, wanted)
         return
-    entry = shard.files[0]
+    (entry,) = shard.files
     _check_unchanged(store, entry, shard)
     ahead = (span.end or entry.size) - span.begin
     try:

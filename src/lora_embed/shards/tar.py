@@ -18,7 +18,7 @@ def read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted, span:
 
     Raises ShardError for a tar that is cut short or has too many headers, and any error of `tarfile` for a damaged one.
     """
-    where, size = f"{shard.root}/{shard.name}", shard.files[0].size
+    where, size = f"{shard.root}/{shard.name}", shard.size
     if size == 0:
         raise ShardError(f"{where}: has 0 bytes, but even an empty tar has at least 1,024. Upload it again, or remove it.")
     reading = _Reading(file, where, size, layout, span)

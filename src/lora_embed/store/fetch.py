@@ -13,8 +13,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from lora_embed.entries import Entry
 from lora_embed.errors import ChangedMeanwhile, StorageError
-from lora_embed.schema import Entry
 from lora_embed.store import hub
 from lora_embed.store.store import Store
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from fsspec.spec import AbstractFileSystem
 
-from lora_embed.schema import Entry
+from lora_embed.entries import Entry
 from lora_embed.store.store import Store
 
 

@@ -3,17 +3,17 @@
 import contextlib
 import ctypes
 import errno
+import heapq
 import os
 import stat
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_embed.schema import Entry
+from lora_embed.entries import Entry
 from lora_embed.text import printable
 
 TEMPORARY = "_tmp"  # folder below a root for files that are being written; listings leave it out
@@ -80,12 +80,9 @@ def walk_input(root: str, *, follows: bool, ignored_links: dict[str, str]) -> It
     folders, links = [("", root)], list[tuple[str, str]]()
     while folders or links:
         if folders:
-            content = _look_at(*folders.pop(), seen)
-            folders += content.folders
-            links = sorted([*links, *content.links], reverse=True)
-            yield from content.files
+            yield from _look_at(*folders.pop(), seen, folders, links)
             continue
-        path, target = links.pop()  # only now, when every real folder below the root has been seen
+        path, target = heapq.heappop(links)  # only now, when every real folder below the root has been seen
         if _identity(target) not in seen:
             if follows:
                 folders.append((path, target))
@@ -93,32 +90,29 @@ def walk_input(root: str, *, follows: bool, ignored_links: dict[str, str]) -> It
                 ignored_links[path] = os.path.realpath(target)
 
 
-@dataclass
-class _Folder:
-    """The content of a folder: files, folders, and links to folders, by path from the root."""
-
-    files: list[Entry] = field(default_factory=list)
-    folders: list[tuple[str, str]] = field(default_factory=list)
-    links: list[tuple[str, str]] = field(default_factory=list)
-
-
-def _look_at(path: str, place: str, seen: set[tuple[int, int] | None]) -> _Folder:
-    content = _Folder()
-    try:
-        with os.scandir(place) as entries:
-            identity = _identity(place)
-            if identity in seen:
-                return content
-            seen.add(identity)
-            for entry in entries:
-                name = f"{path}/{entry.name}" if path else entry.name
-                if _is_folder(entry):
-                    (content.links if entry.is_symlink() else content.folders).append((name, entry.path))
-                elif (file := input_entry(name, entry.path)) is not None:
-                    content.files.append(file)
-    except FileNotFoundError:  # the folder was deleted meanwhile, or never existed
-        return _Folder()
-    return content
+def _look_at(
+    path: str,
+    place: str,
+    seen: set[tuple[int, int] | None],
+    folders: list[tuple[str, str]],
+    links: list[tuple[str, str]],
+) -> Iterator[Entry]:
+    """The files of a folder, unless it was seen; its folders and the links to folders are put into the lists, with places."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(place) as entries:  # it was deleted meanwhile, or never existed
+        identity = _identity(place)
+        if identity in seen:
+            return
+        seen.add(identity)
+        for entry in entries:
+            name = f"{path}/{entry.name}" if path else entry.name
+            if not _is_folder(entry):
+                file = input_entry(name, entry.path)
+                if file is not None:
+                    yield file
+            elif entry.is_symlink():
+                heapq.heappush(links, (name, entry.path))
+            else:
+                folders.append((name, entry.path))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

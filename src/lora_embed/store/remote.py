@@ -16,9 +16,9 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.spec import AbstractFileSystem
 
+from lora_embed.entries import Entry
 from lora_embed.errors import StorageError
 from lora_embed.libraries import part
-from lora_embed.schema import Entry
 
 SILENCE_S = 15.0  # how long a store may send no byte, unless `read_timeout` is set; s3fs's own limit for reading
 MOST_PAGES_IN_VAIN = 10  # pages of a listing, in a row, without a new key
@@ -147,28 +147,31 @@ def find(fs: Any, folder: str, uri: str) -> Iterator[tuple[str, dict[str, Any]]]
         if is_s3(uri):
             files = _find_in_pages(fs, folder, uri)
         else:
-            files = dict(_walk(fs, folder)) if walks else fs.find(folder, detail=True)
+            files = _walk(fs, folder) if walks else iter(fs.find(folder, detail=True).items())
+        yield from ((name, info) for name, info in files if info["type"] == "file")
     except FileNotFoundError:
         if fs.exists(folder):
             raise StorageError(f"{uri}: changed while it was listed. Run the same command again.") from None
-        return
-    yield from ((name, info) for name, info in files.items() if info["type"] == "file")
 
 
-def _find_in_pages(fs: Any, folder: str, uri: str) -> dict[str, dict[str, Any]]:
-    """List S3 page by page; each page has the token for the next. s3fs would ask a faulty store for pages for ever."""
+def _find_in_pages(fs: Any, folder: str, uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """List S3 page by page; each page has the token for the next. s3fs would ask a faulty store for pages for ever.
+
+    A faulty store may list a key again on another page.
+    """
     bucket, _, prefix = folder.partition("/")
     request = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""} | getattr(fs, "req_kw", {})
-    files: dict[str, dict[str, Any]] = {}
-    tokens, in_vain = set[str](), 0
+    tokens, first_keys, in_vain = set[str](), set[str](), 0
     while True:
-        page, before = fs.call_s3("list_objects_v2", **request), len(files)
-        for described in page.get("Contents", []):
-            files[f"{bucket}/{described['Key']}"] = described | {"size": described["Size"], "type": "file"}
+        page = fs.call_s3("list_objects_v2", **request)
+        listed = page.get("Contents", [])
+        for described in listed:
+            yield f"{bucket}/{described['Key']}", described | {"size": described["Size"], "type": "file"}
         if not page.get("IsTruncated"):
-            return files
+            return
         token = page.get("NextContinuationToken")
-        in_vain = 0 if len(files) > before else in_vain + 1
+        in_vain = 0 if listed and listed[0]["Key"] not in first_keys else in_vain + 1
+        first_keys.update(described["Key"] for described in listed[:1])
         if not token or token in tokens or in_vain >= MOST_PAGES_IN_VAIN:
             raise StorageError(
                 f"{uri}: its listing never ends: after {len(tokens) + 1} pages the store says that there are more objects, but "

@@ -10,15 +10,15 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from fsspec.implementations.local import LocalFileSystem
 
+from lora_embed.entries import Entries, Entry
 from lora_embed.errors import StorageError, StoreUnavailable
-from lora_embed.schema import Entry
 from lora_embed.store import local, remote
 from lora_embed.store.retry import LIBRARY_ERRORS, describe, explained, is_no_connection, is_refused_create, retried
 
@@ -114,23 +114,22 @@ class Store:
             with self.explained(prefix):
                 entries = [local.entry(path, state) for path, state in local.walk(self.full_path(""), prefix)]
         else:
-            entries = self._retried(prefix, lambda: self._find(prefix))
-        return sorted((e for e in entries if not e.path.startswith(f"{local.TEMPORARY}/")), key=lambda entry: entry.path)
+            entries = self._retried(prefix, lambda: list(self._find(prefix)))
+        kept = {entry.path: entry for entry in entries if not entry.path.startswith(f"{local.TEMPORARY}/")}
+        return sorted(kept.values(), key=lambda entry: entry.path)
 
-    def list_input(self, *, follows: bool) -> tuple[list[Entry], dict[str, str]]:
-        """All files of an input, sorted by path, and the ignored links to folders elsewhere → the paths that they lead to.
+    def list_input(self, *, follows: bool) -> tuple[Entries, dict[str, str]]:
+        """All files of an input, folder by folder, and the ignored links to folders elsewhere → the paths that they lead to.
 
         On a local disk, a link to a file counts as a file, and a link to a folder elsewhere is followed only if `follows`.
         No folder is read twice. A name without a file behind it is listed as `broken`. An object store has no links.
         """
-        if not self.is_local:
-            return self.list_files(), {}
         ignored_links: dict[str, str] = {}
+        if not self.is_local:
+            return self._retried("", lambda: Entries(self._find(""))), ignored_links
         with self.explained(""):
-            entries = list(local.walk_input(self.full_path(""), follows=follows, ignored_links=ignored_links))
-        entries.sort(key=lambda entry: entry.path)
-        listed = [entry for entry in entries if not entry.path.startswith(f"{local.TEMPORARY}/")]
-        return listed, dict(sorted(ignored_links.items()))
+            found = local.walk_input(self.full_path(""), follows=follows, ignored_links=ignored_links)
+            return Entries(found), dict(sorted(ignored_links.items()))
 
     def open(self, path: str, ahead: int = READ_AHEAD) -> BinaryIO:
         """Open an object for random reads, with at most `ahead` bytes read ahead. Raises FileNotFoundError if it is gone.
@@ -266,10 +265,10 @@ class Store:
         silence_s = self.options.get("config_kwargs", {}).get("read_timeout", remote.SILENCE_S)
         remote.put(self.filesystem, self.full_path(path), data, float(silence_s), **options)
 
-    def _find(self, prefix: str) -> list[Entry]:
+    def _find(self, prefix: str) -> Iterator[Entry]:
         fs, root = self._connection
         start = len(root.rstrip("/")) + 1
-        return [remote.entry(name[start:], info) for name, info in remote.find(fs, self.full_path(prefix), self.uri)]
+        return (remote.entry(name[start:], info) for name, info in remote.find(fs, self.full_path(prefix), self.uri))
 
     def _list_one(self, limit_s: float) -> dict[str, Any]:
         """The answer to the cheapest request that fails where the bucket does not exist; s3fs would show it as empty."""

@@ -7,10 +7,11 @@ from typing import Any
 
 from lora_embed.config.foreign import RecipeRecord, read_record, taken_as
 from lora_embed.config.models import Retain
+from lora_embed.entries import Entry
 from lora_embed.errors import LoraEmbedError, StorageError, TableError
 from lora_embed.monitor.progress import say
 from lora_embed.monitor.runs import find_live
-from lora_embed.schema import Entry, Part
+from lora_embed.schema import Part
 from lora_embed.store.store import Store
 from lora_embed.table.manifest import Manifest
 from lora_embed.table.versions import (
