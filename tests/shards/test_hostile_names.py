@@ -87,6 +87,7 @@ def test_a_run_over_hostile_names_writes_nothing_but_its_table(
     ids = {f"<b>0001.tar/{name.removeprefix('./')}" for name in NAMES}
     assert ids < set(read_rows(table)["id"].to_pylist())
     rejects = read_rejects(table)
+    assert rejects.pop("<b>0001.tar/../../../../etc/link") == "no_image"  # its links lead to nothing in the archive
     assert len(rejects) == len(NAMES)
     assert set(rejects.values()) == {"not_an_image"}
 

@@ -149,7 +149,8 @@ def say_lacking(effort: Effort) -> None:
 def say_passed(passed: dict[str, int], *, is_named: bool) -> None:
     """Say which images of tars were passed over, because another one of the same sample was embedded, or they are hidden."""
     if passed:
-        by_kind = ", ".join(f"{kind} {number:,}" for kind, number in passed.items())
+        ordered = sorted(passed.items(), key=lambda item: (-item[1], item[0]))
+        by_kind = ", ".join(f"{kind} {number:,}" for kind, number in ordered)
         remedy = "" if is_named else ". To embed others, name them with image_member, such as image_member: left.png"
         say(f"Images in tars that are passed over, beside the image of their sample or hidden: {by_kind}{remedy}")
 

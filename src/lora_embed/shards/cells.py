@@ -11,26 +11,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lora_embed.images.recognise import is_image
-from lora_embed.shards.columns import is_list
 
 MOST_AT_ONCE = 2**25  # bytes of images that are converted to Python at once
 Value: TypeAlias = bytes | str | pa.Buffer | None
 _DATA_URI = re.compile(rb"data:[a-z0-9.+/=;-]{0,99};base64,", re.IGNORECASE)
+_MAY_BE_TEXT = re.compile(rb"\s*[A-Za-z0-9+/_-]{4}|data:", re.IGNORECASE)
 _BASE64 = re.compile(rb"[A-Za-z0-9+/_=\s-]{1,64}")
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
-def cells_of(column: pa.Array) -> Iterator[list[Value]]:
-    """The images of each row; none for an empty list. Large values are buffers, which are not copied yet."""
-    if not is_list(column.type):
-        yield from ([value] for value in _values(column))
-        return
-    values = _values(column.flatten())  # without those of null lists
+def lists_in(column: pa.Array) -> Iterator[list[Value]]:
+    """The images of each row of a column of lists; none for an empty list."""
+    values = values_in(column.flatten())  # without those of null lists
     for length in pc.fill_null(pc.list_value_length(column), 0).to_pylist():
         yield list(itertools.islice(values, length))
 
 
-def _values(values: pa.Array) -> Iterator[Value]:
+def values_in(values: pa.Array) -> Iterator[Value]:
+    """The image of each row. Large values are buffers, which are not copied yet."""
     if pa.types.is_struct(values.type):
         values = pc.struct_field(values, "bytes")  # null where the struct is
     if pa.types.is_dictionary(values.type):  # not unpacked: a list may name one large image a million times
@@ -45,6 +43,8 @@ def _values(values: pa.Array) -> Iterator[Value]:
 def image_bytes(value: bytes | str | pa.Buffer) -> bytes:
     """An image's bytes, also from base64 text of them, with or without `data:image/png;base64,`; other text as it is."""
     data = value if isinstance(value, bytes) else value.encode() if isinstance(value, str) else value.to_pybytes()
+    if not _MAY_BE_TEXT.match(data):  # as good as every image
+        return data
     prefix = _DATA_URI.match(data)
     start = prefix.end() if prefix else 0
     if not _BASE64.fullmatch(data, start, min(len(data), start + 64)):

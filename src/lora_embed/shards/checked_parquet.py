@@ -172,7 +172,7 @@ class _Checked(io.RawIOBase):
         self.error = None
         self.readers = [ColumnReader(self._file, column, check) for column, check in zip(columns, checks, strict=True)]
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int = -1) -> bytes | memoryview:  # Arrow takes any buffer
         place = self._place
         self._place += size
         try:

@@ -37,10 +37,10 @@ def choose_columns(schema: pa.Schema, layout: Layout, where: str) -> Columns:
     for name in filter(None, (image, key, *carried)):
         check_column(schema, name, where)
     kind = _without_dictionary(schema.field(image).type)
-    return Columns(image=image, key=key, carried=carried, holds_lists=is_list(kind), is_text=_is(_single(kind), *_TEXT))
+    return Columns(image=image, key=key, carried=carried, holds_lists=_is_list(kind), is_text=_is(_single(kind), *_TEXT))
 
 
-def is_list(kind: pa.DataType) -> bool:
+def _is_list(kind: pa.DataType) -> bool:
     """True for a type whose values hold several images."""
     return _is(kind, *_MANY)
 
@@ -126,7 +126,7 @@ def _without_dictionary(kind: pa.DataType) -> pa.DataType:
 
 def _single(kind: pa.DataType) -> pa.DataType:
     """The type of one image's bytes: without a list around it, or the struct with `bytes` that Hugging Face datasets write."""
-    if is_list(kind):
+    if _is_list(kind):
         kind = _without_dictionary(kind.value_type)
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = _without_dictionary(kind.field("bytes").type)
@@ -135,7 +135,7 @@ def _single(kind: pa.DataType) -> pa.DataType:
 
 def _is_plain(kind: pa.DataType) -> bool:
     """True for binary, and for the struct with `bytes`; of several columns with usual names, such a one is taken first."""
-    return not is_list(kind) and _is(_single(kind), *_BYTES)
+    return not _is_list(kind) and _is(_single(kind), *_BYTES)
 
 
 def _can_hold_image(kind: pa.DataType) -> bool:

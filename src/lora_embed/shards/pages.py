@@ -58,11 +58,11 @@ class ColumnReader:
         """Does the byte at this place belong to the column?"""
         return self._column.begin <= place < self._column.end
 
-    def read(self, place: int, size: int) -> bytes:
+    def read(self, place: int, size: int) -> memoryview:
         end = min(place + size, self._column.end)
         if end > self._begin + len(self._window):
             self.fill(place, end)
-        return self._window[place - self._begin : end - self._begin]
+        return memoryview(self._window)[place - self._begin : end - self._begin]  # not copied
 
     def fill(self, place: int, end: int) -> None:
         """Move the window: from `place` up to `end` at least. Raises ValueError, KeyError or IndexError for damaged headers."""

@@ -1,5 +1,6 @@
 """A Parquet file → its samples, up to its checked end. The sizes of values are checked before they are converted."""
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -9,7 +10,7 @@ import pyarrow as pa
 from lora_embed.errors import ShardError
 from lora_embed.images.recognise import is_image
 from lora_embed.schema import Layout, Sample, Shard, Wanted
-from lora_embed.shards.cells import Value, cells_of, image_bytes
+from lora_embed.shards.cells import Value, image_bytes, lists_in, values_in
 from lora_embed.shards.checked_parquet import ParquetFile
 from lora_embed.shards.columns import ROWS, Columns, choose_columns
 from lora_embed.shards.fields import values_of
@@ -59,7 +60,8 @@ def _check_rows(rows: int, shard: Shard, where: str) -> None:
 
 def _check_text(column: pa.Array, columns: Columns, schema: pa.Schema, where: str) -> None:
     """Raises ShardError for a column of text if none of its first values is base64 text of an image."""
-    values = [value for cell in cells_of(column) for value in cell if value is not None]
+    found = itertools.chain.from_iterable(lists_in(column)) if columns.holds_lists else values_in(column)
+    values = [value for value in found if value is not None]
     if not values or any(is_image(image_bytes(value)) for value in values):
         return
     example = str(values[0] if isinstance(values[0], str) else bytes(memoryview(values[0])[:99]).decode("utf-8", "replace"))[
@@ -80,15 +82,16 @@ def _samples(batch: pa.RecordBatch, columns: Columns | None, key: str | None, st
     if columns is None:
         yield from map(Sample, keys)
         return
-    fields = {field: values_of(batch.column(field)) for field in columns.carried}
-    has_image = columns.image in batch.schema.names
-    nothing: list[list[Value]] = [[None]] * batch.num_rows
-    cells = cells_of(batch.column(columns.image)) if has_image else iter(nothing)
-    for row, (name, cell) in enumerate(zip(keys, cells, strict=True)):
-        of_row = {field: values[row] for field, values in fields.items()}
-        names = [f"{name}#{place}" for place in range(len(cell))] if columns.holds_lists else [name]
-        for name_of_image, value in zip(names, cell, strict=True):
-            yield _sample(Sample(name_of_image, fields=of_row), value, max_bytes, is_text=columns.is_text)
+    values = [values_of(batch.column(field)) for field in columns.carried]
+    fields = (dict(zip(columns.carried, row, strict=True)) for row in zip(*values, strict=True)) if values else iter(dict, None)
+    column = batch.column(columns.image) if columns.image in batch.schema.names else pa.nulls(batch.num_rows, pa.binary())
+    if not columns.holds_lists:
+        for name, of_row, value in zip(keys, fields, values_in(column), strict=False):
+            yield _sample(Sample(name, fields=of_row), value, max_bytes, is_text=columns.is_text)
+        return
+    for name, of_row, cell in zip(keys, fields, lists_in(column), strict=False):
+        for place, value in enumerate(cell):
+            yield _sample(Sample(f"{name}#{place}", fields=of_row), value, max_bytes, is_text=columns.is_text)
         if not cell:
             yield Sample(name, fields=of_row)
 
