@@ -33,7 +33,6 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 import itertools
 
-from jobs import write_recipe
 from lora_embed.cli import main as cli_main
 from lora_embed.schema import ChunkHead, Layout, Shard, sample_schema
 from lora_embed.shards import listing
@@ -41,7 +40,6 @@ from lora_embed.store.store import Store
 from lora_embed.table.parts import make_part, part_path, write_part
 from lora_embed.table.read import open_table
 from lora_embed.table.verify import verify_table
-from models import save_adapter, save_base
 from samples import png, tar_of
 from traffic import counted_traffic
 
@@ -66,6 +64,9 @@ def write_input(folder: Path, count: int) -> Path:
 
 def write_job(folder: Path, shards: Path) -> Path:
     """A model of 384 dimensions, one layer deep, with two adapters."""
+    from jobs import write_recipe  # imports torch, whose memory would count as that of each step
+    from models import save_adapter, save_base
+
     base = save_base(folder / "base", "vit", hidden_size=384, num_hidden_layers=1, num_attention_heads=6)
     adapters = {save_adapter(folder / "ten", base, 10, seed=1): 0.5, save_adapter(folder / "more", base, 27, seed=2): 0.5}
     recipe = write_recipe(folder, base, adapters)

@@ -66,6 +66,8 @@ def bent_index(rng: random.Random, world: World) -> Case:
         elif what < 0.9:
             replace_place(path, rng, world)
         else:
+            for link in [path for path in folder.rglob("*") if path.is_symlink()]:
+                link.unlink()  # else the copy would be written where it leads
             (folder / rng.choice(KINDS)).mkdir(exist_ok=True)
             shutil.copytree(
                 world.folder / "good" / rng.choice(KINDS), folder, dirs_exist_ok=True, ignore_dangling_symlinks=True
