@@ -163,9 +163,7 @@ class JobConfig(Section):
     @classmethod
     def _widen_shorthands(cls, data: dict[str, Any]) -> dict[str, Any]:
         data = dict(data)
-        for key in ("input", "image_member"):
-            if isinstance(data.get(key), str):
-                data[key] = [data[key]]
+        data |= {key: [data[key]] for key in ("input", "image_member") if isinstance(data.get(key), str)}
         if isinstance(data.get("carry"), list):
             data["carry"] = [_carry_field(value) for value in data["carry"]]
         return data
