@@ -166,9 +166,8 @@ class JobConfig(Section):
     @classmethod
     def _widen_shorthands(cls, data: dict[str, Any]) -> dict[str, Any]:
         data = dict(data)
-        for key in ("input", "image_member", "reference_roots"):
-            if isinstance(data.get(key), str):
-                data[key] = [data[key]]
+        shorthands = ("input", "image_member", "reference_roots")
+        data |= {key: [data[key]] for key in shorthands if isinstance(data.get(key), str)}
         if isinstance(data.get("carry"), list):
             data["carry"] = [_carry_field(value) for value in data["carry"]]
         return data

@@ -68,11 +68,12 @@ class Outlook:
     def describe(self) -> str:
         """For a person."""
         encoder = f"space {self.space_id}" if self.space_id else "not built yet"
+        passed = f"passed    {describe_passed(self.passed_over)} passed over\n" if self.passed_over else ""
         lines = (
             f"table     {self.table}, {f'version {self.version}' if self.version else 'nothing published'}\n"
             f"encoder   {encoder}\n"
             f"input     {self.shards:,} shards, {self.bytes / 1e6:,.1f} MB\n"
-            f"passed    {describe_passed(self.passed_over)} passed over\n"
+            f"{passed}"
             f"done      {self.done:,} shards, and {self.partly_done:,} in part\n"
             f"to embed  {self.to_embed:,} shards, {self.to_embed_bytes / 1e6:,.1f} MB\n"
             f"removed   {self.removed:,} shards of the current version are not in the input"

@@ -38,6 +38,8 @@ class Links:
 
     def follow(self, member: tarfile.TarInfo) -> tarfile.TarInfo | str:
         """The member that holds the content: this one, or the one that a link leads to. Text says why there is none."""
+        if member.isreg():
+            return member
         said = f"a link to {printable(member.linkname)}"
         for _ in range(MOST_STEPS):
             if member.isreg():
