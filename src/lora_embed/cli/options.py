@@ -10,7 +10,6 @@ import typer
 from lora_embed.config.models import JobConfig, load_job
 from lora_embed.errors import ConfigError
 from lora_embed.monitor.progress import shown
-from lora_embed.run.open import references_of
 from lora_embed.text import without_secrets
 
 if TYPE_CHECKING:
@@ -51,6 +50,8 @@ def read_as(job: JobConfig | None) -> dict[str, Any]:
     if job is None:
         return {}
     names = ("image_column", "key_column", "image_member")
+    from lora_embed.run.open import references_of  # here, since it imports more than most commands need
+
     own = {"input_options": job.input_storage_options, "references": references_of(job)}
     return own | {name: getattr(job, name) for name in names}
 

@@ -69,7 +69,11 @@ def _check_text(column: pa.Array, columns: Columns, schema: pa.Schema, where: st
     ]
     kind = "URLs" if _URL.match(example) else "paths" if re.search(r"\.\w{2,5}$|/", example) else "text"
     binary = [field.name for field in schema if pa.types.is_binary(field.type)]
-    help_ = f"Set image_column to {binary[0]!r}, which is binary" if binary else "Name the image files themselves as input"
+    help_ = (
+        f"Set image_column to {binary[0]!r}, which is binary"
+        if binary
+        else f"Set reference_column to {columns.image!r} if it names images"
+    )
     raise ShardError(
         f"{where}: column {columns.image!r} holds {kind}, such as {example!r}, not the bytes of images or base64 text of them. "
         f"{help_}, or write the bytes of the images into the column."
