@@ -277,3 +277,18 @@ def test_lists_that_are_mostly_empty_are_read(copy: Any) -> None:
     faiss.write_index(index, str(path))
     assert b"sprs" in path.read_bytes()
     assert len(open_index(path.parent).search(VECTORS[:1], 3, SPACE)[0]) == 3
+
+
+def test_a_bent_lance_file_is_one_message_also_where_lance_panics(copy: Any) -> None:
+    folder = copy("lance")
+    (path,) = (folder / "vectors.lance" / "data").iterdir()
+    good, messages = path.read_bytes(), []
+    for place in [*range(len(good) - 110, len(good) - 32), *range(len(good) - 20, len(good) - 8)]:  # positions and numbers
+        path.write_bytes(good[:place] + bytes([good[place] ^ 0xCA]) + good[place + 1 :])
+        try:
+            open_index(folder).search(VECTORS[:1], 5, SPACE)
+        except ConfigError as error:
+            messages.append(str(error))
+    assert len(messages) > 80
+    assert all(message.endswith("Export it again.") for message in messages)
+    assert any("range" in message for message in messages)  # a panic of Lance

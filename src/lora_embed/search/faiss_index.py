@@ -10,9 +10,19 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lora_embed.errors import ConfigError
-from lora_embed.search.index import DESCRIPTION, FAISS_FILE, HIT_COLUMNS, IDS, IDS_FILE, Hit, IndexDescription, Nearest, Vectors
+from lora_embed.search.index import (
+    DESCRIPTION,
+    FAISS_FILE,
+    HIT_COLUMNS,
+    IDS,
+    IDS_FILE,
+    Hit,
+    IndexDescription,
+    Nearest,
+    Vectors,
+    damage_named,
+)
 from lora_embed.search.index_files import check_faiss, check_ids
-from lora_embed.text import in_one_line
 from lora_embed.vectors.rows import unit, vectors_of
 
 if TYPE_CHECKING:
@@ -70,13 +80,11 @@ def draw_sample(table: "Table", size: int, seed: int) -> Vectors:
 
 
 def open_faiss(faiss: Any, folder: Path, about: IndexDescription) -> Nearest:
-    try:
+    with damage_named(folder):
         check_faiss(folder / FAISS_FILE, about.kind, about.count, about.dimension)
         check_ids(pq.ParquetFile(folder / IDS_FILE), IDS)
         ids = pq.ParquetFile(folder / IDS_FILE, read_dictionary=HIT_COLUMNS)  # so that memory holds a repeated value once
         index = faiss.read_index(str(folder / FAISS_FILE))
-    except (RuntimeError, OSError, ValueError, pa.ArrowException) as error:
-        raise ConfigError(f"{folder}: the index cannot be read ({in_one_line(error, 300)}). Export it again.") from None
     if not index.ntotal == ids.metadata.num_rows == about.count or index.d != about.dimension:
         raise ConfigError(
             f"{folder}: holds {index.ntotal} vectors of {index.d} dimensions and {ids.metadata.num_rows} ids, but its "

@@ -1,6 +1,7 @@
 """An index of a table's vectors: its description, and search in it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,12 +69,21 @@ class Index:
         about = self.description
         where = f"{self.folder}: the index of {about.table}, version {about.version},"
         refuse_other_space(where, about.space_id, space_id, "Export the table's current version again.")
-        try:
-            return self.nearest(unit_queries(vectors, about.dimension, k), k)
-        except (RuntimeError, OSError, ValueError, pa.ArrowException) as error:
-            raise ConfigError(
-                f"{self.folder}: the index cannot be read ({in_one_line(error, 300)}). Export it again."
-            ) from None
+        queries = unit_queries(vectors, about.dimension, k)
+        with damage_named(self.folder):
+            return self.nearest(queries, k)
+
+
+@contextmanager
+def damage_named(folder: Path) -> Iterator[None]:
+    """Turn what FAISS, Lance or Arrow raise for a damaged index into ConfigError, also a panic of Lance's Rust code."""
+    try:
+        yield
+    except BaseException as error:  # a panic is no Exception, and its class cannot be imported
+        is_damage = isinstance(error, RuntimeError | OSError | ValueError | pa.ArrowException)
+        if not is_damage and type(error).__name__ != "PanicException":
+            raise
+        raise ConfigError(f"{folder}: the index cannot be read ({in_one_line(error, 300)}). Export it again.") from None
 
 
 def refuse_other_space(where: str, space_id: str, query_space: str, remedy: str) -> None:

@@ -66,6 +66,25 @@ def check_lance(folder: Path) -> None:
         (length,) = struct.unpack_from("<I", data, start)
         if _BASE_PATHS in _fields(data[start + 4 : start + 4 + length], path.name):
             raise ValueError(f"{path.name} names places outside of the dataset")
+    for path in folder.rglob("*.lance"):
+        if path.is_file():
+            _check_lance_file(path)
+
+
+def _check_lance_file(path: Path) -> None:
+    """Check the last 40 bytes of a data file: Lance ends the process if they ask for more memory than there is.
+
+    These are the positions of three tables, the numbers of buffers and of columns, a version, and the letters LANC.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size - 40))
+        end = file.read()
+    if len(end) < 40 or end[-4:] != b"LANC":
+        raise ValueError(f"{path.name} is not a data file of Lance")
+    *places, buffers, columns = struct.unpack("<QQQII", end[:32])
+    if max(places) > size or (buffers + columns) * 16 > size:
+        raise ValueError(f"{path.name} ends with positions or numbers beyond its size")
 
 
 class _File:

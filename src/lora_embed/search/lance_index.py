@@ -8,9 +8,18 @@ import pyarrow as pa
 
 from lora_embed.errors import ConfigError, LoraEmbedError
 from lora_embed.schema import carry_fields
-from lora_embed.search.index import DESCRIPTION, HIT_COLUMNS, IDS, LANCE_NAME, Hit, IndexDescription, Nearest, Vectors
+from lora_embed.search.index import (
+    DESCRIPTION,
+    HIT_COLUMNS,
+    IDS,
+    LANCE_NAME,
+    Hit,
+    IndexDescription,
+    Nearest,
+    Vectors,
+    damage_named,
+)
 from lora_embed.search.index_files import check_lance
-from lora_embed.text import in_one_line
 from lora_embed.vectors.rows import vectors_of
 
 if TYPE_CHECKING:
@@ -51,15 +60,13 @@ def _lance_batches(table: "Table", columns: list[str], schema: pa.Schema) -> Ite
 
 
 def open_lance(lance: Any, folder: Path, about: IndexDescription) -> Nearest:
-    try:
+    with damage_named(folder):
         check_lance(folder / f"{LANCE_NAME}.lance")
         dataset = lance.dataset(str(folder / f"{LANCE_NAME}.lance"))
         count = dataset.count_rows()
         expected = IDS.insert(1, pa.field("vector", pa.list_(pa.float32(), about.dimension)))
         if [(of.name, of.type) for of in dataset.schema][: len(expected)] != [(of.name, of.type) for of in expected]:
             raise ValueError(f"its columns are {dataset.schema.names}, expected {expected.names} and carried fields")
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{folder}: the index cannot be read ({in_one_line(error, 300)}). Export it again.") from None
     if count != about.count:
         raise ConfigError(f"{folder}: holds {count} vectors, but its {DESCRIPTION} says {about.count}. Export it again.")
 
