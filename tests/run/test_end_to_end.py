@@ -184,7 +184,9 @@ def test_hostile_samples_are_each_one_vector_or_one_reject(tmp_path: Path, tiny:
     (tmp_path / "shards" / "a.tar").write_bytes(tar_of([*good.items(), *bad.items()]))
     (tmp_path / "shards" / "empty.tar").write_bytes(tar_of([]))
     job = job_of(tmp_path, tiny / "recipe.yaml", tmp_path / "shards", chunk_size=5)
-    with pytest.raises(GateFailed, match=r"rejects: 5 of 12 new samples cannot be embedded \(0\.4167, at most 0\.01\)"):
+    with pytest.raises(
+        GateFailed, match=r"rejects: 5 of 12 new samples cannot be embedded: 2 not_an_image, .*\(0\.4167, at most 0\.01\)"
+    ):
         run_job(job)
     assert not (tmp_path / "table" / "versions").exists()
 

@@ -110,11 +110,8 @@ def _next_version(
     sources, with_rejects = _verified_sources(shared, new, shards, here=few)
     counts = join_records(record for source in sources for record in source.shards)
     rejects, removed = _shares(job, current, list(counts.values()), kept)
-    shares = [_with_reasons(rejects, store, with_rejects, accepted), removed, hidden]
-    if before is not None:
-        again = _embedded_again(job, shared, before, shards, staged)
-        drift = judge.drift(shared, before, again, job.reembed.drift)
-        shares += [drift] if drift is not None else []
+    drift = _drift(job, shared, before, shards, staged) if before is not None else []
+    shares = [_with_reasons(rejects, store, with_rejects, accepted), removed, hidden, *drift]
     judge.decide(job.table, shares, accepted)
     compactions = compact.plan_compactions([*reuse.sources, *sources], layout, encoder.space_id, encoder.dimension, forgotten)
     light = few and sum(task.vector_bytes for task in compactions) <= BYTES_HERE
@@ -171,18 +168,20 @@ def _with_reasons(rejects: Gate, store: Store, files: list[tuple[str, int]], acc
     return replace(rejects, says=f"{rejects.says}: {describe_rejects(counts)}", details=tuple(describe_examples(examples)))
 
 
-def _embedded_again(
+def _drift(
     job: JobConfig, shared: pipeline.Job, before: Manifest, shards: dict[str, Shard], staged: dict[str, list[Part]]
-) -> list[str]:
-    """Paths of the parts that were embedded again to notice drift."""
+) -> list[Gate]:
+    """The gate that compares the parts that were embedded again with the version before; none if there are none."""
     chosen = work.choose_again(job, shared.layout, before, list(shards.values()))
-    return [
+    again = [
         path
         for shard, chunk in chosen
         for part in staged.get(shard.id, [])
         if part.chunk == chunk
         for path in staging.part_paths(shared.encoder.space_id, shared.layout, [part])
     ]
+    gate = judge.drift(shared, before, again, job.reembed.drift)
+    return [gate] if gate is not None else []
 
 
 def _refuse_incomplete(new: dict[str, list[Part]], shards: dict[str, Shard]) -> None:

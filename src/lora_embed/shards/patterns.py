@@ -49,17 +49,7 @@ def find_files(pattern: str, options: dict[str, Any], *, follows: bool) -> Files
     store = Store(root, options, follows_links=True)
     store.check_reachable()
     listed, linked_folders = _list(store, follows)
-    expanded = expand_braces(pattern[len(root) :].lstrip("/"))
-    possible = {plain for name in expanded for plain in (name, _without_wildcards(name))}
-    paths = {entry.path for entry in listed if entry.path in possible}
-    inside = {folder for entry in listed for folder in _folders_above(entry.path)}
-    named, folders, globs = set[str](), set[str](), list[list[str]]()
-    for name in expanded:
-        plain = name if name in paths else _without_wildcards(name)
-        if plain is None:
-            globs.append(_with_existing(name.split("/"), inside))
-        else:
-            (folders if plain in inside else named).add(plain)
+    named, folders, globs = _read_names(expand_braces(pattern[len(root) :].lstrip("/")), listed)
     entries, others, shown = Entries(), Entries(), set[str]()
     for entry in listed:
         fitting = [glob[-1][:1] for glob in globs if _fits(entry.path.split("/"), glob)]
@@ -69,7 +59,7 @@ def find_files(pattern: str, options: dict[str, Any], *, follows: bool) -> Files
             others.append(entry)
         if posixpath.basename(entry.path)[:1] in {"_", "."}.intersection(fitting):
             shown.add(entry.path)
-    missing = sorted(named - paths)
+    missing = sorted(named - {entry.path for entry in entries if entry.path in named})
     if missing and len(entries):
         raise ConfigError(
             f"input {pattern}: {len(missing)} of the {len(named)} files that it names do not exist; the first is "
@@ -85,6 +75,21 @@ def find_files(pattern: str, options: dict[str, Any], *, follows: bool) -> Files
         looked_at=len(listed),
         others=others,
     )
+
+
+def _read_names(names: list[str], listed: Entries) -> tuple[set[str], set[str], list[list[str]]]:
+    """The names of a pattern's braces → files that are named outright, folders, and globs, folder by folder."""
+    possible = {plain for name in names for plain in (name, _without_wildcards(name))}
+    paths = {entry.path for entry in listed if entry.path in possible}
+    inside = {folder for entry in listed for folder in _folders_above(entry.path)}
+    named, folders, globs = set[str](), set[str](), list[list[str]]()
+    for name in names:
+        plain = name if name in paths else _without_wildcards(name)
+        if plain is None:
+            globs.append(_with_existing(name.split("/"), inside))
+        else:
+            (folders if plain in inside else named).add(plain)
+    return named, folders, globs
 
 
 def _with_existing(glob: list[str], folders: set[str]) -> list[str]:
