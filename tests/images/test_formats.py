@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from images.test_hostile import try_all
+from bent_images import try_all
 from lora_embed.images.arithmetic import AS_DECODED
 from lora_embed.images.decode import BadImage, decode_image, to_rgb
 from lora_embed.images.recognise import name_of

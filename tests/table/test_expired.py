@@ -178,7 +178,7 @@ SOURCE = "s3://images/shards"
 
 
 @pytest.mark.parametrize(
-    ("listing", "keys", "says"), [(1, WRITER, "s3://images/table"), (2, READER, SOURCE), (3, READER, SOURCE)]
+    ("listing", "keys", "says"), [(1, WRITER, "s3://images/table"), (2, READER, SOURCE), (3, READER, f"{SOURCE}/*.tar")]
 )
 def test_keys_that_are_no_longer_accepted_end_the_night_before_it_begins(
     tmp_path: Path,

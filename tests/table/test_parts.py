@@ -129,7 +129,11 @@ def test_write_parts_goes_batch_to_batch(tmp_path: Path) -> None:
     write = writer(store, shape)
     for _ in range(2):  # again by a task that was retried: the same counts, nothing new
         (row,) = write(batch)["head"]
-        assert ChunkHead.from_json(row) == replace(head, samples=4, reasons={"empty": 1, "non_finite_vector": 1})
+        counted, written = replace(head, samples=4, reasons={"empty": 1, "non_finite_vector": 1}), ChunkHead.from_json(row)
+        assert replace(written, examples=[]) == counted
+        assert [(example["id"], example["reason"]) for example in written.examples] == [
+            ("s/k1", "empty"), ("s/k3", "non_finite_vector"),
+        ]  # fmt: skip
     failed = ChunkHead(shard_id="b" * 16, shard_name="t", prefix="t", error="t: cut short")
     (row,) = write(row_of(failed, samples([], shape), vectors(1)))["head"]
     assert ChunkHead.from_json(row) == failed
