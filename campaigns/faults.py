@@ -1,4 +1,4 @@
-"""What befalls a run of the fault campaign: the kinds of faults, when they strike, and what they do."""
+"""The faults of the fault campaign: their kinds, when they happen to a run, and what they do."""
 
 import contextlib
 import random

@@ -1,4 +1,4 @@
-"""Does a figure grow? Its slope over time by least squares, with an interval, held against a limit that is stated."""
+"""Does a figure grow? Its slope over time by least squares, with an interval, compared with a limit that is stated."""
 
 from dataclasses import dataclass
 
