@@ -226,6 +226,31 @@ def test_a_large_row_group_is_read_in_little_memory(tmp_path: Path, compression:
     assert taken < 250, "MB; the row group has 346"
 
 
+CODECS = ("none", "snappy", "gzip", "brotli", "zstd", "lz4")
+
+
+@pytest.mark.parametrize("compression", CODECS)
+@pytest.mark.parametrize("nested", ["flat", "list", "struct"])
+def test_images_in_a_large_dictionary_are_read_many_at_once(tmp_path: Path, compression: str, nested: str) -> None:
+    """As pyarrow writes distinct images by default: all are in a dictionary, of which a batch might repeat the largest."""
+    images = [os.urandom(60_000) for _ in range(200)]
+    cells: list[Any] = [{"flat": image, "list": [image], "struct": {"bytes": image, "path": "a"}}[nested] for image in images]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": cells}), path, compression=compression)
+    with path.open("rb") as file:
+        opened = checked_parquet.ParquetFile(file, path.stat().st_size, str(path))
+        assert [batch.num_rows for batch in opened.batches(0, ["image"], 64)] == [64, 64, 64, 8]
+    assert [sample.data for sample in samples_of(shard_at(path))] == images
+
+
+def test_a_large_image_in_a_dictionary_is_repeated_a_few_times_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [b"small", os.urandom(20_000_000), b""] * 100}), path)
+    with path.open("rb") as file:
+        opened = checked_parquet.ParquetFile(file, path.stat().st_size, str(path))
+        assert max(batch.num_rows for batch in opened.batches(0, ["image"], 64)) == checked_parquet.MOST_REPEATED // 20_000_000
+
+
 def test_a_row_group_is_read_the_same_in_windows_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [os.urandom(number * 37 % 5000) for number in range(400)]
     lists = [images[number : number + number % 3] for number in range(400)]

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from lora_embed.errors import ShardError
 from lora_embed.images.recognise import name_of
-from lora_embed.shards.pages import Column, ColumnReader, Page
+from lora_embed.shards.pages import Column, ColumnReader, Page, largest_entry
 from lora_embed.shards.thrift import Thrift
 
 TAIL = 2**16  # bytes at a file's end that are read in one request
@@ -64,7 +64,8 @@ class ParquetFile:
                 raise ShardError(f"{self._where}: its footer names bytes that the file does not have. {_AGAIN}")
         given = 0  # rows
         while True:
-            checks = [_PageCheck(column, self._leaves[column.number], self.rows[group], self._where) for column in named]
+            rows = self.rows[group]
+            checks = [_PageCheck(column, self._leaves[column.number], rows, most, self._where) for column in named]
             self._checked.open(named, checks)
             most = min([most, *(check.most for check in checks)])
             for check in checks:
@@ -128,14 +129,14 @@ class _TooManyRows(Exception):
 class _PageCheck:
     """Checks the pages of a column one by one. `most`: the rows that a batch may hold, by the pages so far."""
 
-    def __init__(self, column: Column, leaf: Any, rows: int, where: str) -> None:
+    def __init__(self, column: Column, leaf: Any, rows: int, most: int, where: str) -> None:
         self._column, self._where = column, where
-        self._is_list = bool(leaf.max_repetition_level)
+        self._is_list, self._has_lengths = bool(leaf.max_repetition_level), leaf.physical_type == "BYTE_ARRAY"
         self._values = self._unpacked = 0
         self.used: int | None = None  # rows of each batch, once they are read
-        self.most = max(1, MOST_BATCH * rows // column.size) if column.size else rows
+        self.most = min(most, max(1, MOST_BATCH * rows // column.size)) if column.size else most
 
-    def __call__(self, page: Page) -> None:
+    def __call__(self, page: Page, read: Callable[[], memoryview]) -> None:
         if page.unpacked > max(MOST_PAGE, TIMES_PACKED * page.packed):
             raise ShardError(
                 f"{self._where}: a page of {page.packed} bytes unpacks to {page.unpacked} bytes; at most {MOST_PAGE}, or "
@@ -148,10 +149,16 @@ class _PageCheck:
                 f"{MOST_VALUES}, or eight for each byte, are allowed. {_ANEW}"
             )
         of_size = MOST_BATCH * page.values // max(page.unpacked, 1) if page.values and not self._is_list else self.most
-        of_repeats = MOST_REPEATED // page.repeatable if page.repeatable else self.most
-        self.most = max(1, min(self.most, of_size, of_repeats))
+        self.most = max(1, min(self.most, of_size, self._most_repeats(page, read)))
         if self.used is not None and self.most < self.used:
             raise _TooManyRows(self.most)
+
+    def _most_repeats(self, page: Page, read: Callable[[], memoryview]) -> int:
+        """The rows that a batch may hold if each repeats the largest value that this page lets it repeat."""
+        repeatable = page.repeatable
+        if page.is_dictionary and self._has_lengths and repeatable * self.most > MOST_REPEATED:
+            repeatable = largest_entry(read(), page, self._column.codec)
+        return MOST_REPEATED // repeatable if repeatable else self.most
 
 
 _AGAIN = "Upload it again."
@@ -199,7 +206,7 @@ def _column_of(described: dict[int, Any], number: int) -> Column:
     """A column from its description in the footer. Like for Arrow, it begins with its dictionary, if it has one."""
     begin, dictionary = described.get(9, 0), described.get(11, 0)
     path = ".".join(part.decode("utf-8", "replace") for part in described.get(3, []))
-    return Column(path, dictionary if 0 < dictionary < begin else begin, described.get(7, 0), number)
+    return Column(path, dictionary if 0 < dictionary < begin else begin, described.get(7, 0), number, described.get(4, 0))
 
 
 def _without_extensions(footer: bytes, where: str) -> bytes:

@@ -8,7 +8,7 @@ _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = 1, 2, 3, 7,
 class Thrift:
     """A reader of Thrift's compact protocol, from a position in some bytes on."""
 
-    def __init__(self, data: bytes, place: int) -> None:
+    def __init__(self, data: bytes | memoryview, place: int) -> None:
         self._data, self.place = data, place
 
     def struct(self) -> dict[int, Any]:
@@ -53,7 +53,7 @@ class Thrift:
         if length > len(self._data) - self.place:
             raise ValueError(f"a value of {length} bytes where fewer are left")
         self.place += length
-        return self._data[self.place - length : self.place]
+        return bytes(self._data[self.place - length : self.place])
 
     def _byte(self) -> int:
         byte = self._data[self.place]
