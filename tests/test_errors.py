@@ -395,12 +395,11 @@ INPUT_CASES = [
         without_the_field,
         ["carry names lable", "0000.tar has the fields", "Did you mean 'label'", "Correct carry"],
         builds=True,
-        starts=True,
     ),
     Case(
         "a web address with a signature",
         lambda s: s.job(input="https://example.org/a.tar?signature=x"),
-        ["https://example.org/a.tar?…", "holds a password or a signature", "in their storage options"],
+        ["https://example.org/a.tar?…", "holds a password or a signature", "a list: see reference_column"],
     ),
     Case("two images that would share an id", clashing_names, ["duplicate ids", "0000.tar", "Name the folder above both"]),
 ]

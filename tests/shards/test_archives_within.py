@@ -39,7 +39,7 @@ def test_a_sample_without_an_image_says_what_it_has(tmp_path: Path) -> None:
 def test_a_folder_or_file_of_archives_says_what_helps(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"PK\3\4" + bytes(100))
     for pattern in (tmp_path, tmp_path / name):
-        with pytest.raises(ConfigError, match="Of archives, only tars are read .* pack its files into a tar"):
+        with pytest.raises(ConfigError, match=r"Of archives, only tars are read .* pack its files into a tar"):
             list_shards((str(pattern),), {})
 
 
