@@ -144,9 +144,9 @@ def _group(
     if not shards and not images:
         found = f" It passes over {describe_passed(_most_first(here))}." if here else ""
         raise ConfigError(
-            f"{where}: matches no tar, Parquet or image file among {files.looked_at} file{'' if files.looked_at == 1 else 's'} below {files.root}.{found} Correct "
-            "the pattern, or name a file by its full name, which is then read whatever the name."
-            + next(filter(None, (hint(entry.path) for entry in files.entries)), "")
+            f"{where}: matches no tar, Parquet or image file among {files.looked_at} file{'' if files.looked_at == 1 else 's'} "
+            f"below {files.root}.{found} Correct the pattern, or name a file by its full name, which is then read whatever the "
+            "name." + next(filter(None, (hint(entry.path) for entry in files.entries)), "")
         )
     passed.update(here)
     return shards + _image_groups(files.root, images, beside)
