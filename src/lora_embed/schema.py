@@ -1,5 +1,6 @@
 """The Arrow schemas of parts and tables, and the records that the stages pass to each other."""
 
+import functools
 import hashlib
 import json
 import re
@@ -104,7 +105,7 @@ class Layout:
     max_bytes: int = MAX_BYTES
     image_member: tuple[str, ...] = ()  # extensions of the members of a tar that are images; none: see `shards.tar_groups`
 
-    @property
+    @functools.cached_property  # it is asked for with each part
     def layout_id(self) -> str:
         """12 hex digits."""
         settings = asdict(self)
