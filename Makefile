@@ -11,7 +11,7 @@ DAFT := $(LORA_EMBED_CACHE)/peers/daft/ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-slow test-long soak readers matrix processors versions shards faults lint policy hashes strangers bench quality map wheel clean
+.PHONY: setup demo test test-slow test-long soak readers matrix errors processors versions shards faults lint policy hashes strangers bench quality map wheel clean
 
 setup: $(READY)
 
@@ -59,6 +59,9 @@ readers: setup
 
 matrix: setup
 	LORA_EMBED_WRITE_DOCS=1 $(BIN)/python -m pytest tests/model/test_families.py tests/model/test_features.py
+
+errors: setup
+	LORA_EMBED_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_errors.py
 
 processors: setup
 	$(BIN)/python tests/processors.py $(PROCESSORS)
