@@ -131,6 +131,17 @@ class Store:
             found = local.walk_input(self.full_path(""), follows=follows, ignored_links=ignored_links)
             return Entries(found), dict(sorted(ignored_links.items()))
 
+    @property
+    def lists_in_pages(self) -> bool:
+        """Can this store list from any object on, page by page?"""
+        return remote.is_s3(self.uri)
+
+    def page_behind(self, path: str, folder: str) -> list[Entry]:
+        """The next thousand objects behind this path, of a folder and its folders, in the store's order."""
+        fs, root = self.filesystem, self.full_path("")
+        found = self._retried(path, lambda: remote.page_behind(fs, self.full_path(path), self.full_path(folder)))
+        return [remote.entry(name.removeprefix(f"{root}/"), described) for name, described in found]
+
     def open(self, path: str, ahead: int = READ_AHEAD) -> BinaryIO:
         """Open an object for random reads, with at most `ahead` bytes read ahead. Raises FileNotFoundError if it is gone.
 
