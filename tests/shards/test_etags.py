@@ -12,6 +12,7 @@ from lora_embed.shards.etags import etags_of
 from lora_embed.shards.references import reach_of
 from lora_embed.store.objects import look
 from lora_embed.store.place import locate, place_of
+from lora_embed.store.store import Store
 from s3 import Proxy, S3Server
 from samples import png
 
@@ -56,3 +57,11 @@ def test_few_objects_among_many_others_are_asked_for_one_by_one(filled: S3Server
         listed = [request for request in proxy.requests if "list-type=2" in request.query]
     assert all(found)
     assert len(listed) <= etags.POOR_PAGES
+
+
+def test_to_tell_whether_a_folder_exists_takes_one_small_answer(filled: S3Server) -> None:
+    with Proxy(filled.endpoint) as proxy:
+        store = Store("s3://many", filled.options(proxy.endpoint))
+        assert [store.is_directory(path) for path in ("a", "gone", "a/00000 ü.png", "")] == [True, False, False, True]
+        assert not Store("s3://no-bucket", filled.options(proxy.endpoint)).is_directory("a")
+        assert [request.query.count("max-keys=1") for request in proxy.requests] == [1] * 5

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from lora_embed.errors import LoraEmbedError
 from lora_embed.store.objects import Reach, look
 from lora_embed.store.place import Place, locate
+from lora_embed.store.remote import is_s3
 from lora_embed.store.retry import LIBRARY_ERRORS
 from lora_embed.store.store import Store
 
@@ -43,7 +44,7 @@ def _listed(places: Iterable[Place], reach: Reach) -> dict[Place, str]:
     found: dict[Place, str] = {}
     for some in by_store.values():
         store = reach.store_of(some[0])
-        if store.lists_in_pages and len(some) > FEWEST_IN_PAGE:
+        if is_s3(store.uri) and len(some) > FEWEST_IN_PAGE:
             found.update(_from_pages(store, {place.path: place for place in some}))
     return found
 
