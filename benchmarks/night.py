@@ -33,35 +33,24 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import itertools
 
 from lora_embed.cli import main as cli_main
+from lora_embed.config.models import load_job
+from lora_embed.run.open import references_of
 from lora_embed.schema import ChunkHead, Layout, Shard, sample_schema
 from lora_embed.shards import listing
 from lora_embed.store.store import Store
 from lora_embed.table.parts import make_part, part_path, write_part
 from lora_embed.table.read import open_table
 from lora_embed.table.verify import verify_table
-from samples import png, tar_of
+from night_inputs import KINDS, Loose, References, Tars
 from traffic import counted_traffic
 
-CONTENTS, IMAGES = 16, 3
+Input = Tars | Loose | References
 GROWTH = 1.5  # times the growth of the shards, of the seconds that a function takes: more is named
 NOTICED_S = 0.5
 NOISE = 2e-6
 
 
-def write_input(folder: Path, count: int) -> Path:
-    """The tars, linked to few contents, so that a hundred thousand take no more room than sixteen."""
-    contents, shards = folder / "contents", folder / "shards"
-    contents.mkdir()
-    shards.mkdir()
-    for number in range(CONTENTS):
-        members = [(f"{image}.png", png(number * IMAGES + image)) for image in range(IMAGES)]
-        (contents / f"{number}.tar").write_bytes(tar_of(members))
-    for number in range(count):
-        os.link(contents / f"{number % CONTENTS}.tar", shards / f"{number:08d}.tar")
-    return shards
-
-
-def write_job(folder: Path, shards: Path) -> Path:
+def write_job(folder: Path, content: Input) -> Path:
     """A model of 384 dimensions, one layer deep, with two adapters."""
     from jobs import write_recipe  # imports torch, whose memory would count as that of each step
     from models import save_adapter, save_base
@@ -70,49 +59,37 @@ def write_job(folder: Path, shards: Path) -> Path:
     adapters = {save_adapter(folder / "ten", base, 10, seed=1): 0.5, save_adapter(folder / "more", base, 27, seed=2): 0.5}
     recipe = write_recipe(folder, base, adapters)
     job = folder / "job.yaml"
-    settings = {"recipe": str(recipe), "input": [str(shards)], "table": str(folder / "table"), "precision": "float32"}
+    settings = {"recipe": str(recipe), "input": [content.input], "table": str(folder / "table"), "precision": "float32"}
     settings |= {"batch_size": 16, "resources": {"actors": {"max": 1}}, "retain": {"versions": 2, "grace_days": 1}}
+    settings |= content.settings
     job.write_text(yaml.safe_dump(settings))
     return job
 
 
-def stage_others(folder: Path) -> None:
+def stage_others(folder: Path, job: Path, content: Input) -> None:
     """Parts of all shards that the first version lacks, with the vectors that it has of the same contents."""
     opened = open_table(str(folder / "table"))
     layout = Layout(**opened.manifest.lineage["layout"] | {"carry": ()})
-    rows = opened.to_dataset().to_table().sort_by("id").to_pylist()
-    by_shard: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_shard.setdefault(row["shard"], []).append(row)
-    contents = [by_shard[f"{number:08d}.tar"] for number in range(CONTENTS)]
+    rows = opened.to_dataset().to_table().to_pylist()
+    by_content = {content.content(row["shard"], row["key"]): row for row in rows}
     store = Store(str(folder / "table"))
     (folder / "table" / part_path(opened.space_id, layout.layout_id)).mkdir(parents=True, exist_ok=True)
     os.fsync = lambda file: None  # what is staged here need not survive a power cut
     known = {shard.id for shard in opened.manifest.shards.values()}
-    for shard in listing.list_shards((str(folder / "shards"),), {}):
+    for number, shard in enumerate(listing.list_shards((content.input,), {}, references=references_of(load_job(job)))):
         if shard.id not in known:
-            _stage(store, opened.space_id, layout, shard, contents[int(shard.name[:8]) % CONTENTS])
+            staged = [by_content[made] | {"key": key} for key, made in content.names(shard)]
+            _stage(store, opened.space_id, layout, shard, staged, number)
 
 
-def _stage(store: Store, space_id: str, layout: Layout, shard: Shard, rows: list[dict[str, Any]]) -> None:
+def _stage(store: Store, space_id: str, layout: Layout, shard: Shard, rows: list[dict[str, Any]], seed: int) -> None:
     head = ChunkHead(shard_id=shard.id, shard_name=shard.name, prefix=shard.prefix, last=True, good=len(rows))
     samples = [{name: row[name] for name in ("key", "width", "height", "sha256")} for row in rows]
     batch = pa.RecordBatch.from_pylist([sample | {"reason": None, "detail": None} for sample in samples], sample_schema(()))
     vectors = np.array([row["embedding"] for row in rows], np.float32)
     # Their last bits are noise, below the limit of `drift`: else equal vectors would be compressed as no real ones are.
-    vectors *= 1 + np.random.default_rng(int(shard.name[:8])).uniform(-NOISE, NOISE, vectors.shape).astype(np.float32)
+    vectors *= 1 + np.random.default_rng(seed).uniform(-NOISE, NOISE, vectors.shape).astype(np.float32)
     write_part(store, space_id, layout, head, make_part(head, batch, vectors, layout))
-
-
-def change_three(folder: Path) -> None:
-    """One tar changes, one goes, one comes."""
-    shards = sorted((folder / "shards").iterdir())
-    changed, removed = shards[len(shards) // 3], shards[2 * len(shards) // 3]
-    changed.unlink()
-    changed.write_bytes(tar_of([(f"{image}.png", png(10**6 + image)) for image in range(IMAGES)]))
-    removed.unlink()
-    added = folder / "shards" / f"{len(shards):08d}.tar"
-    added.write_bytes(tar_of([(f"{image}.png", png(2 * 10**6 + image)) for image in range(IMAGES)]))
 
 
 def drive(arguments: list[str], profiles: bool) -> dict[str, Any]:
@@ -156,30 +133,30 @@ def step(folder: Path, arguments: list[str], *, profiles: bool = False) -> dict[
     return found
 
 
-def measure(folder: Path, count: int, *, profiles: bool) -> dict[str, Any]:
+def measure(folder: Path, content: Input, *, profiles: bool) -> dict[str, Any]:
     """All steps at one size."""
-    shards = write_input(folder, count)
-    job = write_job(folder, shards)
-    few = [f"input={shards}/{{{0:08d}..{CONTENTS - 1:08d}}}.tar"]
-    found: dict[str, Any] = {"shards": count, "images": count * IMAGES}
-    step(folder, ["nightly", "--config", str(job), "--set", *few])
-    stage_others(folder)
-    found["publish all"] = step(folder, ["nightly", "--config", str(job)], profiles=profiles)
+    images = content.count * content.images_each
+    content.write()
+    job = write_job(folder, content)
+    found: dict[str, Any] = {"count": content.count, "images": images}
+    step(folder, ["nightly", "--config", str(job), "--set", f"input={content.first}"])
+    stage_others(folder, job, content)
+    # The first images are in shards of other names, unless they are tars.
+    found["publish all"] = step(folder, ["nightly", "--config", str(job), "--set", "max_removed=1"], profiles=profiles)
     opened = open_table(str(folder / "table"))
-    assert opened.count == count * IMAGES
+    assert opened.count == images
     found["data files"] = {entry.path: entry.bytes for entry in opened.manifest.files}
     before = {entry.path for entry in opened.manifest.files}
-    change_three(folder)
+    content.change()
     found["night"] = step(folder, ["nightly", "--config", str(job)], profiles=profiles)
     now = open_table(str(folder / "table"))
-    assert now.count == count * IMAGES
+    assert now.count == images + content.grows
     touched = {path: found["data files"][path] for path in before - {entry.path for entry in now.manifest.files}}
     found["touched bytes"] = sum(touched.values())
     found["state"] = _last_state(folder)
     found["quiet night"] = step(folder, ["nightly", "--config", str(job)], profiles=profiles)
-    forgotten = f"{count:08d}.tar/1"  # of the new tar: no other image has its vector
-    vector = now.rows([forgotten], ["embedding"]).to_pylist()[0]["embedding"]
-    found["forget"] = step(folder, ["forget", str(folder / "table"), forgotten, "--why", "asked"], profiles=profiles)
+    vector = now.rows([content.added], ["embedding"]).to_pylist()[0]["embedding"]
+    found["forget"] = step(folder, ["forget", str(folder / "table"), content.added, "--why", "asked"], profiles=profiles)
     found["files with the vector"] = {"before": holders_of(folder / "table", vector)}
     age(folder / "table", days=2)
     found["gc"] = step(folder, ["gc", str(folder / "table")], profiles=profiles)
@@ -224,7 +201,7 @@ def name_growth(results: list[dict[str, Any]]) -> list[str]:
     named = []
     for small, large in itertools.pairwise(results):
         for name in ("publish all", "night", "quiet night", "forget", "gc"):
-            grows = large["shards"] / small["shards"]
+            grows = large["count"] / small["count"]
             before = small[name].get("functions", {})
             for function, seconds in large[name].get("functions", {}).items():
                 if seconds >= NOTICED_S and seconds > GROWTH * grows * max(before.get(function, 0.0), 0.02):
@@ -235,7 +212,9 @@ def name_growth(results: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, nargs="+", default=[1000, 10_000, 100_000])
+    parser.add_argument("--count", type=int, nargs="+", default=[1000, 10_000, 100_000])
+    parser.add_argument("--kind", choices=KINDS, default="tars", help="what is counted: tars, loose images or references")
+    parser.add_argument("--place", help="where the input lies, for example s3://bucket/night, for references only")
     parser.add_argument("--profile", action="store_true", help="seconds by function, which slows the whole by a tenth or more")
     parser.add_argument("--keep", type=Path, help="leave input and table of the last size in this folder")
     parser.add_argument("--drive", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # this process is one step
@@ -244,12 +223,13 @@ def main() -> None:
         print("\n" + json.dumps(drive(arguments.drive, arguments.profile)))
         return
     results = []
-    for count in arguments.shards:
+    for count in arguments.count:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            results.append(measure(folder, count, profiles=arguments.profile))
+            content = KINDS[arguments.kind](arguments.place or str(folder), count)
+            results.append(measure(folder, content, profiles=arguments.profile))
             print(json.dumps(results[-1], indent=1), file=sys.stderr)
-            if arguments.keep is not None and count == arguments.shards[-1]:
+            if arguments.keep is not None and count == arguments.count[-1]:
                 shutil.copytree(folder, arguments.keep)
     print(json.dumps({"results": results, "faster than the shards": name_growth(results)}, indent=1))
 

@@ -2,13 +2,16 @@
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lora_embed.entries import Entry
 from lora_embed.errors import ShardError
 from lora_embed.schema import Shard
+from lora_embed.shards.beside import assign
 from lora_embed.shards.listing import list_input
 from lora_embed.shards.look import absent_fields
 from lora_embed.shards.read import read_samples
@@ -181,3 +184,16 @@ def test_a_field_that_no_sample_has_is_found_without_reading_images(tmp_path: Pa
     assert absent(tmp_path, ("day", "string")) == []
     (tmp_path / "b.parquet").unlink()
     assert absent(tmp_path, ("day", "string")) == [], "the run itself says what is wrong with the shard"
+
+
+def test_images_without_files_beside_them_take_no_memory() -> None:
+    """The listing of a million images and one file of fields must not hold a million records at once."""
+    images = (Entry(f"{number:06d}.jpg", 1, "e") for number in range(50_000))
+    tracemalloc.start()
+    try:
+        found = assign(images, [Entry("000007.json", 1, "e")], ["label"])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert {path: [file.path for file in files] for path, files in found.items()} == {"000007.jpg": ["000007.json"]}
+    assert peak < 1_000_000

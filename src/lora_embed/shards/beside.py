@@ -6,7 +6,7 @@ import itertools
 import json
 import posixpath
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -26,23 +26,32 @@ def may_hold_fields(path: str, fields: Collection[str]) -> bool:
     return name in METADATA or posixpath.splitext(name)[1][1:] in {"json", *fields}
 
 
-def assign(images: list[Entry], others: list[Entry], fields: Collection[str]) -> dict[str, list[Entry]]:
-    """Path of an image, or of a folder with images, → the files that hold its fields, of these other files."""
-    if not fields:
-        return {}
-    by_stem: dict[str, list[str]] = defaultdict(list)
-    for image in images:
-        by_stem[posixpath.splitext(image.path)[0]].append(image.path)
-    paths, folders = {image.path for image in images}, {posixpath.dirname(image.path) for image in images}
-    beside: dict[str, list[Entry]] = defaultdict(list)
+def assign(images: Iterable[Entry], others: Iterable[Entry], fields: Collection[str]) -> dict[str, list[Entry]]:
+    """Path of an image, or of a folder with images, → the files that hold its fields, of these other files.
+
+    What is held in memory grows with these files, and not with the images: few of a million may have any.
+    """
     metadata: dict[str, list[Entry]] = defaultdict(list)
+    own = list[tuple[str, Entry]]()  # with the path without its last ending
     for other in others:
         if other.broken or not may_hold_fields(other.path, fields):
             continue
         if posixpath.basename(other.path).lower() in METADATA:
             metadata[posixpath.dirname(other.path)].append(other)
-            continue
-        stem = posixpath.splitext(other.path)[0]
+        else:
+            own.append((posixpath.splitext(other.path)[0], other))
+    if not metadata and not own:
+        return {}
+    by_stem, folders = defaultdict[str, list[str]](list), set[str]()
+    stems, paths = {stem for stem, _ in own}, set[str]()
+    for image in images:
+        folders.add(posixpath.dirname(image.path))
+        if image.path in stems:
+            paths.add(image.path)
+        if (stem := posixpath.splitext(image.path)[0]) in stems:
+            by_stem[stem].append(image.path)
+    beside: dict[str, list[Entry]] = defaultdict(list)
+    for stem, other in own:
         for path in [stem] if stem in paths else by_stem.get(stem, []):
             beside[path].append(other)
     for folder in folders if metadata else ():
@@ -59,7 +68,7 @@ def read_beside(
     `check` raises an error if a file has changed. Raises ShardError for metadata that cannot be read.
     """
     wanted = {entry.path for entry in shard.files}
-    by_image = assign(list(shard.files), list(shard.sidecars), fields)
+    by_image = assign(shard.files, shard.sidecars, fields)
     rows: dict[str, dict[str, Any]] = defaultdict(dict)
     metadata = [entry for entry in shard.sidecars if posixpath.basename(entry.path).lower() in METADATA]
     for entry in sorted(metadata, key=lambda entry: (entry.path.count("/"), entry.path)):

@@ -138,7 +138,7 @@ def _group(
         else:
             others.append(entry)
     all_images = itertools.chain.from_iterable(images.values())
-    beside = assign(list(all_images), [*others, *files.others], fields) if fields else {}
+    beside = assign(all_images, itertools.chain(others, files.others), fields) if fields else {}
     used = {entry.path for some in beside.values() for entry in some}
     here.update(kinds.BROKEN if entry.broken else kinds.counted_as(entry.path) for entry in others if entry.path not in used)
     if not shards and not images:

@@ -18,10 +18,11 @@ from lora_embed.entries import Entries
 from lora_embed.errors import ConfigError, LoraEmbedError, ShardError
 from lora_embed.schema import Rows, Shard
 from lora_embed.shards.compressed import COMPRESSED_TAR
+from lora_embed.shards.etags import etags_of
 from lora_embed.shards.kinds import PACKED, kind_by_name
 from lora_embed.shards.list_rows import LISTS, PARQUET, ListRows, References, Row, read_list
 from lora_embed.shards.patterns import Files
-from lora_embed.shards.references import ETAG, FIELD, KEY, REFERENCE, etags_of
+from lora_embed.shards.references import ETAG, FIELD, KEY, REFERENCE, reach_of
 from lora_embed.store.place import WEB, is_local, locate, place_of
 from lora_embed.store.retry import LIBRARY_ERRORS
 from lora_embed.store.store import Store
@@ -84,12 +85,13 @@ def list_ranges(shard: Shard, references: References, options: dict[str, Any]) -
     folder = posixpath.join(place, posixpath.dirname(shard.name)).rstrip("/") or "/"
     where = f"{shard.root}/{shard.name}"
     reach = Rows(folder=folder, roots=references.roots, rejects_unreachable=references.rejects_unreachable)
+    reached = reach_of(reach, options)
     keys, ranges, ends = array("q"), list[tuple[str, bytes, bool]](), [0]
     store = Store(shard.root, options, follows_links=True)
     with _errors_of(shard), store.explained(entry.path), store.open(entry.path, entry.size) as file:
         told = read_list(file, shard, references)
         for rows, state in _ranges(_allowed(told.rows, folder, references, where), keys, where):
-            etags = etags_of([row[0] for row in rows], reach, options) if references.checks else None
+            etags = etags_of([row[0] for row in rows], place_of(folder), reached) if references.checks else None
             state.update(repr(etags).encode() if etags is not None else b"")
             has_local = any(is_local(row[0], folder) for row in rows if row[0])
             ranges.append((state.hexdigest(), _packed(rows, etags, told), has_local))

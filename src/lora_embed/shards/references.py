@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_embed.schema import Rows, Sample, Shard, Wanted, from_ipc
 from lora_embed.shards.fields import values_of
-from lora_embed.store.objects import Fetched, Reach, fetch, look
+from lora_embed.store.objects import Fetched, Reach, fetch
 from lora_embed.store.place import Place, locate, place_of
 from lora_embed.text import in_one_line, redacted
 
@@ -54,21 +54,6 @@ def reach_of(rows: Rows, options: dict[str, Any]) -> Reach:
     named = [place_of(place) for place in (rows.folder, *rows.roots)]
     private = frozenset(place.host for place in named if place.is_web)
     return Reach(options=options, private=private, rejects_unreachable=rows.rejects_unreachable)
-
-
-def etags_of(references: list[str | None], rows: Rows, options: dict[str, Any]) -> list[str]:
-    """The etag of each reference's object; empty where there is none."""
-    reach, folder = reach_of(rows, options), place_of(rows.folder)
-
-    def etag_of(reference: str | None) -> str:
-        try:
-            entry = look(locate(reference or "", folder), reach)
-        except ValueError:
-            return ""
-        return "" if entry is None else entry.etag
-
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(etag_of, references))
 
 
 @dataclass(kw_only=True)

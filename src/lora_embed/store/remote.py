@@ -181,6 +181,22 @@ def _find_in_pages(fs: Any, folder: str, uri: str) -> Iterator[tuple[str, dict[s
         request["ContinuationToken"] = token
 
 
+def has_folder(fs: Any, path: str) -> bool:
+    """Is there an object below this path of S3? s3fs would list, and keep, all that lies there, be it a million objects."""
+    bucket, _, key = path.strip("/").partition("/")
+    request = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", "MaxKeys": 1} | getattr(fs, "req_kw", {})
+    return bool(fs.call_s3("list_objects_v2", **request).get("Contents")) or not key
+
+
+def page_behind(fs: Any, path: str, folder: str) -> list[tuple[str, dict[str, Any]]]:
+    """Full paths and properties of the next objects of a folder behind this path, as many as S3 lists at once."""
+    bucket, _, key = path.partition("/")
+    prefix = folder.partition("/")[2]
+    request = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "StartAfter": key} | getattr(fs, "req_kw", {})
+    listed = fs.call_s3("list_objects_v2", **request).get("Contents", [])
+    return [(f"{bucket}/{described['Key']}", described | {"size": described["Size"]}) for described in listed]
+
+
 def _walk(fs: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for info in fs.ls(folder, detail=True):
         name = info["name"].rstrip("/")

@@ -131,6 +131,12 @@ class Store:
             found = local.walk_input(self.full_path(""), follows=follows, ignored_links=ignored_links)
             return Entries(found), dict(sorted(ignored_links.items()))
 
+    def page_behind(self, path: str, folder: str) -> list[Entry]:
+        """The next thousand objects behind this path, of a folder and its folders, in the store's order."""
+        fs, root = self.filesystem, self.full_path("")
+        found = self._retried(path, lambda: remote.page_behind(fs, self.full_path(path), self.full_path(folder)))
+        return [remote.entry(name.removeprefix(f"{root}/"), described) for name, described in found]
+
     def open(self, path: str, ahead: int = READ_AHEAD) -> BinaryIO:
         """Open an object for random reads, with at most `ahead` bytes read ahead. Raises FileNotFoundError if it is gone.
 
@@ -168,9 +174,11 @@ class Store:
         return remote.entry(path, answer) if answer["type"] == "file" else None
 
     def is_directory(self, path: str = "") -> bool:
-        fs = self.filesystem
-        full = self.full_path(path)
-        return self._retried(path, lambda: bool(fs.isdir(full)))
+        fs, full = self.filesystem, self.full_path(path)
+        try:
+            return self._retried(path, lambda: remote.has_folder(fs, full) if remote.is_s3(self.uri) else bool(fs.isdir(full)))
+        except FileNotFoundError:
+            return False
 
     def now(self) -> float:
         """Seconds since 1970 by the store's clock, which dates its objects and may differ from this machine's.
