@@ -200,6 +200,7 @@ except IncompleteRun as error:
 """
 
 
+@pytest.mark.slow
 def test_a_batch_that_memory_does_not_hold_is_said(tmp_path: Path) -> None:
     """4,096 images of 112 pixels are 0.6 GB as float32; a quarter of a GB is left."""
     base = save_base(tmp_path / "base", "dinov2")

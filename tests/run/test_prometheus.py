@@ -88,6 +88,7 @@ def test_requests_that_are_tried_again_are_counted_once() -> None:
     assert [take_retries(), take_retries()] == [2, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_scrape_shows_what_a_run_did(tmp_path: Path) -> None:
     images = [png(number) for number in range(7)]

@@ -157,7 +157,7 @@ def test_no_prefix_of_any_tar_is_short(members: list[tuple[str, bytes]], random:
         (
             "a.tar",
             gzip.compress(tar_of([("a.jpg", os.urandom(2000))])),
-            "is not a tar, .*: it begins with gzip data. Rename it",
+            "is not a tar, .*: it begins with gzip data. .* the ending .tar.gz",
         ),
         ("a.tar", b"<!DOCTYPE html><html>" + b" " * 600, "is not a tar, .*: it begins with an HTML page"),
         ("a.tar", tar_of(THREE).replace(b"c.jpg", b"c.jpx"), "incomplete or damaged tar: its members end at byte"),

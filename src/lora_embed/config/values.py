@@ -49,8 +49,9 @@ def _without_password(uri: str) -> str:
     if holds_secret(uri):
         shown_uri = redacted("".join(uri.split()))
         raise ValueError(
-            f"{shown_uri} holds a password or a signature, but URIs are written to tables, logs and reports. Give the secret "
-            "in the environment or, for input and table, in their storage options."
+            f"{shown_uri} holds a password or a signature, but URIs are written to tables, logs and reports. Give a "
+            "password in the environment or, for input and table, in their storage options. Signed URLs of images may stand in "
+            "a list: see reference_column."
         )
     return uri
 

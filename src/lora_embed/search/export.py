@@ -15,6 +15,7 @@ from lora_embed.search.index_files import check_plain
 from lora_embed.search.lance_index import open_lance, write_lance
 from lora_embed.store.aside import folder_aside
 from lora_embed.store.store import Store
+from lora_embed.table.parquet import FIND
 from lora_embed.text import in_one_line
 
 if TYPE_CHECKING:
@@ -52,13 +53,17 @@ def export_index(table: "Table", kind: str, out: Path, seed: int = 0) -> IndexDe
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out}: exists and is not an empty directory. Name a new one, or remove it.")
     if not table.count:
-        raise ConfigError(f"{table.store.uri}: version {table.version} holds no vectors, so there is nothing to index")
+        raise ConfigError(
+            f"{table.store.uri}: version {table.version} holds no vectors, so there is nothing to index. Run its job first."
+        )
     Store(str(out.parent)).check_writable()
     try:
         with folder_aside(out) as aside:
             count, parameters = KINDS[kind].write(library, table, aside, seed)
             if count != table.count:
-                raise VerificationFailed(f"{table.store.uri}: its files hold {count} vectors, its manifest says {table.count}")
+                raise VerificationFailed(
+                    f"{table.store.uri}: its files hold {count} vectors, its manifest says {table.count}. {FIND}"
+                )
             description = IndexDescription(
                 kind=kind,
                 table=table.store.uri,
@@ -72,7 +77,9 @@ def export_index(table: "Table", kind: str, out: Path, seed: int = 0) -> IndexDe
             )
             (aside / DESCRIPTION).write_text(json.dumps(asdict(description), indent=1) + "\n")
     except OSError as error:
-        raise StorageError(f"{out}: cannot be written: {in_one_line(error, 300)}") from None
+        raise StorageError(
+            f"{out}: cannot be written: {in_one_line(error, 300)}. Free space there, or name another directory."
+        ) from None
     return description
 
 

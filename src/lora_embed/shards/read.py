@@ -9,7 +9,7 @@ from typing import Any, Protocol, assert_never
 import pyarrow as pa
 
 from lora_embed.entries import Entry
-from lora_embed.errors import LoraEmbedError, ShardError, StorageError
+from lora_embed.errors import MAKE_AGAIN, LoraEmbedError, ShardError, StorageError
 from lora_embed.schema import WHOLE, Layout, Sample, Shard, ShardKind, Span, Wanted
 from lora_embed.shards.beside import read_beside
 from lora_embed.shards.compressed import COMPRESSED_TAR, Unpacked
@@ -87,8 +87,8 @@ def _remedy(error: Exception) -> str:
     if isinstance(error, pa.ArrowNotImplementedError | pa.ArrowCapacityError):
         return "Write the file again with types and a compression that pyarrow reads, and with smaller row groups"
     if isinstance(error, UnicodeDecodeError):
-        return "Upload it again, or write that column as binary if it is not UTF-8"
-    return "Upload it again"
+        return f"{MAKE_AGAIN}, or write that column as binary if it is not UTF-8"
+    return MAKE_AGAIN
 
 
 def _bounded(samples: Iterator[Sample], shard: Shard) -> Iterator[Sample]:

@@ -16,7 +16,7 @@ from lora_embed.schema import FORGOTTEN, FORMAT, REJECT_SCHEMA, VECTOR_TYPES, La
 from lora_embed.store.store import Store
 from lora_embed.table.data_file import DataFile
 from lora_embed.table.manifest import FileEntry, Manifest, ShardCounts, join_records, prefix_of, prefixes_of_ids
-from lora_embed.table.parquet import count_values, damage_named, file_batches, read_rows
+from lora_embed.table.parquet import FIND, count_values, damage_named, file_batches, read_rows
 from lora_embed.table.parts import to_parquet
 from lora_embed.table.staging import VerifiedShard
 from lora_embed.text import utc
@@ -193,7 +193,7 @@ def _check_counts(store: Store, source: Source, good: Counter[str], bad: Counter
         if (good[shard.name], bad[shard.name]) != (shard.vectors, shard.rejects):
             raise VerificationFailed(
                 f"{store.uri}: shard {shard.name} has {good[shard.name]} vectors and {bad[shard.name]} rejects, expected "
-                f"{shard.vectors} and {shard.rejects}. Run `lora-embed verify` to find the damaged file."
+                f"{shard.vectors} and {shard.rejects}. {FIND}"
             )
 
 
