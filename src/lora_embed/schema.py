@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 
@@ -17,6 +17,7 @@ Reason = Literal[  # of a reject
     "no_image", "empty", "not_an_image", "corrupt_image", "decoder_crashed", "too_many_pixels", "too_many_bytes",
     "duplicate_id", "non_finite_vector", "forgotten",
 ]  # fmt: skip
+REASONS: tuple[Reason, ...] = get_args(Reason)
 NON_FINITE: Reason = "non_finite_vector"
 FORGOTTEN: Reason = "forgotten"
 ShardKind = Literal["tar", "parquet", "images", "references"]
