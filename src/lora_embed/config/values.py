@@ -1,11 +1,16 @@
 """Types of the values that users write, and of the sections that hold them: strict, finite, without passwords."""
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from lora_embed.text import holds_secret, redacted
+
+Pooling = Literal["mean", "patch_mean", "cls", "last_mean", "last_patch_mean", "last_cls"]
+Precision = Literal["float32", "bfloat16", "float16"]
+PrecisionOrAuto = Literal["auto", Precision]
+VectorType = Literal["float32", "float16"]
 
 
 class Section(BaseModel):

@@ -5,6 +5,7 @@ import io
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from PIL import AvifImagePlugin, ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
@@ -15,6 +16,9 @@ from lora_embed.images import deep
 from lora_embed.images.preprocess import Box, Joint, Pixels, Preprocessing
 from lora_embed.images.recognise import is_targa, name_of
 from lora_embed.text import in_one_line
+
+if TYPE_CHECKING:
+    from lora_embed.schema import Reason
 
 # None of them runs a program, reads another file, or decodes in Python.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -35,13 +39,13 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BadImage(Exception):
-    """An image that cannot be embedded; `reason` is one of `schema.REASONS`."""
+    """An image that cannot be embedded; `reason` is one of `schema.Reason`."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: "Reason", detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type["BadImage"], tuple[str, str]]:  # otherwise pickle would pass the detail alone
+    def __reduce__(self) -> tuple[type["BadImage"], tuple["Reason", str]]:  # otherwise pickle would pass the detail alone
         return type(self), (self.reason, str(self))
 
 
