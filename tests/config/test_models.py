@@ -359,9 +359,15 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path, message in [
         (tmp_path / "none.yaml", "no such file, expected a recipe (YAML). Correct the path."),
-        (tmp_path, "cannot be read as a text file: Is a directory"),
-        (tmp_path / "file" / "recipe.yaml", "cannot be read as a text file: Not a directory"),
-        (tmp_path / ("a" * 300), "cannot be read as a text file: File name too long"),
+        (tmp_path, "cannot be read as a text file: Is a directory. Name a file in UTF-8 that this user may read."),
+        (
+            tmp_path / "file" / "recipe.yaml",
+            "cannot be read as a text file: Not a directory. Name a file in UTF-8 that this user may read.",
+        ),
+        (
+            tmp_path / ("a" * 300),
+            "cannot be read as a text file: File name too long. Name a file in UTF-8 that this user may read.",
+        ),
     ]:
         with pytest.raises(ConfigError) as error:
             load_recipe(path)
