@@ -67,6 +67,7 @@ OTHERS = [
     "gs://bucket/x?X-Goog-Credential={secret}",
     "file:///x?password={secret}",
     "s3://bucket/x?api-key={secret}",
+    "s3://bucket/x?versionId={secret}",
     "s3://bucket/x?a=1&sv=2020&sig={secret}",
     "s3://bucket/x%253Fsize%253D1%2526access_token%253D{secret}",
     "https://host/x?anything={secret}",

@@ -14,7 +14,8 @@ _QUERY = re.compile(r"[?#;&]([^\s\"'/?#;&=]{1,64})=")
 # Names of parameters that sign a URL or log somebody in. S3, Google Cloud Storage and local disks have no other parameters.
 _SIGNS = re.compile(
     r"x-(?:amz|goog|oss|cos|ms)-.*|.*(?:signature|credential|token|secret|passw|pwd|access_?key|api_?key|accessid).*"
-    r"|sig|sas|auth.*|.*[_-]key|key|key-pair-id|policy|jwt|pass|session.*",
+    r"|sig|sas|auth.*|.*[_-]key|key|key-pair-id|policy|jwt|pass|session.*"
+    r"|versionid",  # none of these, but s3fs would read another version of another object
     re.I,
 )
 _KEYS_AS_WRITTEN = {"s3", "s3a", "gs", "gcs", "file", "local"}  # whose paths are names, in which ? and # mean nothing
