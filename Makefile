@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 PEERS := .venv/peers
+TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=12
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export LORA_EMBED_CACHE ?= $(CURDIR)/.cache
 # By itself: its metadata ask for older packages than the rest.
@@ -10,7 +11,7 @@ DAFT := $(LORA_EMBED_CACHE)/peers/daft/ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-long soak readers matrix processors versions shards faults lint policy hashes strangers bench quality map wheel clean
+.PHONY: setup demo test test-slow test-long soak readers matrix errors processors versions shards faults lint policy hashes strangers bench quality map wheel clean
 
 setup: $(READY)
 
@@ -42,7 +43,10 @@ strangers: setup
 	$(BIN)/python campaigns/strangers.py $(STRANGERS)
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=12 -m 'not long'
+	$(TESTS) -m 'not slow and not long'
+
+test-slow: setup
+	$(TESTS) -m 'slow and not long'
 
 test-long: setup
 	$(BIN)/python -m pytest --durations=12 -m long -s
@@ -55,6 +59,9 @@ readers: setup
 
 matrix: setup
 	LORA_EMBED_WRITE_DOCS=1 $(BIN)/python -m pytest tests/model/test_families.py tests/model/test_features.py
+
+errors: setup
+	LORA_EMBED_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_errors.py
 
 processors: setup
 	$(BIN)/python tests/processors.py $(PROCESSORS)

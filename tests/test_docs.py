@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer.main
@@ -11,6 +12,7 @@ from jobs import ROOT
 from lora_embed.cli.main import app
 from lora_embed.config.models import JobConfig, Recipe
 from lora_embed.model.merge import CONCAT, METHODS
+from lora_embed.schema import Reason
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(DOCS.glob("*.md"))
@@ -82,6 +84,12 @@ def test_the_reference_has_every_key_and_method() -> None:
         assert re.search(rf"^{key}:|`{key}`", text, flags=re.MULTILINE), key
     for method in (*METHODS, CONCAT, "none"):
         assert re.search(rf"\b{method}\b", text), method
+
+
+def test_the_docs_name_every_reason_of_a_reject_and_no_others() -> None:
+    reasons = re.search(r"a row with a reason: ([^.]*)\.", (DOCS / "decoding.md").read_text())
+    assert reasons is not None
+    assert sorted(re.findall(r"`(\w+)`", reasons[1])) == sorted(get_args(Reason))
 
 
 def test_the_map_and_the_picture_are_those_of_the_source() -> None:

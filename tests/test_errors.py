@@ -28,7 +28,7 @@ from lora_embed.run.job import run_job
 from lora_embed.search.export import export_index
 from lora_embed.store import remote
 from models import edit_tensors, save_adapter, save_base
-from samples import png
+from samples import png, tar_of
 
 LIMIT_S = 10.0  # for one error; those found by reading alone take a few hundredths
 DOCS = ROOT / "docs" / "errors.md"
@@ -163,6 +163,19 @@ def other_base(setup: Setup) -> None:
 def ranks_differ(setup: Setup) -> None:
     save_adapter(setup.folder / "rank8", setup.folder / "base", r=8)
     setup.recipe(adapters=[{"path": "./ten"}, {"path": "./rank8"}], merge_method="linear")
+
+
+def put(setup: Setup, name: str, data: bytes, **changes: Any) -> None:
+    """The job's input is a file of its own."""
+    (setup.folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (setup.folder / name).write_bytes(data)
+    setup.job(input=name, **changes)
+
+
+def without_the_field(setup: Setup) -> None:
+    setup.job(carry=["lable"])
+    for shard in sorted((setup.folder / "shards").glob("*.tar")):
+        shard.write_bytes(tar_of([("a.png", png(1)), ("a.json", b'{"label": "cat"}')]))
 
 
 def clashing_names(setup: Setup) -> None:
@@ -341,6 +354,53 @@ INPUT_CASES = [
         "another kind of file", lambda s: s.job(input="recipe.yaml"), ["recipe.yaml", "begins with", "text", "Expected a tar"]
     ),
     Case("a link whose file is gone", broken_link, ["/shards", "0002.tar is a link to /gone/0002.tar", "Fetch the file again"]),
+    Case(
+        "archives that are not read",
+        lambda s: put(s, "packed/photos.zip", b"PK\3\4"),
+        ["/packed/photos.zip", "begins with 4 bytes of a zip archive", "only tars are read", "unpack photos.zip"],
+    ),
+    Case(
+        "a folder of archives",
+        lambda s: (put(s, "packed/photos.7z", b"7z"), s.job(input="packed")),
+        ["/packed", "1 file (.7z 1)", "only tars are read"],
+    ),
+    Case("an input of 0 bytes", lambda s: put(s, "photos/list", b""), ["/photos/list", "has 0 bytes", "Expected a tar"]),
+    Case(
+        "a list whose line is no object",
+        lambda s: s.list("lists/a.jsonl", '["images/1.jpg"]\n', reference_column="url"),
+        ["lists/a.jsonl", "line 1 is", "one JSON object on each line"],
+    ),
+    Case(
+        "a list whose line has more values than columns",
+        lambda s: s.list("lists/a.csv", "url,label\nimages/1.jpg,a cat, sleeping\n", reference_column="url"),
+        ["lists/a.csv", "line 2 has 3 values", "names 2 columns", "Put quotes around"],
+    ),
+    Case(
+        "a list without rows",
+        lambda s: s.list("lists/a.csv", "url\n", reference_column="url"),
+        ["lists/a.csv", "no rows", "Write them again"],
+    ),
+    Case(
+        "`reference_column` where there is no list",
+        lambda s: s.job(reference_column="url"),
+        ["shards", "reference_column is 'url'", "there is no list", "remove reference_column"],
+    ),
+    Case(
+        "a list without the key column",
+        lambda s: s.list("lists/a.csv", "url\nimages/1.jpg\n", reference_column="url", key_column="id"),
+        ["lists/a.csv", "no column 'id'", "Correct key_column"],
+    ),
+    Case(
+        "a carried field that no sample has",
+        without_the_field,
+        ["carry names lable", "0000.tar has the fields", "Did you mean 'label'", "Correct carry"],
+        builds=True,
+    ),
+    Case(
+        "a web address with a signature",
+        lambda s: s.job(input="https://example.org/a.tar?signature=x"),
+        ["https://example.org/a.tar?…", "holds a password or a signature", "a list: see reference_column"],
+    ),
     Case("two images that would share an id", clashing_names, ["duplicate ids", "0000.tar", "Name the folder above both"]),
 ]
 

@@ -183,6 +183,7 @@ def is_loopback(ip: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
+@pytest.mark.slow
 def test_a_run_listens_at_the_loopback_address_alone(success: tuple[Path, Done]) -> None:
     """Whoever reaches a port of Ray can run code."""
     _, done = success
@@ -191,6 +192,7 @@ def test_a_run_listens_at_the_loopback_address_alone(success: tuple[Path, Done])
     assert {one for one in done.listened if not is_loopback(one[1])} == set()
 
 
+@pytest.mark.slow
 def test_a_run_leaves_no_secret(success: tuple[Path, Done], server: S3Server, search: Search) -> None:
     job, done = success
     assert any("worker" in path.name for path in done.logs)

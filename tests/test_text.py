@@ -16,13 +16,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from jobs import ROOT, write_job
 from lora_embed.cli.main import run_command
 from lora_embed.config.foreign import parse_json, parse_record
+from lora_embed.config.models import load_job
 from lora_embed.errors import ConfigError
 from lora_embed.monitor.progress import LogFormat, log_as, say
 from lora_embed.monitor.record import RunState
 from lora_embed.monitor.runs import Run, describe_runs, to_prometheus
 from lora_embed.store.store import Store
 from lora_embed.table.versions import highest_version
-from lora_embed.text import holds_secret, in_lines, redacted
+from lora_embed.text import holds_secret, in_lines, may_hold_secret, redacted
 from tables import noise_vectors, publish_vectors, spread
 
 STATE = RunState(run_id="20260101T000000Z-000000", host="node", started="2026-01-01T00:00:00+00:00")
@@ -49,6 +50,28 @@ URIS = [
     "s3://user:'{secret}@bucket/x",
     "S3://user:{secret}@bucket/x",
 ]
+# Names of objects and files, which are no URLs: shown with … in messages, since a text may hold any URI, but not refused.
+NAMES = [
+    "s3://bucket/photo?x=1.jpg",
+    "s3://bucket/a?width=200&height=100",
+    "s3a://bucket/a;v=2/x.tar",
+    "gs://bucket/x#part=1.tar",
+    "file:///data/a?x=1&y=2.tar",
+    "simplecache::s3://bucket/x?size=2.tar",
+    "s3://bucket/x%3Fsize%3D2.tar",
+]
+OTHERS = [
+    "s3://bucket/x?Expires=1&AWSAccessKeyId={secret}",
+    "s3://bucket/x?size=1&X-Amz-Security-Token={secret}",
+    "gs://bucket/x?GoogleAccessId=me&Signature={secret}",
+    "gs://bucket/x?X-Goog-Credential={secret}",
+    "file:///x?password={secret}",
+    "s3://bucket/x?api-key={secret}",
+    "s3://bucket/x?a=1&sv=2020&sig={secret}",
+    "s3://bucket/x%253Fsize%253D1%2526access_token%253D{secret}",
+    "https://host/x?anything={secret}",
+    "az://container/x?anything={secret}",
+]
 HARMLESS = [
     "s3://bucket/a@b.jpg",
     "s3://bucket/date=2026-01-01/x.tar",
@@ -65,7 +88,7 @@ HARMLESS = [
 ]
 
 
-@pytest.mark.parametrize("form", URIS)
+@pytest.mark.parametrize("form", URIS + OTHERS)
 def test_no_credential_in_a_uri_is_told_and_all_are_refused(form: str, tmp_path: Path) -> None:
     uri = form.format(secret=SECRET)
     assert holds_secret(uri)
@@ -81,6 +104,13 @@ def test_places_without_credentials_stay_as_they_are(uri: str) -> None:
     assert not holds_secret(uri)
     if "me@" not in uri:  # whose user may be a token
         assert redacted(f"{uri}: is there") == f"{uri}: is there"
+
+
+@pytest.mark.parametrize("uri", NAMES)
+def test_a_name_that_looks_like_parameters_is_an_input(uri: str, tmp_path: Path) -> None:
+    assert not holds_secret(uri)
+    assert may_hold_secret(uri)  # a list's keys stay as they were: tables hold them
+    assert load_job(write_job(tmp_path, tmp_path / "recipe.yaml", tmp_path, input=uri)).input == (uri,)
 
 
 @pytest.mark.parametrize("piece", ["://a:", "%25", "s3://?", "#a", "a:", "://", "%3a%2f%2f", "@"])

@@ -104,6 +104,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_no_other(wheel: Path) -> 
     assert "lora_embed/demo/adapters/category10/adapter_model.safetensors" in held
 
 
+@pytest.mark.slow
 def test_the_quickstart_of_the_readme_prints_what_the_readme_says(first: Path, environment: dict[str, str]) -> None:
     site = run('python -c "import lora_embed; print(lora_embed.__file__)"', first, environment).stdout
     assert Path(site.strip()).is_relative_to(Path(environment["PATH"].partition(os.pathsep)[0]).parent)

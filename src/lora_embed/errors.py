@@ -12,6 +12,8 @@ from typing import Any, TypeVar, cast
 
 from lora_embed.text import redacted
 
+# What helps with a file of an input that is damaged, be it on its way or where it was made.
+MAKE_AGAIN = "Upload it again, or make it again if the original has the same fault"
 _MACHINE_ERRNOS = {  # errors of the machine, not of the program
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
 }  # fmt: skip

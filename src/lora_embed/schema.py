@@ -1,5 +1,6 @@
 """The Arrow schemas of parts and tables, and the records that the stages pass to each other."""
 
+import functools
 import hashlib
 import json
 import re
@@ -12,14 +13,18 @@ import pyarrow as pa
 from lora_embed.entries import Entries, Entry
 
 FORMAT = 1  # the format of tables, manifests and parts, and a part of the layout id; see docs/format.md
-REASONS = (
-    "no_image", "empty", "not_an_image", "corrupt_image", "too_many_pixels", "too_many_bytes", "decoder_crashed",
+Reason = Literal[  # of a reject
+    "no_image", "empty", "not_an_image", "corrupt_image", "decoder_crashed", "too_many_pixels", "too_many_bytes",
     "duplicate_id", "non_finite_vector", "forgotten",
-)  # fmt: skip
+]  # fmt: skip
+NON_FINITE: Reason = "non_finite_vector"
+FORGOTTEN: Reason = "forgotten"
+ShardKind = Literal["tar", "parquet", "images", "references"]
 MAX_BYTES = 2**30  # of an encoded image: 100 megapixels with 16 bits of red, green, blue and alpha have 0.8 GB
 MOST_KINDS, OTHER_KINDS = 20, "others"
 _PART = re.compile(r"([0-9a-f]+)-([0-9]{8})(-last)?\.parquet")
-_CARRY_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
+VECTOR_TYPES = {"float32": pa.float32(), "float16": pa.float16()}
+CARRY_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +34,7 @@ class Shard:
     id: str  # 16 hex digits: a hash of root name, shard name, size and etag
     name: str  # path below the root; distinct within a table
     prefix: str  # the part of a sample's id before its key
-    kind: Literal["tar", "parquet", "images", "references"]
+    kind: ShardKind
     root: str  # URI of the store that holds the files
     files: tuple[Entry, ...] | Entries  # one file, or the files of a group of loose images
     sidecars: tuple[Entry, ...] = ()  # files that hold carried fields of loose images
@@ -64,7 +69,7 @@ class Sample:
     data: bytes | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     excess: int = 0  # size in bytes of an image that is larger than allowed
-    problem: tuple[str, str] | None = None  # reason and detail of a reject that the reader found
+    problem: tuple[Reason, str] | None = None  # reason and detail of a reject that the reader found
     missing: str = ""  # why there is no image, if more is known than that
     passed: dict[str, int] = field(default_factory=dict)  # images beside it in a tar that were passed over, by kind
     begin: int | None = None  # byte of its first header in a tar; None where a reader could not begin there
@@ -100,7 +105,7 @@ class Layout:
     max_bytes: int = MAX_BYTES
     image_member: tuple[str, ...] = ()  # extensions of the members of a tar that are images; none: see `shards.tar_groups`
 
-    @property
+    @functools.cached_property  # it is asked for with each part
     def layout_id(self) -> str:
         """12 hex digits."""
         settings = asdict(self)
@@ -194,14 +199,14 @@ def encoder_path(space_id: str) -> str:
 
 def check_carried(pair: list[str]) -> list[str]:
     """Check a carried field's [name, type], as a manifest holds it. Raises ValueError for a type that cannot be carried."""
-    if len(pair) != 2 or pair[1] not in _CARRY_TYPES:
-        raise ValueError(f"is {pair}, expected a name and one of {', '.join(_CARRY_TYPES)}")
+    if len(pair) != 2 or pair[1] not in CARRY_TYPES:
+        raise ValueError(f"is {pair}, expected a name and one of {', '.join(CARRY_TYPES)}")
     return pair
 
 
 def carry_fields(carry: tuple[tuple[str, str], ...]) -> list[pa.Field]:
     """Arrow fields of the carried columns."""
-    return [pa.field(name, _CARRY_TYPES[kind]) for name, kind in carry]
+    return [pa.field(name, CARRY_TYPES[kind]) for name, kind in carry]
 
 
 def sample_schema(carry: tuple[tuple[str, str], ...]) -> pa.Schema:
@@ -221,7 +226,7 @@ def sample_schema(carry: tuple[tuple[str, str], ...]) -> pa.Schema:
 
 def data_schema(dimension: int, vector_type: str, carry: tuple[tuple[str, str], ...]) -> pa.Schema:
     """The columns of a published data file, in plain Arrow types that any reader can open."""
-    value = pa.float16() if vector_type == "float16" else pa.float32()
+    value = VECTOR_TYPES[vector_type]
     return pa.schema(
         [
             pa.field("id", pa.string(), nullable=False),

@@ -1,7 +1,7 @@
 """Text for people: control characters escaped, credentials in URIs removed, and times written in words."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote
@@ -10,6 +10,14 @@ from urllib.parse import unquote
 _MARK = re.compile(r"(?::|%(?:25)*3a)(?:\\?/|%(?:25)*2f){2}", re.I)
 _SCHEME = re.compile(r"[a-z0-9+.-]{1,32}\Z", re.I)
 _PARAMETER = re.compile(r"[#;&][^\s\"'/?#;&=]{1,64}=")
+_QUERY = re.compile(r"[?#;&]([^\s\"'/?#;&=]{1,64})=")
+# Names of parameters that sign a URL or log somebody in. S3, Google Cloud Storage and local disks have no other parameters.
+_SIGNS = re.compile(
+    r"x-(?:amz|goog|oss|cos|ms)-.*|.*(?:signature|credential|token|secret|passw|pwd|access_?key|api_?key|accessid).*"
+    r"|sig|sas|auth.*|.*[_-]key|key|key-pair-id|policy|jwt|pass|session.*",
+    re.I,
+)
+_KEYS_AS_WRITTEN = {"s3", "s3a", "gs", "gcs", "file", "local"}  # whose paths are names, in which ? and # mean nothing
 _HOST_AND_PORT = re.compile(r"(?:\[[0-9a-f:.]*\]|[^:]*):[0-9]{1,5}", re.I)
 _BUCKETS = {
     "s3",
@@ -80,8 +88,19 @@ def redacted(text: str) -> str:
 
 
 def holds_secret(uri: str) -> bool:
-    """True if a URI, or one URI of a chain, holds a password, or what may be a token or a signature."""
-    return any(_holds_secret(scheme, uri[begin:end]) for scheme, begin, end in _bodies(uri))
+    """True if a URI, or one URI of a chain, holds a password, a token or a signature.
+
+    In the name of an object or a file, `?version=1` is none; on the web, any parameter may be one.
+    """
+    return any(
+        _holds_secret(scheme, uri[begin:end], _signing if scheme in _KEYS_AS_WRITTEN else _parameters)
+        for scheme, begin, end in _bodies(uri)
+    )
+
+
+def may_hold_secret(uri: str) -> bool:
+    """True also for parameters of unknown names in any URI. Keys in tables depend on it, so that it must not change."""
+    return any(_holds_secret(scheme, uri[begin:end], _parameters) for scheme, begin, end in _bodies(uri))
 
 
 def without_secrets(value: Any) -> Any:
@@ -104,11 +123,11 @@ def _bodies(text: str) -> list[tuple[str, int, int]]:
     ]
 
 
-def _holds_secret(scheme: str, body: str) -> bool:
+def _holds_secret(scheme: str, body: str, parameters: Callable[[str], int | None]) -> bool:
     """True if the part after `://` holds a secret, as it is or percent-decoded."""
     for form in _decodings(body):
         user = form[: _user_length(scheme, form)]
-        if ":" in user or (user and scheme in ("http", "https")) or _parameters(form) is not None:
+        if ":" in user or (user and scheme in ("http", "https")) or parameters(form) is not None:
             return True
     return False
 
@@ -140,6 +159,11 @@ def _parameters(body: str) -> int | None:
     if named := _PARAMETER.search(body):
         positions.append(named.start())
     return min(positions, default=None)
+
+
+def _signing(body: str) -> int | None:
+    """The position of the first parameter that signs a URL or logs somebody in; None where there is none."""
+    return next((found.start() for found in _QUERY.finditer(body) if _SIGNS.fullmatch(found[1])), None)
 
 
 def _user_length(scheme: str, body: str) -> int:

@@ -57,6 +57,7 @@ def raised_by_actor(message: str, how: str) -> LoraEmbedError:
     return caught.value
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("how", ["alone", "from", "within"])
 def test_an_error_of_a_constructor_comes_out_whole(how: str) -> None:
@@ -102,6 +103,7 @@ def test_what_was_not_packed_is_read_to_the_end_of_its_traceback() -> None:
     assert str(caught.value) == MESSAGES["several"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_golden_vectors_that_are_not_met_end_a_run_with_the_whole_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

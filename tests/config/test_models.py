@@ -1,13 +1,25 @@
 """Recipes and jobs as they are read: paths, shorthands, overrides, and what is refused in which words."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
 import pytest
 
-from lora_embed.config.models import CarryField, JobConfig, Recipe, load_job, load_recipe
+from lora_embed.config.models import OWN_COLUMNS, CarryField, JobConfig, Recipe, load_job, load_recipe
+from lora_embed.config.values import VectorType
 from lora_embed.errors import ConfigError
+from lora_embed.images.decode import MAX_PIXELS
+from lora_embed.schema import (
+    CARRY_TYPES,
+    MAX_BYTES,
+    REJECT_SCHEMA,
+    VECTOR_TYPES,
+    Layout,
+    data_schema,
+    part_schema,
+    sample_schema,
+)
 
 JOB = "recipe: recipe.yaml\ninput: shards\ntable: table\n"
 RECIPE = "base_model: ./base\nadapters: [{path: ./one}]\n"
@@ -35,6 +47,20 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.chdir(folder)
     return folder
+
+
+def test_defaults_and_types_that_the_schema_has_too_are_the_same() -> None:
+    defaults = {name: JobConfig.model_fields[name].default for name in ("chunk_size", "max_pixels", "max_bytes", "vector_type")}
+    layout = Layout(precision="float32", batch_size=1)
+    assert defaults == {name: getattr(layout, name) for name in defaults}
+    assert (layout.max_pixels, layout.max_bytes) == (MAX_PIXELS, MAX_BYTES)
+    assert set(VECTOR_TYPES) == set(get_args(VectorType))
+    assert set(CARRY_TYPES) == set(get_args(CarryField.model_fields["type"].annotation))
+
+
+def test_no_field_may_have_the_name_of_a_column() -> None:
+    schemas = (data_schema(4, "float32", ()), part_schema(4, "float32", ()), sample_schema(()), REJECT_SCHEMA)
+    assert set(OWN_COLUMNS) == {name for schema in schemas for name in schema.names}
 
 
 def test_paths_in_a_job_count_from_its_file(tmp_path: Path, elsewhere: Path) -> None:

@@ -229,6 +229,7 @@ def put_shards(place: Place, folder: Path, number: int) -> None:
             place.files.put(str(path), f"bucket/shards/{path.name}")
 
 
+@pytest.mark.slow
 def test_the_rayjob_makes_a_first_table(place: Place, tmp_path: Path) -> None:
     put_shards(place, tmp_path / "shards", 2)
     cluster = Cluster(place.run, problems, [{"resources": ["rayjobs"], "verbs": ["get", "create"]}])  # of a person

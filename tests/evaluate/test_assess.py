@@ -72,6 +72,7 @@ def evaluation(world: Path) -> Evaluation:
     return Evaluation.from_json(out.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_candidates_tasks_and_counts(evaluation: Evaluation) -> None:
     assert [one.name for one in evaluation.candidates] == ["half", "most", "base", "ten", "more"]
@@ -88,6 +89,7 @@ def test_candidates_tasks_and_counts(evaluation: Evaluation) -> None:
     assert evaluation.reference == "half"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_figures_are_those_of_the_encoder_by_hand(world: Path, evaluation: Evaluation) -> None:
     candidate = next(one for one in evaluation.candidates if one.name == "most")
@@ -100,6 +102,7 @@ def test_figures_are_those_of_the_encoder_by_hand(world: Path, evaluation: Evalu
     assert found.per_split == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_heads_stand_on_every_candidate_of_their_base(world: Path, evaluation: Evaluation) -> None:
     found = {one.candidate: one for one in evaluation.retention}
@@ -119,6 +122,7 @@ def test_heads_stand_on_every_candidate_of_their_base(world: Path, evaluation: E
     assert len({one.kept for one in evaluation.retention}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_relations_changes_and_pictures(evaluation: Evaluation) -> None:
     weights = [one for one in evaluation.relations if one.kind != "cka"]
@@ -136,6 +140,7 @@ def test_relations_changes_and_pictures(evaluation: Evaluation) -> None:
     assert {one.candidate for one in evaluation.classes} == {"most", "base", "ten", "more"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_as_a_table_for_notebooks(evaluation: Evaluation) -> None:
     table = evaluation.to_arrow()
@@ -145,6 +150,7 @@ def test_as_a_table_for_notebooks(evaluation: Evaluation) -> None:
     assert [row["value"] for row in means] == [one.mean for one in evaluation.figures]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster", "evaluation")
 def test_what_was_embedded_is_not_embedded_again(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--label", "digit", "--label", "kind", "--group", "object", "--alone", "--seed", "9", "--json"]
@@ -154,6 +160,7 @@ def test_what_was_embedded_is_not_embedded_again(world: Path, capsys: pytest.Cap
     assert all(one.forward_s > 0 for one in again.candidates)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster", "evaluation")
 def test_an_encoder_directory_is_a_candidate_too(
     world: Path, evaluation: Evaluation, capsys: pytest.CaptureFixture[str]
@@ -166,6 +173,7 @@ def test_an_encoder_directory_is_a_candidate_too(
     assert space in out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_parquet_by_the_job(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     columns = {"image": [png(n) for n in range(30)], "kind": [None if n == 7 else "ab"[n % 2] for n in range(30)]}

@@ -1,15 +1,18 @@
 """Figures, intervals and changes: by hand, against scipy and against scikit-learn."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from scipy import stats
 from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 
+from lora_embed.chain.actors import VectorChunk
 from lora_embed.errors import ConfigError
+from lora_embed.evaluate.collect import samples_table
 from lora_embed.evaluate.figures import (
     Labelled,
     Scored,
@@ -26,7 +29,12 @@ from lora_embed.evaluate.figures import (
     seeded_splits,
     verdict_of,
 )
-from lora_embed.evaluate.records import METRICS
+from lora_embed.evaluate.page.relations import KINDS
+from lora_embed.evaluate.page.scores import METRIC_NAMES
+from lora_embed.evaluate.records import METRICS, RelationKind
+from lora_embed.evaluate.show import TITLES
+from lora_embed.model import relate
+from lora_embed.schema import ChunkHead
 from lora_embed.vectors.metrics import cluster_nmi, knn_accuracy, mean_interval, probe, score_interval
 from lora_embed.vectors.rank import rank
 from lora_embed.vectors.rows import unit
@@ -46,6 +54,18 @@ def labelled(**changes: Any) -> Labelled:
         "groups": np.arange(240) // 2, "banks": seeded_splits([str(number // 2) for number in range(240)], 4, seed=3),
     }  # fmt: skip
     return Labelled(**fields | changes)
+
+
+def test_every_metric_and_every_relation_has_its_titles() -> None:
+    assert list(TITLES) == list(METRIC_NAMES) == list(METRICS)
+    assert get_args(RelationKind) == tuple(KINDS) == (*relate.KINDS, "cka")
+
+
+def test_a_new_column_of_chunks_does_not_become_a_field_to_evaluate() -> None:
+    columns = {name: ["x"] for name in ("key", "label", "new", "reason")}
+    head, samples = ChunkHead(shard_id="1", shard_name="a", prefix="a"), pa.RecordBatch.from_pydict(columns)
+    chunk = VectorChunk(head=head, samples=samples, vectors=GOOD, classes=LABELS)
+    assert samples_table([chunk], (("label", "string"),)).to_pylist() == [{"id": "a/x", "label": "x", "reason": "x"}]
 
 
 def test_seeds_draw_other_splits_of_whole_groups() -> None:

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
+from lora_embed.config.foreign import taken_as
 from lora_embed.gates import checks, judge
 from lora_embed.gates.checks import Comparison, Gate, Limits, compare, comparison_gates
 from lora_embed.gates.reembed import Policy, re_embed_decision
@@ -45,6 +46,20 @@ def health(vectors: Array, before: Array | None = None, *, same_space: bool = Fa
 
 def failed(found: dict[str, Gate]) -> set[str]:
     return {name for name, gate in found.items() if not gate.holds}
+
+
+def test_the_figures_of_an_older_table_are_taken() -> None:
+    """A figure that is added needs a default; else no version follows one that was published before."""
+    known = {
+        "count": 9,
+        "unusable": 0.0,
+        "constant": 0.0,
+        "rank": 2.0,
+        "spread": 0.1,
+        "norms": [1.0, 2.0, 3.0],
+        "duplicates": 0.0,
+    }
+    assert taken_as(Figures, known, "the manifest").norms == (1.0, 2.0, 3.0)
 
 
 def zeros(vectors: Array) -> Array:

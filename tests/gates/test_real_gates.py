@@ -83,6 +83,7 @@ def real(
     return Real(images=images, folder=folder, before=load_encoder(folder).embed([Image.open(image.path) for image in images]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weights", "expected"),
     [((1.0, 1.0), set()), ((20.0, 0.5), {"collapsed", "spread", "neighbours", "accuracy"})],

@@ -178,7 +178,7 @@ def test_an_encoded_image_of_too_many_bytes_is_not_read(tmp_path: Path) -> None:
         how = layout(max_bytes=2000, carry=(("x", "string"),))
         (chunk,) = decode_shard(WorkItem(shard=shard), how, PREPROCESSING, {})
         assert chunk.samples.column("reason").to_pylist() == [None, "too_many_bytes", None]
-        assert chunk.samples.column("detail").to_pylist()[1] == f"{len(columns['image'][1])} bytes, allowed are 2000"
+        assert chunk.samples.column("detail").to_pylist()[1] == f"{len(columns['image'][1])} bytes, max_bytes allows 2000"
         assert chunk.head.good == 2
 
 
@@ -194,7 +194,7 @@ def test_a_sparse_member_is_as_large_as_it_says(tmp_path: Path) -> None:
     raw[place : place + 512] = header
     (chunk,) = decode_shard(WorkItem(shard=shard_at(tmp_path / "a.tar", bytes(raw))), layout(), PREPROCESSING, {})
     assert chunk.samples.column("reason").to_pylist() == [None, "too_many_bytes"]
-    assert chunk.samples.column("detail").to_pylist()[1] == f"{10**15} bytes, allowed are {MAX_BYTES}"
+    assert chunk.samples.column("detail").to_pylist()[1] == f"{10**15} bytes, max_bytes allows {MAX_BYTES}"
 
 
 def test_max_bytes_has_its_own_parts_only_where_it_is_set() -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,14 +18,16 @@ from transformers import AutoImageProcessor, AutoModel
 from guide import embed_by_hand, merge_by_hand
 from lora_embed import load_encoder
 from lora_embed.config.models import AdapterSpec, Recipe
+from lora_embed.config.values import Pooling, Precision
 from lora_embed.demo.parts import LabelledImage
 from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.images.decode import BadImage
 from lora_embed.model.build import build_encoder
 from lora_embed.model.description import read_description
-from lora_embed.model.golden import check, relative_difference
+from lora_embed.model.encoder import DTYPES
+from lora_embed.model.golden import BOUNDS, check, relative_difference
 from lora_embed.model.ingredients import gather
-from lora_embed.model.pooling import HiddenState
+from lora_embed.model.pooling import HiddenState, pooler
 from models import save_adapter, save_base
 from samples import png, poisoned
 
@@ -63,8 +66,18 @@ def test_random_adapters_merge_as_the_guide_merges_them(
     assert relative_difference(load_encoder(build(other, tmp_path / "other")).embed(images), expected) > 1e-3
 
 
+@pytest.mark.parametrize("pooling", ["median", "last_", "last_last_mean"])
+def test_a_pooling_without_arithmetic_is_not_another_one(pooling: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"pooling '{pooling}' has no arithmetic"):
+        pooler(pooling, 1)
+
+
+def test_every_precision_has_its_type_and_its_bound() -> None:
+    assert set(DTYPES) == set(BOUNDS) == set(get_args(Precision))
+
+
 @pytest.mark.parametrize("family", ["vit", "dinov2"])
-@pytest.mark.parametrize("pooling", ["mean", "patch_mean", "cls", "last_mean", "last_patch_mean", "last_cls"])
+@pytest.mark.parametrize("pooling", get_args(Pooling))
 def test_pooling_equals_the_literal_expression(
     tmp_path: Path, family: str, pooling: str, some_images: list[Image.Image]
 ) -> None:
@@ -187,6 +200,7 @@ except IncompleteRun as error:
 """
 
 
+@pytest.mark.slow
 def test_a_batch_that_memory_does_not_hold_is_said(tmp_path: Path) -> None:
     """4,096 images of 112 pixels are 0.6 GB as float32; a quarter of a GB is left."""
     base = save_base(tmp_path / "base", "dinov2")

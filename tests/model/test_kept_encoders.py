@@ -71,6 +71,7 @@ def test_a_stored_adapter_is_loaded_by_peft_with_the_same_vectors(
     assert relative_difference(found, by_peft_base(base, images)) > 1e-2
 
 
+@pytest.mark.slow
 def test_real_adapters_are_kept_in_megabytes(
     tmp_path: Path, base_model: Path, real_adapters: dict[str, Path], images: list[Image.Image]
 ) -> None:

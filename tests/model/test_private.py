@@ -261,6 +261,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_a_ray_that_listens_to_others_is_ended() -> None:
     """`test_secrets.py` lists the sockets of one that does not."""
     said, goes_on = json.loads(child(LISTENING).stdout)

@@ -48,6 +48,15 @@ def test_every_method_is_proven_and_its_error_is_what_rounding_leaves(tmp_path: 
     assert member["largest_error_beyond_rounding"] == 0
 
 
+def test_a_method_without_a_formula_is_not_proven_by_another_one(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(merge.METHODS, "new", merge.iso_c)
+    with pytest.raises(NotImplementedError, match="merge method 'new' has no formula"):
+        build(recipe.model_copy(update={"merge_method": "new"}), tmp_path / "encoder")
+    assert not (tmp_path / "encoder").exists()
+
+
 def broken_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     right = matching._scale
     monkeypatch.setattr(matching, "_scale", lambda *arguments: right(*arguments) * 1.001)

@@ -97,6 +97,7 @@ def test_scaling_weights_scales_the_change(base: Base, perturbed: list[Adapter],
     assert of_change(threefold, expected, before) < 1e-6
 
 
+@pytest.mark.slow
 def test_twenty_adapters_are_the_sum_of_twenty(base: Base, perturbed: list[Adapter], tmp_path: Path, target: Target) -> None:
     source = Path(perturbed[1].uri)
     twenty = []

@@ -187,6 +187,7 @@ def python(code: str, *arguments: str, path: str = "") -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_later_transformers_loads_what_is_kept_as_an_adapter_and_builds_the_same_id(
     stored: dict[str, Path], tmp_path: Path
 ) -> None:

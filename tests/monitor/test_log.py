@@ -29,6 +29,7 @@ def json_run(script: str, job: Path, **environment: str) -> tuple[int, str, list
     return ended.returncode, ended.stdout, [json.loads(line) for line in ended.stderr.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_says_so_in_objects(tmp_path: Path) -> None:
     source = write_tars(tmp_path / "shards", shards=2, images=6)
     (source / "0001.tar").write_bytes((source / "0001.tar").read_bytes()[:2000])

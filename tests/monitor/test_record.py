@@ -11,7 +11,7 @@ import pytest
 from jobs import job_of, run_here, tiny_recipe, write_tars
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import GateFailed
-from lora_embed.monitor.record import Reading, RejectExample, RunRecord, bins_of
+from lora_embed.monitor.record import OPTIONS, Reading, RejectExample, RunRecord, bins_of
 from lora_embed.monitor.runs import describe_runs, read_runs
 from lora_embed.report.run import rate_chart, run_page
 from lora_embed.run import journal
@@ -39,6 +39,10 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobConfig:
 
 def records(job: JobConfig) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(Path(job.table, "runs").glob("*/record.json"))]
+
+
+def test_a_record_holds_every_key_of_a_job_but_the_storage_options() -> None:
+    assert set(OPTIONS) == {name for name in JobConfig.model_fields if not name.endswith("_storage_options")}
 
 
 def test_a_run_leaves_its_record_and_a_report(job: JobConfig, capfd: pytest.CaptureFixture[str]) -> None:

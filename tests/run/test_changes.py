@@ -64,6 +64,7 @@ def test_a_remote_directory_that_changes_while_it_is_copied_is_not_kept(
     assert [(folder / name).read_bytes() for name in ("a.json", "b.json")] == [b"old", b"new"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     (tmp_path / "out").mkdir()

@@ -273,6 +273,7 @@ def test_changed_new_and_removed_shards_make_the_next_version(tmp_path: Path, ti
     verify_table(open_table(str(tmp_path / "table")))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_trial_run_takes_the_first_samples_and_publishes_nothing(
     tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
@@ -335,9 +336,12 @@ def test_an_image_that_kills_its_decoder_is_one_reject(
     assert details == ["the decoder was killed by signal 11 (SIGSEGV), 2 tries"] * 2
 
 
-@pytest.mark.long  # of each test run, test_kills.py kills runs on an S3 server and resumes them
+@pytest.mark.parametrize(
+    "ends", [(signal.SIGKILL,), pytest.param((signal.SIGTERM, signal.SIGKILL), marks=pytest.mark.slow)], ids=["once", "twice"]
+)
 @pytest.mark.usefixtures("cluster")
-def test_killed_runs_resume_to_the_same_table(tmp_path: Path, tiny: Path) -> None:
+def test_killed_runs_resume_to_the_same_table(tmp_path: Path, tiny: Path, ends: tuple[signal.Signals, ...]) -> None:
+    """Kills on an S3 server are in test_kills.py."""
     source = write_tars(tmp_path / "shards", shards=20, images=40)
     for name in ("killed", "undisturbed", "other"):
         (tmp_path / name).mkdir()
@@ -345,7 +349,7 @@ def test_killed_runs_resume_to_the_same_table(tmp_path: Path, tiny: Path) -> Non
     staging = tmp_path / "killed" / "table" / "staging"
     seen: dict[str, tuple[int, int]] = {}
     rng = random.Random(20)
-    for attempt, end in enumerate([signal.SIGTERM, signal.SIGKILL]):  # on S3 there are more: test_kills.py
+    for attempt, end in enumerate(ends):
         wanted = len(seen) + rng.randint(5, 25)
         process = start_job(job, tmp_path / f"log{attempt}")
         deadline = time.monotonic() + 120

@@ -1,6 +1,6 @@
 """A job on a real S3 server, killed at moments that its own requests tell, and started again: nothing lost, nothing twice.
 
-`make test-long` kills 25 times, each time on a table of its own, and three times on one table; `make test` kills once.
+`make test-long` kills 25 times, each time on a table of its own, and three times on one table; `make test-slow` kills once.
 """
 
 import contextlib
@@ -172,6 +172,7 @@ def resume(place: Place, name: str, proxy: Proxy) -> None:
     assert {path: etag for path, etag in before.items() if after.get(path, etag) != etag} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kills",
     [

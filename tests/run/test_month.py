@@ -203,6 +203,7 @@ def stall(month: Month, step: Step) -> Iterator[str]:
     yield f"{what} after a stall" if meanwhile else what
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 7))])
 def test_a_month(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,7 @@ def rows_at(server: S3Server, name: str) -> pa.Table:
     return opened.to_dataset().to_table().sort_by("id")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_table_on_s3_is_the_one_on_a_disk_whatever_fails_in_between(
     tmp_path: Path, server: S3Server, proxy: Proxy, local: Path, monkeypatch: pytest.MonkeyPatch

@@ -63,7 +63,7 @@ def test_a_bad_encoder_is_stopped_by_its_sample(job: JobConfig) -> None:
         run_job(job, replaces=True)
     assert staged(job) == 7
     unasked = job.model_copy(update={"reembed": job.reembed.model_copy(update={"sample": 0})})
-    with pytest.raises(GateFailed, match="not published, the version before stays"):
+    with pytest.raises(GateFailed, match=r"not published\. Readers get what they got before"):
         run_job(unasked, replaces=True)
     assert staged(job) == 10
     assert open_table(job.table).version == 1

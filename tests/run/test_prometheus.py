@@ -3,6 +3,7 @@
 import re
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,13 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from jobs import ROOT, job_of, tiny_recipe
+from lora_embed.monitor.effort import Effort
+from lora_embed.monitor.record import RunState
+from lora_embed.monitor.runs import Run, to_prometheus
+from lora_embed.monitor.stages import Bound
 from lora_embed.run.job import run_job
-from lora_embed.run.prometheus import COUNTERS, GAUGES
+from lora_embed.run.prometheus import COUNTERS, GAUGES, Meters
+from lora_embed.schema import ChunkHead
 from lora_embed.store.retry import retried, take_retries
 from samples import png, tar_of
 
@@ -37,6 +43,39 @@ def test_the_docs_name_these_metrics_and_no_others() -> None:
     assert named == here
 
 
+def test_the_docs_name_the_metrics_of_a_table_and_no_others() -> None:
+    state = RunState(run_id="1", host="node", started="2026-01-01T00:00:00+00:00", outcome="published")
+    text = to_prometheus("table", 1, [Run(state=state, heard=9.0, silent_s=1.0)])
+    made = {family.name for family in text_string_to_metric_families(f"{text}\n")}
+    page = (ROOT / "docs" / "operations.md").read_text()
+    assert set(re.findall(r"^(lora_embed_\w+){", page, flags=re.MULTILINE)) == made
+    assert set(re.findall(r"\b(?<!ray_)lora_embed_\w+", page)) == made
+
+
+class Recorded(Meters):
+    """Keeps the names that are set or increased."""
+
+    def __init__(self) -> None:
+        super().__init__("table", "1", 1.0)
+        self.names: list[str] = []
+
+    def _count(self, name: str, total: float, **tags: str) -> None:
+        self.names += [name] if total and set(tags) == set(COUNTERS[name][1]) else []
+
+    def _set(self, name: str, value: float, **tags: str) -> None:
+        self.names += [name] if set(tags) == set(GAUGES[name][1]) else []
+
+
+def test_a_run_shows_every_metric_that_is_listed() -> None:
+    head = ChunkHead(shard_id="1", shard_name="a", prefix="a", samples=3, reasons={"empty": 1}, image_bytes=9, retries=1)
+    effort, meters = Effort(), Recorded()
+    effort.begin(1)
+    effort.add(replace(head, seconds={"decode": 1.0}))
+    effort.bound = Bound(by="decode", shares={}, says="")
+    meters.show(effort, 1)
+    assert set(meters.names) == {*COUNTERS, *GAUGES}
+
+
 def test_requests_that_are_tried_again_are_counted_once() -> None:
     def answer() -> str:
         if errors:
@@ -49,6 +88,7 @@ def test_requests_that_are_tried_again_are_counted_once() -> None:
     assert [take_retries(), take_retries()] == [2, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_scrape_shows_what_a_run_did(tmp_path: Path) -> None:
     images = [png(number) for number in range(7)]

@@ -15,7 +15,7 @@ import pytest
 from documented import bits, expected_ids
 from lora_embed.cli import main
 from lora_embed.errors import ConfigError, VerificationFailed
-from lora_embed.search.export import KINDS, export_index, open_index
+from lora_embed.search.export import KINDS, export_index, import_library, open_index
 from lora_embed.table.read import Table
 from tables import noise_vectors, publish_vectors, spread
 
@@ -91,6 +91,19 @@ def test_an_export_that_cannot_be_is_refused_and_changes_nothing(message: str, t
 def test_a_table_without_vectors_has_nothing_to_index(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="version 1 holds no vectors"):
         export_index(empty_table(tmp_path), "faiss-flat", tmp_path / "out")
+
+
+def test_the_help_names_every_kind(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main.run_command(["export", "--help"]) == 0
+    *others, last = KINDS
+    assert f"{', '.join(others)} or {last}." in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_library_that_no_kind_has_is_not_another_one() -> None:
+    assert all(import_library(kind.library).__name__ == kind.library for kind in KINDS.values())
+    with pytest.raises(ValueError, match="'usearch' is no library of indexes"):
+        import_library("usearch")
 
 
 @pytest.mark.parametrize("kind", ["faiss-flat", "lance"])

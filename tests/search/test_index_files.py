@@ -17,6 +17,7 @@ import pytest
 
 from lora_embed.errors import ConfigError
 from lora_embed.search.export import KINDS, export_index, open_index
+from lora_embed.search.index_files import CHECKS
 from tables import SPACE, noise_vectors, publish_vectors, spread
 
 VECTORS = noise_vectors(300)
@@ -158,6 +159,10 @@ def test_a_graph_that_leads_out_of_its_index_is_refused(part: str, value: int, c
         struct.pack_into("<i", data, place, value)
     path.write_bytes(data)
     assert "index.faiss" in refused(path.parent)
+
+
+def test_every_kind_of_faiss_index_has_its_check() -> None:
+    assert set(CHECKS) == {name for name, kind in KINDS.items() if kind.library == "faiss"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

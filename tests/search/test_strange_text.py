@@ -9,6 +9,7 @@ from lora_embed.errors import ConfigError
 from strangers import campaign
 
 
+@pytest.mark.slow
 def test_bent_indexes_states_and_configurations_lead_nowhere(tmp_path: Path) -> None:
     ended, wrong = campaign(seed=3, count=30, folder=tmp_path)
     assert not wrong, wrong[0]

@@ -194,6 +194,7 @@ except ShardError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", REPEATS)
 def test_a_few_bytes_take_no_more_memory_than_is_worth_it(tmp_path: Path, what: str) -> None:
     """In a process that may take 1.5 GiB of address space, most of which Arrow's threads have before they begin."""
@@ -356,6 +357,7 @@ def assert_sound(found: Any, count: int) -> None:
         assert found.outcomes[kind, "error"] > count / 100
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_run_over_hostile_shards_keeps_what_the_good_ones_gave(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Through the entry point: it ends incomplete and names them, and without them the same command publishes."""

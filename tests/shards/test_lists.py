@@ -196,7 +196,7 @@ BAD = [
     ("a.csv", 'url\n"a\n', "line 2 cannot be read as CSV"),
     ("a.csv", b"url\n\xff\xfe\n", "line .* is not UTF-8"),
     ("a.jsonl", '{"url": "a"}\nnope\n', "line 2 is not JSON"),
-    ("a.jsonl", '["a"]\n', "line 1 is a list, expected one JSON object"),
+    ("a.jsonl", '["a"]\n', r'line 1 is \["a"\], expected one JSON object'),
     ("a.jsonl", '{"uri": "a"}\n', "has no column 'url', found"),
     ("a.jsonl", "[" * 100_000, "line 1 is not JSON"),
     ("a.parquet", "PAR1", "cannot be read as Parquet"),

@@ -6,8 +6,9 @@ import os
 import re
 import tarfile
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pytest
@@ -16,10 +17,12 @@ from hypothesis import strategies as st
 
 from lora_embed.entries import Entry
 from lora_embed.errors import ShardError
-from lora_embed.schema import Shard
+from lora_embed.schema import Shard, ShardKind
+from lora_embed.shards.kinds import Kind
+from lora_embed.shards.known_fields import known_fields
 from lora_embed.shards.listing import list_shards
 from lora_embed.shards.parquet import read_parquet
-from lora_embed.shards.read import count_samples, read_samples
+from lora_embed.shards.read import CANNOT, count_samples, read_samples
 from lora_embed.shards.tar import read_tar
 from samples import layout, parquet_of, samples_of, shard_at, tar_of, tar_shard, touch_files
 
@@ -39,6 +42,19 @@ class Counting(io.BytesIO):
         data = super().read(size)
         self.count += len(data)
         return data
+
+
+def test_every_kind_of_shard_has_its_words_and_but_for_references_is_a_kind_of_file() -> None:
+    assert set(CANNOT) == set(get_args(ShardKind)) == {*get_args(Kind), "references"}
+
+
+def test_a_kind_without_a_reader_is_read_by_no_other_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CANNOT, "zip", "no zip")
+    shard = replace(tar_shard(tmp_path, THREE), kind="zip")
+    with pytest.raises(ShardError, match=r"no zip .*Expected code to be unreachable"):
+        samples_of(shard)
+    assert known_fields(tar_shard(tmp_path, THREE), {}) == ["x"]
+    assert known_fields(shard, {}) == []
 
 
 def test_members_of_a_name_are_one_sample(tmp_path: Path) -> None:
@@ -141,7 +157,7 @@ def test_no_prefix_of_any_tar_is_short(members: list[tuple[str, bytes]], random:
         (
             "a.tar",
             gzip.compress(tar_of([("a.jpg", os.urandom(2000))])),
-            "is not a tar, .*: it begins with gzip data. Rename it",
+            "is not a tar, .*: it begins with gzip data. .* the ending .tar.gz",
         ),
         ("a.tar", b"<!DOCTYPE html><html>" + b" " * 600, "is not a tar, .*: it begins with an HTML page"),
         ("a.tar", tar_of(THREE).replace(b"c.jpg", b"c.jpx"), "incomplete or damaged tar: its members end at byte"),

@@ -19,6 +19,7 @@ from samples import layout, png, tar_of
 STRANGE = (
     "a::b.tar", "photos[1].tar", "set{1,2}.tar", "what?.tar", "no#1.tar", "star*.tar", "50%25.tar", "a+b c.tar", "é.tar",
     "x[!a].tar", "simplecache::x.tar", "}{.tar", "dir[1]/in::side.tar", "zip:__x.tar",
+    "a?x=1.tar", "a?x=1&y=2.tar", "a;v=1.tar", "a#n=1.tar",
 )  # fmt: skip
 DECOYS = ("photos1.tar", "set1.tar", "set2.tar", "whatX.tar", "star1.tar", "xb.tar", "dir1/in::side.tar")
 

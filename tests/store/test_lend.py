@@ -64,6 +64,7 @@ def test_a_dataset_is_read_at_the_first_503(server: S3Server, proxy: Proxy, loca
     assert len(refused) >= 2 * len(local.manifest.files)
 
 
+@pytest.mark.slow
 def test_a_dataset_is_read_whatever_fails_in_between(server: S3Server, proxy: Proxy, local: Table) -> None:
     """A third of all requests: 503, connections reset, bodies cut, answers that do not come."""
     table = lent(server, proxy)
@@ -73,6 +74,7 @@ def test_a_dataset_is_read_whatever_fails_in_between(server: S3Server, proxy: Pr
     assert {request.fault for request in proxy.requests} >= {"error", "reset", "cut", "stall"}
 
 
+@pytest.mark.slow
 def test_patience_ends_with_its_reason(server: S3Server, proxy: Proxy) -> None:
     """Not with a file that is not there, as libraries take it where they may."""
     table = lent(server, proxy, retry_s=1.0)

@@ -64,6 +64,7 @@ def test_the_first_of_many_commits_and_readers_see_all_or_nothing(disk: Path) ->
     assert store.claim("table.json", b"{}").exclusive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disk", [(errno.EPERM, True)], ids=["EPERM"], indirect=True)
 def test_a_run_publishes_there(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_here(monkeypatch)

@@ -329,6 +329,7 @@ def is_read(request: Request, ending: str) -> bool:
     return request.method == "GET" and request.path.endswith(ending)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["staging", "data", "versions"])
 def test_a_night_whose_table_may_no_longer_be_written_goes_on_when_it_may(
     tmp_path: Path,

@@ -7,6 +7,7 @@ import pytest
 from hostile_tables import campaign
 
 
+@pytest.mark.slow
 def test_bent_tables_lead_nowhere(tmp_path: Path) -> None:
     ended, wrong = campaign(seed=7, count=40, folder=tmp_path)
     assert not wrong, wrong[0]

@@ -4,6 +4,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from test_table_read import LAYOUT, SPACE, shard_of, stage
 
 from lora_embed.store.store import Store
@@ -38,6 +39,7 @@ def add_shard(store: Store, number: int) -> int:
             return attempts
 
 
+@pytest.mark.slow
 def test_publishers_at_once_make_gapless_versions_and_lose_no_change(server: S3Server) -> None:
     store = Store("s3://images/crowd", server.options()).claim("table.json", b'{"format": 1}\n')
     store.create(f"encoders/{SPACE}/encoder.json", b"{}")

@@ -196,6 +196,7 @@ def test_forget_says_until_when_the_files_stay_and_gc_shows_it(job: JobConfig, c
     ]
 
 
+@pytest.mark.slow
 def test_gc_on_s3_leaves_no_byte_of_what_was_forgotten(
     tmp_path: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -450,6 +451,7 @@ def test_runs_are_kept_in_the_order_of_the_stores_clock(job: JobConfig) -> None:
 # Conditional PUT
 
 
+@pytest.mark.slow
 def test_every_command_that_writes_says_when_the_store_ignores_conditional_put(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

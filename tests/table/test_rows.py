@@ -43,6 +43,7 @@ def counting(table: Table) -> tuple[Table, list[str]]:
     return Table(store, table.manifest), opened
 
 
+@pytest.mark.slow
 def test_memory_of_search_and_export_does_not_grow_with_the_table(tmp_path: Path) -> None:
     peaks: dict[str, list[float]] = {"search": [], "faiss-flat": [], "lance": []}
     for files in (20, 80):

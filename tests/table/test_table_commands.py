@@ -158,6 +158,7 @@ def labelled(tmp_path: Path, server: S3Server) -> Path:
     return write_job(tmp_path, recipe, tmp_path, **places | options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_evaluate_reads_labelled_images_and_keeps_its_work_by_the_options_of_a_job(
     labelled: Path, tmp_path: Path, server: S3Server, capfd: pytest.CaptureFixture[str]

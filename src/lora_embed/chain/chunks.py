@@ -179,7 +179,7 @@ class _Chunk:
         row = {"key": sample.key, "width": None, "height": None, "sha256": None, "reason": None, "detail": None} | carried
         try:
             if sample.excess:
-                raise BadImage("too_many_bytes", f"{sample.excess} bytes, allowed are {self._layout.max_bytes}")
+                raise BadImage("too_many_bytes", f"{sample.excess} bytes, max_bytes allows {self._layout.max_bytes}")
             if sample.problem is not None:
                 raise BadImage(*sample.problem)
             if sample.data is None:

@@ -2,18 +2,21 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from lora_embed.cli.options import Json, input_of, options_like, read_as
 from lora_embed.config.models import JobConfig
+from lora_embed.config.values import PrecisionOrAuto
 from lora_embed.errors import ConfigError, StorageError
 from lora_embed.monitor.progress import LogFormat, log_as
 
 if TYPE_CHECKING:
     from lora_embed.evaluate.request import Request
 
+PRECISIONS = get_args(PrecisionOrAuto)
+_LISTED = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
 Many = list[str] | None
 Data = Annotated[Many, typer.Option(metavar="INPUT", help="Labelled shards, as `input` of a job, or a job file. Repeatable.")]
 
@@ -31,7 +34,7 @@ def evaluate(
     heads: Annotated[bool, typer.Option(help="Evaluate the adapters' own heads on every candidate.")] = True,
     head: Annotated[Many, typer.Option(metavar="ADAPTER=FIELD", help="The task of an adapter's head.")] = None,
     classes: Annotated[Many, typer.Option(metavar="FIELD=FILE", help="Classes in the order of a head's outputs.")] = None,
-    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    precision: Annotated[str, typer.Option(help=f"{_LISTED}.")] = "auto",
     work: Annotated[str | None, typer.Option(metavar="URI", help="Folder to keep encoders and vectors in.")] = None,
     shared_filesystem: Annotated[bool, typer.Option("--shared-filesystem", help="All nodes mount the local paths.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the evaluation as JSON.")] = None,
@@ -80,8 +83,8 @@ def _evaluate(request: "Request", out: Path | None, report: Path | None, as_json
 
 def _check_options(precision: str, out: Path | None, report: Path | None) -> None:
     """Check options before minutes of work. Raises ConfigError, and StorageError for files that cannot be written."""
-    if precision not in ("auto", "float32", "bfloat16", "float16"):
-        raise ConfigError(f"--precision is {precision!r}, expected auto, float32, bfloat16 or float16")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"--precision is {precision!r}, expected {_LISTED}")
     for option, path in (("--out", out), ("--report", report)):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise StorageError(f"{option} {path}: is a directory, or its directory does not exist. Name a file.")

@@ -4,11 +4,12 @@ import json
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, cast
+from typing import Annotated, Any, NoReturn, TypeVar, cast
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from lora_embed.config.messages import first_wrong
+from lora_embed.config.values import Precision
 from lora_embed.errors import TableError
 from lora_embed.store.store import Store
 
@@ -30,7 +31,7 @@ class RecipeRecord:
 class DeviceRecord:
     """The values that `auto` stood for on the device of a table's first run."""
 
-    precision: Literal["float32", "bfloat16", "float16"]
+    precision: Precision
     batch_size: Annotated[int, Field(ge=1, lt=2**20)]
 
 

@@ -9,7 +9,18 @@ from pydantic import AfterValidator, Field, create_model, model_validator
 
 from lora_embed.config.messages import Keys, checked, shown
 from lora_embed.config.paths import base_place, local_place, with_absolute_paths
-from lora_embed.config.values import Number, Section, Share, Text, Uri, as_members, not_empty
+from lora_embed.config.values import (
+    Number,
+    Pooling,
+    PrecisionOrAuto,
+    Section,
+    Share,
+    Text,
+    Uri,
+    VectorType,
+    as_members,
+    not_empty,
+)
 from lora_embed.config.yaml import Loader, read_yaml, yaml_problem
 from lora_embed.errors import ConfigError
 
@@ -32,7 +43,7 @@ class Recipe(Section):
     adapters: tuple[AdapterSpec, ...] = Field(default=(), strict=False)
     merge_method: Text = "weighted_sum"  # `model.merge` has the methods and their options
     merge_options: dict[str, Any] = Field(default_factory=dict)
-    pooling: Literal["mean", "patch_mean", "cls", "last_mean", "last_patch_mean", "last_cls"] = "mean"
+    pooling: Pooling = "mean"
     normalize: bool = False
     image_size: int | None = Field(default=None, ge=8, le=4096)
     decode: Literal["exact", "fast"] = "exact"
@@ -135,7 +146,7 @@ class JobConfig(Section):
     recipe: Uri
     input: Annotated[tuple[Uri, ...], Field(strict=False), AfterValidator(not_empty)]
     table: Uri
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    precision: PrecisionOrAuto = "auto"
     chunk_size: int = Field(default=512, ge=1, le=65536)
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = "auto"
     max_rejects: Share = 0.01
@@ -151,7 +162,7 @@ class JobConfig(Section):
     reject_unreachable: bool = False  # web servers that do not answer make rejects, not an incomplete run
     image_member: Annotated[tuple[Text, ...], Field(strict=False), AfterValidator(as_members)] = ()
     limit: int | None = Field(default=None, ge=1)
-    vector_type: Literal["float32", "float16"] = "float32"
+    vector_type: VectorType = "float32"
     resources: Resources = Resources()
     reembed: Reembed = Reembed()
     retain: Retain = Retain()

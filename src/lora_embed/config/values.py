@@ -1,11 +1,16 @@
 """Types of the values that users write, and of the sections that hold them: strict, finite, without passwords."""
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from lora_embed.text import holds_secret, redacted
+
+Pooling = Literal["mean", "patch_mean", "cls", "last_mean", "last_patch_mean", "last_cls"]
+Precision = Literal["float32", "bfloat16", "float16"]
+PrecisionOrAuto = Literal["auto", Precision]
+VectorType = Literal["float32", "float16"]
 
 
 class Section(BaseModel):
@@ -44,8 +49,9 @@ def _without_password(uri: str) -> str:
     if holds_secret(uri):
         shown_uri = redacted("".join(uri.split()))
         raise ValueError(
-            f"{shown_uri} holds a password or a signature, but URIs are written to tables, logs and reports. Give the secret "
-            "in the environment or, for input and table, in their storage options."
+            f"{shown_uri} holds a password or a signature, but URIs are written to tables, logs and reports. Give a "
+            "password in the environment or, for input and table, in their storage options. Signed URLs of images may stand in "
+            "a list: see reference_column."
         )
     return uri
 

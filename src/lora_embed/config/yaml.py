@@ -34,7 +34,9 @@ def read_yaml(path: Path, kind: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file, expected {kind}. Correct the path.") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise ConfigError(f"{path}: cannot be read as a text file: {reason}") from None
+        raise ConfigError(
+            f"{path}: cannot be read as a text file: {reason}. Name a file in UTF-8 that this user may read."
+        ) from None
     except RecursionError:
         raise ConfigError(f"{path}: its values are nested too deeply to be read. Use fewer levels.") from None
     except (yaml.YAMLError, ValueError) as error:

@@ -24,7 +24,7 @@ from lora_embed.shards.list_rows import carrying
 from lora_embed.shards.listing import list_input
 from lora_embed.store.fetch import private_folder
 from lora_embed.store.store import Store
-from lora_embed.text import utc
+from lora_embed.text import counted, utc
 
 MOST_ALIGNED = 2000  # images on which the vectors of two encoders are compared by CKA
 
@@ -152,13 +152,16 @@ def label(request: Request, collected: Collected) -> Labelled:
     good = collected.samples.filter(collected.samples.column("reason").is_null())
     if not good.num_rows:
         raise ConfigError(
-            f"none of the {collected.samples.num_rows} samples could be embedded; rejects by reason: {collected.rejects}"
+            f"none of the {collected.samples.num_rows} samples could be embedded; rejects by reason: "
+            f"{counted(collected.rejects)}. Correct the input."
         )
     columns = {name: good.column(name).to_pylist() for name in good.column_names}
     ids = columns["id"]
     twice = [sample_id for sample_id, count in Counter(ids).items() if count > 1]
     if twice:
-        raise ConfigError(f"{len(twice)} ids belong to several images, such as {twice[0]}. Give each image its own id.")
+        raise ConfigError(
+            f"{len(twice)} ids belong to several images, such as {twice[0]}. Rename one image of each, or leave it out."
+        )
     names = (
         ids
         if request.group is None

@@ -22,7 +22,7 @@ from lora_embed.errors import ConfigError, IncompleteRun
 from lora_embed.images.preprocess import decoding
 from lora_embed.monitor.progress import Progress, say
 from lora_embed.monitor.stages import add_seconds
-from lora_embed.schema import FORMAT, Layout, Shard, from_ipc, to_ipc
+from lora_embed.schema import FORMAT, NON_FINITE, Layout, Shard, from_ipc, to_ipc
 from lora_embed.shards.look import absent_fields
 from lora_embed.store.store import Store
 from lora_embed.table.rejects import count_reasons
@@ -134,7 +134,8 @@ def collect(source: Source, encoders: Sequence[Wanted], topology: Topology) -> C
             raise ConfigError(
                 f"{len(source.shards)} shards hold no sample; the first is {source.shards[0].name}. Correct the input."
             )
-        samples = _samples(chunks) if samples is None else _with_rejects(samples, _samples(chunks))
+        found = samples_table(chunks, source.layout.carry)
+        samples = found if samples is None else _with_rejects(samples, found)
         for encoder_wanted, new in zip(in_pass, _embedded(chunks, in_pass), strict=True):
             kept[encoder_wanted.space_id] = new
             source.store.replace(source.vectors_path(encoder_wanted), _to_bytes(new))
@@ -167,11 +168,12 @@ def _in_order(chunks: Iterable[VectorChunk], source: Source) -> list[VectorChunk
     return in_order
 
 
-def _samples(chunks: list[VectorChunk]) -> pa.Table:
-    tables = []
+def samples_table(chunks: list[VectorChunk], carry: tuple[tuple[str, str], ...]) -> pa.Table:
+    """The chunks' samples with their ids, carried fields and reasons."""
+    tables, carried = [], [name for name, _ in carry]
     for chunk in chunks:
         ids = pa.array([chunk.head.sample_id(key) for key in chunk.samples.column("key").to_pylist()], pa.string())
-        table = pa.Table.from_batches([chunk.samples]).drop_columns(["key", "width", "height", "sha256", "detail"])
+        table = pa.Table.from_batches([chunk.samples]).select([*carried, "reason"])
         tables.append(table.add_column(0, "id", ids))
     return pa.concat_tables(tables)
 
@@ -206,7 +208,7 @@ def _mark_unsound(samples: pa.Table, embedded: dict[str, Embedded]) -> pa.Table:
     """A sample whose vector of any encoder is not finite becomes a reject for all, as in a table."""
     sound = np.logical_and.reduce([np.isfinite(encoded.vectors).all(axis=1) for encoded in embedded.values()])
     reasons = [
-        reason if reason or fine else "non_finite_vector"
+        reason if reason or fine else NON_FINITE
         for reason, fine in zip(samples.column("reason").to_pylist(), sound, strict=True)
     ]
     return samples.set_column(samples.schema.get_field_index("reason"), "reason", pa.array(reasons, pa.string()))

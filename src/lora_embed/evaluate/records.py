@@ -12,6 +12,7 @@ import pyarrow as pa
 from lora_embed.errors import ConfigError
 
 FORMAT = 1
+RelationKind = Literal["cosine", "sign_conflicts", "subspace_overlap", "cka"]  # the first three are those of `model.relate`
 METRICS = ("knn", "probe", "recall@1", "recall@5", "map", "nmi")
 HEADLINE = "knn"  # the metric that is shown if there is room for only one per task
 
@@ -100,7 +101,7 @@ class ClassChange:
 class Relation:
     """How similar two adapters or encoders are; `layer` is a weight's name, or None for all weights."""
 
-    kind: Literal["cosine", "sign_conflicts", "subspace_overlap", "cka"]
+    kind: RelationKind
     one: str  # adapter, or "base"
     other: str
     layer: str | None

@@ -1,8 +1,9 @@
 """Format an evaluation as Markdown, for a terminal or a page: figures with intervals, heads, similarity of adapters."""
 
 from collections.abc import Sequence
+from typing import get_args
 
-from lora_embed.evaluate.records import METRICS, Difference, Evaluation, Figure
+from lora_embed.evaluate.records import METRICS, Difference, Evaluation, Figure, RelationKind
 
 TITLES = {"knn": "kNN", "probe": "probe", "recall@1": "recall@1", "recall@5": "recall@5", "map": "mAP", "nmi": "NMI"}
 MARKS = {"better": " ▲", "worse": " ▼", "within noise": ""}
@@ -56,7 +57,6 @@ def _retention(evaluation: Evaluation) -> str:
 
 
 def _relations(evaluation: Evaluation) -> str:
-    kinds = ("cosine", "sign_conflicts", "subspace_overlap", "cka")
     over_all: dict[tuple[str, str, str], float] = {
         (relation.one, relation.other, relation.kind): relation.value
         for relation in evaluation.relations
@@ -65,7 +65,7 @@ def _relations(evaluation: Evaluation) -> str:
     if not over_all:
         return ""
     pairs = list(dict.fromkeys((first, second) for first, second, _ in over_all))
-    shown = [kind for kind in kinds if any(kind == key[2] for key in over_all)]
+    shown = [kind for kind in get_args(RelationKind) if any(kind == key[2] for key in over_all)]
     lines = [["adapters", *(kind.replace("_", " ") for kind in shown)]]
     for first, second in pairs:
         cells = [over_all.get((first, second, kind)) for kind in shown]

@@ -175,8 +175,9 @@ def decide(where: str, judged: Iterable[Gate], accepted: dict[str, str]) -> dict
             for gate in failed
         )
         raise GateFailed(
-            f"{where}: not published, the version before stays. What was embedded is kept. Correct the input or the recipe and "
-            f"run again, or accept the gate with `lora-embed publish JOB --accept {failed[0].name} --why …`. Failed:{lines}",
+            f"{where}: not published. Readers get what they got before, and what was embedded is kept. Correct the input or "
+            "the recipe and run again, or accept the gate with "
+            f"`lora-embed publish JOB --accept {failed[0].name} --why …`. Failed:{lines}",
             kept | {gate.name: gate.to_dict() | {"details": gate.details} for gate in failed},
         )
     for name in accepted.keys() & kept.keys():

@@ -5,6 +5,7 @@ import io
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from PIL import AvifImagePlugin, ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
@@ -15,6 +16,9 @@ from lora_embed.images import deep
 from lora_embed.images.preprocess import Box, Joint, Pixels, Preprocessing
 from lora_embed.images.recognise import is_targa, name_of
 from lora_embed.text import in_one_line
+
+if TYPE_CHECKING:
+    from lora_embed.schema import Reason
 
 # None of them runs a program, reads another file, or decodes in Python.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -35,13 +39,13 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BadImage(Exception):
-    """An image that cannot be embedded; `reason` is one of `schema.REASONS`."""
+    """An image that cannot be embedded; `reason` is one of `schema.Reason`."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: "Reason", detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type["BadImage"], tuple[str, str]]:  # otherwise pickle would pass the detail alone
+    def __reduce__(self) -> tuple[type["BadImage"], tuple["Reason", str]]:  # otherwise pickle would pass the detail alone
         return type(self), (self.reason, str(self))
 
 
@@ -74,7 +78,7 @@ def _decode(data: bytes, preprocessing: Prepare, max_pixels: int) -> Decoded:
     try:
         image = Image.open(io.BytesIO(data), formats=("TGA",) if is_targa(data) else FORMATS)
     except Image.DecompressionBombError:
-        raise BadImage("too_many_pixels", f"has more than twice the {max_pixels} pixels that are allowed") from None
+        raise BadImage("too_many_pixels", f"has more than twice the {max_pixels} pixels that max_pixels allows") from None
     except (LoraEmbedError, MemoryError):
         raise
     except Exception:  # noqa: BLE001  # Pillow's decoders have no list of the errors that they raise
@@ -140,7 +144,7 @@ def _turn_of(image: Image.Image) -> Image.Transpose | None:
 
 def _check_area(width: int, height: int, most: int, verb: str) -> None:
     if width * height > most:
-        raise BadImage("too_many_pixels", f"{verb} {width}×{height} pixels, allowed are {most}")
+        raise BadImage("too_many_pixels", f"{verb} {width}×{height} pixels, max_pixels allows {most}")
 
 
 def _check_passes(data: bytes, image: Image.Image, max_pixels: int) -> None:
@@ -151,7 +155,7 @@ def _check_passes(data: bytes, image: Image.Image, max_pixels: int) -> None:
     if isinstance(image, JpegImageFile) and (scans := data.count(_SCAN)) * image.width * image.height > MOST_SCANS * max_pixels:
         raise BadImage(
             "too_many_pixels",
-            f"has {scans} scans of {image.width}×{image.height} pixels, allowed are {MOST_SCANS} times {max_pixels} in all",
+            f"has {scans} scans of {image.width}×{image.height}, max_pixels allows {MOST_SCANS} times {max_pixels} in all",
         )
     if isinstance(image, TiffImageFile) and TILEWIDTH in image.tag_v2:
         width, height = (image.tag_v2.get(tag) for tag in (TILEWIDTH, TILELENGTH))

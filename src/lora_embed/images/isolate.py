@@ -14,7 +14,7 @@ import sys
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from lora_embed.errors import LoraEmbedError
 from lora_embed.images.decode import MAX_PIXELS, BadImage, Decoded, Prepare, decode_image
@@ -25,7 +25,7 @@ TRIES = 2  # a child may also die for another reason than its image, for example
 ROOM_BYTES = 4 * 2**30
 ROOM_BYTES_PER_PIXEL = 40  # times max_pixels, if that is more
 IMAGE_S = 120.0  # for one image; 100 megapixels take seconds
-_CRASHED = "decoder_crashed"
+_CRASHED: Final = "decoder_crashed"
 _READY = "ready"
 _START_S = 120.0  # for Python and its imports, on a busy machine
 _END_S = 10.0  # between the end of a child's pipe and the end of the child

@@ -194,7 +194,8 @@ def _multiply_and_add(settings: dict[str, Any]) -> tuple[tuple[float, float, flo
     std = [float(value) for value in settings["image_std"]] if normalise else [1.0] * 3
     if len(mean) != 3 or len(std) != 3 or 0 in std:
         raise EncoderError(
-            f"the image processor has image_mean {mean} and image_std {std}; expected three numbers each, and no 0 in image_std"
+            f"the image processor has image_mean {mean} and image_std {std}; expected three numbers each, and no 0 in "
+            "image_std. Correct the base's preprocessor_config.json."
         )
     return (scale / std[0], scale / std[1], scale / std[2]), (-mean[0] / std[0], -mean[1] / std[1], -mean[2] / std[2])
 
@@ -231,7 +232,8 @@ def _convnext_resize_and_crop(
     """ConvNeXT's `size` is the size of a centre crop below 384 pixels, and of a square resize without crop from 384 on."""
     if not size.get("shortest_edge"):
         raise EncoderError(
-            f"the image processor's size is {size}; expected a shortest_edge, as {settings['image_processor_type']} needs"
+            f"the image processor's size is {size}; expected a shortest_edge, as {settings['image_processor_type']} needs. "
+            "Correct the base's preprocessor_config.json."
         )
     edge = int(size["shortest_edge"])
     if edge >= 384:
@@ -246,4 +248,7 @@ def _resize_of(settings: dict[str, Any], size: dict[str, Any]) -> tuple[int, int
         return int(size["height"]), int(size["width"])
     if size.get("shortest_edge") and not size.get("longest_edge"):
         return int(size["shortest_edge"])
-    raise EncoderError(f"the image processor's size is {size}; expected height and width, or shortest_edge alone")
+    raise EncoderError(
+        f"the image processor's size is {size}; expected height and width, or shortest_edge alone. "
+        "Correct the base's preprocessor_config.json."
+    )

@@ -20,15 +20,17 @@ Parts = Sequence[tuple[float, Array]]  # weight in the recipe and full change of
 def merge_anew(method: str, options: Mapping[str, Any], parts: Parts, name: str) -> Array:
     """The merged change of the weight `name`, by any method but `linear`, which works on LoRA factors."""
     parts = [(weight, change) for weight, change in parts if weight != 0] or parts
+    if method in ("weighted_sum", "svd", "iso_c"):
+        total = sum((weight * change for weight, change in parts), np.zeros(parts[0][1].shape))
+        if method == "weighted_sum" or total.ndim < 2 or not total.any():
+            return total
+        return _low_rank(total, **options) if method == "svd" else _with_equal_singular_values(total)
     if method in ("ties", "magnitude_prune"):
         thinned = [_largest(change.astype(np.float32), options["density"]) for _, change in parts]
     elif method in ("dare_linear", "dare_ties"):
         thinned = _random([change.astype(np.float32) for _, change in parts], options["density"], options["seed"], name)
     else:
-        total = sum((weight * change for weight, change in parts), np.zeros(parts[0][1].shape))
-        if method == "weighted_sum" or total.ndim < 2 or not total.any():
-            return total
-        return _low_rank(total, **options) if method == "svd" else _with_equal_singular_values(total)
+        raise NotImplementedError(f"merge method {method!r} has no formula here, so no build by it can be checked")
     weights = np.array([weight for weight, _ in parts], np.float32)
     if method in ("ties", "dare_ties"):
         return _elected(np.stack(thinned), weights, options["majority_sign"]).astype(np.float64)

@@ -31,6 +31,7 @@ _LIBRARY_ERRORS = (
 )  # fmt: skip
 # Fields of config.json that make transformers open files that are not hashed, or fetch code.
 _LEADS_ELSEWHERE = {"configuration_files", "transformers_weights", "quantization_config", "fusion_config"}
+_ANOTHER = "Copy or download the model again, or name another base."
 _COUNTS = re.compile(r"layer|depth|stage|block|repeat|labels")
 MOST_COUNTED = 100_000  # labels, layers and similar counts of any model
 MOST_LAYERS = 1000  # layers of a model whose files hold fewer tensors than that
@@ -91,7 +92,7 @@ def read_model_config(folder: Path, where: str) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # otherwise it asks at the terminal
     except _LIBRARY_ERRORS as error:
-        raise EncoderError(f"{where}: config.json is not that of a known model: {in_one_line(error)}") from None
+        raise EncoderError(f"{where}: config.json is not that of a known model: {in_one_line(error)}. {_ANOTHER}") from None
     vision = getattr(config, "vision_config", None)
     if isinstance(vision, PretrainedConfig):
         config = vision
@@ -123,7 +124,7 @@ def _check_config(folder: Path, where: str) -> None:
             if _counted(key, value) > MOST_COUNTED:
                 raise ValueError(f"{key} is {str(value)[:100]}, more than any model has")
     except ValueError as error:
-        raise EncoderError(f"{where}: config.json is not that of a known model: {error}") from None
+        raise EncoderError(f"{where}: config.json is not that of a known model: {error}. {_ANOTHER}") from None
 
 
 def _counted(key: str, value: Any) -> int:
@@ -183,7 +184,9 @@ def read_processor(folder: Path) -> Any:
         return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     except _LIBRARY_ERRORS as error:
         reason = in_one_line(error)
-        raise EncoderError(f"{folder}/preprocessor_config.json: is not that of a known image processor: {reason}") from None
+        raise EncoderError(
+            f"{folder}/preprocessor_config.json: is not that of a known image processor: {reason}. {_ANOTHER}"
+        ) from None
 
 
 def model_class(config: PretrainedConfig) -> Any:

@@ -5,10 +5,11 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from lora_embed.config.values import Pooling
 from lora_embed.errors import EncoderError
 from lora_embed.images.preprocess import Arithmetic, Preprocessing
 from lora_embed.model import golden
@@ -61,7 +62,7 @@ class Description:
     space_id: Id
     recipe_id: Id
     dimension: Annotated[int, Field(ge=1, le=2**20)]
-    pooling: Literal["mean", "patch_mean", "cls", "last_mean", "last_patch_mean", "last_cls"]
+    pooling: Pooling
     normalize: bool
     tap: Word  # name of the module whose output is the hidden state; "" for the final output
     prefix_tokens: Annotated[int, Field(ge=0, le=2**20)]

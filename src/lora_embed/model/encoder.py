@@ -21,14 +21,14 @@ from lora_embed.model.base import load_headless
 from lora_embed.model.base_files import Base, find_base, is_base
 from lora_embed.model.description import FILES, BaseReference, Description, check_files, read_description
 from lora_embed.model.follow import may_ask_hub, refuse_elsewhere
-from lora_embed.model.pooling import FROM_LAST_HIDDEN_STATE, HiddenState, pooler
+from lora_embed.model.pooling import LAST, HiddenState, pooler
 from lora_embed.model.space import VERSION, space_id_of
 from lora_embed.model.torch_private import is_out_of_memory
 from lora_embed.store.fetch import fetch_directory
 from lora_embed.text import in_one_line
 
 cuda: Any = torch.cuda  # partly untyped
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Encoder:
@@ -45,14 +45,14 @@ class Encoder:
         self.device = torch.device(device)
         self.precision = precision
         self.batch_size = batch_size
-        self._dtype = _DTYPES[precision]
+        self._dtype = DTYPES[precision]
         if self.device.type == "cuda" and precision == "float32":  # TF32 keeps 10 bits, too few for the golden vectors' bound
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         for model in models:
             torch.nn.Module.to(model, self.device, self._dtype)
             if device == "cpu" and precision == "bfloat16":
                 model.set_attn_implementation("eager")  # torch's fused attention takes 1.5 times as long here
-        tap = "" if description.pooling in FROM_LAST_HIDDEN_STATE else description.tap
+        tap = "" if description.pooling.startswith(LAST) else description.tap
         self._hidden_states = [HiddenState(model, tap) for model in models]
         self._pool = pooler(description.pooling, description.prefix_tokens)
         shape = (1, 3, 1, 1)

@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_embed.errors import EncoderError
 
-FROM_LAST_HIDDEN_STATE = ("last_mean", "last_patch_mean", "last_cls")  # after the final norm; the other poolings before it
+LAST = "last_"  # begins the poolings of the last hidden state, after the final norm; the others are of the one before it
 
 
 class HiddenState:
@@ -92,7 +92,9 @@ def pooler(pooling: str, prefix_tokens: int) -> Callable[[torch.Tensor], torch.T
     `mean` is over all tokens, special ones included; for feature maps, over height and width.
     Raises EncoderError if the pooling needs a class token and the model has none.
     """
-    kind = pooling.removeprefix("last_")
+    kind = pooling.removeprefix(LAST)
+    if kind not in ("mean", "patch_mean", "cls"):
+        raise NotImplementedError(f"pooling {pooling!r} has no arithmetic here")
     if kind == "cls" and prefix_tokens < 1:
         raise EncoderError("pooling 'cls' needs a class token, but this model has none. Use 'mean'.")
 

@@ -52,7 +52,8 @@ def _prove_one(merged: Merge, name: str, before: torch.Tensor, after: torch.Tens
     if not error <= rounding + bound:
         raise EncoderError(
             f"{name}: the saved change differs from the one recomputed from the adapter files by {error:.1e} of its norm; "
-            f"float32 rounding explains {rounding:.1e}, and {bound:.0e} more is allowed. The encoder was not written."
+            f"float32 rounding explains {rounding:.1e}, and {bound:.0e} more is allowed. The encoder was not written. Build "
+            "it again; if the same happens, please report it with the recipe."
         )
     return {"error": error, "rounding": rounding}
 

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from lora_embed.model.match import Adapter
 
 Square = NDArray[np.float64]
 Kind = Literal["cosine", "sign_conflicts", "subspace_overlap"]
-KINDS: tuple[Kind, ...] = ("cosine", "sign_conflicts", "subspace_overlap")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 _BLOCK = 2**18  # entries of a weight that are compared at a time
 
 

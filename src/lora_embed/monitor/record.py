@@ -13,7 +13,7 @@ OPTIONS = (  # keys of a job that a record holds; no storage options, because th
     "recipe", "input", "table", "precision", "chunk_size", "batch_size", "max_rejects", "max_removed", "max_pixels",
     "max_bytes", "carry", "image_column", "key_column", "image_member", "reference_column", "reference_roots",
     "check_references", "reject_unreachable", "limit", "vector_type", "resources", "reembed",
-    "gates", "prices", "retain", "shared_filesystem",
+    "gates", "prices", "retain", "shared_filesystem", "follow_folder_links",
 )  # fmt: skip
 MOST_BINS = 48
 EXAMPLES = 5  # rejects that are kept of each reason

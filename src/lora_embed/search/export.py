@@ -1,24 +1,43 @@
 """Write a table's vectors as an index to search, and open it: FAISS or Lance, by their own libraries."""
 
 import json
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_embed.config.foreign import parse_record
 from lora_embed.errors import ConfigError, StorageError, VerificationFailed
-from lora_embed.search.faiss_index import open_faiss, write_faiss
-from lora_embed.search.index import DESCRIPTION, FORMAT, Index, IndexDescription
+from lora_embed.search.faiss_index import EMPTY, open_faiss, write_faiss
+from lora_embed.search.index import DESCRIPTION, FORMAT, Index, IndexDescription, Nearest
 from lora_embed.search.index_files import check_plain
 from lora_embed.search.lance_index import open_lance, write_lance
 from lora_embed.store.aside import folder_aside
 from lora_embed.store.store import Store
+from lora_embed.table.parquet import FIND
 from lora_embed.text import in_one_line
 
 if TYPE_CHECKING:
     from lora_embed.table.read import Table
 
-KINDS = ("faiss-flat", "faiss-ivf", "faiss-hnsw", "lance")
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of index: the module that it is written with, how it is written, and how it is opened.
+
+    `write` takes the module, the table, the folder and a seed, and returns the number of vectors and the parameters of the
+    index. `open` takes the module, the folder and the description, and checks the files before the module opens them.
+    """
+
+    library: str
+    write: Callable[[Any, "Table", Path, int], tuple[int, dict[str, Any]]]
+    open: Callable[[Any, Path, IndexDescription], Nearest]
+
+
+KINDS = {name: Kind("faiss", partial(write_faiss, empty), open_faiss) for name, empty in EMPTY.items()} | {
+    "lance": Kind("lance", write_lance, open_lance)
+}
 
 
 def export_index(table: "Table", kind: str, out: Path, seed: int = 0) -> IndexDescription:
@@ -28,20 +47,23 @@ def export_index(table: "Table", kind: str, out: Path, seed: int = 0) -> IndexDe
     without vectors; VerificationFailed if the index does not hold as many vectors as the version.
     """
     if kind not in KINDS:
-        raise ConfigError(f"{kind!r} is not a kind of index; expected {', '.join(KINDS[:-1])} or {KINDS[-1]}")
-    name = kind.partition("-")[0]
-    library = import_library(name)
+        *others, last = KINDS
+        raise ConfigError(f"{kind!r} is not a kind of index; expected {', '.join(others)} or {last}")
+    library = import_library(KINDS[kind].library)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out}: exists and is not an empty directory. Name a new one, or remove it.")
     if not table.count:
-        raise ConfigError(f"{table.store.uri}: version {table.version} holds no vectors, so there is nothing to index")
+        raise ConfigError(
+            f"{table.store.uri}: version {table.version} holds no vectors, so there is nothing to index. Run its job first."
+        )
     Store(str(out.parent)).check_writable()
     try:
         with folder_aside(out) as aside:
-            write = write_lance if kind == "lance" else write_faiss
-            count, parameters = write(library, table, kind, aside, seed)
+            count, parameters = KINDS[kind].write(library, table, aside, seed)
             if count != table.count:
-                raise VerificationFailed(f"{table.store.uri}: its files hold {count} vectors, its manifest says {table.count}")
+                raise VerificationFailed(
+                    f"{table.store.uri}: its files hold {count} vectors, its manifest says {table.count}. {FIND}"
+                )
             description = IndexDescription(
                 kind=kind,
                 table=table.store.uri,
@@ -49,13 +71,15 @@ def export_index(table: "Table", kind: str, out: Path, seed: int = 0) -> IndexDe
                 space_id=table.space_id,
                 dimension=table.dimension,
                 count=count,
-                library=name,
+                library=KINDS[kind].library,
                 library_version=library.__version__,
                 parameters=parameters,
             )
             (aside / DESCRIPTION).write_text(json.dumps(asdict(description), indent=1) + "\n")
     except OSError as error:
-        raise StorageError(f"{out}: cannot be written: {in_one_line(error, 300)}") from None
+        raise StorageError(
+            f"{out}: cannot be written: {in_one_line(error, 300)}. Free space there, or name another directory."
+        ) from None
     return description
 
 
@@ -63,9 +87,8 @@ def open_index(folder: Path | str) -> Index:
     """Open an index that `export_index` wrote. Raises ConfigError if there is none, or it is damaged."""
     folder = Path(folder)
     description = _read_description(folder)
-    library = import_library(description.kind.partition("-")[0])
-    opened = open_lance if description.kind == "lance" else open_faiss
-    return Index(folder, description, opened(library, folder, description))
+    kind = KINDS[description.kind]
+    return Index(folder, description, kind.open(import_library(kind.library), folder, description))
 
 
 def _read_description(folder: Path) -> IndexDescription:
@@ -92,8 +115,10 @@ def import_library(name: str) -> Any:
             import lance
 
             return lance
-        import faiss
+        if name == "faiss":
+            import faiss
 
-        return faiss
+            return faiss
     except ImportError as error:
         raise ConfigError(f"{name} is not installed ({error}). Install it: pip install 'lora-embed[indexes]'") from None
+    raise ValueError(f"{name!r} is no library of indexes")

@@ -1,6 +1,7 @@
 """Write a FAISS index of a table's vectors with a file of their ids, and open it for search."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +33,12 @@ SAMPLE_BYTES = 256 * 2**20  # most bytes of vectors that an IVF index is trained
 # Fewest points per list for which FAISS's k-means does not warn, and the most that it uses.
 POINTS_PER_LIST = (39, 256)
 HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 32, 200, 128
+Empty = Callable[[Any, "Table", int], tuple[Any, dict[str, Any]]]  # FAISS, table, seed → an empty index, its parameters
 
 
-def write_faiss(faiss: Any, table: "Table", kind: str, folder: Path, seed: int) -> tuple[int, dict[str, Any]]:
+def write_faiss(empty: Empty, faiss: Any, table: "Table", folder: Path, seed: int) -> tuple[int, dict[str, Any]]:
     """Write vectors scaled to length 1, whose inner product is the cosine, and a file of ids: row n is position n."""
-    index, parameters = _new_faiss(faiss, table, kind, seed)
+    index, parameters = empty(faiss, table, seed)
     with pq.ParquetWriter(folder / IDS_FILE, IDS, compression="zstd", use_dictionary=["shard"]) as ids:
         for batch in table.batches([*HIT_COLUMNS, "embedding"]):
             index.add(unit(vectors_of(batch)))
@@ -48,14 +50,12 @@ def write_faiss(faiss: Any, table: "Table", kind: str, folder: Path, seed: int) 
     return index.ntotal, parameters
 
 
-def _new_faiss(faiss: Any, table: "Table", kind: str, seed: int) -> tuple[Any, dict[str, Any]]:
-    """Make an empty index, trained if its kind needs it; returns it and its parameters."""
-    if kind == "faiss-flat":
-        return faiss.IndexFlatIP(table.dimension), {}
-    if kind == "faiss-hnsw":
-        index = faiss.IndexHNSWFlat(table.dimension, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction, index.hnsw.efSearch = HNSW_BUILD, HNSW_SEARCH
-        return index, {"links": HNSW_LINKS, "ef_construction": HNSW_BUILD, "ef_search": HNSW_SEARCH}
+def _flat(faiss: Any, table: "Table", seed: int) -> tuple[Any, dict[str, Any]]:
+    return faiss.IndexFlatIP(table.dimension), {}
+
+
+def _ivf(faiss: Any, table: "Table", seed: int) -> tuple[Any, dict[str, Any]]:
+    """An index that is trained: its lists are found by k-means of a sample."""
     least, most = POINTS_PER_LIST
     affordable = min(table.count, max(1, SAMPLE_BYTES // (4 * table.dimension)))
     lists = max(1, min(round(4 * math.sqrt(table.count)), affordable // least))
@@ -65,6 +65,15 @@ def _new_faiss(faiss: Any, table: "Table", kind: str, seed: int) -> tuple[Any, d
     index.train(sample)
     index.nprobe = min(lists, max(8, round(2 * math.sqrt(lists))))
     return index, {"lists": lists, "probes": index.nprobe, "trained_on": len(sample), "seed": seed}
+
+
+def _hnsw(faiss: Any, table: "Table", seed: int) -> tuple[Any, dict[str, Any]]:
+    index = faiss.IndexHNSWFlat(table.dimension, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction, index.hnsw.efSearch = HNSW_BUILD, HNSW_SEARCH
+    return index, {"links": HNSW_LINKS, "ef_construction": HNSW_BUILD, "ef_search": HNSW_SEARCH}
+
+
+EMPTY: dict[str, Empty] = {"faiss-flat": _flat, "faiss-ivf": _ivf, "faiss-hnsw": _hnsw}
 
 
 def draw_sample(table: "Table", size: int, seed: int) -> Vectors:

@@ -5,6 +5,7 @@ index. Lance follows the paths and URIs that a dataset names.
 """
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from numpy.typing import NDArray
 
 MOST_ID_BYTES = 2**28  # largest size of a row group of ids, unpacked
 _FLAT, _IVF, _HNSW = b"IxFI", b"IwFl", b"IHNf"
-_FORMS = {"faiss-flat": _FLAT, "faiss-ivf": _IVF, "faiss-hnsw": _HNSW}
 _BASE_PATHS = 18  # field of a Lance manifest that names places outside the dataset for its files
 
 
@@ -40,16 +40,12 @@ def check_faiss(path: Path, kind: str, count: int, dimension: int) -> None:
 
     Also checks that every position that the index refers to lies within it.
     """
+    expected, check = CHECKS[kind]
     file = _File(path)
     form = file.take("4s")
-    if form != _FORMS.get(kind):
-        raise ValueError(f"{path.name} begins with {form!r}, expected {_FORMS.get(kind)!r} for an index of kind {kind}")
-    if form == _FLAT:
-        file.vectors(count, dimension)
-    elif form == _IVF:
-        _check_ivf(file, count, dimension)
-    else:
-        _check_hnsw(file, count, dimension)
+    if form != expected:
+        raise ValueError(f"{path.name} begins with {form!r}, expected {expected!r} for an index of kind {kind}")
+    check(file, count, dimension)
     file.expect(file.place == len(file.data), "has more bytes after the index")
 
 
@@ -183,6 +179,14 @@ def _check_hnsw(file: _File, count: int, dimension: int) -> None:
         near = links[starts[there].astype(np.int64)[:, None] + np.arange(firsts[level], firsts[level + 1])]
         file.expect((levels[near[near >= 0]] > level).all(), "links to vectors on levels that they are not on")
     file.flat(count, dimension)
+
+
+# By kind: the first four letters of the file, and the check of what follows.
+CHECKS: dict[str, tuple[bytes, Callable[[_File, int, int], None]]] = {
+    "faiss-flat": (_FLAT, _File.vectors),
+    "faiss-ivf": (_IVF, _check_ivf),
+    "faiss-hnsw": (_HNSW, _check_hnsw),
+}
 
 
 def _fields(message: bytes, name: str) -> set[int]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lora_embed.table.read import Table
 
 
-def write_lance(lance: Any, table: "Table", kind: str, folder: Path, seed: int) -> tuple[int, dict[str, Any]]:
+def write_lance(lance: Any, table: "Table", folder: Path, seed: int) -> tuple[int, dict[str, Any]]:
     """Write a Lance dataset with id, vector (float32, not scaled), shard, key and carried fields."""
     carried = carry_fields(table.manifest.carry)
     if any(field.name == "vector" for field in carried):

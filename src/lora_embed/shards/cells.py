@@ -32,8 +32,10 @@ def values_in(values: pa.Array) -> Iterator[Value]:
     if pa.types.is_struct(values.type):
         values = pc.struct_field(values, "bytes")  # null where the struct is
     if pa.types.is_dictionary(values.type):  # not unpacked: a list may name one large image a million times
-        entries = values.dictionary  # which may have far more values than these rows name
-        yield from (None if index is None else entries[index].as_buffer() for index in values.indices.to_pylist())
+        indices = values.indices.to_pylist()
+        # Once each, because this copies a value; and not all, because rows may name few of many.
+        entries = {index: values.dictionary[index].as_buffer() for index in set(indices) if index is not None}
+        yield from (None if index is None else entries[index] for index in indices)
         return
     is_view = pa.types.is_binary_view(values.type)  # a type whose `nbytes` pyarrow 21 does not know
     size = values.get_total_buffer_size() if is_view else values.nbytes

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lora_embed.errors import ShardError
+from lora_embed.errors import MAKE_AGAIN, ShardError
 from lora_embed.images.recognise import name_of
 from lora_embed.shards.pages import Column, ColumnReader, Page, largest_entry
 from lora_embed.shards.thrift import Thrift
@@ -100,7 +100,9 @@ class ParquetFile:
         head = self._file.read(4096)
         if not head or head.startswith(_MAGIC):
             return f"cannot be read as Parquet to its end ({'it has no footer' if head else 'it has 0 bytes'}). {_AGAIN}"
-        return f"is not Parquet, although its name says so. It has {name_of(head)}. Rename it or remove it."
+        return (
+            f"is not Parquet, although its name says so. It has {name_of(head)}. Give it the name of what it is, or remove it."
+        )
 
     def _read_footer(self, size: int) -> bytes:
         self._file.seek(max(0, size - TAIL))
@@ -161,7 +163,7 @@ class _PageCheck:
         return MOST_REPEATED // repeatable if repeatable else self.most
 
 
-_AGAIN = "Upload it again."
+_AGAIN = f"{MAKE_AGAIN}."
 _ANEW = "Write the file again with smaller pages and without dictionaries."
 
 
@@ -225,7 +227,7 @@ def _without_extensions(footer: bytes, where: str) -> bytes:
     except (ValueError, IndexError):
         encoded = schema = b""
     if not encoded or base64.b64encode(schema) != encoded or _SCHEMA in footer[place:]:  # Arrow might read another schema
-        raise ShardError(f"{where}: cannot be read as Parquet to its end (its Arrow schema is damaged). Upload it again.")
+        raise ShardError(f"{where}: cannot be read as Parquet to its end (its Arrow schema is damaged). {_AGAIN}")
     if _EXTENSION not in schema:
         return footer
     harmless = schema.replace(_EXTENSION, PASSED_OVER)

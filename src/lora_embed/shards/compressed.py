@@ -8,10 +8,16 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from lora_embed.errors import ShardError
+from lora_embed.images.recognise import name_of
 
 KINDS = {
     ".tar.gz": "gzip", ".tgz": "gzip", ".tar.zst": "zstd", ".tzst": "zstd", ".tar.bz2": "bz2", ".tbz2": "bz2",
     ".tar.xz": "xz", ".txz": "xz", ".tar.lz4": "lz4",
+}  # fmt: skip
+_BEGINNINGS: dict[str, bytes | tuple[bytes, ...]] = {
+    "gzip": b"\x1f\x8b", "bz2": b"BZh", "xz": b"\xfd7zXZ\0",
+    "zstd": (b"\x28\xb5\x2f\xfd", *(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60))),  # or a skippable frame
+    "lz4": (b"\x04\x22\x4d\x18", *(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60))),
 }  # fmt: skip
 COMPRESSED_TAR = tuple(KINDS)
 PIECE = 2**20  # bytes that are unpacked at once
@@ -27,6 +33,7 @@ class Unpacked(io.RawIOBase):
 
     def __init__(self, file: BinaryIO, name: str, most: int, where: str) -> None:
         kind = next(kind for ending, kind in KINDS.items() if name.lower().endswith(ending))
+        _check_begin(file, kind, where)
         self._next: Callable[[int], bytes]
         self._next = _Xz(file).read if kind == "xz" else pa.CompressedInputStream(pa.PythonFile(file, mode="r"), kind).read
         self._most, self._where = most, where
@@ -74,6 +81,17 @@ class Unpacked(io.RawIOBase):
                 ".tar, if that is right."
             )
         return bool(piece)
+
+
+def _check_begin(file: BinaryIO, kind: str, where: str) -> None:
+    """Raises ShardError for a file that is not compressed as its name says, such as a plain tar."""
+    head = file.read(4096)
+    file.seek(0)
+    if head.startswith(_BEGINNINGS[kind]) or not head:
+        return
+    found = name_of(head).split(" of ", 1)[-1].removesuffix(", not an image")
+    help_ = "Give its name the ending .tar" if found == "a tar" else "Give it the name of what it is, or remove it"
+    raise ShardError(f"{where}: is not {kind} data, although its name says so: it begins with {found}. {help_}.")
 
 
 class _Xz:

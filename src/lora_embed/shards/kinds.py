@@ -22,6 +22,9 @@ OTHER_IMAGES = (
     ".srw", ".x3f", ".3fr", ".fff", ".iiq", ".erf", ".mef", ".mos", ".mrw", ".kdc", ".dcr",
 )  # fmt: skip
 HIDDEN, MACOS, BROKEN, FOLDER = "hidden ", "macOS ._", "broken link", "linked folder"  # kinds of files that are passed over
+# What holds other files, or one: a kind of input, or what has to be unpacked first.
+PACKED = (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma", ".z", ".cpio", ".zipx")
+ARCHIVES = TAR + COMPRESSED_TAR + PARQUET + PACKED
 IMAGES = USUAL_IMAGES + OTHER_IMAGES
 
 HEAD_BYTES = 4096  # of a file that is looked at to find its kind

@@ -5,7 +5,7 @@ import itertools
 import json
 import posixpath
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, assert_never
 
 from lora_embed.schema import Shard
 from lora_embed.shards.beside import METADATA
@@ -35,8 +35,10 @@ def _names(shard: Shard, store: Store) -> Iterator[str]:
     with store.open(next(iter(shard.files)).path, MOST_BYTES) as file:
         if shard.kind == "parquet":
             yield from ParquetFile(file, shard.size, shard.name).schema.names
-        else:
+        elif shard.kind == "tar":
             yield from _names_in_tar(file, shard)
+        elif shard.kind != "references":
+            assert_never(shard.kind)
 
 
 def _names_in_tar(file: BinaryIO, shard: Shard) -> Iterator[str]:

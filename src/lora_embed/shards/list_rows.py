@@ -17,7 +17,7 @@ from lora_embed.schema import Shard
 from lora_embed.shards.checked_parquet import ParquetFile
 from lora_embed.shards.columns import KEY_COLUMNS, NUMBERED, check_column
 from lora_embed.shards.fields import MOST_FIELD, values_of
-from lora_embed.text import holds_secret, redacted
+from lora_embed.text import in_one_line, may_hold_secret, redacted
 
 PARQUET, CSV, TSV, JSON_LINES = (".parquet", ".pq"), (".csv",), (".tsv",), (".jsonl", ".ndjson")
 LISTS = PARQUET + CSV + TSV + JSON_LINES
@@ -160,7 +160,7 @@ def _references_in(value: Any) -> list[str | None]:
 
 def _key_of(reference: str) -> str:
     """A reference as a key. It is written to tables, so what may be a password or a signature in it becomes a hash."""
-    if not _MAY_BE_SECRET.search(reference) or not holds_secret(reference):  # the first test takes a tenth of the time
+    if not _MAY_BE_SECRET.search(reference) or not may_hold_secret(reference):  # the first test takes a tenth of the time
         return reference
     return f"{redacted(reference)}#{sha256(reference.encode()).hexdigest()[:12]}"
 
@@ -230,5 +230,7 @@ def _json_rows(lines: Iterator[str], where: str) -> Iterator[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{where}: line {number} is not JSON ({error}). Write one JSON object on each line.") from None
         if not isinstance(row, dict):
-            raise ConfigError(f"{where}: line {number} is a {type(row).__name__}, expected one JSON object on each line.")
+            raise ConfigError(
+                f"{where}: line {number} is {in_one_line(json.dumps(row), 60)}, expected one JSON object on each line."
+            )
         yield row

@@ -144,9 +144,9 @@ def _group(
     if not shards and not images:
         found = f" It passes over {describe_passed(_most_first(here))}." if here else ""
         raise ConfigError(
-            f"{where}: matches no tar, Parquet or image file among {files.looked_at} files below {files.root}.{found} Correct "
-            "the pattern, or name a file by its full name, which is then read whatever the name."
-            + next(filter(None, (hint(entry.path) for entry in files.entries)), "")
+            f"{where}: matches no tar, Parquet or image file among {files.looked_at} file{'' if files.looked_at == 1 else 's'} "
+            f"below {files.root}.{found} Correct the pattern, or name a file by its full name, which is then read whatever the "
+            "name." + next(filter(None, (hint(entry.path) for entry in files.entries)), "")
         )
     passed.update(here)
     return shards + _image_groups(files.root, images, beside)
@@ -162,7 +162,7 @@ def _kind_of_named(files: Files, entry: Entry, options: dict[str, Any]) -> Kind:
     kind = kinds.kind_by_content(head)
     if kind is None:
         found = f"begins with {name_of(head)}" if head else "has 0 bytes"
-        raise ConfigError(f"{where} {found}. Expected a tar, a Parquet file or an image.{hint(entry.path)}")
+        raise ConfigError(f"{where} {found}. Expected a tar, a Parquet file or an image.{hint(entry.path, found)}")
     return kind
 
 
@@ -227,7 +227,8 @@ def _refuse_shared_names(shards: list[Shard]) -> None:
     images = [file.path for shard in twice for file in shard.files]
     if len(set(images)) != len(images):
         raise ConfigError(
-            "duplicate ids: two inputs hold images with the same relative path. Name the folder above both as input."
+            f"duplicate ids: two inputs hold an image {Counter(images).most_common(1)[0][0]}. Name the folder "
+            "above both as input, or give each its own table."
         )
     files = {shard.name: shard.root for shard in shards if shard.kind != "images"}
     for shard in shards:

@@ -17,8 +17,9 @@ import pyarrow as pa
 from lora_embed.entries import Entries
 from lora_embed.errors import ConfigError, LoraEmbedError, ShardError
 from lora_embed.schema import Rows, Shard
+from lora_embed.shards.compressed import COMPRESSED_TAR
 from lora_embed.shards.etags import etags_of
-from lora_embed.shards.kinds import kind_by_name
+from lora_embed.shards.kinds import PACKED, kind_by_name
 from lora_embed.shards.list_rows import LISTS, PARQUET, ListRows, References, Row, read_list
 from lora_embed.shards.patterns import Files
 from lora_embed.shards.references import ETAG, FIELD, KEY, REFERENCE, reach_of
@@ -45,8 +46,15 @@ def without_listed(files: Files, passed: Counter[str]) -> Files:
     return replace(files, entries=kept)
 
 
-def hint(name: str) -> str:
-    """What to add to a message about a file that may be a list, in a job without `reference_column`."""
+def hint(name: str, found: str = "") -> str:
+    """What to add to a message about a file that is no shard: it may be a list, in a job without `reference_column`.
+
+    Or an archive, by its name or by what was found in it.
+    """
+    if name.lower().endswith(PACKED) or "archive" in found:
+        return (
+            f" Of archives, only tars are read (also {', '.join(COMPRESSED_TAR)}): unpack {name}, or pack its files into a tar."
+        )
     if not name.lower().endswith(LISTS) or name.lower().endswith(PARQUET):
         return ""
     return " If it is a list of paths or URIs of images, set reference_column in the job to the column that holds them."
@@ -75,13 +83,14 @@ def list_ranges(shard: Shard, references: References, options: dict[str, Any]) -
     root = posixpath.basename(shard.root.rstrip("/"))
     place = shard.root if "://" in shard.root else os.path.abspath(shard.root)
     folder = posixpath.join(place, posixpath.dirname(shard.name)).rstrip("/") or "/"
+    where = f"{shard.root}/{shard.name}"
     reach = Rows(folder=folder, roots=references.roots, rejects_unreachable=references.rejects_unreachable)
     reached = reach_of(reach, options)
     keys, ranges, ends = array("q"), list[tuple[str, bytes, bool]](), [0]
     store = Store(shard.root, options, follows_links=True)
     with _errors_of(shard), store.explained(entry.path), store.open(entry.path, entry.size) as file:
         told = read_list(file, shard, references)
-        for rows, state in _ranges(_allowed(told.rows, folder, references, f"{shard.root}/{shard.name}"), keys):
+        for rows, state in _ranges(_allowed(told.rows, folder, references, where), keys, where):
             etags = etags_of([row[0] for row in rows], place_of(folder), reached) if references.checks else None
             state.update(repr(etags).encode() if etags is not None else b"")
             has_local = any(is_local(row[0], folder) for row in rows if row[0])
@@ -99,7 +108,7 @@ def list_ranges(shard: Shard, references: References, options: dict[str, Any]) -
     return shards
 
 
-def _ranges(rows: Iterator[Row], keys: "array[int]") -> Iterator[tuple[list[Row], Any]]:
+def _ranges(rows: Iterator[Row], keys: "array[int]", where: str) -> Iterator[tuple[list[Row], Any]]:
     """Consecutive rows with a hash of their content, and in `keys` a hash of each row's key."""
     gathered, state = list[Row](), hashlib.sha256()
     for row in rows:
@@ -112,7 +121,7 @@ def _ranges(rows: Iterator[Row], keys: "array[int]") -> Iterator[tuple[list[Row]
             yield gathered, state
             gathered, state = [], hashlib.sha256()
         if len(keys) > MOST_REFERENCES:
-            raise ConfigError(f"a list has more than {MOST_REFERENCES:,} rows. Make several lists of it.")
+            raise ConfigError(f"{where}: has more than {MOST_REFERENCES:,} rows. Make several lists of it.")
     if gathered:
         yield gathered, state
 

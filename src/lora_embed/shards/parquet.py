@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from lora_embed.errors import ShardError
+from lora_embed.errors import MAKE_AGAIN, ShardError
 from lora_embed.images.recognise import is_image
 from lora_embed.schema import Layout, Sample, Shard, Wanted
 from lora_embed.shards.cells import Value, image_bytes, lists_in, values_in
@@ -47,7 +47,7 @@ def read_parquet(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted) -
             row += batch.num_rows
             _check_rows(number, shard, where)
     if row != source.num_rows:
-        raise ShardError(f"{where}: has {row} rows, but its footer says {source.num_rows}. Upload it again.")
+        raise ShardError(f"{where}: has {row} rows, but its footer says {source.num_rows}. {MAKE_AGAIN}.")
 
 
 def _check_rows(rows: int, shard: Shard, where: str) -> None:

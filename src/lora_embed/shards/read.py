@@ -4,13 +4,13 @@ import contextlib
 import itertools
 import posixpath
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, assert_never
 
 import pyarrow as pa
 
 from lora_embed.entries import Entry
-from lora_embed.errors import LoraEmbedError, ShardError, StorageError
-from lora_embed.schema import WHOLE, Layout, Sample, Shard, Span, Wanted
+from lora_embed.errors import MAKE_AGAIN, LoraEmbedError, ShardError, StorageError
+from lora_embed.schema import WHOLE, Layout, Sample, Shard, ShardKind, Span, Wanted
 from lora_embed.shards.beside import read_beside
 from lora_embed.shards.compressed import COMPRESSED_TAR, Unpacked
 from lora_embed.shards.parquet import read_parquet
@@ -24,7 +24,7 @@ from lora_embed.text import in_one_line
 MOST_KEY = 2**16  # characters of a key; paths on Linux have at most 4,096 bytes
 MOST_UNPACKED = 2**29  # bytes of all images of a shard together
 TIMES_UNPACKED = 100  # or so many times the shard's size, if that is more
-_CANNOT = {
+CANNOT: dict[ShardKind, str] = {
     "tar": "incomplete or damaged tar, which cannot be read to its end",
     "parquet": "cannot be read as Parquet to its end",
     "images": "cannot be read to its end",
@@ -78,7 +78,7 @@ def _errors_of(shard: Shard) -> Iterator[None]:
             raise
         cause = f"{type(error).__name__}: {in_one_line(error)}".removesuffix(": ")
         raise ShardError(
-            f"{shard.root}/{shard.name}: {_CANNOT[shard.kind]} ({cause}). {_remedy(error)}; nothing of it is published."
+            f"{shard.root}/{shard.name}: {CANNOT[shard.kind]} ({cause}). {_remedy(error)}; nothing of it is published."
         ) from error
 
 
@@ -87,8 +87,8 @@ def _remedy(error: Exception) -> str:
     if isinstance(error, pa.ArrowNotImplementedError | pa.ArrowCapacityError):
         return "Write the file again with types and a compression that pyarrow reads, and with smaller row groups"
     if isinstance(error, UnicodeDecodeError):
-        return "Upload it again, or write that column as binary if it is not UTF-8"
-    return "Upload it again"
+        return f"{MAKE_AGAIN}, or write that column as binary if it is not UTF-8"
+    return MAKE_AGAIN
 
 
 def _bounded(samples: Iterator[Sample], shard: Shard) -> Iterator[Sample]:
@@ -115,6 +115,7 @@ def _most_unpacked(shard: Shard) -> int:
 
 
 def _read(store: Store, shard: Shard, layout: Layout, wanted: Wanted, span: Span) -> Iterator[Sample]:
+    assert shard.kind != "references"
     if shard.kind == "images":
         yield from _read_images(store, shard, layout, wanted)
         return
@@ -127,8 +128,10 @@ def _read(store: Store, shard: Shard, layout: Layout, wanted: Wanted, span: Span
                 most, is_compressed = _most_unpacked(shard), entry.path.lower().endswith(COMPRESSED_TAR)
                 content: Any = Unpacked(file, entry.path, most, f"{shard.root}/{shard.name}") if is_compressed else file
                 yield from read_tar(content, shard, layout, wanted, span)
-            else:
+            elif shard.kind == "parquet":
                 yield from read_parquet(file, shard, layout, wanted)
+            else:
+                assert_never(shard.kind)
     except (ShardError, StorageError):
         _check_unchanged(store, entry, shard)  # a file that is still being written looks cut short
         raise

@@ -4,7 +4,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from lora_embed.errors import ShardError
+from lora_embed.errors import MAKE_AGAIN, ShardError
 from lora_embed.schema import WHOLE, Layout, Sample, Shard, Span, Wanted
 from lora_embed.shards.compressed import Unpacked
 from lora_embed.shards.kinds import counted_as, kind_by_name
@@ -23,7 +23,7 @@ def read_tar(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted, span:
     """
     where, size = f"{shard.root}/{shard.name}", shard.size
     if size == 0:
-        raise ShardError(f"{where}: has 0 bytes, but even an empty tar has at least 1,024. Upload it again, or remove it.")
+        raise ShardError(f"{where}: has 0 bytes, but even an empty tar has at least 1,024. {MAKE_AGAIN}, or remove it.")
     reading = _Reading(file, where, UNKNOWN if isinstance(file, Unpacked) else size, layout, span)
     try:
         yield from reading.samples(wanted)
@@ -99,9 +99,7 @@ class _Reading:
         if expected is None:
             prove_end(self._file, end, None if self._is_unpacked else self._size, self._where)
         elif end != expected:
-            raise ShardError(
-                f"{self._where}: damaged tar: its members end at byte {end}, expected {expected}. Upload it again."
-            )
+            raise ShardError(f"{self._where}: damaged tar: its members end at byte {end}, expected {expected}. {MAKE_AGAIN}.")
 
 
 def _count_hidden(member: tarfile.TarInfo, passed: dict[str, int]) -> None:

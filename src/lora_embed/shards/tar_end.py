@@ -3,10 +3,11 @@
 import tarfile
 from typing import BinaryIO
 
-from lora_embed.errors import ShardError
+from lora_embed.errors import MAKE_AGAIN, ShardError
 from lora_embed.images.recognise import name_of
 from lora_embed.shards.tar_headers import BLOCK
 
+_ENDINGS = {"gzip data": ".tar.gz", "bzip2 data": ".tar.bz2", "xz data": ".tar.xz", "Zstandard data": ".tar.zst"}
 MOST_PADDING = 2**20 + 2 * BLOCK  # tar pads with zeros to a record of 10 KiB, or by an option of up to 1 MiB
 
 
@@ -26,7 +27,7 @@ def prove_end(file: BinaryIO, end: int, size: int | None, where: str) -> None:
     if rest > MOST_PADDING:
         raise ShardError(
             f"{where}: incomplete or damaged tar: its members end at byte {end} of {size}, and only zeros follow, as if the "
-            "file was never written to its end. Upload it again; nothing of it is published."
+            f"file was never written to its end. {MAKE_AGAIN}; nothing of it is published."
         )
     is_lone = rest == BLOCK and end > 0
     if (rest < 2 * BLOCK and not is_lone) or end + rest != size:
@@ -46,7 +47,7 @@ def _says_what_follows(file: BinaryIO, end: int, size: int | None, where: str) -
         )
     return (
         f"{where}: incomplete or damaged tar: its members end at byte {end}{of} without the closing blocks of a tar. "
-        "Upload it again; nothing of it is published."
+        f"{MAKE_AGAIN}; nothing of it is published."
     )
 
 
@@ -66,9 +67,18 @@ def is_no_tar(file: BinaryIO, where: str) -> str | None:
     if len(head) < BLOCK or is_header(head[:BLOCK]):
         return None
     what = name_of(head).split(" of ", 1)[-1].removesuffix(", not an image")
-    return f"{where}: is not a tar, although its name says so: it begins with {what}. Rename it or remove it."
+    return f"{where}: is not a tar, although its name says so: it begins with {what}. {_help_with(what)}."
+
+
+def _help_with(what: str) -> str:
+    """What to do with a file that is named like a tar and begins with something else."""
+    if what in _ENDINGS:
+        return f"If it is a compressed tar, give its name the ending {_ENDINGS[what]}, or else remove it"
+    if "archive" in what:
+        return "Unpack it, and pack its files into a tar"
+    return "Give it the name of what it is, or remove it"
 
 
 def cut_short(where: str, size: int, detail: str) -> str:
     """The message for a tar that ends too early."""
-    return f"{where}: incomplete tar, cut short at {size} bytes ({detail}). Upload it again; nothing of it is published."
+    return f"{where}: incomplete tar, cut short at {size} bytes ({detail}). {MAKE_AGAIN}; nothing of it is published."

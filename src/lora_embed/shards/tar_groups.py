@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_embed.schema import Layout, Sample, Wanted
 from lora_embed.shards.fields import MOST_FIELD, fields_of_file
-from lora_embed.shards.kinds import IMAGES, USUAL_IMAGES
+from lora_embed.shards.kinds import ARCHIVES, IMAGES, USUAL_IMAGES
 from lora_embed.shards.tar_headers import Headers
 from lora_embed.shards.tar_links import Links
 
@@ -40,6 +40,14 @@ def suffixes_of(image_member: tuple[str, ...]) -> list[str]:
     firsts = [name.partition(";")[0] for name in image_member]
     short = [name.rpartition(".")[0] or name for name in firsts]
     return short if len(set(short)) == len(short) else firsts
+
+
+def _without_image(extensions: set[str]) -> str:
+    """Why a sample has no image: the endings of what it has, and what helps where that is an archive."""
+    if archive := next((ending for ending in sorted(extensions) if f".{ending}".endswith(ARCHIVES)), None):
+        return f"is an archive (.{archive}) in a tar, which is not read. Unpack the tar, and name what it holds as input"
+    there = ", ".join(sorted(extensions - {""})[:10])
+    return f"the sample has no image, but {there}" if there else "the sample has no image, but a file without an ending"
 
 
 class Source:
@@ -146,6 +154,8 @@ class Group:
                 self._pass_over(extension)
             if self._named and not all(self._is_chosen):
                 self._say_what_is_missing()
+            elif not self._is_chosen[0]:
+                self._samples[0].missing = _without_image(self._taken)
             count = len(self._samples)
         elif self._others:
             samples, count = self._other_image(), 1

@@ -104,7 +104,7 @@ def _web(uri: str) -> Place:
     except ValueError as error:
         raise ValueError(f"is no URL ({error})") from None
     if not host or any(character.isspace() or not character.isprintable() for character in uri):
-        raise ValueError("is no URL: it has no host, or holds spaces")
+        raise ValueError("is no URL: it has no host, or holds spaces, which must be written as %20")
     host = f"[{host}]" if ":" in host else host
     user = f"{parts.netloc.rpartition('@')[0]}@" if "@" in parts.netloc else ""
     query = f"?{parts.query}" if parts.query else ""

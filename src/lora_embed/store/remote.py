@@ -40,7 +40,7 @@ def connect(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, str]:
     except ImportError as error:
         raise StorageError(f"{uri}: this kind of storage needs another package: {error}") from None
     except (ValueError, TypeError) as error:
-        raise StorageError(f"{uri}: unknown kind of storage, or unknown storage options: {error}") from None
+        raise StorageError(f"{uri}: unknown kind of storage, or unknown storage options: {error}. Correct them.") from None
     if not root and is_s3(uri):
         raise StorageError(f"{uri}: the bucket is missing; expected s3://bucket/path")
     return fs, root

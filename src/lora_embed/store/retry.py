@@ -145,7 +145,9 @@ def explained(where: str, options: dict[str, Any], *, writes: bool = False) -> I
     except FileNotFoundError as error:
         if not writes:
             raise
-        raise StorageError(f"{where}: cannot be written, since its bucket or folder does not exist ({error})") from None
+        raise StorageError(
+            f"{where}: cannot be written, since its bucket or folder does not exist ({error}). Create it, or correct the path."
+        ) from None
     except OSError as error:
         raise StorageError(f"{where}: {error.strerror or error}") from None
     except LIBRARY_ERRORS as error:
@@ -153,7 +155,9 @@ def explained(where: str, options: dict[str, Any], *, writes: bool = False) -> I
     except TypeError as error:  # file systems look at their options late, and raise this for an unknown one
         if not options or not is_unknown_option(error):
             raise
-        raise StorageError(f"{where}: unknown storage option: {error}. Options given: {sorted(options)}.") from None
+        raise StorageError(
+            f"{where}: unknown storage option: {error}. Options given: {sorted(options)}. Correct them."
+        ) from None
 
 
 def is_unknown_option(error: TypeError) -> bool:

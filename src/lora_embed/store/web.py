@@ -80,7 +80,7 @@ async def _awaited(coroutine: Callable[[], Awaitable[R]]) -> R:
 async def _get(url: str, most: int, room: Callable[[int], bool], private: frozenset[str]) -> Got:
     async with await _answer("GET", url, private) as answer:
         if answer.headers.get("Content-Encoding", "identity") != "identity":
-            return Got(missing=f"is sent as {answer.headers['Content-Encoding'][:40]!r}, which was not asked for")
+            return Got(missing=f"is sent compressed, as {answer.headers['Content-Encoding'][:40]!r}, which is not unpacked")
         size = answer.content_length
         if (size or 0) > most:
             return Got(excess=size or 0)
@@ -118,13 +118,20 @@ async def _answer(method: str, url: str, private: frozenset[str]) -> aiohttp.Cli
             target = place.join(_url_of(answer.headers.get("Location", "")))
             is_same_port = target.port == place.port or (target.is_default_port() and place.is_default_port())  # http → https
             if target.scheme not in ("http", "https") or target.host != place.host or not is_same_port:
-                raise _Refused(f"leads to another host, {target.host}:{target.port}, which is not followed")
+                raise _Refused(
+                    f"redirects to another host, {target.host}:{target.port}, which is not followed. List that address"
+                )
             place = target
         elif answer.status in _NOT_YET or (answer.status >= 500 and answer.status not in _NEVER):
             raise _NotNow(f"HTTP {answer.status} {answer.reason}")
         else:
-            raise _Refused(f"is not there: HTTP {answer.status} {answer.reason}"[:200])
-    raise _Refused(f"leads to more than {MOST_REDIRECTS} other places")
+            raise _Refused(f"{_says(answer.status)}: HTTP {answer.status} {answer.reason}"[:200])
+    raise _Refused(f"redirects more than {MOST_REDIRECTS} times")
+
+
+def _says(status: int) -> str:
+    """What a status of an answer without an object means."""
+    return {401: "needs a login", 403: "may not be read", 404: "is not there", 410: "is not there"}.get(status, "is not sent")
 
 
 async def _asked(method: str, place: URL, private: frozenset[str]) -> aiohttp.ClientResponse:
@@ -133,9 +140,9 @@ async def _asked(method: str, place: URL, private: frozenset[str]) -> aiohttp.Cl
     except aiohttp.InvalidURL as error:
         raise _Refused(f"is no URL ({error})") from None
     except aiohttp.ClientSSLError as error:
-        raise _Refused(f"is not asked for: the server's certificate is refused ({describe(error)})") from None
+        raise _Refused(f"is not fetched: the server's certificate is refused ({describe(error)})") from None
     except aiohttp.ClientResponseError as error:
-        raise _Refused(f"is not there: the server does not answer in HTTP ({describe(error)})") from None
+        raise _Refused(f"cannot be fetched: the server does not answer in HTTP ({describe(error)})") from None
 
 
 def _url_of(text: str) -> URL:
@@ -192,7 +199,7 @@ def _refuse_private(address: str, port: int | None, private: frozenset[str], nam
     number = getattr(number, "ipv4_mapped", None) or getattr(number, "sixtofour", None) or number
     if not number.is_global or number.is_multicast or number in _TRANSLATED:
         raise _Refused(
-            f"is not asked for: {host} has the address {number}, which is not public. To allow that, add to reference_roots "
+            f"is not fetched: {host} has the address {number}, which is not public. To allow that, add to reference_roots "
             f"in the job: [http://{host}:{port}]"
         )
 

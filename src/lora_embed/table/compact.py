@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lora_embed.errors import VerificationFailed
-from lora_embed.schema import FORMAT, REJECT_SCHEMA, Layout, Shard, data_schema
+from lora_embed.schema import FORGOTTEN, FORMAT, REJECT_SCHEMA, VECTOR_TYPES, Layout, Shard, data_schema
 from lora_embed.store.store import Store
 from lora_embed.table.data_file import DataFile
 from lora_embed.table.manifest import FileEntry, Manifest, ShardCounts, join_records, prefix_of, prefixes_of_ids
-from lora_embed.table.parquet import count_values, damage_named, file_batches, read_rows
+from lora_embed.table.parquet import FIND, count_values, damage_named, file_batches, read_rows
 from lora_embed.table.parts import to_parquet
 from lora_embed.table.staging import VerifiedShard
 from lora_embed.text import utc
@@ -60,7 +60,7 @@ class Compaction:
 
 def row_bytes(dimension: int, vector_type: str) -> int:
     """Bytes of one vector before compression."""
-    return dimension * (2 if vector_type == "float16" else 4)
+    return dimension * int(VECTOR_TYPES[vector_type].bit_width) // 8
 
 
 def cut_shard(shard: Shard, verified: VerifiedShard, parts: tuple[str, ...], vector_bytes: int) -> list[Source]:
@@ -169,7 +169,7 @@ def _forget(good: pa.Table, forgotten: tuple[str, ...]) -> tuple[pa.Table, pa.Ta
         return good, REJECT_SCHEMA.empty_table()
     goes = pc.is_in(good.column("id"), value_set=pa.array(forgotten, pa.string()))
     dropped = good.filter(goes).select(["id", "shard", "key"])
-    dropped = dropped.append_column("reason", pa.array(["forgotten"] * dropped.num_rows, pa.string()))
+    dropped = dropped.append_column("reason", pa.array([FORGOTTEN] * dropped.num_rows, pa.string()))
     dropped = dropped.append_column("detail", pa.nulls(dropped.num_rows, pa.string()))
     return good.filter(pc.invert(goes)), dropped.cast(REJECT_SCHEMA)
 
@@ -193,7 +193,7 @@ def _check_counts(store: Store, source: Source, good: Counter[str], bad: Counter
         if (good[shard.name], bad[shard.name]) != (shard.vectors, shard.rejects):
             raise VerificationFailed(
                 f"{store.uri}: shard {shard.name} has {good[shard.name]} vectors and {bad[shard.name]} rejects, expected "
-                f"{shard.vectors} and {shard.rejects}. Run `lora-embed verify` to find the damaged file."
+                f"{shard.vectors} and {shard.rejects}. {FIND}"
             )
 
 

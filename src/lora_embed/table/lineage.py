@@ -9,6 +9,7 @@ from lora_embed.schema import Layout, encoder_path
 from lora_embed.store.store import Store
 from lora_embed.table import compact, retention, versions
 from lora_embed.table.manifest import Manifest
+from lora_embed.table.parquet import FIND
 from lora_embed.table.read import Table
 from lora_embed.text import in_lines
 
@@ -83,7 +84,8 @@ def explain_row(opened: Table, id_: str) -> Explanation:
     shard = next((shard for shard in manifest.shards.values() if shard.name == row["shard"]), None)
     if shard is None:
         raise TableError(
-            f"{store.uri}: version {manifest.version} has a row of shard {row['shard']!r}, which its manifest does not list"
+            f"{store.uri}: version {manifest.version} has a row of shard {row['shard']!r}, which its manifest does not "
+            f"list. {FIND}"
         )
     report = read_record(store, f"{encoder_path(manifest.space_id)}/merge_report.json", _Report) or _Report()
     holders = [m.version for m in versions.newest_first(store) if m.space_id == manifest.space_id and shard.id in m.shards]
@@ -158,7 +160,7 @@ def _holders(store: Store, ids: list[str]) -> tuple[Manifest, tuple[int, ...]]:
     """The current version, and the numbers of all versions that hold one of these images."""
     current = versions.manifest_to_follow(store)
     if current is None:
-        raise TableError(f"{store.uri}: has no published version")
+        raise TableError(f"{store.uri}: has no published version. `lora-embed status {store.uri}` shows what the table holds.")
     holders = {m.version: set(_ids_in(store, m, ids)) for m in versions.newest_first(store)}
     unknown = sorted(set(ids) - set(current.forgotten) - set().union(*holders.values()))
     if unknown:

@@ -6,13 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any, Literal, Required
+from typing import Annotated, Any, Required
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from lora_embed.config.foreign import Count, SpaceId, read_json
 from lora_embed.config.messages import first_wrong
+from lora_embed.config.values import VectorType
 from lora_embed.errors import TableError
 from lora_embed.schema import FORMAT, check_carried
 
@@ -35,7 +36,7 @@ class _Gate(TypedDict, total=False):
 
 class _Pins(TypedDict):
     precision: str
-    vector_type: Literal["float32", "float16"]
+    vector_type: VectorType
     carry: list[Annotated[list[str], AfterValidator(check_carried)]]
 
 

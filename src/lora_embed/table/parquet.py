@@ -12,6 +12,9 @@ from lora_embed.errors import LoraEmbedError, VerificationFailed
 from lora_embed.store.store import READ_AHEAD, Store
 
 BATCH_ROWS = 8192
+RESTORE = "Restore it from a copy, or return to a version without it with `lora-embed rollback`."
+RETURN = "Return to an earlier version with `lora-embed rollback`, and run the job again."
+FIND = "Run `lora-embed verify` to find the damaged file."
 DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError, KeyError, MemoryError)
 
 
@@ -26,18 +29,12 @@ def damage_named(where: str, kinds: tuple[type[Exception], ...] = DAMAGE) -> Ite
         raise
     except kinds as error:
         says = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise VerificationFailed(
-            f"{where}: is damaged, or lora-embed did not write it ({says}). Restore it from a copy, or return to a version "
-            "without it with `lora-embed rollback`."
-        ) from None
+        raise VerificationFailed(f"{where}: is damaged, or lora-embed did not write it ({says}). {RESTORE}") from None
 
 
 def missing(where: str) -> str:
     """The message for a file that should exist at `where`."""
-    return (
-        f"{where}: is missing, but the table needs it. Restore it from a copy, or return to a version without it with "
-        "`lora-embed rollback`."
-    )
+    return f"{where}: is missing, but the table needs it. {RESTORE}"
 
 
 def _open(data: Any, where: str) -> pq.ParquetFile:

@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from lora_embed.config.foreign import Count
-from lora_embed.schema import ChunkHead, Layout, Part, part_schema
+from lora_embed.schema import NON_FINITE, ChunkHead, Layout, Part, part_schema
 from lora_embed.store.store import Store
 from lora_embed.table.parquet import damage_named
 
@@ -55,7 +55,7 @@ def make_part(head: ChunkHead, samples: pa.RecordBatch, vectors: NDArray[np.floa
     keys = samples.column("key").to_pylist()
     columns = {name: samples.column(name) for name in samples.schema.names}
     if unsound.any():
-        columns["reason"] = pc.if_else(pa.array(unsound), "non_finite_vector", samples.column("reason"))
+        columns["reason"] = pc.if_else(pa.array(unsound), NON_FINITE, samples.column("reason"))
     schema = part_schema(vectors.shape[1], layout.vector_type, layout.carry)
     columns |= {
         "id": pa.array([head.sample_id(key) for key in keys], pa.string()),

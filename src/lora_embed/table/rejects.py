@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lora_embed.monitor.record import EXAMPLES, RejectExample
+from lora_embed.schema import FORGOTTEN
 from lora_embed.store.store import Store
 from lora_embed.table.parquet import count_values, file_batches
 from lora_embed.text import printable, without_secrets
@@ -14,7 +15,6 @@ from lora_embed.text import printable, without_secrets
 MOST_FILES = 64  # that are read
 MOST_SHOWN = 200  # characters of an id or a detail in an example
 NOT_READ = "in more files than a report reads"
-FORGOTTEN = "forgotten"  # reason of forgotten images, which are counted but not shown
 _COLUMNS = ["id", "reason", "detail"]
 
 

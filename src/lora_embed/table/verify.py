@@ -13,7 +13,7 @@ from lora_embed.errors import VerificationFailed
 from lora_embed.schema import encoder_path
 from lora_embed.store.store import Store
 from lora_embed.table.manifest import FileEntry
-from lora_embed.table.parquet import count_values, damage_named, missing
+from lora_embed.table.parquet import RESTORE, RETURN, count_values, damage_named, missing
 from lora_embed.table.read import Table
 from lora_embed.vectors.health import hash_each
 
@@ -30,7 +30,7 @@ def verify_file(store: Store, entry: FileEntry, *, is_data: bool) -> NDArray[np.
     if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
         raise VerificationFailed(
             f"{where}: was changed since it was published: its {len(data)} bytes have another SHA-256 than the {entry.bytes} "
-            "bytes in the manifest. Restore it from a copy, or return to a version without it with `lora-embed rollback`."
+            f"bytes in the manifest. {RESTORE}"
         )
     with damage_named(where):
         table = pq.read_table(io.BytesIO(data), columns=["id", "shard"])
@@ -38,9 +38,9 @@ def verify_file(store: Store, entry: FileEntry, *, is_data: bool) -> NDArray[np.
         ids = table.column("id").cast(pa.string()).to_pylist()
     expected = {shard.name: shard.vectors if is_data else shard.rejects for shard in entry.shards}
     if per_shard != {name: rows for name, rows in expected.items() if rows} or table.num_rows != entry.rows:
-        raise VerificationFailed(f"{where}: its numbers of rows per shard differ from those in the manifest.")
+        raise VerificationFailed(f"{where}: its numbers of rows per shard differ from those in the manifest. {RESTORE}")
     if is_data and (twice := len(ids) - len(set(ids))):
-        raise VerificationFailed(f"{where}: {twice} ids occur more than once, expected each id once.")
+        raise VerificationFailed(f"{where}: {twice} ids occur more than once, expected each id once. {RESTORE}")
     return hash_each(id_.encode() for id_ in ids)
 
 
@@ -51,7 +51,9 @@ def verify_table(opened: Table) -> None:
     """
     manifest = opened.manifest
     if opened.store.read(f"{encoder_path(manifest.space_id)}/encoder.json") is None:
-        raise VerificationFailed(f"{opened.store.uri}: the encoder of space {manifest.space_id} is missing")
+        raise VerificationFailed(
+            f"{opened.store.uri}: the encoder of space {manifest.space_id} is missing. Run the job again, which builds it."
+        )
     hashes = [np.array([], np.uint64)]
     hashes += [verify_file(opened.store, entry, is_data=True) for entry in manifest.files]
     for entry in manifest.rejects:
@@ -60,7 +62,9 @@ def verify_table(opened: Table) -> None:
     if len(alike := all_hashes[1:][all_hashes[1:] == all_hashes[:-1]]):
         _refuse_twice(opened, alike)
     if len(all_hashes) != manifest.counts["vectors"]:
-        raise VerificationFailed(f"{opened.store.uri}: holds {len(all_hashes)} vectors, its manifest says {manifest.counts}")
+        raise VerificationFailed(
+            f"{opened.store.uri}: holds {len(all_hashes)} vectors, its manifest says {manifest.counts['vectors']}. {RETURN}"
+        )
 
 
 def _refuse_twice(opened: Table, alike: NDArray[np.uint64]) -> None:
@@ -71,4 +75,6 @@ def _refuse_twice(opened: Table, alike: NDArray[np.uint64]) -> None:
         is_alike = np.isin(hash_each(id_.encode() for id_ in ids), alike, kind="sort")  # other kinds are wrong in numpy 2.0
         counted.update(id_ for id_, suspect in zip(ids, is_alike, strict=True) if suspect)
     if twice := sorted(id_ for id_, times in counted.items() if times > 1):
-        raise VerificationFailed(f"{opened.store.uri}: {len(twice)} ids occur in more than one data file: {twice[0]} …")
+        raise VerificationFailed(
+            f"{opened.store.uri}: {len(twice)} ids occur in more than one data file: {twice[0]} …. {RETURN}"
+        )
