@@ -135,7 +135,7 @@ def test_what_a_failed_night_has_staged_stays_for_the_next(job: JobConfig) -> No
     """Also without a grace period: the message says that it is kept."""
     tonight = fails_by_a_gate(job).model_copy(update={"retain": AT_ONCE})
     for _ in range(3):
-        with pytest.raises(GateFailed, match="What was embedded is kept"):
+        with pytest.raises(GateFailed, match="what was embedded is kept"):
             run_job(tonight)
         age(job, 1)
         assert len([e for e in Store(job.table).list_files("staging") if "-last" in e.path]) >= 1
