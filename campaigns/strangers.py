@@ -53,7 +53,7 @@ def make_good(world: World) -> None:
 
 def bent_index(rng: random.Random, world: World) -> Case:
     """One or two changes of an index's folder."""
-    kind = rng.choice(KINDS)
+    kind = rng.choice(list(KINDS))
     folder = Path(shutil.copytree(world.folder / "good" / kind, world.case / "index"))
     done = [kind]
     for _ in range(rng.choice([1, 1, 2])):
@@ -68,9 +68,9 @@ def bent_index(rng: random.Random, world: World) -> Case:
         else:
             for link in [path for path in folder.rglob("*") if path.is_symlink()]:
                 link.unlink()  # else the copy would be written where it leads
-            (folder / rng.choice(KINDS)).mkdir(exist_ok=True)
+            (folder / rng.choice(list(KINDS))).mkdir(exist_ok=True)
             shutil.copytree(
-                world.folder / "good" / rng.choice(KINDS), folder, dirs_exist_ok=True, ignore_dangling_symlinks=True
+                world.folder / "good" / rng.choice(list(KINDS)), folder, dirs_exist_ok=True, ignore_dangling_symlinks=True
             )
         done.append(path.name)
     query = str(world.case / "query.png")
