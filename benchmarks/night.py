@@ -206,7 +206,7 @@ def name_growth(results: list[dict[str, Any]]) -> list[str]:
             for function, seconds in large[name].get("functions", {}).items():
                 if seconds >= NOTICED_S and seconds > GROWTH * grows * max(before.get(function, 0.0), 0.02):
                     was = before.get(function, 0.0)
-                    named.append(f"{name}: {function} {was} s at {small['shards']:,}, {seconds} s at {large['shards']:,}")
+                    named.append(f"{name}: {function} {was} s at {small['count']:,}, {seconds} s at {large['count']:,}")
     return named
 
 
