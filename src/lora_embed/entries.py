@@ -22,17 +22,18 @@ class Entries:
     __slots__ = ("_broken", "_lengths", "_sizes", "_text")
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
-        self._text, self._lengths, self._sizes = bytearray(), array("L"), array("Q")
+        self._text, self._sizes = bytearray(), array("Q")
+        self._lengths = array("L")  # of each entry two: its bytes in `_text`, and the characters of its path
         self._broken: dict[int, str] = {}
         for entry in entries:
             self.append(entry)
 
     def append(self, entry: Entry) -> None:
         """Add one more."""
-        for text in (entry.path, entry.etag):
-            data = text.encode("utf-8", "surrogatepass")  # names on local disks need not be UTF-8
-            self._text += data
-            self._lengths.append(len(data))
+        data = (entry.path + entry.etag).encode("utf-8", "surrogatepass")  # names on local disks need not be UTF-8
+        self._text += data
+        self._lengths.append(len(data))
+        self._lengths.append(len(entry.path))
         if entry.broken:
             self._broken[len(self._sizes)] = entry.broken
         self._sizes.append(entry.size)
@@ -46,13 +47,22 @@ class Entries:
         return len(self._sizes)
 
     def __iter__(self) -> Iterator[Entry]:
-        text, lengths, end = self._text, iter(self._lengths), 0
-        for number, size in enumerate(self._sizes):
-            begin, middle = end, end + next(lengths)
-            end = middle + next(lengths)
-            path = text[begin:middle].decode("utf-8", "surrogatepass")
-            etag = text[middle:end].decode("utf-8", "surrogatepass")
-            yield Entry(path, size, etag, 0.0, self._broken.get(number, ""))
+        broken = self._broken.get
+        for number, ((text, length), size) in enumerate(zip(self._texts(), self._sizes, strict=True)):
+            yield Entry(text[:length], size, text[length:], 0.0, broken(number, ""))
+
+    def paths(self) -> Iterator[str]:
+        """The paths alone, in less time than the entries."""
+        for text, length in self._texts():
+            yield text[:length]
+
+    def _texts(self) -> Iterator[tuple[str, int]]:
+        """Of each entry, its path with the etag behind it, and the path's length in characters."""
+        lengths, begin = iter(self._lengths), 0
+        for size, length in zip(lengths, lengths, strict=True):
+            end = begin + size
+            yield self._text[begin:end].decode("utf-8", "surrogatepass"), length
+            begin = end
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Entries) and all(getattr(self, name) == getattr(other, name) for name in self.__slots__)

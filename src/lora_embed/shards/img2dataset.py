@@ -16,11 +16,11 @@ def without_metadata(files: Files, passed: Counter[str]) -> Files:
 
     The tar or folder holds the same of each image. A file that is named outright stays.
     """
-    stems = {entry.path.removesuffix(_STATISTICS) for entry in files.entries if entry.path.endswith(_STATISTICS)}
+    stems = {path.removesuffix(_STATISTICS) for path in files.entries.paths() if path.endswith(_STATISTICS)}
     if not stems:
         return files
-    holding = {posixpath.dirname(entry.path) for entry in files.entries}
-    holding |= {entry.path[:-4] for entry in files.entries if entry.path.endswith(".tar")}
+    holding = {posixpath.dirname(path) for path in files.entries.paths()}
+    holding |= {path[:-4] for path in files.entries.paths() if path.endswith(".tar")}
     metadata = {f"{stem}.parquet" for stem in stems & holding} - files.named
     kept = Entries()
     for entry in files.entries:

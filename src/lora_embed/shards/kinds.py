@@ -56,7 +56,7 @@ def kind_by_content(head: bytes) -> Kind | None:
 
 def is_hidden(path: str) -> bool:
     """Is a file hidden by its name, as on Linux, or as Hadoop and Spark hide files?"""
-    return posixpath.basename(path).startswith((".", "_"))
+    return path.rpartition("/")[2].startswith((".", "_"))
 
 
 def counted_as(path: str, *, is_hidden: bool = False) -> str:

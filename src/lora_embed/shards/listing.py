@@ -112,7 +112,7 @@ def _group(
     files: Files, options: dict[str, Any], fields: Collection[str], passed: Counter[str], *, are_lists: bool
 ) -> list[Shard]:
     """Files → shards. Hidden files and files of other kinds are counted in `passed`, unless their full names are given."""
-    where = f"input {files.pattern}"
+    where, root_name = f"input {files.pattern}", _name_of(files.root)
     shards, others, here = [], Entries(), Counter[str]()
     images: dict[str, Entries] = defaultdict(Entries)  # by folder
     if files.linked_folders:
@@ -127,14 +127,14 @@ def _group(
             kind = "references"
         if kind is None and is_named:
             kind = _kind_of_named(files, entry, options)
-        if kind is not None and _NOT_UTF8.search(entry.path):
+        if kind is not None and not entry.path.isascii() and _NOT_UTF8.search(entry.path):
             raise ConfigError(f"{where}: the file name {entry.path!r} is not UTF-8, but ids must be. Rename the file.")
         if kind == "images":
             images[posixpath.dirname(entry.path)].append(entry)
         elif kind is not None and entry.broken:
             raise ConfigError(f"{where}: {entry.path} is {entry.broken}. Fetch the file again, or remove the name.")
         elif kind is not None:
-            shards.append(_single(files.root, entry, kind))
+            shards.append(_single(files.root, root_name, entry, kind))
         else:
             others.append(entry)
     all_images = itertools.chain.from_iterable(images.values())
@@ -166,8 +166,8 @@ def _kind_of_named(files: Files, entry: Entry, options: dict[str, Any]) -> Kind:
     return kind
 
 
-def _single(root: str, entry: Entry, kind: Any) -> Shard:
-    state = _hash(posixpath.basename(root.rstrip("/")), entry.path, entry.size, entry.etag)
+def _single(root: str, root_name: str, entry: Entry, kind: Any) -> Shard:
+    state = _hash(root_name, entry.path, entry.size, entry.etag)
     return Shard(id=state, name=entry.path, prefix=entry.path, kind=kind, root=root, files=(entry,))
 
 
@@ -176,7 +176,7 @@ def _image_groups(root: str, folders: dict[str, Entries], beside: dict[str, list
 
     The number of a directory's groups is a power of two, so images change their group only when the directory's size doubles.
     """
-    shards = []
+    shards, root_name = [], _name_of(root)
     for folder in sorted(folders):
         files = folders.pop(folder)
         buckets = 2 ** max(0, math.ceil(math.log2(len(files) / IMAGES_PER_GROUP)))
@@ -185,7 +185,7 @@ def _image_groups(root: str, folders: dict[str, Entries], beside: dict[str, list
             group = [by_path[path] for path in sorted(by_path)]
             name = f"{folder or '.'}/#{bucket:04d}of{buckets:04d}"
             sidecars = tuple(entry for place in (folder, *by_path) for entry in beside.get(place, ()))
-            state = _hash(posixpath.basename(root.rstrip("/")), name, *((f.path, f.size, f.etag) for f in (*group, *sidecars)))
+            state = _hash(root_name, name, *((f.path, f.size, f.etag) for f in (*group, *sidecars)))
             shards.append(
                 Shard(id=state, name=name, prefix=folder, kind="images", root=root, files=Entries(group), sidecars=sidecars)
             )
@@ -231,14 +231,18 @@ def _refuse_shared_names(shards: list[Shard]) -> None:
             "above both as input, or give each its own table."
         )
     files = {shard.name: shard.root for shard in shards if shard.kind != "images"}
-    for shard in shards:
-        folder = shard.prefix if shard.kind == "images" else posixpath.dirname(shard.name)
+    folders = {shard.prefix if shard.kind == "images" else shard.name.rpartition("/")[0]: shard.root for shard in shards}
+    for folder, root in folders.items():
         for above in itertools.accumulate(folder.split("/"), "{}/{}".format):
             if above in files:
                 raise ConfigError(
-                    f"duplicate ids: {files[above]}/{above} is a file, but below {shard.root} there is a folder of that name, "
+                    f"duplicate ids: {files[above]}/{above} is a file, but below {root} there is a folder of that name, "
                     "so their images could get the same ids. Rename one of them, or give each its own table."
                 )
+
+
+def _name_of(root: str) -> str:
+    return posixpath.basename(root.rstrip("/"))
 
 
 def _hash(*parts: Any) -> str:

@@ -263,7 +263,7 @@ def _written_aside(root: Path, target: Path, data: bytes) -> Iterator[Path]:
 
 def entry(path: str, state: os.stat_result) -> Entry:
     """A file's `Entry`, from its state."""
-    return Entry(path=path, size=state.st_size, etag=str(state.st_mtime_ns), modified=state.st_mtime)
+    return Entry(path, state.st_size, str(state.st_mtime_ns), state.st_mtime)
 
 
 def _sync_folder(folder: Path) -> None:
