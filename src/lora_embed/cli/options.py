@@ -9,7 +9,7 @@ import typer
 
 from lora_embed.config.models import JobConfig, load_job
 from lora_embed.errors import ConfigError
-from lora_embed.monitor.progress import shown
+from lora_embed.monitor.progress import LogFormat, log_as, shown
 from lora_embed.text import without_secrets
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+MessageLog = Annotated[LogFormat, typer.Option("--log-format", callback=log_as, help="Format of messages on stderr.")]
+Group = Annotated[str | None, typer.Option(metavar="FIELD", help="Images with the same value stay in one part.")]
 TableOrJob = Annotated[
     str, typer.Argument(metavar="TABLE", help="URI or path of a table, or a job file, for its table and storage options.")
 ]
