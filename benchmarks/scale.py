@@ -31,8 +31,9 @@ from lora_embed.shards.listing import Listing
 from lora_embed.store.local import create
 from lora_embed.store.store import Store
 from lora_embed.table import staging, versions
+from lora_embed.table.parquet import read_rows
 from lora_embed.table.parts import make_part, part_path, to_parquet, write_part
-from lora_embed.table.read import open_table, read_rows
+from lora_embed.table.read import Table, open_table
 
 SPACE, DIMENSION = "5ca1e5ca1e00", 384
 LAYOUT = Layout(precision="float32", batch_size=16)
@@ -116,7 +117,7 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
         "driver_peak_mb": peak_mb(),
         "driver_before_mb": before_mb,
         "manifest_bytes": len(current.to_json()),
-        "part_bytes": len(to_parquet(read_rows(store, current.files[0].path).slice(0, 1))),
+        "part_bytes": len(to_parquet(read_rows(store, current.files[0].path, Table(store, current).schema).slice(0, 1))),
     }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import pyarrow as pa
 import ray
 import ray.data
 import ray.data.exceptions
@@ -19,7 +20,7 @@ from lora_embed.chain.ray_private import map_rows, was_tried_before
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import IncompleteRun, LoraEmbedError, WorkersLost, carried_error
 from lora_embed.model.description import Description
-from lora_embed.schema import ChunkHead, Layout, encoder_path
+from lora_embed.schema import ChunkHead, Layout, encoder_path, part_schema
 from lora_embed.store.store import Store
 
 WAVE, BLOCKS_IN_WAVE = 2000, 32  # blocks in one Dataset: at least, and per reader; each Dataset starts new actors
@@ -39,6 +40,11 @@ class Job:
     encoder: Description
     layout: Layout
     base: str | None = None  # the place of the base that the user named, for an encoder that is kept as an adapter
+
+    @property
+    def part_schema(self) -> pa.Schema:
+        """The columns of the run's parts."""
+        return part_schema(self.encoder.dimension, self.layout.vector_type, self.layout.carry)
 
     @property
     def embedding(self) -> Pass:

@@ -47,14 +47,15 @@ def hidden(listing: Listing, limits: Limits) -> Gate:
 
 def measure(shared: pipeline.Job, written: list[FileEntry], *, here: bool) -> Figures | None:
     """Figures of the files that were written for a version; None if they hold no vector."""
-    parts = pipeline.map_tasks(measure_file, (shared.store,), [entry for entry in written if entry.rows], here=here)
+    measured = pa.schema([shared.part_schema.field(name) for name in ("id", "sha256", "embedding")])
+    parts = pipeline.map_tasks(measure_file, (shared.store, measured), [entry for entry in written if entry.rows], here=here)
     health = combine(parts) if parts else None
     return health.figures() if health is not None and health.count else None
 
 
-def measure_file(store: Store, entry: FileEntry) -> Health:
-    """Measure the vectors of one data file, in batches; memory holds a sample of each batch."""
-    batches = file_batches(store, entry.path, ["id", "sha256", "embedding"])
+def measure_file(store: Store, schema: pa.Schema, entry: FileEntry) -> Health:
+    """Measure the vectors of one data file, read with these columns in batches; memory holds a sample of each batch."""
+    batches = file_batches(store, entry.path, schema)
     return combine([measure_rows(pa.Table.from_batches([batch])) for batch in batches])
 
 
@@ -77,7 +78,7 @@ def drift(shared: pipeline.Job, before: Manifest, again: list[str], count: int) 
     The figure is the largest relative L2 difference of a seeded sample. The limit is that of the golden vectors in the same
     precision, plus the rounding of float16 if vectors are stored in it. None if there is nothing to compare.
     """
-    parts = [read_rows(shared.store, path) for path in again]
+    parts = [read_rows(shared.store, path, shared.part_schema) for path in again]
     rows = by_id(some_rows(pa.concat_tables(parts).filter(pc.field("reason").is_null()), count)) if parts else {}
     old, new = align(rows_of(shared.store, before, list(rows)), rows)[1:]
     if not len(old):

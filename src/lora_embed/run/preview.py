@@ -51,7 +51,7 @@ def _decide(job: JobConfig, shared: pipeline.Job, current: Manifest, sample: lis
     policy = Policy(skip_overlap=job.reembed.skip_overlap, skip_gain=job.reembed.skip_gain, limits=limits)
     staged = staging.staged_parts(shared.store, shared.encoder.space_id, shared.layout.layout_id)
     paths = [path for s in sample for path in staging.part_paths(shared.encoder.space_id, shared.layout, staged.get(s.id, []))]
-    parts = [parquet.read_rows(shared.store, path) for path in paths]
+    parts = [parquet.read_rows(shared.store, path, shared.part_schema) for path in paths]
     health = combine([measure_rows(part) for part in parts]) if parts else None
     figures = health.figures() if health is not None and health.count else None
     extra = judge.judge_space(shared.store, current, shared.encoder.space_id, figures, limits)
