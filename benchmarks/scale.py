@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from lora_embed.chain import cluster, pipeline
+from lora_embed.chain.items import Pass
 from lora_embed.config.models import JobConfig
 from lora_embed.entries import Entry
 from lora_embed.images.preprocess import Preprocessing
@@ -94,7 +95,7 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
     store = Store(str(folder))
     shards = [shard_of(number) for number in range(count)]
     job = JobConfig(recipe="none", input=("/input",), table=str(folder), precision="float32", batch_size=16)
-    shared = pipeline.Job.of(job, store, ENCODER, LAYOUT)
+    shared = Pass.of(job, store, ENCODER, LAYOUT)
     cluster.connect()
     before_mb = peak_mb()
     missing = timed(found, "resume: find work", lambda: work.find_work(job, store, ENCODER, LAYOUT, [*shards, shard_of(count)]))

@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lora_embed.chain import pipeline
-from lora_embed.chain.actors import EncoderSource, Pass, VectorChunk
+from lora_embed.chain.actors import VectorChunk
 from lora_embed.chain.cluster import Topology
-from lora_embed.chain.items import WorkItem
+from lora_embed.chain.items import EncoderSource, Pass, WorkItem
 from lora_embed.errors import ConfigError, IncompleteRun
 from lora_embed.images.preprocess import decoding
 from lora_embed.monitor.progress import Progress, say
@@ -146,7 +146,7 @@ def collect(source: Source, encoders: Sequence[Wanted], topology: Topology) -> C
 
 
 def _decoding(encoder_wanted: Wanted) -> str:
-    return repr(decoding(encoder_wanted.encoder.preprocessing))
+    return repr(decoding(encoder_wanted.encoder.description.preprocessing))
 
 
 def _watched(source: Source, shared: Pass, topology: Topology) -> Iterator[VectorChunk]:
@@ -189,7 +189,7 @@ def _embedded(chunks: list[VectorChunk], encoders: Sequence[Wanted]) -> list[Emb
     good = np.concatenate([np.array(c.samples.column("reason").is_null().to_numpy(zero_copy_only=False), bool) for c in chunks])
     dealt, column, place = [], 0, 0
     for number, encoder_wanted in enumerate(encoders):
-        width, heads = encoder_wanted.encoder.dimension, {}
+        width, heads = encoder_wanted.encoder.description.dimension, {}
         vectors = np.full((len(good), width), np.nan, np.float32)
         if good.any():
             vectors[good] = np.concatenate([chunk.vectors[:, column : column + width] for chunk in chunks if chunk.head.good])

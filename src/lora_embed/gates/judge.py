@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lora_embed.chain import pipeline
+from lora_embed.chain.items import Pass
 from lora_embed.config.foreign import read_json, taken_as
 from lora_embed.config.models import JobConfig, check_options
 from lora_embed.errors import GateFailed
@@ -45,7 +46,7 @@ def hidden(listing: Listing, limits: Limits) -> Gate:
     return Gate(name="passed_over", value=listing.hidden_share, limit=limits.passed_over, direction="at most", says=says)
 
 
-def measure(shared: pipeline.Job, written: list[FileEntry], *, here: bool) -> Figures | None:
+def measure(shared: Pass, written: list[FileEntry], *, here: bool) -> Figures | None:
     """Figures of the files that were written for a version; None if they hold no vector."""
     measured = pa.schema([shared.part_schema.field(name) for name in ("id", "sha256", "embedding")])
     parts = pipeline.map_tasks(measure_file, (shared.store, measured), [entry for entry in written if entry.rows], here=here)
@@ -59,7 +60,7 @@ def measure_file(store: Store, schema: pa.Schema, entry: FileEntry) -> Health:
     return combine([measure_rows(pa.Table.from_batches([batch])) for batch in batches])
 
 
-def judge(shared: pipeline.Job, new: Manifest, figures: Figures | None, before: Manifest | None, limits: Limits) -> list[Gate]:
+def judge(shared: Pass, new: Manifest, figures: Figures | None, before: Manifest | None, limits: Limits) -> list[Gate]:
     """The gates of a version whose files are written; `figures` are those of its new rows.
 
     `before` is the current version. In the same space, the new rows must be similar to its rows. In another space, a seeded
@@ -72,7 +73,7 @@ def judge(shared: pipeline.Job, new: Manifest, figures: Figures | None, before: 
     return judged + (checks.comparison_gates(compared, limits) if compared is not None else [])
 
 
-def drift(shared: pipeline.Job, before: Manifest, again: list[str], count: int) -> Gate | None:
+def drift(shared: Pass, before: Manifest, again: list[str], count: int) -> Gate | None:
     """Check that unchanged images still get the same vectors; `again` are paths of parts that were embedded again.
 
     The figure is the largest relative L2 difference of a seeded sample. The limit is that of the golden vectors in the same

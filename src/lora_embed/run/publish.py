@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from lora_embed.chain import pipeline
+from lora_embed.chain.items import Pass
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import IncompleteRun, StorageError, StoreUnavailable, VerificationFailed
 from lora_embed.gates import judge
@@ -27,7 +28,7 @@ _GROUP = re.compile(r"/#(\d+of\d+|[0-9a-f]{16})$")  # names of groups of loose i
 
 def publish(
     job: JobConfig,
-    shared: pipeline.Job,
+    shared: Pass,
     listing: Listing,
     *,
     replaces: str | None = None,
@@ -64,7 +65,7 @@ def publish(
         say(f"another run published version {manifest.version} meanwhile; planning the next version from it")
 
 
-def _clear(shared: pipeline.Job, manifest: Manifest) -> None:
+def _clear(shared: Pass, manifest: Manifest) -> None:
     """Remove the staged parts whose rows the new version holds. If that fails, it is only logged."""
     try:
         staging.clear_absorbed(shared.store, manifest, shared.layout)
@@ -91,7 +92,7 @@ def _version(manifest: Manifest | None) -> int:
 
 def _next_version(
     job: JobConfig,
-    shared: pipeline.Job,
+    shared: Pass,
     current: Manifest | None,
     shards: dict[str, Shard],
     accepted: dict[str, str],
@@ -134,7 +135,7 @@ def _next_version(
     return replace(manifest, gates=judge.decide(job.table, judged, accepted))
 
 
-def _lineage_of(job: JobConfig, shared: pipeline.Job) -> dict[str, Any]:
+def _lineage_of(job: JobConfig, shared: Pass) -> dict[str, Any]:
     """The recipe, input and layout that a version comes from, and its retention settings."""
     return {
         "recipe_id": shared.encoder.recipe_id,
@@ -145,7 +146,7 @@ def _lineage_of(job: JobConfig, shared: pipeline.Job) -> dict[str, Any]:
 
 
 def _verified_sources(
-    shared: pipeline.Job, new: dict[str, list[Part]], shards: dict[str, Shard], *, here: bool
+    shared: Pass, new: dict[str, list[Part]], shards: dict[str, Shard], *, here: bool
 ) -> tuple[list[compact.Source], list[tuple[str, int]]]:
     """Check the footers of new shards' parts. Returns the parts as sources of data files, and those that hold rejects."""
     store, space_id, layout = shared.store, shared.encoder.space_id, shared.layout
@@ -169,7 +170,7 @@ def _with_reasons(rejects: Gate, store: Store, files: list[tuple[str, int]], acc
 
 
 def _drift(
-    job: JobConfig, shared: pipeline.Job, before: Manifest, shards: dict[str, Shard], staged: dict[str, list[Part]]
+    job: JobConfig, shared: Pass, before: Manifest, shards: dict[str, Shard], staged: dict[str, list[Part]]
 ) -> list[Gate]:
     """The gate that compares the parts that were embedded again with the version before; none if there are none."""
     chosen = work.choose_again(job, shared.layout, before, list(shards.values()))

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from lora_embed.chain import cluster, pipeline
-from lora_embed.chain.items import Staged, WorkItem
+from lora_embed.chain.items import Pass, Staged, WorkItem
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import IncompleteRun, WorkersLost
 from lora_embed.model.description import Description
@@ -81,7 +81,7 @@ def choose_again(job: JobConfig, layout: Layout, before: Manifest, shards: list[
     return [(shard, before.version % max(1, full)) for shard, full in zip(chosen, full_chunks, strict=True)]
 
 
-def find_drift_work(job: JobConfig, shared: pipeline.Job, shards: list[Shard]) -> list[WorkItem]:
+def find_drift_work(job: JobConfig, shared: Pass, shards: list[Shard]) -> list[WorkItem]:
     """Chunks to embed again to notice drift, except those embedded again since the version was committed."""
     store, layout, space_id = shared.store, shared.layout, shared.encoder.space_id
     before = versions.newest_of(store, space_id, layout.pins, versions.read_manifest(store))
@@ -104,7 +104,7 @@ def find_drift_work(job: JobConfig, shared: pipeline.Job, shards: list[Shard]) -
 
 
 def embed_missing(
-    job: JobConfig, shared: pipeline.Job, shards: list[Shard], topology: cluster.Topology, effort: Effort | None = None
+    job: JobConfig, shared: Pass, shards: list[Shard], topology: cluster.Topology, effort: Effort | None = None
 ) -> Effort:
     """Embed what is neither published nor staged.
 
@@ -158,7 +158,7 @@ def say_passed(passed: dict[str, int], *, is_named: bool) -> None:
 def _embed(
     work: list[WorkItem],
     again: list[WorkItem],
-    shared: pipeline.Job,
+    shared: Pass,
     topology: cluster.Topology,
     progress: Progress,
     failures: dict[str, ChunkHead],
