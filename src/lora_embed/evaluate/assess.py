@@ -19,9 +19,6 @@ from lora_embed.evaluate.request import Request, check_request
 from lora_embed.evaluate.thumbnails import thumbnails
 from lora_embed.monitor.progress import say
 from lora_embed.run.refuse import local_places, refuse_unshared
-from lora_embed.schema import Layout
-from lora_embed.shards.list_rows import carrying
-from lora_embed.shards.listing import list_input
 from lora_embed.store.fetch import private_folder
 from lora_embed.store.store import Store
 from lora_embed.text import counted, utc
@@ -96,20 +93,9 @@ def open_source(request: Request) -> tuple[Source, cluster.Topology]:
     store = Store(work, request.work_options)
     options = [("--label", name) for name in request.labels]
     options += [(option, name) for option, name in (("--group", request.group), ("--split", request.split)) if name]
-    carry = tuple((name, "string") for name in dict.fromkeys(name for _, name in options))
-    layout = Layout(
-        precision="float32",
-        batch_size=16,
-        carry=carry,
-        image_column=request.image_column,
-        key_column=request.key_column,
-        image_member=request.image_member,
-    )
-    fields = [name for name, _ in carry]
-    references = carrying(request.references, tuple(fields))
-    listing = list_input(request.inputs, request.input_options, fields=fields, references=references)
-    listing.say_passed()
-    source = Source(shards=tuple(listing.shards), options=request.input_options, store=store, layout=layout)
+    fields = [name for _, name in options]
+    shards, layout = request.listing(fields).shards, request.layout(fields)
+    source = Source(shards=tuple(shards), options=request.input_options, store=store, layout=layout)
     check_fields(source, options)
     store.check_reachable()
     store.check_writable()

@@ -18,7 +18,7 @@ from lora_embed.store.lend import lend
 from lora_embed.store.store import Store
 from lora_embed.table.manifest import Manifest, prefix_of, prefixes_of_ids
 from lora_embed.table.parquet import BATCH_ROWS, file_batches, opened_file, read_rows, take_columns
-from lora_embed.table.versions import read_manifest
+from lora_embed.table.versions import no_version, read_manifest
 
 if TYPE_CHECKING:
     from lora_embed.model.encoder import Encoder
@@ -158,6 +158,5 @@ def open_table(uri: str, version: int | None = None, storage_options: dict[str, 
     store = Store(uri, storage_options or {})
     manifest = read_manifest(store, version)
     if manifest is None:
-        expected = f"version {version}" if version is not None else "published version"
-        raise TableError(f"{uri}: has no {expected}. `lora-embed status {uri}` shows what the table holds.")
+        raise no_version(uri, version)
     return Table(store, manifest)
