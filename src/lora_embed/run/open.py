@@ -63,6 +63,8 @@ def open_job(job: JobConfig, *, writes: bool = True) -> OpenJob:
     """
     store = Store(job.table, job.table_storage_options)
     store.check_reachable()
+    if writes:
+        store.check_writable()
     current = versions.manifest_to_follow(store)
     listing = list_input(
         job.input,
@@ -75,5 +77,4 @@ def open_job(job: JobConfig, *, writes: bool = True) -> OpenJob:
     source = find_source(job.recipe)
     if writes:
         listing.say_passed()
-        store.check_writable()
     return OpenJob(job=job, store=store, listing=listing, source=source, current=current, encoder=find_encoder(source, store))
