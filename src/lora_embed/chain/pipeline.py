@@ -47,14 +47,14 @@ def _run_chain(items: list[WorkItem], shared: Pass, topology: Topology) -> Itera
 
     One row is one chunk and is passed on alone (`batch_size=1`), so that chunks stay whole and inside one shard.
     """
-    decoding = (shared.layout, shared.prepare, shared.input_options, was_tried_before)
+    decode_arguments = (shared.layout, shared.prepare, shared.input_options, was_tried_before)
     for blocks in _waves(items, topology.workers.readers):
         rows = ray.data.from_items([{"block": block} for block in blocks], override_num_blocks=len(blocks))
         if topology.decode is None:
-            whole = (shared, topology.kind, was_tried_before)
-            rows = map_rows(rows, EmbedShards, fn_constructor_args=whole, **topology.embed)
+            actor_arguments = (shared, topology.kind, was_tried_before)
+            rows = map_rows(rows, EmbedShards, fn_constructor_args=actor_arguments, **topology.embed)
         else:
-            rows = map_rows(rows, decode_blocks, fn_args=decoding, **topology.decode)
+            rows = map_rows(rows, decode_blocks, fn_args=decode_arguments, **topology.decode)
             rows = map_rows(rows, EmbedImages, fn_constructor_args=(shared, topology.kind), **topology.embed)
             if shared.writes_parts:
                 rows = map_rows(rows, WriteParts, fn_constructor_args=(shared,), **topology.write)

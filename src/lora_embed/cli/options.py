@@ -25,17 +25,17 @@ TableOrJob = Annotated[
 ]
 
 
-def job_of(named: str, overrides: list[str] | None = None) -> JobConfig | None:
+def job_of(argument: str, overrides: list[str] | None = None) -> JobConfig | None:
     """The job, if a job file (.yaml or .yml) is named in place of a table or an input; else None.
 
     Raises ConfigError for a wrong job file, and for overrides without a job file.
     """
-    path = Path(named)
-    if "://" not in named and path.suffix in (".yaml", ".yml") and not path.is_dir():
+    path = Path(argument)
+    if "://" not in argument and path.suffix in (".yaml", ".yml") and not path.is_dir():
         return load_job(path, overrides)
     if overrides:
         key = overrides[0].partition("=")[0]
-        raise ConfigError(f"--set {key}=…: changes a key of a job file, but {named} is not a job file. Name the job file.")
+        raise ConfigError(f"--set {key}=…: changes a key of a job file, but {argument} is not a job file. Name the job file.")
     return None
 
 
@@ -54,13 +54,13 @@ def read_as(job: JobConfig | None) -> dict[str, Any]:
     names = ("image_column", "key_column", "image_member")
     from lora_embed.run.open import references_of  # here, since it imports more than most commands need
 
-    own = {"input_options": job.input_storage_options, "references": references_of(job)}
-    return own | {name: getattr(job, name) for name in names}
+    settings = {"input_options": job.input_storage_options, "references": references_of(job)}
+    return settings | {name: getattr(job, name) for name in names}
 
 
-def options_like(place: str, known: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
+def options_like(place: str, known_uris: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
     """Storage options of known places, if another place has the same kind of storage; else none, so keys stay secret."""
-    kinds = {uri.partition("://")[0] for uri in known if "://" in uri}
+    kinds = {uri.partition("://")[0] for uri in known_uris if "://" in uri}
     return options if "://" in place and place.partition("://")[0] in kinds else {}
 
 
@@ -92,15 +92,15 @@ class Named:
         return {} if self.job is None else options_like(image, self.job.input, self.input_options)
 
 
-def find_table(named: str, overrides: list[str] | None) -> Named:
+def find_table(argument: str, overrides: list[str] | None) -> Named:
     """Find the table that TABLE names.
 
     Raises ConfigError for a job file that is wrong, and StorageError for a table that cannot be reached.
     """
     from lora_embed.store.store import Store
 
-    job = job_of(named, overrides)
-    store = Store(named) if job is None else Store(job.table, job.table_storage_options)
+    job = job_of(argument, overrides)
+    store = Store(argument) if job is None else Store(job.table, job.table_storage_options)
     store.check_reachable()
     return Named(store=store, job=job)
 

@@ -67,11 +67,11 @@ def find_entrants(recipes: Sequence[str], *, alone: bool) -> list[Entrant]:
     names = distinct_names([path.rstrip("/").removesuffix(".yaml").removesuffix(".yml") for path in recipes])
     entrants = [_read(name, path) for name, path in zip(names, recipes, strict=True)]
     if alone:
-        known = {entrant.ingredients.recipe_id for entrant in entrants if entrant.ingredients}
+        recipe_ids = {entrant.ingredients.recipe_id for entrant in entrants if entrant.ingredients}
         for entrant in _alone(entrants):
             assert entrant.ingredients is not None
-            if entrant.ingredients.recipe_id not in known:
-                known.add(entrant.ingredients.recipe_id)
+            if entrant.ingredients.recipe_id not in recipe_ids:
+                recipe_ids.add(entrant.ingredients.recipe_id)
                 entrants.append(entrant)
     twice = {entrant.name for entrant in entrants if [other.name for other in entrants].count(entrant.name) > 1}
     if twice:

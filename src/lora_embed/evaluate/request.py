@@ -68,8 +68,8 @@ class Request(LabelledInput):
 
 def check_request(request: Request) -> None:
     """Raises ConfigError for options that are missing, wrong or contradict each other."""
-    for option, given in (("--recipe", request.recipes), ("--data", request.inputs), ("--label", request.labels)):
-        if not given:
+    for option, values in (("--recipe", request.recipes), ("--data", request.inputs), ("--label", request.labels)):
+        if not values:
             raise ConfigError(f"{option} is missing. Name at least one.")
     for option in ("recipes", "inputs", "labels", "group", "split", "reference", "work"):
         value = getattr(request, option)
