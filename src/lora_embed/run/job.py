@@ -74,16 +74,16 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
     beginning = journal.begin(job)
     judge.limits_of(job)
     opened = open_job(job)
-    current, known, base = opened.current, opened.encoder, opened.base
-    if known is not None:
-        refuse_space(opened, known, replaces=replaces, releases=releases)
+    current, stored_encoder, base = opened.current, opened.encoder, opened.base
+    if stored_encoder is not None:
+        refuse_space(opened, stored_encoder, replaces=replaces, releases=releases)
         if _is_current(opened):
             return _leave_as_it_is(beginning, opened)
 
     refuse_absent_fields(opened)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = _build_or_take(opened, Path(scratch)) if known is None else None
-        encoder = known or read_description(cast(Path, folder))
+        folder = _build_or_take(opened, Path(scratch)) if stored_encoder is None else None
+        encoder = stored_encoder or read_description(cast(Path, folder))
         refuse_space(opened, encoder, replaces=replaces, releases=releases)
         cluster.connect()
         topology = cluster.choose_topology(job.resources)

@@ -137,8 +137,8 @@ def _leave_state(journal: Journal) -> None:
 
 def leave_quiet(beginning: Beginning, opened: OpenJob, current: Manifest) -> None:
     """Write the state of a run that found nothing to do, so that it does not look as if there was no run."""
-    passed = opened.listing.passed_over
-    state = beginning.state(outcome="current", space_id=current.space_id, version=current.version, passed_over=passed)
+    passed_over = opened.listing.passed_over
+    state = beginning.state(outcome="current", space_id=current.space_id, version=current.version, passed_over=passed_over)
     note(**asdict(state))
     leave_state(state, opened.store, opened.job.retain.runs)
 

@@ -66,7 +66,7 @@ def _seconds_an_image(shared: Pass, effort: Effort, workers: Workers) -> float:
     """Seconds per image when the sample was embedded, which may have been in an earlier run."""
     path = f"staging/{shared.encoder.space_id}/sample.json"
     if effort.samples:
-        took = seconds_an_image(effort.seconds, effort.samples, workers)
-        shared.store.create(path, json.dumps({"seconds_an_image": took}).encode())
-    kept = read_record(shared.store, path, SampleRecord)
-    return kept.seconds_an_image if kept is not None else 0.0
+        measured = seconds_an_image(effort.seconds, effort.samples, workers)
+        shared.store.create(path, json.dumps({"seconds_an_image": measured}).encode())
+    record = read_record(shared.store, path, SampleRecord)
+    return record.seconds_an_image if record is not None else 0.0
