@@ -81,11 +81,11 @@ def rough_span(seconds: float) -> str:
 
 def redacted(text: str) -> str:
     """Text whose URIs have no user, password or parameters (such as a signature): `…` stands in their place."""
-    kept, start = [], 0
+    pieces, start = [], 0
     for scheme, begin, end in _bodies(text):
-        kept += [text[start:begin], _redacted_body(scheme, text[begin:end])]
+        pieces += [text[start:begin], _redacted_body(scheme, text[begin:end])]
         start = end
-    return "".join([*kept, text[start:]])
+    return "".join([*pieces, text[start:]])
 
 
 def holds_secret(uri: str) -> bool:
@@ -145,26 +145,26 @@ def _redacted_body(scheme: str, body: str) -> str:
     """The part after `://`, redacted. A URI in a text ends at a space; one without a password also at a quote."""
     length = _user_length(scheme, re.split(r"\s", body, maxsplit=1)[0])
     token = re.split(r"[\s\"'<>]", body[length:], maxsplit=1)[0]
-    shown, rest = "…" * bool(length), body[length + len(token) :]
-    if (cut := _parameters(token)) is not None:
-        return f"{shown}{token[: cut + 1]}…{rest}"
+    user, rest = "…" * bool(length), body[length + len(token) :]
+    if (begin := _parameters(token)) is not None:
+        return f"{user}{token[: begin + 1]}…{rest}"
     if any(_user_length(scheme, form) or _parameters(form) is not None for form in _decodings(token)[1:]):
-        return f"{shown}…{rest}"
-    return f"{shown}{token}{rest}"
+        return f"{user}…{rest}"
+    return f"{user}{token}{rest}"
 
 
 def _parameters(body: str) -> int | None:
     """The position of the `?`, `#`, `;` or `&` where parameters begin; None where there are none."""
     query = body.find("?")
     positions = [query] if query >= 0 and "=" in body[query:] else []
-    if named := _PARAMETER.search(body):
-        positions.append(named.start())
+    if parameter := _PARAMETER.search(body):
+        positions.append(parameter.start())
     return min(positions, default=None)
 
 
 def _signing(body: str) -> int | None:
     """The position of the first parameter that signs a URL or logs somebody in; None where there is none."""
-    return next((found.start() for found in _QUERY.finditer(body) if _SIGNS.fullmatch(found[1])), None)
+    return next((parameter.start() for parameter in _QUERY.finditer(body) if _SIGNS.fullmatch(parameter[1])), None)
 
 
 def _user_length(scheme: str, body: str) -> int:

@@ -24,7 +24,7 @@ def folder_aside(path: Path) -> Iterator[Path]:
 
     `path` may be an empty folder already. Where it is another one, OSError is raised at the end.
     """
-    made = [parent for parent in path.parents if not parent.exists()]
+    new_folders = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as aside:
@@ -33,7 +33,7 @@ def folder_aside(path: Path) -> Iterator[Path]:
             yield folder
             folder.rename(path)
     except BaseException:
-        for parent in made:
+        for parent in new_folders:
             with contextlib.suppress(OSError):  # another process has put files there since
                 parent.rmdir()
         raise

@@ -31,11 +31,11 @@ class LentFileSystem(AbstractFileSystem):
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
         """Name, type, size in bytes and time in seconds since 1970 of a file or folder."""
-        below = self._below(path)
-        entry = self._store.info(below) if below else None
+        relative = self._below(path)
+        entry = self._store.info(relative) if relative else None
         if entry is not None:
             return self._describe(entry)
-        if self._store.is_directory(below):
+        if self._store.is_directory(relative):
             return {"name": path, "type": "directory", "size": 0}
         raise FileNotFoundError(path)
 
@@ -56,8 +56,8 @@ class LentFileSystem(AbstractFileSystem):
             folders = {name for file in infos for name in _folders(file, path)}
             infos |= {name: {"name": name, "type": "directory", "size": 0} for name in folders}
         base = path.rstrip("/").count("/")
-        kept = {name: infos[name] for name in sorted(infos) if maxdepth is None or name.count("/") - base <= maxdepth}
-        return kept if detail else list(kept)
+        chosen_infos = {name: infos[name] for name in sorted(infos) if maxdepth is None or name.count("/") - base <= maxdepth}
+        return chosen_infos if detail else list(chosen_infos)
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         """The files and folders directly in a folder."""
@@ -74,10 +74,10 @@ class LentFileSystem(AbstractFileSystem):
     def _below(self, path: str) -> str:
         """A full path as a path from the store's root."""
         root = self._store.full_path("").rstrip("/")
-        below = path.rstrip("/").removeprefix(root)
-        if not path.startswith(root) or (below and not below.startswith("/")):
+        relative = path.rstrip("/").removeprefix(root)
+        if not path.startswith(root) or (relative and not relative.startswith("/")):
             raise FileNotFoundError(f"{path}: lies outside of {root}")
-        return below.removeprefix("/")
+        return relative.removeprefix("/")
 
     def _describe(self, entry: Entry) -> dict[str, Any]:
         name = self._store.full_path(entry.path)

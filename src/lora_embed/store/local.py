@@ -76,14 +76,14 @@ def walk_input(root: str, *, follows: bool, ignored_links: dict[str, str]) -> It
     below the root is ignored, since that folder is read anyway. A link to a folder elsewhere is followed if `follows`;
     otherwise it is put into `ignored_links`, with the path that it leads to.
     """
-    seen: set[tuple[int, int] | None] = {None}  # None stands for a folder that does not exist any more
+    folders_seen: set[tuple[int, int] | None] = {None}  # None stands for a folder that does not exist any more
     folders, links = [("", root)], list[tuple[str, str]]()
     while folders or links:
         if folders:
-            yield from _look_at(*folders.pop(), seen, folders, links)
+            yield from _look_at(*folders.pop(), folders_seen, folders, links)
             continue
         path, target = heapq.heappop(links)  # only now, when every real folder below the root has been seen
-        if _identity(target) not in seen:
+        if _identity(target) not in folders_seen:
             if follows:
                 folders.append((path, target))
             else:

@@ -67,15 +67,15 @@ def _from_web(place: Place, reach: Reach, most: int, room: Room, retry_s: float)
     if reach.rejects_unreachable and place.host in _dead:
         return Fetched(missing=f"cannot be reached: {_dead[place.host]}")
     try:
-        got = web.fetch(place.uri, most, room, reach.private, retry_s)
+        answer = web.fetch(place.uri, most, room, reach.private, retry_s)
     except StoreUnavailable as error:
         if not reach.rejects_unreachable:
             raise
-        says = describe(error.__cause__ or error)
+        reason = describe(error.__cause__ or error)
         if is_no_connection(error.__cause__ or error) and len(_dead) < _MOST_DEAD:
-            _dead[place.host] = says
-        return Fetched(missing=f"cannot be reached: {says}")
-    return Fetched(data=got.data, missing=got.missing, excess=got.excess, waits=got.waits)
+            _dead[place.host] = reason
+        return Fetched(missing=f"cannot be reached: {reason}")
+    return Fetched(data=answer.data, missing=answer.missing, excess=answer.excess, waits=answer.waits)
 
 
 def look(place: Place, reach: Reach) -> Entry | None:

@@ -48,16 +48,16 @@ def connect(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, str]:
 
 
 def _connect_anew(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, str]:
-    given = dict(options)
+    all_options = dict(options)
     if "http://" in uri or "https://" in uri:
-        _keep_to_host(uri, given)
+        _keep_to_host(uri, all_options)
     if is_s3(uri):
         # Only `retry` repeats requests: botocore and s3fs would try five times each, and a stalled read 25 times.
-        given["config_kwargs"] = {"retries": {"total_max_attempts": 1}} | given.get("config_kwargs", {})
-        given.setdefault("max_concurrency", 1)  # otherwise each read first asks for the size
-    apart = "" if _is_chain(uri) else _after_folder(uri)
-    fs, root = fsspec.core.url_to_fs(uri.removesuffix(apart) or "/", **given)
-    root = f"{root.rstrip('/')}{apart}" if apart else root
+        all_options["config_kwargs"] = {"retries": {"total_max_attempts": 1}} | all_options.get("config_kwargs", {})
+        all_options.setdefault("max_concurrency", 1)  # otherwise each read first asks for the size
+    after_folder = "" if _is_chain(uri) else _after_folder(uri)
+    fs, root = fsspec.core.url_to_fs(uri.removesuffix(after_folder) or "/", **all_options)
+    root = f"{root.rstrip('/')}{after_folder}" if after_folder else root
     if is_s3(uri):
         _check_s3fs()
         fs.retries = 1
@@ -76,11 +76,11 @@ def _after_folder(uri: str) -> str:
     return uri[uri.rindex("/", 0, mark) :] if mark >= 0 else ""
 
 
-def _keep_to_host(uri: str, given: dict[str, Any]) -> None:
+def _keep_to_host(uri: str, all_options: dict[str, Any]) -> None:
     """Follow no redirect to another host: otherwise a server could choose which host this machine contacts next."""
     chain = [part.partition("://")[0] for part in uri.split("::")]
     for scheme in {"http", "https"} & set(chain):
-        options = given if chain[0] == scheme else given.setdefault(scheme, {})
+        options = all_options if chain[0] == scheme else all_options.setdefault(scheme, {})
         client = options.get("client_kwargs", {})
         options["client_kwargs"] = client | {"trace_configs": [*client.get("trace_configs", ()), _SAME_HOST]}
 

@@ -66,10 +66,10 @@ class Store:
 
         Raises StorageError for a path that leads out of the root, or, on a local disk, through a link.
         """
-        fs, whole = self._connection
-        root = whole.rstrip("/")
+        fs, root_as_given = self._connection
+        root = root_as_given.rstrip("/")
         if not path:
-            return root or whole
+            return root or root_as_given
         parts, is_local = path.split("/"), isinstance(fs, LocalFileSystem)
         if ".." in parts or "\0" in path or _SCHEME.match(path) or (is_local and ("" in parts or "." in parts)):
             raise StorageError(
@@ -115,8 +115,8 @@ class Store:
                 entries = [local.entry(path, state) for path, state in local.walk(self.full_path(""), prefix)]
         else:
             entries = self._retried(prefix, lambda: list(self._find(prefix)))
-        kept = {entry.path: entry for entry in entries if not entry.path.startswith(f"{local.TEMPORARY}/")}
-        return sorted(kept.values(), key=lambda entry: entry.path)
+        by_path = {entry.path: entry for entry in entries if not entry.path.startswith(f"{local.TEMPORARY}/")}
+        return sorted(by_path.values(), key=lambda entry: entry.path)
 
     def list_input(self, *, follows: bool) -> tuple[Entries, dict[str, str]]:
         """All files of an input, folder by folder, and the ignored links to folders elsewhere → the paths that they lead to.
@@ -128,14 +128,14 @@ class Store:
         if not self.is_local:
             return self._retried("", lambda: Entries(self._find(""))), ignored_links
         with self.explained(""):
-            found = local.walk_input(self.full_path(""), follows=follows, ignored_links=ignored_links)
-            return Entries(found), dict(sorted(ignored_links.items()))
+            entries = local.walk_input(self.full_path(""), follows=follows, ignored_links=ignored_links)
+            return Entries(entries), dict(sorted(ignored_links.items()))
 
     def page_behind(self, path: str, folder: str) -> list[Entry]:
         """The next thousand objects behind this path, of a folder and its folders, in the store's order."""
         fs, root = self.filesystem, self.full_path("")
-        found = self._retried(path, lambda: remote.page_behind(fs, self.full_path(path), self.full_path(folder)))
-        return [remote.entry(name.removeprefix(f"{root}/"), described) for name, described in found]
+        objects = self._retried(path, lambda: remote.page_behind(fs, self.full_path(path), self.full_path(folder)))
+        return [remote.entry(name.removeprefix(f"{root}/"), described) for name, described in objects]
 
     def open(self, path: str, ahead: int = READ_AHEAD) -> BinaryIO:
         """Open an object for random reads, with at most `ahead` bytes read ahead. Raises FileNotFoundError if it is gone.
@@ -144,8 +144,8 @@ class Store:
         """
         fs, full = self.filesystem, self.full_path(path)
         is_local = isinstance(fs, LocalFileSystem)
-        given = {} if is_local else {"block_size": max(1, min(ahead, READ_AHEAD))}
-        file = self._retried(path, lambda: fs.open(full, "rb", **given))
+        block_options = {} if is_local else {"block_size": max(1, min(ahead, READ_AHEAD))}
+        file = self._retried(path, lambda: fs.open(full, "rb", **block_options))
         return cast(
             BinaryIO,
             file if is_local else io.BufferedReader(remote.RetriedFile(file, functools.partial(self._retried, path)), 65536),
@@ -165,8 +165,8 @@ class Store:
         try:
             if isinstance(fs, LocalFileSystem):
                 with self.explained(path):
-                    found = local.input_entry(path, full)
-                return found if found is None or not found.broken or self.follows_links else None
+                    entry = local.input_entry(path, full)
+                return entry if entry is None or not entry.broken or self.follows_links else None
             fs.invalidate_cache()
             answer = self._retried(path, lambda: fs.info(full))
         except FileNotFoundError:
@@ -244,9 +244,9 @@ class Store:
         """Remove objects. An object that does not exist is no error."""
         fs = self.filesystem
         if remote.is_s3(self.uri):
-            whole = [self.full_path(path) for path in paths]
+            full_paths = [self.full_path(path) for path in paths]
             for start in range(0, len(paths), 1000):
-                batch = whole[start : start + 1000]
+                batch = full_paths[start : start + 1000]
                 self._retried(paths[start], lambda batch=batch: remote.delete_at_once(fs, batch))  # type: ignore[misc]
             return
         for path in paths:
@@ -263,11 +263,11 @@ class Store:
     @property
     def retry_s(self) -> float:
         """Seconds for which a request is repeated after transient errors."""
-        given = self.options.get("retry_s", RETRY_S)
+        setting = self.options.get("retry_s", RETRY_S)
         with contextlib.suppress(TypeError, ValueError):
-            if math.isfinite(seconds := float(given)) and seconds >= 0:
+            if math.isfinite(seconds := float(setting)) and seconds >= 0:
                 return seconds
-        raise StorageError(f"{self.uri}: retry_s is {given!r}, expected a number of seconds, 0 or more")
+        raise StorageError(f"{self.uri}: retry_s is {setting!r}, expected a number of seconds, 0 or more")
 
     def _put(self, path: str, data: bytes, **options: str) -> None:
         silence_s = self.options.get("config_kwargs", {}).get("read_timeout", remote.SILENCE_S)

@@ -56,8 +56,8 @@ def fetch(url: str, most: int, room: Callable[[int], bool], private: frozenset[s
 
 def etag(url: str, private: frozenset[str], retry_s: float) -> str | None:
     """The etag that a server gives, or another mark that changes with the content; None where there is nothing at a URL."""
-    got = _tried(url, retry_s, lambda: _in_loop(lambda: _head(url, private)))
-    return None if got.missing else got.etag
+    answer = _tried(url, retry_s, lambda: _in_loop(lambda: _head(url, private)))
+    return None if answer.missing else answer.etag
 
 
 def _tried(url: str, retry_s: float, ask: Callable[[], Got]) -> Got:
@@ -174,14 +174,14 @@ class _PublicResolver(AbstractResolver):
 
     async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET) -> list[ResolveResult]:
         try:
-            found = await self._resolver.resolve(host, port, family)
+            addresses = await self._resolver.resolve(host, port, family)
         except socket.gaierror as error:
             if error.errno == socket.EAI_NONAME:
                 raise _Refused(f"is not there: no host has the name {host}") from None
             raise
-        for address in found:
+        for address in addresses:
             _refuse_private(address["host"], port, self._private, host)
-        return found
+        return addresses
 
     async def close(self) -> None:
         await self._resolver.close()

@@ -166,10 +166,10 @@ def _forget(good: pa.Table, forgotten: tuple[str, ...]) -> tuple[pa.Table, pa.Ta
     """The rows that are not forgotten, and rejects in place of those that are."""
     if not forgotten:
         return good, REJECT_SCHEMA.empty_table()
-    goes = pc.is_in(good.column("id"), value_set=pa.array(forgotten, pa.string()))
-    dropped = good.filter(goes)
+    is_forgotten = pc.is_in(good.column("id"), value_set=pa.array(forgotten, pa.string()))
+    dropped = good.filter(is_forgotten)
     dropped = dropped.append_column("reason", pa.array([FORGOTTEN] * dropped.num_rows, pa.string()))
-    return good.filter(pc.invert(goes)), take_columns(dropped, REJECT_SCHEMA)
+    return good.filter(pc.invert(is_forgotten)), take_columns(dropped, REJECT_SCHEMA)
 
 
 def _published(store: Store, source: Source, schema: pa.Schema) -> Iterator[pa.Table]:
@@ -218,38 +218,43 @@ def plan_reuse(current: Manifest | None, shard_ids: set[str], forgets: Collectio
     """
     if current is None:
         return Reuse(files=(), rejects=(), sources=())
-    whole = [entry for entry in current.files if all(shard.id in shard_ids for shard in entry.shards)]
+    whole_files = [entry for entry in current.files if all(shard.id in shard_ids for shard in entry.shards)]
     if forgets:
         prefixes = prefixes_of_ids(forgets)
-        whole = [entry for entry in whole if not any(prefix_of(shard.name) in prefixes for shard in entry.shards)]
+        whole_files = [entry for entry in whole_files if not any(prefix_of(shard.name) in prefixes for shard in entry.shards)]
     vector_bytes = row_bytes(current.dimension, current.pins["vector_type"])
-    small = {entry.path for entry in whole if entry.rows * vector_bytes < DATA_FILE_BYTES / 2}
+    small = {entry.path for entry in whole_files if entry.rows * vector_bytes < DATA_FILE_BYTES / 2}
     if len(small) >= SMALL_FILES:
-        whole = [entry for entry in whole if entry.path not in small]
-    kept = {shard.place for entry in whole for shard in entry.shards}
-    taken = {entry.path for entry in whole}
+        whole_files = [entry for entry in whole_files if entry.path not in small]
+    kept_places = {shard.place for entry in whole_files for shard in entry.shards}
+    whole_paths = {entry.path for entry in whole_files}
     reject_of = {shard.place: entry.path for entry in current.rejects for shard in entry.shards}
     sources = []
     for entry in current.files:
         staying = tuple(shard for shard in entry.shards if shard.id in shard_ids)
-        if staying and entry.path not in taken:
-            of_these = dict.fromkeys(reject_of[shard.place] for shard in staying if shard.place in reject_of)
-            sources.append(Source(shards=staying, data=entry.path, rejects=tuple(of_these)))
-    rejects = tuple(entry for entry in current.rejects if all(shard.place in kept for shard in entry.shards))
-    return Reuse(files=tuple(whole), rejects=rejects, sources=tuple(sources))
+        if staying and entry.path not in whole_paths:
+            reject_paths = dict.fromkeys(reject_of[shard.place] for shard in staying if shard.place in reject_of)
+            sources.append(Source(shards=staying, data=entry.path, rejects=tuple(reject_paths)))
+    rejects = tuple(entry for entry in current.rejects if all(shard.place in kept_places for shard in entry.shards))
+    return Reuse(files=tuple(whole_files), rejects=rejects, sources=tuple(sources))
 
 
 def make_manifest(
     version: int,
     space_id: str,
     dimension: int,
-    written: list[tuple[FileEntry, FileEntry | None]],
+    new_files: list[tuple[FileEntry, FileEntry | None]],
     reuse: Reuse,
     **about: Any,
 ) -> Manifest:
     """Make a manifest of the reused and the newly written files; `about` holds gates, pins and lineage."""
-    files = tuple(sorted([*reuse.files, *(data for data, _ in written)], key=lambda entry: entry.shards[0].name))
-    rejects = tuple(sorted([*reuse.rejects, *(bad for _, bad in written if bad)], key=lambda entry: entry.shards[0].name))
+    files = tuple(sorted([*reuse.files, *(data for data, _ in new_files)], key=lambda entry: entry.shards[0].name))
+    rejects = tuple(
+        sorted(
+            [*reuse.rejects, *(reject_file for _, reject_file in new_files if reject_file)],
+            key=lambda entry: entry.shards[0].name,
+        )
+    )
     shards = join_records(shard for entry in files for shard in entry.shards).values()
     counts = {
         "shards": len(shards),

@@ -39,9 +39,9 @@ class DataFile:
         self.rows += rows.num_rows
         if self._waiting_rows >= self._group_rows:
             table = self._joined()
-            whole = table.num_rows - table.num_rows % self._group_rows
-            self._write(table.slice(0, whole))
-            self._waiting, self._waiting_rows = [table.slice(whole)], table.num_rows - whole
+            full_rows = table.num_rows - table.num_rows % self._group_rows
+            self._write(table.slice(0, full_rows))
+            self._waiting, self._waiting_rows = [table.slice(full_rows)], table.num_rows - full_rows
 
     def _joined(self) -> pa.Table:
         return pa.concat_tables([self._schema.empty_table(), *self._waiting]).unify_dictionaries()

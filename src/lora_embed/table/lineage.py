@@ -120,10 +120,10 @@ class Forgotten:
 
     def describe(self) -> str:
         """For a person."""
-        held = ", ".join(map(str, self.held_by)) or "none"
+        held_by = ", ".join(map(str, self.held_by)) or "none"
         return (
             f"{self.table}: version {self.version} is without {self.images} images, and no later version will hold them. "
-            f"Versions that held them are retired: {held}. The files of these versions stay for the grace period of "
+            f"Versions that held them are retired: {held_by}. The files of these versions stay for the grace period of "
             f"{self.grace_days:g} days, until {self.files_stay_until}; the first run after that removes them, or "
             f"`lora-embed gc {self.table}`. When `lora-embed gc {self.table} --dry-run` no longer lists a version as retired, "
             "its files are removed."
@@ -168,7 +168,7 @@ def _holders(store: Store, ids: list[str]) -> tuple[Manifest, tuple[int, ...]]:
         raise TableError(
             f"{store.uri}: no retained version holds {unknown[0]!r} (unknown ids in all: {len(unknown)}). Correct them."
         )
-    return current, tuple(sorted(version for version, held in holders.items() if held))
+    return current, tuple(sorted(version for version, ids_held in holders.items() if ids_held))
 
 
 def _ids_in(store: Store, manifest: Manifest, ids: list[str]) -> list[str]:
@@ -191,12 +191,12 @@ def _without(store: Store, current: Manifest, ids: list[str], why: str, held_by:
     forgotten = tuple(sorted({*current.forgotten, *ids}))
     reuse = compact.plan_reuse(current, set(current.shards), forgets=ids)
     tasks = compact.plan_compactions(list(reuse.sources), layout, current.space_id, current.dimension, forgotten)
-    written = [compact.compact(store, task) for task in tasks]
+    new_files = [compact.compact(store, task) for task in tasks]
     manifest = compact.make_manifest(
         current.version + 1,
         current.space_id,
         current.dimension,
-        written,
+        new_files,
         reuse,
         gates=current.gates,
         pins=pins,

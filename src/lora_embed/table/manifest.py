@@ -119,7 +119,7 @@ def prefix_of(shard_name: str) -> str:
 
 def prefixes_of_ids(ids: Iterable[str]) -> set[str]:
     """Every prefix (also "") that these ids can have before `/` and key; shards with such a prefix may hold the samples."""
-    return {id_[: cut.start()] for id_ in ids for cut in re.finditer("/", id_)} | {""}
+    return {id_[: slash.start()] for id_ in ids for slash in re.finditer("/", id_)} | {""}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,9 +167,9 @@ class Manifest:
 
     def to_json(self) -> bytes:
         assert not self.newer, "the fields of a newer release would be lost"
-        written = {column.name: getattr(self, column.name) for column in fields(self) if column.name != "newer"}
-        written |= {kind: [entry.to_dict() for entry in written[kind]] for kind in ("files", "rejects")}
-        return (json.dumps(written, indent=1) + "\n").encode()
+        content = {column.name: getattr(self, column.name) for column in fields(self) if column.name != "newer"}
+        content |= {kind: [entry.to_dict() for entry in content[kind]] for kind in ("files", "rejects")}
+        return (json.dumps(content, indent=1) + "\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "Manifest":

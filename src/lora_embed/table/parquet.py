@@ -29,8 +29,8 @@ def damage_named(where: str, kinds: tuple[type[Exception], ...] = DAMAGE) -> Ite
     except LoraEmbedError:
         raise
     except kinds as error:
-        says = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise VerificationFailed(f"{where}: is damaged, or lora-embed did not write it ({says}). {RESTORE}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise VerificationFailed(f"{where}: is damaged, or lora-embed did not write it ({reason}). {RESTORE}") from None
 
 
 def missing(where: str) -> str:

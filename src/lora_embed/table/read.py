@@ -33,9 +33,9 @@ def _rows_with(file: pq.ParquetFile, ids: set[str], schema: pa.Schema) -> list[p
             first = bisect_left(ordered, bounds.min)
             if first == len(ordered) or ordered[first] > bounds.max:
                 continue
-        here = pc.is_in(file.read_row_group(group, columns=["id"]).column("id"), pa.array(ordered, pa.string()))
-        if pc.any(here).as_py():
-            tables.append(take_columns(file.read_row_group(group, columns=schema.names), schema).filter(here))
+        has_id = pc.is_in(file.read_row_group(group, columns=["id"]).column("id"), pa.array(ordered, pa.string()))
+        if pc.any(has_id).as_py():
+            tables.append(take_columns(file.read_row_group(group, columns=schema.names), schema).filter(has_id))
     return tables
 
 

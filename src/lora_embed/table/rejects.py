@@ -24,7 +24,7 @@ def read_rejects(store: Store, files: Iterable[tuple[str, int]]) -> tuple[dict[s
     Only the first `MOST_FILES` are read; the rejects of others are counted as `NOT_READ`.
     """
     counts: Counter[str] = Counter()
-    shown: dict[str, list[RejectExample]] = {}
+    by_reason: dict[str, list[RejectExample]] = {}
     for number, (path, rejects) in enumerate(files):
         if number >= MOST_FILES:
             counts[NOT_READ] += rejects
@@ -32,9 +32,9 @@ def read_rejects(store: Store, files: Iterable[tuple[str, int]]) -> tuple[dict[s
         for batch in file_batches(store, path, _COLUMNS):
             counts.update(count_reasons(batch))
             for example in examples_of(batch):
-                if len(shown.setdefault(example.reason, [])) < EXAMPLES:
-                    shown[example.reason].append(example)
-    return dict(counts), tuple(example for examples in shown.values() for example in examples)
+                if len(by_reason.setdefault(example.reason, [])) < EXAMPLES:
+                    by_reason[example.reason].append(example)
+    return dict(counts), tuple(example for examples in by_reason.values() for example in examples)
 
 
 def count_reasons(rows: pa.Table | pa.RecordBatch) -> dict[str, int]:
@@ -44,14 +44,14 @@ def count_reasons(rows: pa.Table | pa.RecordBatch) -> dict[str, int]:
 
 def examples_of(rows: pa.Table | pa.RecordBatch) -> list[RejectExample]:
     """The first rejects of each reason, among rows that have an id."""
-    found = []
+    examples = []
     for reason in sorted(count_reasons(rows).keys() - {FORGOTTEN}):
         of_reason = rows.filter(pc.equal(rows.column("reason"), reason)).slice(0, EXAMPLES).select(_COLUMNS.names)
-        found += [
+        examples += [
             RejectExample(id=row["id"][:MOST_SHOWN], reason=reason, detail=without_secrets((row["detail"] or "")[:MOST_SHOWN]))
             for row in of_reason.to_pylist()
         ]
-    return found
+    return examples
 
 
 def describe_rejects(counts: dict[str, int]) -> str:
@@ -67,5 +67,7 @@ def describe_examples(examples: Iterable[RejectExample], most: int = 3) -> list[
     for example in examples:
         turns.append((by_turn[example.reason], example))
         by_turn[example.reason] += 1
-    chosen = [example for _, example in sorted(turns, key=lambda turn: turn[0])[:most]]
-    return [printable(f"{example.id}: {example.reason}" + f", {example.detail}" * bool(example.detail)) for example in chosen]
+    first_turns = [example for _, example in sorted(turns, key=lambda turn: turn[0])[:most]]
+    return [
+        printable(f"{example.id}: {example.reason}" + f", {example.detail}" * bool(example.detail)) for example in first_turns
+    ]

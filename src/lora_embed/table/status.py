@@ -42,14 +42,14 @@ class TableState:
 
 def _gate_lines(gates: dict[str, dict[str, Any]]) -> list[str]:
     """One line for all gates that passed, and one line for each gate that a person accepted."""
-    held, accepted = [], []
+    passed, accepted = [], []
     for name, gate in gates.items():
         value, limit = "not finite" if gate["value"] is None else f"{gate['value']:.3g}", f"{gate['limit']:.3g}"
         if gate.get("holds", True):  # the oldest tables have only a value and a limit in their gates
-            held.append(f"{name} {value} {'≥' if gate.get('direction') == 'at least' else '≤'} {limit}")
+            passed.append(f"{name} {value} {'≥' if gate.get('direction') == 'at least' else '≤'} {limit}")
         else:
             accepted.append(f"accepted  {name} {value}, {gate['direction']} {limit} ({gate['accepted']}): {gate['says']}")
-    return [f"gates     {len(held)} held: {', '.join(held)}"] * bool(held) + accepted
+    return [f"gates     {len(passed)} held: {', '.join(passed)}"] * bool(passed) + accepted
 
 
 def describe_table(uri: str, storage_options: dict[str, Any] | None = None) -> TableState:

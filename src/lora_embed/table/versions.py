@@ -190,14 +190,14 @@ def _rolled_back(store: Store, to: int, why: str) -> Manifest:
             f"{store.uri}: version {to} may hold images that were forgotten after it was published, so a rollback to it is "
             "refused. Choose a later version."
         )
-    held = dict(current.held)
+    held_spaces = dict(current.held)
     if current.space_id != earlier.space_id:
-        held[current.space_id] = why
-    held.pop(earlier.space_id, None)
+        held_spaces[current.space_id] = why
+    held_spaces.pop(earlier.space_id, None)
     created = utc()
     lineage = earlier.lineage | {"rollback": {"from": current.version, "to": to, "why": why}}
     lineage |= {key: value for key, value in current.lineage.items() if key == "retain"}  # today's retention settings
-    return replace(earlier, version=current.version + 1, created=created, held=held, lineage=lineage)
+    return replace(earlier, version=current.version + 1, created=created, held=held_spaces, lineage=lineage)
 
 
 def move_aside(store: Store, version: int, data: bytes | None = None) -> None:
@@ -234,10 +234,10 @@ def refuse_gone(store: Store, manifest: Manifest) -> None:
     The files of a writer that reported within the last hour are never removed. A writer that was paused for longer is
     stopped here.
     """
-    needed = [entry.path for entry in (*manifest.files, *manifest.rejects)]
-    folders = {path.rpartition("/")[0] for path in needed}
+    needed_paths = [entry.path for entry in (*manifest.files, *manifest.rejects)]
+    folders = {path.rpartition("/")[0] for path in needed_paths}
     existing = {entry.path for folder in folders for entry in store.list_files(folder)}
-    missing = [path for path in needed if path not in existing]
+    missing = [path for path in needed_paths if path not in existing]
     if store.info(f"{encoder_path(manifest.space_id)}/encoder.json") is None:
         missing.append(encoder_path(manifest.space_id))
     if missing:

@@ -49,11 +49,11 @@ class Held:
         started = time.perf_counter()
         self._refolder.fold(recipe)
         space_id, folded = self._refolder.space_id(), time.perf_counter()
-        same = next((known.name for known in self._candidates.values() if known.space_id == space_id), None)
-        if same is None:
+        twin = next((candidate.name for candidate in self._candidates.values() if candidate.space_id == space_id), None)
+        if twin is None:
             self._vectors[name] = self._refolder.embed(self._images.pixels, self._rows)
         else:
-            self._vectors[name] = self._vectors[same]
+            self._vectors[name] = self._vectors[twin]
         self._candidates[name] = Candidate(
             name=name,
             method=recipe.merge_method,

@@ -30,9 +30,14 @@ class Splits:
 
     def accuracies(self, vectors: NDArray[np.float32], labels: NDArray[np.int64]) -> tuple[float, ...]:
         """kNN accuracy in each split, over the images that have a label of the task."""
-        known = labels >= 0
+        is_labelled = labels >= 0
         return tuple(
-            knn_accuracy(vectors[bank & known], labels[bank & known], vectors[~bank & known], labels[~bank & known])
+            knn_accuracy(
+                vectors[bank & is_labelled],
+                labels[bank & is_labelled],
+                vectors[~bank & is_labelled],
+                labels[~bank & is_labelled],
+            )
             for bank in self.banks
         )
 

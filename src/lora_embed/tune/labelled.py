@@ -77,10 +77,10 @@ def read_labelled(data: LabelledInput, selection: Wanted, preprocessing: Preproc
     Raises ConfigError if a task has no labelled image, and ShardError for a shard that cannot be read to its end.
     """
     shards = data.listing(selection.names).shards
-    about = [FORMAT, [shard.id for shard in shards], asdict(selection), preprocessing.settings()]
-    about += [data.image_column, data.key_column] if data.image_column or data.key_column else []
-    about += [data.image_member] if data.image_member else []
-    name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+    identity = [FORMAT, [shard.id for shard in shards], asdict(selection), preprocessing.settings()]
+    identity += [data.image_column, data.key_column] if data.image_column or data.key_column else []
+    identity += [data.image_member] if data.image_member else []
+    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     pixels, record = folder / f"pixels-{name}.npy", folder / f"images-{name}.json"
     decoded = 0
     if not record.is_file():
@@ -97,10 +97,10 @@ def read_labelled(data: LabelledInput, selection: Wanted, preprocessing: Preproc
         pixels=np.load(pixels, mmap_mode="r")[: len(drawn.ids)],
         ids=tuple(drawn.ids),
         names=tuple(drawn.names),
-        classes={of: tuple(names) for of, names in zip(selection.fields, classes, strict=True)},
+        classes={field_name: tuple(names) for field_name, names in zip(selection.fields, classes, strict=True)},
         labels={
-            of: np.array([places[task][row[task]] for row in drawn.labels], np.int64)
-            for task, of in enumerate(selection.fields)
+            field_name: np.array([places[task][row[task]] for row in drawn.labels], np.int64)
+            for task, field_name in enumerate(selection.fields)
         },
         samples=drawn.samples,
         unlabelled=drawn.unlabelled,
@@ -124,15 +124,15 @@ class _Drawing:
 
     def draw(self, shards: list[Shard], data: LabelledInput) -> tuple[_Drawn, int]:
         """Read all shards; returns the drawn samples, and how many images were decoded for it."""
-        rejects, said = Counter[str](), time.monotonic()
+        rejects, logged = Counter[str](), time.monotonic()
         for id_, sample in _samples(shards, data.layout(self._selection.names), data.input_options):
             self._drawn.samples += 1
             try:
                 self._take(id_, sample)
             except BadImage as bad:
                 rejects[bad.reason] += 1
-            if time.monotonic() - said > LOG_EVERY_S:
-                said = time.monotonic()
+            if time.monotonic() - logged > LOG_EVERY_S:
+                logged = time.monotonic()
                 say(f"{self._drawn.samples:,} samples read, {self._decoded:,} images decoded")
         self._drawn.rejects = dict(rejects)
         self._pixels.flush()  # type: ignore[attr-defined]  # of the mapped file

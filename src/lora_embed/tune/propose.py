@@ -102,13 +102,13 @@ def _around(centre: Point, step: float, seed: int) -> list[Point]:
     moves = [tuple(sign * part for part in single) for single in singles for sign in (1, -1)]
     moves += [tuple(sign * step * weight for weight in centre.weights) for sign in (1, -1)]
     moves += [
-        tuple(step * ((place == more) - (place == less)) for place in range(count))
-        for more, less in itertools.permutations(range(count), 2)
+        tuple(step * ((place == raised) - (place == lowered)) for place in range(count))
+        for raised, lowered in itertools.permutations(range(count), 2)
     ]
     random.Random(f"{seed} {centre} {step}").shuffle(moves)
     points = []
     for move in moves:
-        weights = tuple(min(max(weight + by, 0.0), HEAVIEST) for weight, by in zip(centre.weights, move, strict=True))
+        weights = tuple(min(max(weight + change, 0.0), HEAVIEST) for weight, change in zip(centre.weights, move, strict=True))
         if any(weights):
             points.append(point_of(centre.method, weights, dict(centre.options)))
     return [point for point in points if point != centre]

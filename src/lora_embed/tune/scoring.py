@@ -133,8 +133,8 @@ class Scorer:
     def _try(self, point: Point) -> Tried:
         started = time.perf_counter()
         recipe_id = self.refolder.identify(recipe := self.recipe(point))
-        if known := self._log.find(recipe_id, self._exam):
-            return known
+        if earlier := self._log.find(recipe_id, self._exam):
+            return earlier
         self.refolder.fold(recipe)
         vectors = self.refolder.embed(self.images.pixels, self.rows)
         figures = {task: list(self._splits.accuracies(vectors, labels)) for task, labels in self.labels.items()}
@@ -209,8 +209,8 @@ def _written(recipe: Recipe, methods: tuple[str, ...]) -> list[Point]:
     """The merge of the user's recipe, if its method is searched."""
     if recipe.merge_method not in methods:
         return []
-    given = options_of(recipe.merge_method, recipe.merge_options)
-    options = {name: given[name] for name in recipe.merge_options}
+    all_options = options_of(recipe.merge_method, recipe.merge_options)
+    options = {name: all_options[name] for name in recipe.merge_options}
     return [point_of(recipe.merge_method, tuple(spec.weight for spec in recipe.adapters), options)]
 
 

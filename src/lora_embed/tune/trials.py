@@ -47,10 +47,10 @@ class TrialLog:
         self._path = path
         self._known: dict[tuple[str, Exam], Tried] = {}
         data = path.read_bytes() if path.is_file() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) != len(data):
-            os.truncate(path, len(whole))
-        for number, line in enumerate(whole.splitlines(), 1):
+        whole_lines = data[: data.rfind(b"\n") + 1]
+        if len(whole_lines) != len(data):
+            os.truncate(path, len(whole_lines))
+        for number, line in enumerate(whole_lines.splitlines(), 1):
             try:
                 fields = json.loads(line)
                 tried = Tried(**fields | {"exam": Exam(**fields["exam"])})

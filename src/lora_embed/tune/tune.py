@@ -54,21 +54,21 @@ class Tuned:
         weights = ", ".join(f"{name} {weight:g}" for name, weight in winner.weights.items())
         lead = _points(*(self.tuning["lead"][name] for name in ("mean", "low", "high")))
         is_best = winner.space_id == self._candidate(BEST).space_id
-        chosen = f"the best of {trials} trials" if is_best else f"chosen because none of {trials} trials is better beyond noise"
+        choice = f"the best of {trials} trials" if is_best else f"chosen because none of {trials} trials is better beyond noise"
         lines = [
-            f"{self.out}: {winner.method} of {weights}{shown_options(winner.options)}, {chosen}",
+            f"{self.out}: {winner.method} of {weights}{shown_options(winner.options)}, {choice}",
             f"Lead of the best trial over equal weights in the {self.tuning['objective']} gain, on {self.tuning['images']:,} "
             f"images: {lead}",
             f"On {self.tuning['held_back_images']:,} images that the search did not use, kNN accuracy in percent, mean and "
             f"95 % interval of {splits} splits:",
         ]
-        for task, own in self.own.items():
+        for task, adapter_name in self.own.items():
             figures = [figure for figure in self.evaluation.figures if figure.task == task]
             lines.append(f"  {task}: " + " · ".join(f"{figure.candidate} {100 * figure.mean:.1f}" for figure in figures))
-            for reference in (EQUAL, own):
+            for reference in (EQUAL, adapter_name):
                 (difference,) = (
-                    apart for apart in self.evaluation.differences
-                    if (apart.task, apart.candidate, apart.reference) == (task, TUNED, reference)
+                    row for row in self.evaluation.differences
+                    if (row.task, row.candidate, row.reference) == (task, TUNED, reference)
                 )  # fmt: skip
                 points = _points(difference.mean, difference.low, difference.high)
                 lines.append(f"    tuned minus {reference}: {points}, {difference.verdict}")
@@ -94,21 +94,21 @@ def tune(search: Search) -> Tuned:
         images = read_labelled(search, selection, preprocessing, search.work_folder)
         decoded = time.perf_counter()
         in_tuning = split_by_name(images.names, TUNING_SHARE, search.seed)
-        held = Held(search, refolder, images, np.flatnonzero(~in_tuning))
+        holdout = Held(search, refolder, images, np.flatnonzero(~in_tuning))
         scorer = Scorer(search, names, refolder, images, _chosen(search, refolder, images, np.flatnonzero(in_tuning)))
         trials = scorer.search()
         searched = time.perf_counter()
         recipe = scorer.winner()
         for name, candidate in (scorer.references() | {TUNED: recipe}).items():
-            held.add(name, candidate)
-        held.prove(recipe)
+            holdout.add(name, candidate)
+        holdout.prove(recipe)
         seconds = {"decode": decoded - started, "search": searched - decoded, "compare": time.perf_counter() - searched}
         own = scorer.own()
         tuned = Tuned(
             out=str(search.out),
             recipe=recipe,
-            evaluation=held.evaluation(trials, own, seconds),
-            tuning=scorer.about() | {"held_back_images": held.count},
+            evaluation=holdout.evaluation(trials, own, seconds),
+            tuning=scorer.about() | {"held_back_images": holdout.count},
             own=own,
         )
         _write(search, tuned)

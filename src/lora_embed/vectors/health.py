@@ -116,8 +116,8 @@ def _measure_block(ids: Sequence[str], images: Sequence[bytes | None], vectors: 
     usable = np.ascontiguousarray(vectors[is_usable], np.float32)
     exact = usable.astype(np.float64)
     mean = exact.mean(axis=0) if len(exact) else np.zeros(vectors.shape[1])
-    order = hash_each(text.encode() for text, good in zip(ids, is_usable, strict=True) if good)
-    digests = hash_each(image or b"" for image, good in zip(images, is_usable, strict=True) if good)
+    order = hash_each(text.encode() for text, is_good in zip(ids, is_usable, strict=True) if is_good)
+    digests = hash_each(image or b"" for image, is_good in zip(images, is_usable, strict=True) if is_good)
     first = np.argsort(order, kind="stable")[:SAMPLE_ROWS]
     return Health(
         count=len(usable),

@@ -70,8 +70,8 @@ def cluster_nmi(vectors: NDArray[np.float32], labels: NDArray[np.int64]) -> floa
     from sklearn.metrics import normalized_mutual_info_score  # type: ignore[import-untyped]
 
     if len(vectors) > MOST_CLUSTERED:
-        drawn = np.random.default_rng(0).choice(len(vectors), MOST_CLUSTERED, replace=False)
-        vectors, labels = vectors[drawn], labels[drawn]
+        sampled_rows = np.random.default_rng(0).choice(len(vectors), MOST_CLUSTERED, replace=False)
+        vectors, labels = vectors[sampled_rows], labels[sampled_rows]
     clusters = KMeans(n_clusters=len(np.unique(labels)), n_init=STARTS, random_state=0).fit_predict(unit(vectors))
     return float(normalized_mutual_info_score(labels, clusters))
 
@@ -80,8 +80,8 @@ def split_by_name(names: Sequence[str], bank_share: float, seed: int) -> NDArray
     """True (n,) for rows in the bank, which gets a share of the distinct names, drawn at random, with all rows of each name."""
     distinct = sorted(set(names))  # a list: in an array each name would take as much memory as the longest
     order = np.random.default_rng(seed).permutation(len(distinct))
-    drawn = {distinct[place] for place in order[: round(bank_share * len(distinct))]}
-    return np.array([name in drawn for name in names], bool)
+    bank_names = {distinct[place] for place in order[: round(bank_share * len(distinct))]}
+    return np.array([name in bank_names for name in names], bool)
 
 
 @dataclass(frozen=True, kw_only=True)
