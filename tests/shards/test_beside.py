@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from lora_embed.entries import Entry
+from lora_embed.entries import Entries, Entry
 from lora_embed.errors import ShardError
 from lora_embed.schema import Shard
-from lora_embed.shards.beside import assign
+from lora_embed.shards.beside import FilesBeside, assign
 from lora_embed.shards.listing import list_input
 from lora_embed.shards.look import absent_fields
 from lora_embed.shards.read import read_samples
@@ -186,14 +186,49 @@ def test_a_field_that_no_sample_has_is_found_without_reading_images(tmp_path: Pa
     assert absent(tmp_path, ("day", "string")) == [], "the run itself says what is wrong with the shard"
 
 
-def test_images_without_files_beside_them_take_no_memory() -> None:
-    """The listing of a million images and one file of fields must not hold a million records at once."""
-    images = (f"{number:06d}.jpg" for number in range(50_000))
+@pytest.mark.parametrize(("files", "most"), [(1, 150), (50_000, 330)])
+def test_files_beside_many_images_take_little_memory(files: int, most: int) -> None:
+    """The listing of a million images, of which few or all have a file of fields, must not hold a million records at once."""
+    groups = {
+        (number, 2): Entries(Entry(f"{image:06d}.jpg", 1, "e") for image in range(number, 50_000, 2)) for number in (0, 1)
+    }
     tracemalloc.start()
     try:
-        found = assign(images, [Entry("000007.json", 1, "e")], ["label"])
+        beside = FilesBeside(["label"])
+        for number in range(files):
+            beside.add((f"{number + 7:06d}.json", 1, "e", ""))
+        dealt = beside.deal("", groups)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert {path: [file.path for file in files] for path, files in found.items()} == {"000007.jpg": ["000007.json"]}
-    assert peak < 1_000_000
+    assert (
+        sorted(path for group in dealt.values() for path in group.paths())
+        == [f"{n + 7:06d}.json" for n in range(files)][:49_993]
+    )
+    assert all(int(path[:6]) % 2 == number for (number, _), group in dealt.items() for path in group.paths())
+    assert beside.finish() == ({} if files == 1 else {".json": 7})
+    assert peak < most * 50_000
+
+
+def test_files_beside_images_of_many_groups(tmp_path: Path) -> None:
+    """Each image has the fields of its own files, and a copy of the folder, whose files come in another order, equal ids."""
+    names, listings = [f"{number:04d}" for number in range(3000)], []
+    for place, ordered in (("first", names), ("copy", names[::-1])):
+        folder = tmp_path / place / "in"
+        for name in ordered:
+            put(folder / f"{name}.jpg", b"x")
+            put(folder / f"{name}.json", json.dumps({"label": name}))
+        put(folder / "0007.png", b"x")  # shares its file with an image of another group
+        put(folder / "0008.jpg.label", "its own")
+        put(folder / "lonely.json", "{}")
+        listings.append(list_input((str(folder),), {}, fields=("label",)))
+    first, copy = listings
+    assert first.passed_over == {".json": 1}
+    beside: dict[str, list[str]] = {}
+    for shard in first.shards:
+        files = assign({entry.path for entry in shard.files}, shard.sidecars)
+        beside.update({path: [entry.path for entry in entries] for path, entries in files.items()})
+    expected = {f"{name}.jpg": [f"{name}.json"] for name in names} | {"0007.png": ["0007.json"]}
+    assert beside == expected | {"0008.jpg": ["0008.jpg.label", "0008.json"]}
+    assert sum(len(shard.sidecars) for shard in first.shards) == 3002
+    assert [shard.id for shard in first.shards] == [shard.id for shard in copy.shards]

@@ -28,7 +28,7 @@ def known_fields(shard: Shard, options: dict[str, Any]) -> list[str]:
 
 def _names(shard: Shard, store: Store) -> Iterator[str]:
     if shard.kind == "images":
-        for entry in shard.sidecars[:MOST_FILES]:
+        for entry in itertools.islice(shard.sidecars, MOST_FILES):
             with store.open(entry.path, MOST_BYTES) as file:
                 yield from _names_in(posixpath.basename(entry.path).lower(), file.read(MOST_BYTES))
         return

@@ -14,8 +14,8 @@ from lora_embed.images.recognise import name_of
 from lora_embed.monitor.progress import say
 from lora_embed.schema import Shard, add_kinds
 from lora_embed.shards import kinds
-from lora_embed.shards.beside import assign
-from lora_embed.shards.image_groups import Group, divided_groups, folder_name, hash_of, image_groups
+from lora_embed.shards.beside import FilesBeside, Group
+from lora_embed.shards.image_groups import divided_groups, folder_name, hash_of, image_groups
 from lora_embed.shards.img2dataset import without_metadata
 from lora_embed.shards.kinds import Kind
 from lora_embed.shards.list_rows import LISTS, References
@@ -123,7 +123,7 @@ def _group(
 ) -> list[Shard]:
     """Files → shards. Hidden files and files of other kinds are counted in `passed`, unless their full names are given."""
     where, root_name = f"input {files.pattern}", folder_name(files.root)
-    shards, others, here = [], Entries(), Counter[str]()
+    shards, beside, here = [], FilesBeside(fields), Counter[str]()
     images: dict[str, Entries] = defaultdict(Entries)  # by folder
     if files.linked_folders:
         here[kinds.FOLDER] += files.linked_folders
@@ -147,12 +147,12 @@ def _group(
         elif kind is not None:
             shards.append(_single(files.root, root_name, Entry(*state[:3]), kind))
         else:
-            others.add(*state)
-    paths = itertools.chain.from_iterable(entries.paths() for entries in images.values())
-    beside = assign(paths, itertools.chain(others, files.others), fields) if fields else {}
-    used = {entry.path for some in beside.values() for entry in some}
-    here.update(kinds.BROKEN if entry.broken else kinds.counted_as(entry.path) for entry in others if entry.path not in used)
-    if not shards and not images:
+            beside.add(state)
+    for state in files.others.states() if fields and images else ():
+        beside.add(state, is_input=False)
+    shards.extend(image_groups(files.root, images, beside, divided))
+    here += beside.finish()
+    if not shards:
         found = f" It passes over {describe_passed(_most_first(here))}." if here else ""
         raise ConfigError(
             f"{where}: matches no tar, Parquet or image file among {files.looked_at} file{'' if files.looked_at == 1 else 's'} "
@@ -160,7 +160,6 @@ def _group(
             "name." + next(filter(None, map(hint, files.entries.paths())), "")
         )
     passed.update(here)
-    shards.extend(image_groups(files.root, images, beside, divided))
     return shards
 
 
