@@ -1,8 +1,12 @@
 """Stored objects: one, and many in little memory, since an input may list millions of them."""
 
+import itertools
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+
+_BLOCK = 64  # entries that are packed together
+_CODEC = ("utf-8", "surrogatepass")  # names on local disks need not be UTF-8
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,27 +20,32 @@ class Entry:
     broken: str = ""  # why no file is behind this name of an input: a link whose target is gone, for example
 
 
-class Entries:
-    """Entries in the order in which they were given, without `modified`, at about 25 bytes each beside path and etag."""
+State = tuple[str, int, str, str]  # path, size, etag and `broken` of an entry
 
-    __slots__ = ("_broken", "_lengths", "_sizes", "_text")
+
+class Entries:
+    """Entries in the order in which they were given, without `modified`, at about 12 bytes each beside path and etag."""
+
+    __slots__ = ("_blocks", "_broken", "_etags", "_paths", "_sizes")
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
-        self._text, self._sizes = bytearray(), array("Q")
-        self._lengths = array("L")  # of each entry two: its bytes in `_text`, and the characters of its path
+        self._blocks: list[tuple[bytes | list[str], bytes | list[str]]] = []  # paths and etags of `_BLOCK` entries each
+        self._paths, self._etags = list[str](), list[str]()  # of the last entries, which are not in a block yet
+        self._sizes = array("Q")
         self._broken: dict[int, str] = {}
         for entry in entries:
-            self.append(entry)
+            self.add(entry.path, entry.size, entry.etag, entry.broken)
 
-    def append(self, entry: Entry) -> None:
+    def add(self, path: str, size: int, etag: str, broken: str = "") -> None:
         """Add one more."""
-        data = (entry.path + entry.etag).encode("utf-8", "surrogatepass")  # names on local disks need not be UTF-8
-        self._text += data
-        self._lengths.append(len(data))
-        self._lengths.append(len(entry.path))
-        if entry.broken:
-            self._broken[len(self._sizes)] = entry.broken
-        self._sizes.append(entry.size)
+        if broken:
+            self._broken[len(self._sizes)] = broken
+        self._paths.append(path)
+        self._sizes.append(size)
+        self._etags.append(etag)
+        if len(self._paths) == _BLOCK:
+            self._blocks.append((_packed(self._paths), _packed(self._etags)))
+            self._paths, self._etags = [], []
 
     @property
     def size(self) -> int:
@@ -47,28 +56,36 @@ class Entries:
         return len(self._sizes)
 
     def __iter__(self) -> Iterator[Entry]:
-        broken = self._broken.get
-        for number, ((text, length), size) in enumerate(zip(self._texts(), self._sizes, strict=True)):
-            yield Entry(text[:length], size, text[length:], 0.0, broken(number, ""))
+        return (Entry(path, size, etag, 0.0, broken) for path, size, etag, broken in self.states())
 
     def paths(self) -> Iterator[str]:
         """The paths alone, in less time than the entries."""
-        for text, length in self._texts():
-            yield text[:length]
+        return (path for paths, _ in self._all_blocks() for path in _unpacked(paths))
 
-    def _texts(self) -> Iterator[tuple[str, int]]:
-        """Of each entry, its path with the etag behind it, and the path's length in characters."""
-        lengths, begin = iter(self._lengths), 0
-        for size, length in zip(lengths, lengths, strict=True):
-            end = begin + size
-            yield self._text[begin:end].decode("utf-8", "surrogatepass"), length
-            begin = end
+    def states(self) -> Iterator[State]:
+        """What the entries hold, in a fifth of the time."""
+        sizes, broken = iter(self._sizes), map(self._broken.get, itertools.count(), itertools.repeat(""))
+        for paths, etags in self._all_blocks():
+            yield from zip(_unpacked(paths), sizes, _unpacked(etags), broken)  # noqa: B905 (the paths end first)
+
+    def _all_blocks(self) -> Iterator[tuple[bytes | list[str], bytes | list[str]]]:
+        return itertools.chain(self._blocks, [(self._paths, self._etags)])
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Entries) and all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+        return isinstance(other, Entries) and list(self.states()) == list(other.states())
 
     def __hash__(self) -> int:
-        return hash((bytes(self._text), len(self)))
+        return hash(tuple(self._sizes))
 
     def __repr__(self) -> str:
         return f"<{len(self)} entries of {self.size} bytes>"
+
+
+def _packed(texts: list[str]) -> bytes | list[str]:
+    """Texts in little memory, unless one holds a NUL, which no name on a disk does."""
+    text = "\0".join(texts)
+    return text.encode(*_CODEC) if text.count("\0") == len(texts) - 1 else texts
+
+
+def _unpacked(block: bytes | list[str]) -> list[str]:
+    return block if isinstance(block, list) else block.decode(*_CODEC).split("\0")

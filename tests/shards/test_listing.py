@@ -4,6 +4,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from lora_embed.entries import Entries, Entry
 from lora_embed.errors import ConfigError, StorageError
 from lora_embed.schema import ChunkHead, Shard
-from lora_embed.shards import listing
+from lora_embed.shards import image_groups
 from lora_embed.shards.listing import list_input, list_shards
 from lora_embed.shards.patterns import expand_braces
 from lora_embed.store.store import Store
@@ -119,8 +120,8 @@ def images(number: int, folder: str = "f") -> list[Entry]:
     return [Entry(f"{folder}/{index:05d}.jpg", 7, "1") for index in range(number)]
 
 
-def grouped(entries: list[Entry]) -> list[Shard]:
-    return listing._image_groups("/root", {"f": Entries(entries)}, {})
+def grouped(entries: list[Entry], known: Iterable[str] = ()) -> list[Shard]:
+    return list(image_groups.image_groups("/root", {"f": Entries(entries)}, {}, image_groups.divided_groups(known)))
 
 
 GROUPED = {shard.name: shard.id for shard in grouped(images(3000))}
@@ -141,7 +142,45 @@ def test_sample_ids_stay_when_groups_are_dealt_anew() -> None:
     assert (len(few), len(many)) == (1, 2)
     assert set(sample_ids(many)) - set(sample_ids(few)) == {"f/01024.jpg"}
     assert len(sample_ids(many)) == 1025
-    assert max(len(shard.files) for shard in grouped(images(5000))) < 2 * listing.IMAGES_PER_GROUP
+    assert max(len(shard.files) for shard in grouped(images(5000))) < 2 * image_groups.IMAGES_PER_GROUP
+
+
+@pytest.mark.parametrize("number", [1023, 1024, 2048, 4095, 8192])
+def test_a_folder_that_a_table_holds_passes_any_number_with_one_group_changed(number: int) -> None:
+    before = {shard.name: shard.id for shard in grouped(images(number))}
+    after = {shard.name: shard.id for shard in grouped(images(number + 2), before)}
+    assert after.keys() == before.keys()
+    assert sum(after[name] != before[name] for name in before) <= 2
+
+
+def test_a_folder_grows_without_a_day_on_which_all_is_new() -> None:
+    """From 1,000 to 20,000 images, 200 a day: each image is embedded again as its group is divided, on days of their own."""
+    known: dict[str, Shard] = {}
+    embedded, days = [], range(1000, 20_001, 200)
+    for number in days:
+        shards = grouped(images(number), known)
+        assert sorted(sample_ids(shards)) == [entry.path for entry in images(number)]
+        assert number < 2048 or max(len(shard.files) for shard in shards) <= 2048
+        again = [shard for shard in shards if shard.name not in known]
+        embedded.append(sum(len(shard.files) for shard in again) / number)
+        known = {shard.name: shard for shard in shards}
+    assert sum(share == 0 for share in embedded) > len(days) / 2
+    assert max(share for number, share in zip(days, embedded, strict=True) if number > 10_000) < 0.5
+    assert {shard.name for shard in grouped(images(19_000), known)} == set(known), "they stay when it gets smaller"
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        ["f/#0000of0000", "f/#9999of0001", "f/#0003of0003", "f/#9999999999of9999999999", "f/#0001of4294967296"],
+        ["f/#0000of0001", "f/#0000of0002", "f/#0001of0002"],  # of two inputs that both hold images of the folder
+        ["g/#0000of0001", "0.tar", "f/x/#0000of0001", "f"],
+    ],
+)
+def test_whatever_names_a_table_has_no_image_is_lost(known: list[str]) -> None:
+    assert sorted(sample_ids(grouped(images(3000), known))) == [entry.path for entry in images(3000)]
+    if len(known) < 5:
+        assert {shard.name: shard.id for shard in grouped(images(3000), known)} == GROUPED
 
 
 @pytest.mark.parametrize(
@@ -182,7 +221,7 @@ def test_refused_inputs(tmp_path: Path, patterns: list[str], message: str) -> No
 def test_one_image_through_two_inputs_is_refused_also_when_their_groups_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listing, "IMAGES_PER_GROUP", 2)
+    monkeypatch.setattr(image_groups, "IMAGES_PER_GROUP", 2)
     touch_files(tmp_path, *(f"a/{number}.png" for number in range(5)), "b/3.png")
     with pytest.raises(ConfigError, match=r"duplicate ids: two inputs hold an image 3\.png\. Name the folder"):
         names(f"{tmp_path}/a", f"{tmp_path}/b")

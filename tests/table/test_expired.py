@@ -28,7 +28,7 @@ from lora_embed.errors import StorageError
 from lora_embed.model.build import build_encoder
 from lora_embed.model.ingredients import gather
 from lora_embed.run.job import run_job
-from lora_embed.shards import listing
+from lora_embed.shards import image_groups
 from lora_embed.store.store import Store
 from lora_embed.table.verify import verify_table
 from s3 import READER, RIGHTS, Proxy, Request, S3Server, s3_server
@@ -178,7 +178,7 @@ SOURCE = "s3://images/shards"
 
 
 @pytest.mark.parametrize(
-    ("listing", "keys", "says"), [(1, WRITER, "s3://images/table"), (2, READER, SOURCE), (3, READER, f"{SOURCE}/*.tar")]
+    ("listing", "keys", "says"), [(1, WRITER, "s3://images/table"), (3, READER, SOURCE), (4, READER, f"{SOURCE}/*.tar")]
 )
 def test_keys_that_are_no_longer_accepted_end_the_night_before_it_begins(
     tmp_path: Path,
@@ -441,14 +441,19 @@ def test_a_short_listing_of_loose_images_ends_the_night(
 
 
 def test_a_folder_that_outgrows_its_groups_has_lost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loose images are dealt to twice as many groups, under other names."""
+    """Its group of loose images is divided in two, under other names."""
     run_here(monkeypatch)
-    monkeypatch.setattr(listing, "IMAGES_PER_GROUP", 4)
+    monkeypatch.setattr(image_groups, "IMAGES_PER_GROUP", 4)
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(4):
         (folder / f"{number}.png").write_bytes(png(number))
     job = job_of(tmp_path, tiny_recipe(tmp_path), folder)
     assert run_job(job).version == 1
-    (folder / "4.png").write_bytes(png(4))
-    assert run_job(job).version == 2
+    for version, images in ((2, range(4, 8)), (3, range(8, 9))):
+        for number in images:
+            (folder / f"{number}.png").write_bytes(png(number))
+        assert run_job(job).version == version
+        names = {shard.name for shard in open_table(job.table).manifest.shards.values()}
+        assert names == ({"./#0000of0001"} if version == 2 else {"./#0000of0002", "./#0001of0002"})
+        assert open_table(job.table).count == images.stop

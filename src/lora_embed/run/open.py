@@ -63,16 +63,18 @@ def open_job(job: JobConfig, *, writes: bool = True) -> OpenJob:
     """
     store = Store(job.table, job.table_storage_options)
     store.check_reachable()
+    if writes:
+        store.check_writable()
+    current = versions.manifest_to_follow(store)
     listing = list_input(
         job.input,
         job.input_storage_options,
         fields=[carried.name for carried in job.carry],
         follows=job.follow_folder_links,
         references=references_of(job),
+        known=[shard.name for shard in current.shards.values()] if current is not None else (),
     )
     source = find_source(job.recipe)
     if writes:
         listing.say_passed()
-        store.check_writable()
-    current = versions.manifest_to_follow(store)
     return OpenJob(job=job, store=store, listing=listing, source=source, current=current, encoder=find_encoder(source, store))

@@ -26,8 +26,8 @@ def may_hold_fields(path: str, fields: Collection[str]) -> bool:
     return name in METADATA or posixpath.splitext(name)[1][1:] in {"json", *fields}
 
 
-def assign(images: Iterable[Entry], others: Iterable[Entry], fields: Collection[str]) -> dict[str, list[Entry]]:
-    """Path of an image, or of a folder with images, → the files that hold its fields, of these other files.
+def assign(images: Iterable[str], others: Iterable[Entry], fields: Collection[str]) -> dict[str, list[Entry]]:
+    """Paths of images → for an image, or a folder with images, the files that hold its fields, of these other files.
 
     What is held in memory grows with these files, and not with the images: few of a million may have any.
     """
@@ -45,11 +45,11 @@ def assign(images: Iterable[Entry], others: Iterable[Entry], fields: Collection[
     by_stem, folders = defaultdict[str, list[str]](list), set[str]()
     stems, paths = {stem for stem, _ in own}, set[str]()
     for image in images:
-        folders.add(posixpath.dirname(image.path))
-        if image.path in stems:
-            paths.add(image.path)
-        if (stem := posixpath.splitext(image.path)[0]) in stems:
-            by_stem[stem].append(image.path)
+        folders.add(posixpath.dirname(image))
+        if image in stems:
+            paths.add(image)
+        if (stem := posixpath.splitext(image)[0]) in stems:
+            by_stem[stem].append(image)
     beside: dict[str, list[Entry]] = defaultdict(list)
     for stem, other in own:
         for path in [stem] if stem in paths else by_stem.get(stem, []):
@@ -68,7 +68,7 @@ def read_beside(
     `check` raises an error if a file has changed. Raises ShardError for metadata that cannot be read.
     """
     wanted = {entry.path for entry in shard.files}
-    by_image = assign(shard.files, shard.sidecars, fields)
+    by_image = assign(wanted, shard.sidecars, fields)
     rows: dict[str, dict[str, Any]] = defaultdict(dict)
     metadata = [entry for entry in shard.sidecars if posixpath.basename(entry.path).lower() in METADATA]
     for entry in sorted(metadata, key=lambda entry: (entry.path.count("/"), entry.path)):

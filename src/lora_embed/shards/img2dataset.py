@@ -23,9 +23,9 @@ def without_metadata(files: Files, passed: Counter[str]) -> Files:
     holding |= {path[:-4] for path in files.entries.paths() if path.endswith(".tar")}
     metadata = {f"{stem}.parquet" for stem in stems & holding} - files.named
     kept = Entries()
-    for entry in files.entries:
-        if entry.path in metadata:
+    for state in files.entries.states():
+        if state[0] in metadata:
             passed[METADATA] += 1
         else:
-            kept.append(entry)
+            kept.add(*state)
     return replace(files, entries=kept)

@@ -1,12 +1,10 @@
 """Inputs → shards, by listing alone. A file is opened only where a user named it and its name does not tell what it is."""
 
-import hashlib
 import itertools
-import math
 import posixpath
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +15,7 @@ from lora_embed.monitor.progress import say
 from lora_embed.schema import Shard, add_kinds
 from lora_embed.shards import kinds
 from lora_embed.shards.beside import assign
+from lora_embed.shards.image_groups import Group, divided_groups, folder_name, hash_of, image_groups
 from lora_embed.shards.img2dataset import without_metadata
 from lora_embed.shards.kinds import Kind
 from lora_embed.shards.list_rows import LISTS, References
@@ -24,7 +23,6 @@ from lora_embed.shards.lists import expand_lists, hint, without_listed
 from lora_embed.shards.patterns import Files, find_files
 from lora_embed.store.store import Store
 
-IMAGES_PER_GROUP = 1024
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python holds bytes of a local name that are not UTF-8
 
 
@@ -69,25 +67,31 @@ def list_input(
     fields: Collection[str] = (),
     follows: bool = False,
     references: References | None = None,
+    known: Iterable[str] = (),
 ) -> Listing:
     """All shards of the inputs, sorted by name, and a count of the files that are passed over.
 
     A pattern is a file, a directory (searched to any depth), a glob or a brace range such as `{00..41}` or `{a,b}`. Links
     to folders outside of an input are followed only if `follows`; otherwise a message says that they are ignored. Files that
     may hold one of the `fields` of loose images beside them are a part of their shards. With `references`, tables are lists
-    of references, each of which gives several shards.
+    of references, each of which gives several shards. `known`: names of the shards that a table holds; their groups of loose
+    images are kept, so that a folder that grows past some number does not become new as a whole.
     Raises ConfigError for a pattern that matches nothing, for a file that the user named and that
     cannot be read, and for inputs whose samples could get equal ids.
     """
     shards: list[Shard] = []
     passed: Counter[str] = Counter()
+    divided = divided_groups(known)
+    inputs = Counter[str]()  # that hold loose images of a folder
     for pattern in patterns:
         files = find_files(pattern, options, follows=follows)
         leave_out = without_metadata if references is None else without_listed
         files = leave_out(files, passed)
-        shards += _group(files, options, fields, passed, are_lists=references is not None)
+        grouped = _group(files, options, fields, passed, divided, are_lists=references is not None)
+        inputs.update({shard.prefix for shard in grouped if shard.kind == "images"})
+        shards += grouped
     shards.sort(key=lambda shard: shard.name)
-    _refuse_shared_names(shards)
+    _refuse_shared_names(shards, inputs)
     if references is not None:
         shards = expand_lists(shards, references, options, patterns[0])
     return Listing(shards=shards, passed_over=add_kinds({}, _most_first(passed)))
@@ -109,36 +113,43 @@ def list_shards(
 
 
 def _group(
-    files: Files, options: dict[str, Any], fields: Collection[str], passed: Counter[str], *, are_lists: bool
+    files: Files,
+    options: dict[str, Any],
+    fields: Collection[str],
+    passed: Counter[str],
+    divided: dict[str, set[Group]],
+    *,
+    are_lists: bool,
 ) -> list[Shard]:
     """Files → shards. Hidden files and files of other kinds are counted in `passed`, unless their full names are given."""
-    where, root_name = f"input {files.pattern}", _name_of(files.root)
+    where, root_name = f"input {files.pattern}", folder_name(files.root)
     shards, others, here = [], Entries(), Counter[str]()
     images: dict[str, Entries] = defaultdict(Entries)  # by folder
     if files.linked_folders:
         here[kinds.FOLDER] += files.linked_folders
-    for entry in files.entries:
-        is_named = entry.path in files.named
-        if kinds.is_hidden(entry.path) and not is_named and entry.path not in files.shown:
-            here[kinds.counted_as(entry.path, is_hidden=True)] += 1
+    for state in files.entries.states():
+        path, *_, broken = state
+        is_named = path in files.named
+        if kinds.is_hidden(path) and not is_named and path not in files.shown:
+            here[kinds.counted_as(path, is_hidden=True)] += 1
             continue
-        kind: str | None = kinds.kind_by_name(entry.path)
-        if are_lists and entry.path.lower().endswith(LISTS):
+        kind: str | None = kinds.kind_by_name(path)
+        if are_lists and path.lower().endswith(LISTS):
             kind = "references"
         if kind is None and is_named:
-            kind = _kind_of_named(files, entry, options)
-        if kind is not None and not entry.path.isascii() and _NOT_UTF8.search(entry.path):
-            raise ConfigError(f"{where}: the file name {entry.path!r} is not UTF-8, but ids must be. Rename the file.")
+            kind = _kind_of_named(files, path, broken, options)
+        if kind is not None and not path.isascii() and _NOT_UTF8.search(path):
+            raise ConfigError(f"{where}: the file name {path!r} is not UTF-8, but ids must be. Rename the file.")
         if kind == "images":
-            images[posixpath.dirname(entry.path)].append(entry)
-        elif kind is not None and entry.broken:
-            raise ConfigError(f"{where}: {entry.path} is {entry.broken}. Fetch the file again, or remove the name.")
+            images[posixpath.dirname(path)].add(*state)
+        elif kind is not None and broken:
+            raise ConfigError(f"{where}: {path} is {broken}. Fetch the file again, or remove the name.")
         elif kind is not None:
-            shards.append(_single(files.root, root_name, entry, kind))
+            shards.append(_single(files.root, root_name, Entry(*state[:3]), kind))
         else:
-            others.append(entry)
-    all_images = itertools.chain.from_iterable(images.values())
-    beside = assign(all_images, itertools.chain(others, files.others), fields) if fields else {}
+            others.add(*state)
+    paths = itertools.chain.from_iterable(entries.paths() for entries in images.values())
+    beside = assign(paths, itertools.chain(others, files.others), fields) if fields else {}
     used = {entry.path for some in beside.values() for entry in some}
     here.update(kinds.BROKEN if entry.broken else kinds.counted_as(entry.path) for entry in others if entry.path not in used)
     if not shards and not images:
@@ -146,65 +157,33 @@ def _group(
         raise ConfigError(
             f"{where}: matches no tar, Parquet or image file among {files.looked_at} file{'' if files.looked_at == 1 else 's'} "
             f"below {files.root}.{found} Correct the pattern, or name a file by its full name, which is then read whatever the "
-            "name." + next(filter(None, (hint(entry.path) for entry in files.entries)), "")
+            "name." + next(filter(None, map(hint, files.entries.paths())), "")
         )
     passed.update(here)
-    return shards + _image_groups(files.root, images, beside)
+    shards.extend(image_groups(files.root, images, beside, divided))
+    return shards
 
 
-def _kind_of_named(files: Files, entry: Entry, options: dict[str, Any]) -> Kind:
+def _kind_of_named(files: Files, path: str, broken: str, options: dict[str, Any]) -> Kind:
     """What a file that the user named is by its content. Raises ConfigError for what cannot be read."""
-    where = f"input {files.pattern}: {entry.path}"
-    if entry.broken:
-        raise ConfigError(f"{where} is {entry.broken}. Fetch the file again, or name another.")
-    with Store(files.root, options, follows_links=True).open(entry.path, kinds.HEAD_BYTES) as file:
+    where = f"input {files.pattern}: {path}"
+    if broken:
+        raise ConfigError(f"{where} is {broken}. Fetch the file again, or name another.")
+    with Store(files.root, options, follows_links=True).open(path, kinds.HEAD_BYTES) as file:
         head = file.read(kinds.HEAD_BYTES)
     kind = kinds.kind_by_content(head)
     if kind is None:
         found = f"begins with {name_of(head)}" if head else "has 0 bytes"
-        raise ConfigError(f"{where} {found}. Expected a tar, a Parquet file or an image.{hint(entry.path, found)}")
+        raise ConfigError(f"{where} {found}. Expected a tar, a Parquet file or an image.{hint(path, found)}")
     return kind
 
 
 def _single(root: str, root_name: str, entry: Entry, kind: Any) -> Shard:
-    state = _hash(root_name, entry.path, entry.size, entry.etag)
+    state = hash_of(root_name, entry.path, entry.size, entry.etag)
     return Shard(id=state, name=entry.path, prefix=entry.path, kind=kind, root=root, files=(entry,))
 
 
-def _image_groups(root: str, folders: dict[str, Entries], beside: dict[str, list[Entry]]) -> list[Shard]:
-    """Group loose images by directory and by a hash of their names, so that a new image changes only one group.
-
-    The number of a directory's groups is a power of two, so images change their group only when the directory's size doubles.
-    """
-    shards, root_name = [], _name_of(root)
-    for folder in sorted(folders):
-        files = folders.pop(folder)
-        buckets = 2 ** max(0, math.ceil(math.log2(len(files) / IMAGES_PER_GROUP)))
-        for bucket, dealt in _dealt(files, buckets):
-            by_path = {file.path: file for file in dealt}  # a faulty store may list a file twice
-            group = [by_path[path] for path in sorted(by_path)]
-            name = f"{folder or '.'}/#{bucket:04d}of{buckets:04d}"
-            sidecars = tuple(entry for place in (folder, *by_path) for entry in beside.get(place, ()))
-            state = _hash(root_name, name, *((f.path, f.size, f.etag) for f in (*group, *sidecars)))
-            shards.append(
-                Shard(id=state, name=name, prefix=folder, kind="images", root=root, files=Entries(group), sidecars=sidecars)
-            )
-    return shards
-
-
-def _dealt(files: Entries, buckets: int) -> Iterator[tuple[int, Entries]]:
-    """The files of a folder by the hash of their names; only the buckets that hold a file."""
-    if buckets == 1:
-        yield 0, files
-        return
-    groups: dict[int, Entries] = defaultdict(Entries)
-    for file in files:
-        groups[int(_hash(posixpath.basename(file.path)), 16) % buckets].append(file)
-    for bucket in sorted(groups):
-        yield bucket, groups.pop(bucket)
-
-
-def _refuse_shared_names(shards: list[Shard]) -> None:
+def _refuse_shared_names(shards: list[Shard], inputs: Counter[str]) -> None:
     """An id is a shard's name and a key: equal names, or a name that begins with another's, could give two images one id."""
     for first, second in itertools.pairwise(shards):
         if first.name == second.name and first.kind == second.kind == "images":
@@ -219,11 +198,7 @@ def _refuse_shared_names(shards: list[Shard]) -> None:
                 f"duplicate ids: {first.root} and {second.root} both hold {first.name}, whose images would get the same ids. "
                 "Name the folder above both as input, or give each its own table."
             )
-    sizes: dict[str, set[str]] = defaultdict(set)  # of a folder's groups: more than one where two inputs hold its images
-    for shard in shards:
-        if shard.kind == "images":
-            sizes[shard.prefix].add(shard.name.rpartition("of")[2])
-    twice = [shard for shard in shards if shard.kind == "images" and len(sizes[shard.prefix]) > 1]
+    twice = [shard for shard in shards if shard.kind == "images" and inputs[shard.prefix] > 1]
     images = [file.path for shard in twice for file in shard.files]
     if len(set(images)) != len(images):
         raise ConfigError(
@@ -239,11 +214,3 @@ def _refuse_shared_names(shards: list[Shard]) -> None:
                     f"duplicate ids: {files[above]}/{above} is a file, but below {root} there is a folder of that name, "
                     "so their images could get the same ids. Rename one of them, or give each its own table."
                 )
-
-
-def _name_of(root: str) -> str:
-    return posixpath.basename(root.rstrip("/"))
-
-
-def _hash(*parts: Any) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

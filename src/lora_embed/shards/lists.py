@@ -38,11 +38,11 @@ _ZSTD = pa.ipc.IpcWriteOptions(compression="zstd")
 def without_listed(files: Files, passed: Counter[str]) -> Files:
     """The files of an input that has lists, without loose images: a list names them, and they would be embedded twice."""
     kept = Entries()
-    for entry in files.entries:
-        if kind_by_name(entry.path) == "images" and entry.path not in files.named:
+    for state in files.entries.states():
+        if kind_by_name(state[0]) == "images" and state[0] not in files.named:
             passed[IN_LISTS] += 1
         else:
-            kept.append(entry)
+            kept.add(*state)
     return replace(files, entries=kept)
 
 

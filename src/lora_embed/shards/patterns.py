@@ -51,15 +51,16 @@ def find_files(pattern: str, options: dict[str, Any], *, follows: bool) -> Files
     listed, linked_folders = _list(store, follows)
     named, folders, globs = _read_names(expand_braces(pattern[len(root) :].lstrip("/")), listed)
     entries, others, shown = Entries(), Entries(), set[str]()
-    for entry in listed:
-        fitting = [glob[-1][:1] for glob in globs if _fits(entry.path.split("/"), glob)]
-        if fitting or entry.path in named or not folders.isdisjoint(_folders_above(entry.path)):
-            entries.append(entry)
+    for state in listed.states():
+        path = state[0]
+        fitting = [glob[-1][:1] for glob in globs if _fits(path.split("/"), glob)]
+        if fitting or path in named or not folders.isdisjoint(_folders_above(path)):
+            entries.add(*state)
         else:
-            others.append(entry)
-        if posixpath.basename(entry.path)[:1] in {"_", "."}.intersection(fitting):
-            shown.add(entry.path)
-    missing = sorted(named - {entry.path for entry in entries if entry.path in named})
+            others.add(*state)
+        if posixpath.basename(path)[:1] in {"_", "."}.intersection(fitting):
+            shown.add(path)
+    missing = sorted(named.difference(entries.paths()))
     if missing and len(entries):
         raise ConfigError(
             f"input {pattern}: {len(missing)} of the {len(named)} files that it names do not exist; the first is "
@@ -80,8 +81,8 @@ def find_files(pattern: str, options: dict[str, Any], *, follows: bool) -> Files
 def _read_names(names: list[str], listed: Entries) -> tuple[set[str], set[str], list[list[str]]]:
     """The names of a pattern's braces → files that are named outright, folders, and globs, folder by folder."""
     possible = {plain for name in names for plain in (name, _without_wildcards(name))}
-    paths = {entry.path for entry in listed if entry.path in possible}
-    inside = {folder for entry in listed for folder in _folders_above(entry.path)}
+    paths = possible.intersection(listed.paths())
+    inside = {folder for path in listed.paths() for folder in _folders_above(path)}
     named, folders, globs = set[str](), set[str](), list[list[str]]()
     for name in names:
         plain = name if name in paths else _without_wildcards(name)

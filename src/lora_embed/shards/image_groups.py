@@ -1,0 +1,104 @@
+"""Loose images → groups, each of which is a shard: by folder and by a hash of their names, so that a new image changes one."""
+
+import hashlib
+import math
+import posixpath
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from lora_embed.entries import Entries, Entry
+from lora_embed.schema import Shard
+
+IMAGES_PER_GROUP = 1024  # of a folder that a table does not hold yet: at most, on average
+MOST_GROWTH = 2  # times as many images may come into a group before it is divided in two
+_MOST_GROUPS = 2**32  # of a folder, so that what a faulty store or manifest names cannot be divided endlessly
+_NAME = re.compile(r"(.*)/#(\d{4,10})of(\d{4,10})", re.DOTALL)
+
+Group = tuple[int, int]  # n of m: the images with hash % m == n, where m is a power of two
+
+
+def divided_groups(names: Iterable[str]) -> dict[str, set[Group]]:
+    """Names of a version's shards → by folder, the groups in whose place it has smaller ones.
+
+    A folder whose images two inputs hold, each with groups of its own, is left out.
+    """
+    divided: dict[str, set[Group]] = defaultdict(set)
+    named: dict[str, set[Group]] = defaultdict(set)
+    for match in filter(None, map(_NAME.fullmatch, names)):
+        place, number, of = match[1], int(match[2]), int(match[3])
+        named[place].add((number, of))
+        while 1 < of <= _MOST_GROUPS and (group := (number % (of // 2), of // 2)) not in divided[place]:
+            divided[place].add(group)
+            of //= 2
+    return {place: divided[place] for place, groups in named.items() if groups.isdisjoint(divided[place])}
+
+
+def image_groups(
+    root: str, folders: dict[str, Entries], beside: dict[str, list[Entry]], divided: dict[str, set[Group]]
+) -> Iterator[Shard]:
+    """The shards of loose images. `folders`: each folder's images; it is emptied meanwhile.
+
+    A folder that is in `divided` keeps the groups that it has, and only a group that has grown too large is divided.
+    """
+    root_name = folder_name(root)
+    for folder in sorted(folders):
+        place = folder or "."
+        for (number, of), dealt in _deal(folders.pop(folder), divided.get(place)):
+            by_path = {state[0]: state for state in dealt.states()}  # a faulty store may list a file twice
+            files, states = Entries(), [by_path[path] for path in sorted(by_path)]
+            for state in states:
+                files.add(*state)
+            sidecars = tuple(entry for path in (folder, *by_path) for entry in beside.get(path, ()))
+            name = f"{place}/#{number:04d}of{of:04d}"
+            state_of_sidecars = [(entry.path, entry.size, entry.etag) for entry in sidecars]
+            yield Shard(
+                id=hash_of(root_name, name, *(state[:3] for state in states), *state_of_sidecars),
+                name=name,
+                prefix=folder,
+                kind="images",
+                root=root,
+                files=files,
+                sidecars=sidecars,
+            )
+
+
+def _deal(files: Entries, divided: set[Group] | None) -> Iterator[tuple[Group, Entries]]:
+    """A folder's images by group; only the groups that hold an image."""
+    fewest = 1
+    if divided is None:
+        fewest = 2 ** max(0, math.ceil(math.log2(len(files) / IMAGES_PER_GROUP)))
+    while divided and all((number, fewest) in divided for number in range(fewest)):
+        fewest *= 2
+    groups: dict[Group, Entries] = defaultdict(Entries)
+    if fewest == 1:
+        groups[0, 1] = files
+    else:
+        for state in files.states():
+            name, of = _hash_of_name(state[0]), fewest
+            while divided and (name % of, of) in divided:
+                of *= 2
+            groups[name % of, of].add(*state)
+    most = MOST_GROWTH * IMAGES_PER_GROUP
+    while large := [group for group, images in groups.items() if len(images) > most and group[1] < _MOST_GROUPS]:
+        for group in large:
+            of = 2 * group[1]
+            for state in groups.pop(group).states():
+                groups[_hash_of_name(state[0]) % of, of].add(*state)
+    for group in sorted(groups):
+        yield group, groups.pop(group)
+
+
+def _hash_of_name(path: str) -> int:
+    return int(hash_of(posixpath.basename(path)), 16)
+
+
+def folder_name(root: str) -> str:
+    """The last part of a root: what the ids of its shards have of it, so that a moved folder keeps them."""
+    return posixpath.basename(root.rstrip("/"))
+
+
+def hash_of(*parts: Any) -> str:
+    """16 hex digits."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
