@@ -3,13 +3,14 @@
 Also all private parts of fsspec and s3fs that are used; `tests/model/test_private.py` tests what happens without each.
 """
 
+import contextlib
 import io
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import fsspec
@@ -163,7 +164,7 @@ def _find_in_pages(fs: Any, folder: str, uri: str) -> Iterator[tuple[str, dict[s
     request = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""} | getattr(fs, "req_kw", {})
     tokens, first_keys, in_vain = set[str](), set[str](), 0
     while True:
-        page = fs.call_s3("list_objects_v2", **request)
+        page = _page(fs, request)
         listed = page.get("Contents", [])
         for described in listed:
             yield f"{bucket}/{described['Key']}", described | {"size": described["Size"], "type": "file"}
@@ -181,6 +182,23 @@ def _find_in_pages(fs: Any, folder: str, uri: str) -> Iterator[tuple[str, dict[s
         request["ContinuationToken"] = token
 
 
+def _page(fs: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """One page of a listing of S3. Two thirds of its time would go into its dates, which botocore takes in any form."""
+    if fs.session is not None:  # it is None before the first request
+        fs.session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_parse_date)
+    return cast(dict[str, Any], fs.call_s3("list_objects_v2", **request))
+
+
+def _parse_date(text: Any) -> Any:
+    """The same as botocore, in a hundredth of the time where the text is as S3 writes it in listings."""
+    if isinstance(text, str) and text.endswith("Z"):
+        with contextlib.suppress(ValueError):
+            return datetime.fromisoformat(text)
+    from botocore.utils import parse_timestamp  # type: ignore[import-untyped]  # takes 80 ms, also where there is no S3
+
+    return parse_timestamp(text)
+
+
 def has_folder(fs: Any, path: str) -> bool:
     """Is there an object below this path of S3? s3fs would list, and keep, all that lies there, be it a million objects."""
     bucket, _, key = path.strip("/").partition("/")
@@ -193,7 +211,7 @@ def page_behind(fs: Any, path: str, folder: str) -> list[tuple[str, dict[str, An
     bucket, _, key = path.partition("/")
     prefix = folder.partition("/")[2]
     request = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "StartAfter": key} | getattr(fs, "req_kw", {})
-    listed = fs.call_s3("list_objects_v2", **request).get("Contents", [])
+    listed = _page(fs, request).get("Contents", [])
     return [(f"{bucket}/{described['Key']}", described | {"size": described["Size"]}) for described in listed]
 
 
