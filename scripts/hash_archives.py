@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAD = """# The archives of the image, for pip's --require-hashes. `make hashes` writes this file, by Python 3.11 on x86-64 Linux.
+HEAD = """# The archives of the image, for pip's --require-hashes. `make hashes` writes it, by Python 3.11 on x86-64 Linux.
 # Run it again with the index that the image is built from: torch and what belongs to it are other archives for each kind
 # of device. If a `<…>` remains, write the hash of that archive there.
 """
