@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Version = Annotated[int | None, typer.Option(help="The version to read; by default the current one.")]
 TableOrJob = Annotated[
     str, typer.Argument(metavar="TABLE", help="URI or path of a table, or a job file, for its table and storage options.")
 ]
