@@ -6,6 +6,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from lora_embed.entries import Entries, Entry
@@ -18,6 +19,7 @@ from lora_embed.shards.read import read_samples
 from samples import layout, parquet_of, png, tar_of
 
 Carry = tuple[tuple[str, str], ...]
+OF_IMAGES = {"file_name": ["a.jpg", "sub\\b.jpg", "sub/c.jpg", "gone.jpg"], "label": ["cat", "dog, big", "", "x"]}
 
 
 def write(folder: Path, **files: bytes | str) -> None:
@@ -82,9 +84,12 @@ def test_text_in_other_encodings_loses_its_mark(tmp_path: Path) -> None:
             '{"file_name": "a.jpg", "label": "cat"}\n\n{"file_name": "sub/b.jpg", "label": "dog, big"}\n'
             '{"file_name": "sub/c.jpg", "label": ""}\n["no row"]\n{"label": "no name"}\n',
         ),
+        ("metadata.parquet", parquet_of(OF_IMAGES)),
+        ("METADATA.PARQUET", parquet_of({**OF_IMAGES, "file_name": pa.array(OF_IMAGES["file_name"]).cast(pa.binary())})),
+        ("metadata.parquet", parquet_of({**OF_IMAGES, "file_name": ["a.jpg", "./sub/b.jpg", "sub/c.jpg", None]})),
     ],
 )  # fmt: skip
-def test_metadata_of_an_image_folder(tmp_path: Path, name: str, text: str) -> None:
+def test_metadata_of_an_image_folder(tmp_path: Path, name: str, text: bytes | str) -> None:
     for path in ("a.jpg", "sub/b.jpg", "sub/c.jpg", "sub/d.jpg"):
         put(tmp_path / path, png())
     put(tmp_path / name, text)
@@ -92,6 +97,21 @@ def test_metadata_of_an_image_folder(tmp_path: Path, name: str, text: str) -> No
     assert fields_of(tmp_path) == {
         "a.jpg": {"label": "cat"}, "sub/b.jpg": {"label": "dog, big"}, "sub/c.jpg": {"label": ""}, "sub/d.jpg": {},
     }  # fmt: skip
+
+
+def test_a_table_is_metadata_only_where_images_lie_at_it_or_below(tmp_path: Path) -> None:
+    """A Parquet file of that name may hold images itself; and one that is named outright is read."""
+    put(tmp_path / "images" / "a.jpg", png())
+    put(tmp_path / "images" / "metadata.parquet", parquet_of(OF_IMAGES))
+    put(tmp_path / "tables" / "metadata.parquet", parquet_of({"image": [png()]}))
+    listing = list_input((str(tmp_path),), {})
+    assert [shard.name for shard in listing.shards] == ["images/#0000of0001", "tables/metadata.parquet"]
+    assert listing.passed_over == {".parquet": 1}
+    named = list_input((f"{tmp_path}/images/metadata.parquet",), {})
+    assert [shard.kind for shard in named.shards] == ["parquet"]
+    (tmp_path / "images" / "metadata.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ShardError, match=r"metadata.parquet"):
+        fields_of(tmp_path / "images")
 
 
 def test_the_nearest_metadata_and_an_image_s_own_file_come_first(tmp_path: Path) -> None:
@@ -174,6 +194,8 @@ def test_a_field_that_no_sample_has_is_found_without_reading_images(tmp_path: Pa
     put(tmp_path / "loose" / "x.jpg", png())
     put(tmp_path / "loose" / "metadata.csv", "file_name,label,hint\nx.jpg,a,b\n")
     assert "has the fields file_name, hint, label. Did you mean 'hint'?" in absent(tmp_path / "loose", ("hints", "string"))[0]
+    put(tmp_path / "loose" / "metadata.parquet", parquet_of({"file_name": ["x.jpg"], "day": ["x"]}))
+    assert "has the fields day, file_name, hint, label." in absent(tmp_path / "loose", ("hints", "string"))[0]
     (tmp_path / "loose" / "x.jpg").unlink()
     put(tmp_path / "only" / "b.parquet", parquet_of({"image": [png()], "Label": ["x"]}))
     assert "b.parquet has the fields Label, image. Did you mean 'Label'?" in absent(tmp_path / "only", ("label", "string"))[0]

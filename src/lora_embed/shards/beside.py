@@ -1,4 +1,4 @@
-"""Fields of loose images from files beside them: x.json and x.txt beside x.jpg, metadata.csv or metadata.jsonl above it."""
+"""Fields of loose images from files beside them: x.json and x.txt beside x.jpg, metadata.csv above it."""
 
 import csv
 import io
@@ -8,20 +8,24 @@ import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from lora_embed.entries import Entries, Entry, State
 from lora_embed.errors import ShardError
 from lora_embed.schema import Shard
 from lora_embed.shards import kinds
-from lora_embed.shards.fields import MOST_FIELD, fields_of_file
+from lora_embed.shards.checked_parquet import ParquetFile
+from lora_embed.shards.columns import ROWS
+from lora_embed.shards.fields import MOST_FIELD, fields_of_file, values_of
 from lora_embed.store.store import Store
+from lora_embed.text import in_one_line
 
 Group = tuple[int, int]  # n of m of a folder's images: those with hash % m == n, where m is a power of two
-METADATA = ("metadata.csv", "metadata.jsonl")
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FILE_NAME = "file_name"  # the key by which a row of metadata names its image, below the folder of the metadata
 
 
@@ -41,7 +45,7 @@ class FilesBeside:
         path, *_, broken = state
         if broken or not self.fields or not _may_hold_fields(path, self.fields):
             self.passed[kinds.BROKEN if broken else kinds.counted_as(path)] += is_input
-        elif posixpath.basename(path).lower() in METADATA:
+        elif is_metadata(path):
             self._metadata[posixpath.dirname(path)].append(Entry(*state[:3]))
             self._further += [Entry(*state[:3])] * is_input
         else:
@@ -51,7 +55,7 @@ class FilesBeside:
         """Metadata of a folder with images, and of the folders above it."""
         if not self._metadata:
             return []
-        above = [place for place in _folders_above(folder) if place in self._metadata]
+        above = [place for place in folders_above(folder) if place in self._metadata]
         self._has_images.update(above)
         return [entry for place in above for entry in self._metadata[place]]
 
@@ -93,17 +97,21 @@ class _Places:
         return (set(self._numbers[first:last].tolist()) for first, last in zip(firsts, lasts, strict=True))
 
 
+def is_metadata(path: str) -> bool:
+    """May a file hold the fields of many images of its folder, and of the folders below?"""
+    return posixpath.basename(path).lower() in METADATA
+
+
 def _stem(path: str) -> str:
     return posixpath.splitext(path)[0]
 
 
 def _may_hold_fields(path: str, fields: Collection[str]) -> bool:
     """May a file hold one of these fields of images beside it, by its name?"""
-    name = posixpath.basename(path).lower()
-    return name in METADATA or posixpath.splitext(name)[1][1:] in {"json", *fields}
+    return is_metadata(path) or posixpath.splitext(path)[1][1:].lower() in {"json", *fields}
 
 
-def _folders_above(folder: str) -> list[str]:
+def folders_above(folder: str) -> list[str]:
     """`a/b` → `a/b`, `a` and the root, which is empty."""
     parents = [str(parent) for parent in PurePosixPath(folder).parents]
     return list(dict.fromkeys([folder, *("" if parent == "." else parent for parent in parents)]))
@@ -117,14 +125,14 @@ def assign(images: Collection[str], others: Iterable[Entry]) -> dict[str, list[E
         by_stem[_stem(image)].append(image)
     paths, beside = set(images), defaultdict[str, list[Entry]](list)
     for other in others:
-        if posixpath.basename(other.path).lower() in METADATA:
+        if is_metadata(other.path):
             metadata[posixpath.dirname(other.path)].append(other)
             continue
         stem = _stem(other.path)
         for path in [stem] if stem in paths else by_stem.get(stem, []):
             beside[path].append(other)
     for folder in {posixpath.dirname(image) for image in images} if metadata else ():
-        beside[folder] = [other for place in _folders_above(folder) for other in metadata.get(place, ())]
+        beside[folder] = [other for place in folders_above(folder) for other in metadata.get(place, ())]
     return beside
 
 
@@ -138,10 +146,11 @@ def read_beside(
     wanted = {entry.path for entry in shard.files}
     by_image = assign(wanted, shard.sidecars)
     rows: dict[str, dict[str, Any]] = defaultdict(dict)
-    metadata = [entry for entry in shard.sidecars if posixpath.basename(entry.path).lower() in METADATA]
+    metadata = [entry for entry in shard.sidecars if is_metadata(entry.path)]
     for entry in sorted(metadata, key=lambda entry: (entry.path.count("/"), entry.path)):
         check(entry)
-        for path, row in _rows(store, entry, f"{shard.root}/{entry.path}"):
+        for row in _rows(store, entry, fields, f"{shard.root}/{entry.path}"):
+            path = _image_of(row, posixpath.dirname(entry.path))
             if path in wanted:
                 rows[path].update({name: value for name, value in row.items() if name in fields})
 
@@ -157,19 +166,40 @@ def read_beside(
     return fields_of
 
 
-def _rows(store: Store, entry: Entry, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Path of an image → its row in a file of metadata."""
-    folder = posixpath.dirname(entry.path)
+def _image_of(row: dict[str, Any], folder: str) -> str | None:
+    """The path of the image that a row of a folder's metadata names."""
+    name = row.get(FILE_NAME)
+    if isinstance(name, bytes):  # text in Parquet without the mark of text
+        name = name.decode("utf-8", "replace")
+    return posixpath.normpath(posixpath.join(folder, name.replace("\\", "/"))) if isinstance(name, str) else None
+
+
+def _rows(store: Store, entry: Entry, fields: Collection[str], where: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file of metadata, which may have further columns."""
+    ending = posixpath.splitext(entry.path)[1].lower()
     with store.explained(entry.path), store.open(entry.path) as file:
+        if ending == ".parquet":
+            yield from _parquet(file, entry.size, fields, where)
+            return
         lines = _lines(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), where)
         try:
-            for row in _csv(lines) if entry.path.lower().endswith(".csv") else _json(lines):
-                if isinstance(name := row.get(FILE_NAME), str):
-                    yield posixpath.normpath(posixpath.join(folder, name.replace("\\", "/"))), row
+            yield from _csv(lines) if ending == ".csv" else _json(lines)
         except UnicodeDecodeError:
             raise ShardError(f"{where}: is not UTF-8, expected text in UTF-8. Save it as UTF-8.") from None
         except (ValueError, csv.Error, RecursionError) as error:
             raise ShardError(f"{where}: cannot be read ({error}). Correct it, or leave carry out of the job.") from None
+
+
+def _parquet(file: BinaryIO, size: int, fields: Collection[str], where: str) -> Iterator[dict[str, Any]]:
+    try:
+        source = ParquetFile(file, size, where)
+        names = [name for name in (FILE_NAME, *fields) if name in source.schema.names]
+        for group in range(len(source.rows)) if FILE_NAME in names else ():
+            for batch in source.batches(group, names, ROWS):
+                columns = [values_of(batch.column(name)) for name in names]
+                yield from (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+    except pa.ArrowException as error:
+        raise ShardError(f"{where}: cannot be read ({in_one_line(str(error))}). Write it again.") from None
 
 
 def _csv(lines: Iterator[str]) -> Iterator[dict[str, Any]]:

@@ -30,6 +30,9 @@ def _names(shard: Shard, store: Store) -> Iterator[str]:
     if shard.kind == "images":
         for entry in itertools.islice(shard.sidecars, MOST_FILES):
             with store.open(entry.path, MOST_BYTES) as file:
+                if entry.path.lower().endswith(".parquet"):
+                    yield from ParquetFile(file, entry.size, entry.path).schema.names
+                    continue
                 yield from _names_in(posixpath.basename(entry.path).lower(), file.read(MOST_BYTES))
         return
     with store.open(next(iter(shard.files)).path, MOST_BYTES) as file:

@@ -14,7 +14,7 @@ from lora_embed.images.recognise import name_of
 from lora_embed.monitor.progress import say
 from lora_embed.schema import Shard, add_kinds
 from lora_embed.shards import kinds
-from lora_embed.shards.beside import FilesBeside, Group
+from lora_embed.shards.beside import FilesBeside, Group, folders_above, is_metadata
 from lora_embed.shards.image_groups import divided_groups, folder_name, hash_of, image_groups
 from lora_embed.shards.img2dataset import without_metadata
 from lora_embed.shards.kinds import Kind
@@ -125,6 +125,7 @@ def _group(
     where, root_name = f"input {files.pattern}", folder_name(files.root)
     shards, beside, here = [], FilesBeside(fields), Counter[str]()
     images: dict[str, Entries] = defaultdict(Entries)  # by folder
+    tables = Entries()  # that may be metadata of images
     if files.linked_folders:
         here[kinds.FOLDER] += files.linked_folders
     for state in files.entries.states():
@@ -140,7 +141,9 @@ def _group(
             kind = _kind_of_named(files, path, broken, options)
         if kind is not None and not path.isascii() and _NOT_UTF8.search(path):
             raise ConfigError(f"{where}: the file name {path!r} is not UTF-8, but ids must be. Rename the file.")
-        if kind == "images":
+        if kind == "parquet" and is_metadata(path) and not is_named and not broken:
+            tables.add(*state)  # whether it describes images shows when all of them are known
+        elif kind == "images":
             images[posixpath.dirname(path)].add(*state)
         elif kind is not None and broken:
             raise ConfigError(f"{where}: {path} is {broken}. Fetch the file again, or remove the name.")
@@ -148,6 +151,12 @@ def _group(
             shards.append(_single(files.root, root_name, Entry(*state[:3]), kind))
         else:
             beside.add(state)
+    described = {above for folder in images for above in folders_above(folder)} if len(tables) else set()
+    for state in tables.states():
+        if posixpath.dirname(state[0]) in described:
+            beside.add(state)
+        else:
+            shards.append(_single(files.root, root_name, Entry(*state[:3]), "parquet"))
     for state in files.others.states() if fields and images else ():
         beside.add(state, is_input=False)
     shards.extend(image_groups(files.root, images, beside, divided))

@@ -44,8 +44,8 @@ class Absence:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return (
             f"{self.name}: of {of}, none has that field.{has}{hint} A field is a column of Parquet; a key of x.json beside "
-            "x.jpg, in a tar or a folder; the text of a file with that ending, such as x.cls; a column of metadata.csv or "
-            "metadata.jsonl; name=… of a folder; or `folder`, the folder's own name"
+            "x.jpg, in a tar or a folder; the text of a file with that ending, such as x.cls; a column of metadata.csv, "
+            "metadata.jsonl or metadata.parquet; name=… of a folder; or `folder`, the folder's own name"
         )
 
 
