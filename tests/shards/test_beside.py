@@ -12,6 +12,7 @@ import pytest
 from lora_embed.entries import Entries, Entry
 from lora_embed.errors import ShardError
 from lora_embed.schema import Shard
+from lora_embed.shards import image_groups, metadata
 from lora_embed.shards.beside import FilesBeside, assign
 from lora_embed.shards.listing import list_input
 from lora_embed.shards.look import absent_fields
@@ -206,6 +207,26 @@ def test_a_field_that_no_sample_has_is_found_without_reading_images(tmp_path: Pa
     assert absent(tmp_path, ("day", "string")) == []
     (tmp_path / "b.parquet").unlink()
     assert absent(tmp_path, ("day", "string")) == [], "the run itself says what is wrong with the shard"
+
+
+@pytest.mark.parametrize(("kept", "times"), [(10**6, 2), (1000, 12)])
+def test_metadata_of_many_shards_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int, times: int) -> None:
+    """Unless it is large. After a change, it is read again."""
+    monkeypatch.setattr(image_groups, "IMAGES_PER_GROUP", 4)
+    monkeypatch.setattr(metadata, "MOST_KEPT", kept)
+    read, rows = list[str](), metadata._rows
+    monkeypatch.setattr(metadata, "_rows", lambda store, entry, *rest: (read.append(entry.etag), rows(store, entry, *rest))[1])
+    for number in range(16):
+        put(tmp_path / f"{number}.jpg", png())
+    for label in ("cat", "a dog"):
+        lines = [f"{number}.jpg,{label} {number}" for number in range(16)]
+        put(tmp_path / "metadata.csv", "\n".join(["file_name,label", *lines]))
+        put(tmp_path / "none" / "x.jpg", png())
+        found = fields_of(tmp_path)
+        assert found.pop("none/x.jpg") == {}
+        assert found == {f"{number}.jpg": {"label": f"{label} {number}"} for number in range(16)}
+    assert len(shards_of(tmp_path)) == 5
+    assert len(read) == times
 
 
 @pytest.mark.parametrize(("files", "most"), [(1, 150), (50_000, 330)])

@@ -1,32 +1,22 @@
 """Fields of loose images from files beside them: x.json and x.txt beside x.jpg, metadata.csv above it."""
 
-import csv
-import io
-import itertools
-import json
 import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from lora_embed.entries import Entries, Entry, State
-from lora_embed.errors import ShardError
 from lora_embed.schema import Shard
 from lora_embed.shards import kinds
-from lora_embed.shards.checked_parquet import ParquetFile
-from lora_embed.shards.columns import ROWS
-from lora_embed.shards.fields import MOST_FIELD, fields_of_file, values_of
+from lora_embed.shards.fields import MOST_FIELD, fields_of_file
+from lora_embed.shards.metadata import fields_by_image, is_metadata
 from lora_embed.store.store import Store
-from lora_embed.text import in_one_line
 
 Group = tuple[int, int]  # n of m of a folder's images: those with hash % m == n, where m is a power of two
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-FILE_NAME = "file_name"  # the key by which a row of metadata names its image, below the folder of the metadata
 
 
 class FilesBeside:
@@ -97,11 +87,6 @@ class _Places:
         return (set(self._numbers[first:last].tolist()) for first, last in zip(firsts, lasts, strict=True))
 
 
-def is_metadata(path: str) -> bool:
-    """May a file hold the fields of many images of its folder, and of the folders below?"""
-    return posixpath.basename(path).lower() in METADATA
-
-
 def _stem(path: str) -> str:
     return posixpath.splitext(path)[0]
 
@@ -145,17 +130,16 @@ def read_beside(
     """
     wanted = {entry.path for entry in shard.files}
     by_image = assign(wanted, shard.sidecars)
-    rows: dict[str, dict[str, Any]] = defaultdict(dict)
     metadata = [entry for entry in shard.sidecars if is_metadata(entry.path)]
+    tables = []
     for entry in sorted(metadata, key=lambda entry: (entry.path.count("/"), entry.path)):
         check(entry)
-        for row in _rows(store, entry, fields, f"{shard.root}/{entry.path}"):
-            path = _image_of(row, posixpath.dirname(entry.path))
-            if path in wanted:
-                rows[path].update({name: value for name, value in row.items() if name in fields})
+        tables.append(fields_by_image(store, entry, tuple(sorted(fields)), wanted))
 
     def fields_of(image: Entry) -> dict[str, Any]:
-        found = dict(rows.get(image.path, {}))
+        found: dict[str, Any] = {}
+        for table in tables:
+            found |= table(image.path)
         for entry in by_image.get(image.path, []):
             if entry.size <= MOST_FIELD:
                 check(entry)
@@ -164,61 +148,3 @@ def read_beside(
         return found
 
     return fields_of
-
-
-def _image_of(row: dict[str, Any], folder: str) -> str | None:
-    """The path of the image that a row of a folder's metadata names."""
-    name = row.get(FILE_NAME)
-    if isinstance(name, bytes):  # text in Parquet without the mark of text
-        name = name.decode("utf-8", "replace")
-    return posixpath.normpath(posixpath.join(folder, name.replace("\\", "/"))) if isinstance(name, str) else None
-
-
-def _rows(store: Store, entry: Entry, fields: Collection[str], where: str) -> Iterator[dict[str, Any]]:
-    """The rows of a file of metadata, which may have further columns."""
-    ending = posixpath.splitext(entry.path)[1].lower()
-    with store.explained(entry.path), store.open(entry.path) as file:
-        if ending == ".parquet":
-            yield from _parquet(file, entry.size, fields, where)
-            return
-        lines = _lines(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), where)
-        try:
-            yield from _csv(lines) if ending == ".csv" else _json(lines)
-        except UnicodeDecodeError:
-            raise ShardError(f"{where}: is not UTF-8, expected text in UTF-8. Save it as UTF-8.") from None
-        except (ValueError, csv.Error, RecursionError) as error:
-            raise ShardError(f"{where}: cannot be read ({error}). Correct it, or leave carry out of the job.") from None
-
-
-def _parquet(file: BinaryIO, size: int, fields: Collection[str], where: str) -> Iterator[dict[str, Any]]:
-    try:
-        source = ParquetFile(file, size, where)
-        names = [name for name in (FILE_NAME, *fields) if name in source.schema.names]
-        for group in range(len(source.rows)) if FILE_NAME in names else ():
-            for batch in source.batches(group, names, ROWS):
-                columns = [values_of(batch.column(name)) for name in names]
-                yield from (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
-    except pa.ArrowException as error:
-        raise ShardError(f"{where}: cannot be read ({in_one_line(str(error))}). Write it again.") from None
-
-
-def _csv(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """Rows of a table with a line of names; its values are separated by commas, semicolons or tabs."""
-    head = next(lines, "")
-    csv.field_size_limit(MOST_FIELD)
-    delimiter = max(",;\t", key=head.count)
-    return ({name: value for name, value in row.items() if value is not None} for row in
-            csv.DictReader(itertools.chain([head], lines), delimiter=delimiter))  # fmt: skip
-
-
-def _json(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        if line.strip() and isinstance(row := json.loads(line), dict):
-            yield row
-
-
-def _lines(text: io.TextIOWrapper, where: str) -> Iterator[str]:
-    while line := text.readline(MOST_FIELD + 1):
-        if len(line) > MOST_FIELD:
-            raise ShardError(f"{where}: has a line of more than {MOST_FIELD} characters. Write shorter values.")
-        yield line

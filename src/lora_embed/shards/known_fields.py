@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, assert_never
 
 from lora_embed.schema import Shard
-from lora_embed.shards.beside import METADATA
 from lora_embed.shards.checked_parquet import ParquetFile
+from lora_embed.shards.metadata import METADATA
 from lora_embed.shards.tar_groups import looks_like_image, split_name
 from lora_embed.shards.tar_headers import open_headers, read_members
 from lora_embed.store.store import Store

@@ -14,12 +14,13 @@ from lora_embed.images.recognise import name_of
 from lora_embed.monitor.progress import say
 from lora_embed.schema import Shard, add_kinds
 from lora_embed.shards import kinds
-from lora_embed.shards.beside import FilesBeside, Group, folders_above, is_metadata
+from lora_embed.shards.beside import FilesBeside, Group, folders_above
 from lora_embed.shards.image_groups import divided_groups, folder_name, hash_of, image_groups
 from lora_embed.shards.img2dataset import without_metadata
 from lora_embed.shards.kinds import Kind
 from lora_embed.shards.list_rows import LISTS, References
 from lora_embed.shards.lists import expand_lists, hint, without_listed
+from lora_embed.shards.metadata import is_metadata
 from lora_embed.shards.patterns import Files, find_files
 from lora_embed.store.store import Store
 
