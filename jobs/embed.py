@@ -4,8 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # clusters have only the dependencies installed
-# Workers of a Ray that is started here find the package through this:
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # nodes have the dependencies, not this package
+# If this process starts a Ray, its workers find the package through this variable:
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))
 
 from lora_embed.cli.main import embed_job

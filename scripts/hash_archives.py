@@ -10,9 +10,9 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAD = """# The archives of the image, for pip's --require-hashes. Written by `make hashes`; on Linux, x86-64, Python 3.11.
-# Yours to fill in, by that command where the image is built: torch and what belongs to it, since that is another archive
-# for each kind of device.
+HEAD = """# The archives of the image, for pip's --require-hashes. `make hashes` writes it, by Python 3.11 on x86-64 Linux.
+# Run it again with the index that the image is built from: torch and what belongs to it are other archives for each kind
+# of device. If a `<…>` remains, write the hash of that archive there.
 """
 
 

@@ -36,6 +36,14 @@ class Entries:
         for entry in entries:
             self.add(entry.path, entry.size, entry.etag, entry.broken)
 
+    @classmethod
+    def of(cls, states: Iterable[State]) -> "Entries":
+        """The same from `states`."""
+        entries = cls()
+        for state in states:
+            entries.add(*state)
+        return entries
+
     def add(self, path: str, size: int, etag: str, broken: str = "") -> None:
         """Add one more."""
         if broken:

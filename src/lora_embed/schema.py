@@ -38,7 +38,7 @@ class Shard:
     kind: ShardKind
     root: str  # URI of the store that holds the files
     files: tuple[Entry, ...] | Entries  # one file, or the files of a group of loose images
-    sidecars: tuple[Entry, ...] = ()  # files that hold carried fields of loose images
+    sidecars: tuple[Entry, ...] | Entries = ()  # files that hold carried fields of loose images
     rows: "Rows | None" = None  # of references
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,15 +61,18 @@ def test_samples_that_lack_a_field_are_counted_in_the_record(tmp_path: Path, mon
     assert "Embedded samples without a carried field: label 1." in record.with_name("report.html").read_text()
 
 
+@pytest.mark.parametrize("carry", [["label"], ["label", {"name": "hint", "optional": True}]], ids=["alone", "beside optional"])
 def test_a_table_that_has_the_column_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], carry: list[Any]
 ) -> None:
     run_here(monkeypatch)
     recipe = tiny_recipe(tmp_path)
-    assert run_job(job_of(tmp_path, recipe, write_labelled(tmp_path / "shards", ["cat"]), carry=["label"])).published
+    assert run_job(job_of(tmp_path, recipe, write_labelled(tmp_path / "shards", ["cat"]), carry=carry)).published
     (tmp_path / "shards" / "a.tar").unlink()
     write_labelled(tmp_path / "shards", [None, None], "b")
-    job = job_of(tmp_path, recipe, tmp_path / "shards", carry=["label"], max_removed=1.0)
+    job = job_of(tmp_path, recipe, tmp_path / "shards", carry=carry, max_removed=1.0)
     assert run_job(job).version == 2
-    assert "carry names label: of the first samples of 1 shard" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "carry names label: of the first samples of 1 shard, 2 in all, all that have this field have null there." in said
+    assert "Did you mean" not in said
     assert read_rows(tmp_path / "table")["label"].to_pylist() == [None, None]

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -24,6 +25,7 @@ from lora_embed.shards.listing import list_shards
 from lora_embed.shards.read import count_samples
 from lora_embed.store.objects import fetch
 from lora_embed.store.store import Store
+from lora_embed.table import lineage
 from lora_embed.table.read import open_table
 from lora_embed.table.verify import verify_table
 from lora_embed.tune.labelled import Wanted, read_labelled
@@ -166,3 +168,42 @@ def test_a_local_list_may_name_what_all_nodes_reach(tmp_path: Path, reference: s
     source = write_list(tmp_path / "a.csv", {"url": [reference, "s3://images/1.png"]})
     listed = list_shards((str(source),), {}, references=References(column="url", roots=("s3://images",)))
     assert local_places(Store("memory://table"), listed, {}) == [str(tmp_path)] * local
+
+
+def files_with(table: Path, vector: bytes) -> set[str]:
+    """The data files that hold these bytes among their vectors."""
+    return {
+        str(path.relative_to(table))
+        for path in (table / "data").rglob("*.parquet")
+        if any(
+            vector == row.tobytes() for row in np.stack(pq.read_table(path).column("embedding").to_numpy()).astype(np.float32)
+        )
+    }
+
+
+@pytest.mark.parametrize("kind", ["list", "folder", "folder\nof two lines"])
+def test_an_image_is_found_and_forgotten_by_its_id(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Its shard has a name of its own, which is no part of the id."""
+    monkeypatch.setattr(lists, "FEWEST_ROWS", 2)
+    monkeypatch.setattr(lists, "ENDS_ONE_IN", 12)
+    folder = tmp_path / "in" / kind
+    paths = images_in(folder, 60)
+    if kind == "list":
+        job, prefix = job_with(tmp_path, tiny, write_list(folder / "a.csv", {"url": paths})), "a.csv"
+    else:
+        job, prefix = job_of(tmp_path, tiny, tmp_path / "in"), kind
+    run_job(job)
+    table, wanted = open_table(job.table), f"{prefix}/{paths[40]}"
+    rows = table.rows([wanted, f"{prefix}/{paths[7]}"], ["id", "embedding"]).to_pylist()
+    assert [row["id"] for row in rows] == [wanted, f"{prefix}/{paths[7]}"]
+    vector = np.asarray(rows[0]["embedding"], np.float32).tobytes()
+    holding = files_with(Path(job.table), vector)
+    assert len(holding) == 1
+    lineage.forget(table.store, [wanted], "asked")
+    now = open_table(job.table)
+    assert now.count == 59
+    assert now.rows([wanted]).num_rows == 0
+    assert not holding & {file.path for file in now.manifest.files}
+    verify_table(now)

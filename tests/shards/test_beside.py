@@ -6,18 +6,21 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from lora_embed.entries import Entry
+from lora_embed.entries import Entries, Entry
 from lora_embed.errors import ShardError
 from lora_embed.schema import Shard
-from lora_embed.shards.beside import assign
+from lora_embed.shards import image_groups, metadata
+from lora_embed.shards.beside import FilesBeside, assign
 from lora_embed.shards.listing import list_input
 from lora_embed.shards.look import absent_fields
 from lora_embed.shards.read import read_samples
 from samples import layout, parquet_of, png, tar_of
 
 Carry = tuple[tuple[str, str], ...]
+OF_IMAGES = {"file_name": ["a.jpg", "sub\\b.jpg", "sub/c.jpg", "gone.jpg"], "label": ["cat", "dog, big", "", "x"]}
 
 
 def write(folder: Path, **files: bytes | str) -> None:
@@ -82,9 +85,12 @@ def test_text_in_other_encodings_loses_its_mark(tmp_path: Path) -> None:
             '{"file_name": "a.jpg", "label": "cat"}\n\n{"file_name": "sub/b.jpg", "label": "dog, big"}\n'
             '{"file_name": "sub/c.jpg", "label": ""}\n["no row"]\n{"label": "no name"}\n',
         ),
+        ("metadata.parquet", parquet_of(OF_IMAGES)),
+        ("METADATA.PARQUET", parquet_of({**OF_IMAGES, "file_name": pa.array(OF_IMAGES["file_name"]).cast(pa.binary())})),
+        ("metadata.parquet", parquet_of({**OF_IMAGES, "file_name": ["a.jpg", "./sub/b.jpg", "sub/c.jpg", None]})),
     ],
 )  # fmt: skip
-def test_metadata_of_an_image_folder(tmp_path: Path, name: str, text: str) -> None:
+def test_metadata_of_an_image_folder(tmp_path: Path, name: str, text: bytes | str) -> None:
     for path in ("a.jpg", "sub/b.jpg", "sub/c.jpg", "sub/d.jpg"):
         put(tmp_path / path, png())
     put(tmp_path / name, text)
@@ -92,6 +98,21 @@ def test_metadata_of_an_image_folder(tmp_path: Path, name: str, text: str) -> No
     assert fields_of(tmp_path) == {
         "a.jpg": {"label": "cat"}, "sub/b.jpg": {"label": "dog, big"}, "sub/c.jpg": {"label": ""}, "sub/d.jpg": {},
     }  # fmt: skip
+
+
+def test_a_table_is_metadata_only_where_images_lie_at_it_or_below(tmp_path: Path) -> None:
+    """A Parquet file of that name may hold images itself; and one that is named outright is read."""
+    put(tmp_path / "images" / "a.jpg", png())
+    put(tmp_path / "images" / "metadata.parquet", parquet_of(OF_IMAGES))
+    put(tmp_path / "tables" / "metadata.parquet", parquet_of({"image": [png()]}))
+    listing = list_input((str(tmp_path),), {})
+    assert [shard.name for shard in listing.shards] == ["images/#0000of0001", "tables/metadata.parquet"]
+    assert listing.passed_over == {".parquet": 1}
+    named = list_input((f"{tmp_path}/images/metadata.parquet",), {})
+    assert [shard.kind for shard in named.shards] == ["parquet"]
+    (tmp_path / "images" / "metadata.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ShardError, match=r"metadata.parquet"):
+        fields_of(tmp_path / "images")
 
 
 def test_the_nearest_metadata_and_an_image_s_own_file_come_first(tmp_path: Path) -> None:
@@ -174,6 +195,8 @@ def test_a_field_that_no_sample_has_is_found_without_reading_images(tmp_path: Pa
     put(tmp_path / "loose" / "x.jpg", png())
     put(tmp_path / "loose" / "metadata.csv", "file_name,label,hint\nx.jpg,a,b\n")
     assert "has the fields file_name, hint, label. Did you mean 'hint'?" in absent(tmp_path / "loose", ("hints", "string"))[0]
+    put(tmp_path / "loose" / "metadata.parquet", parquet_of({"file_name": ["x.jpg"], "day": ["x"]}))
+    assert "has the fields day, file_name, hint, label." in absent(tmp_path / "loose", ("hints", "string"))[0]
     (tmp_path / "loose" / "x.jpg").unlink()
     put(tmp_path / "only" / "b.parquet", parquet_of({"image": [png()], "Label": ["x"]}))
     assert "b.parquet has the fields Label, image. Did you mean 'Label'?" in absent(tmp_path / "only", ("label", "string"))[0]
@@ -186,14 +209,69 @@ def test_a_field_that_no_sample_has_is_found_without_reading_images(tmp_path: Pa
     assert absent(tmp_path, ("day", "string")) == [], "the run itself says what is wrong with the shard"
 
 
-def test_images_without_files_beside_them_take_no_memory() -> None:
-    """The listing of a million images and one file of fields must not hold a million records at once."""
-    images = (f"{number:06d}.jpg" for number in range(50_000))
+@pytest.mark.parametrize(("kept", "times"), [(10**6, 2), (1000, 12)])
+def test_metadata_of_many_shards_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int, times: int) -> None:
+    """Unless it is large. After a change, it is read again."""
+    monkeypatch.setattr(image_groups, "IMAGES_PER_GROUP", 4)
+    monkeypatch.setattr(metadata, "MOST_KEPT", kept)
+    read, rows = list[str](), metadata._rows
+    monkeypatch.setattr(metadata, "_rows", lambda store, entry, *rest: (read.append(entry.etag), rows(store, entry, *rest))[1])
+    for number in range(16):
+        put(tmp_path / f"{number}.jpg", png())
+    for label in ("cat", "a dog"):
+        lines = [f"{number}.jpg,{label} {number}" for number in range(16)]
+        put(tmp_path / "metadata.csv", "\n".join(["file_name,label", *lines]))
+        put(tmp_path / "none" / "x.jpg", png())
+        found = fields_of(tmp_path)
+        assert found.pop("none/x.jpg") == {}
+        assert found == {f"{number}.jpg": {"label": f"{label} {number}"} for number in range(16)}
+    assert len(shards_of(tmp_path)) == 5
+    assert len(read) == times
+
+
+@pytest.mark.parametrize(("files", "most"), [(1, 150), (50_000, 330)])
+def test_files_beside_many_images_take_little_memory(files: int, most: int) -> None:
+    """The listing of a million images, of which few or all have a file of fields, must not hold a million records at once."""
+    groups = {
+        (number, 2): Entries(Entry(f"{image:06d}.jpg", 1, "e") for image in range(number, 50_000, 2)) for number in (0, 1)
+    }
     tracemalloc.start()
     try:
-        found = assign(images, [Entry("000007.json", 1, "e")], ["label"])
+        beside = FilesBeside(["label"])
+        for number in range(files):
+            beside.add((f"{number + 7:06d}.json", 1, "e", ""))
+        dealt = beside.deal("", groups)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert {path: [file.path for file in files] for path, files in found.items()} == {"000007.jpg": ["000007.json"]}
-    assert peak < 1_000_000
+    assert (
+        sorted(path for group in dealt.values() for path in group.paths())
+        == [f"{n + 7:06d}.json" for n in range(files)][:49_993]
+    )
+    assert all(int(path[:6]) % 2 == number for (number, _), group in dealt.items() for path in group.paths())
+    assert beside.finish() == ({} if files == 1 else {".json": 7})
+    assert peak < most * 50_000
+
+
+def test_files_beside_images_of_many_groups(tmp_path: Path) -> None:
+    """Each image has the fields of its own files, and a copy of the folder, whose files come in another order, equal ids."""
+    names, listings = [f"{number:04d}" for number in range(3000)], []
+    for place, ordered in (("first", names), ("copy", names[::-1])):
+        folder = tmp_path / place / "in"
+        for name in ordered:
+            put(folder / f"{name}.jpg", b"x")
+            put(folder / f"{name}.json", json.dumps({"label": name}))
+        put(folder / "0007.png", b"x")  # shares its file with an image of another group
+        put(folder / "0008.jpg.label", "its own")
+        put(folder / "lonely.json", "{}")
+        listings.append(list_input((str(folder),), {}, fields=("label",)))
+    first, copy = listings
+    assert first.passed_over == {".json": 1}
+    beside: dict[str, list[str]] = {}
+    for shard in first.shards:
+        files = assign({entry.path for entry in shard.files}, shard.sidecars)
+        beside.update({path: [entry.path for entry in entries] for path, entries in files.items()})
+    expected = {f"{name}.jpg": [f"{name}.json"] for name in names} | {"0007.png": ["0007.json"]}
+    assert beside == expected | {"0008.jpg": ["0008.jpg.label", "0008.json"]}
+    assert sum(len(shard.sidecars) for shard in first.shards) == 3002
+    assert [shard.id for shard in first.shards] == [shard.id for shard in copy.shards]

@@ -16,6 +16,7 @@ from lora_embed.entries import Entries, Entry
 from lora_embed.errors import ConfigError, StorageError
 from lora_embed.schema import ChunkHead, Shard
 from lora_embed.shards import image_groups
+from lora_embed.shards.beside import FilesBeside
 from lora_embed.shards.listing import list_input, list_shards
 from lora_embed.shards.patterns import expand_braces
 from lora_embed.store.store import Store
@@ -121,7 +122,8 @@ def images(number: int, folder: str = "f") -> list[Entry]:
 
 
 def grouped(entries: list[Entry], known: Iterable[str] = ()) -> list[Shard]:
-    return list(image_groups.image_groups("/root", {"f": Entries(entries)}, {}, image_groups.divided_groups(known)))
+    divided = image_groups.divided_groups(known)
+    return list(image_groups.image_groups("/root", {"f": Entries(entries)}, FilesBeside(()), divided))
 
 
 GROUPED = {shard.name: shard.id for shard in grouped(images(3000))}

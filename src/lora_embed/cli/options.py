@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Version = Annotated[int | None, typer.Option(help="The version to read; by default the current one.")]
 MessageLog = Annotated[LogFormat, typer.Option("--log-format", callback=log_as, help="Format of messages on stderr.")]
 Group = Annotated[str | None, typer.Option(metavar="FIELD", help="Images with the same value stay in one part.")]
 TableOrJob = Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lora_embed.cli.options import Json, Set, TableOrJob, find_table, print_result
+from lora_embed.cli.options import Json, Set, TableOrJob, Version, find_table, print_result
 from lora_embed.errors import ConfigError
 from lora_embed.text import counted
 
@@ -30,7 +30,13 @@ def rollback(
     )
 
 
-def explain(table: TableOrJob, id: str, version: int | None = None, set_: Set = None, as_json: Json = False) -> None:
+def explain(
+    table: TableOrJob,
+    id: Annotated[str, typer.Argument(metavar="ID", help="Id of a row.")],
+    version: Version = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
     """Show where a row came from: image, shard, encoder, adapters, and the first version that holds it."""
     from lora_embed.table.lineage import explain_row
 
@@ -84,7 +90,7 @@ def status(
     print_result(asdict(state) | {"runs": [run.to_dict() for run in runs]}, as_json, text)
 
 
-def verify(table: TableOrJob, version: int | None = None, set_: Set = None, as_json: Json = False) -> None:
+def verify(table: TableOrJob, version: Version = None, set_: Set = None, as_json: Json = False) -> None:
     """Read a version's files again and check their SHA-256, counts and ids, and that the encoder exists."""
     from lora_embed.table.verify import verify_table
 
@@ -100,7 +106,7 @@ def export(
     table: TableOrJob,
     to: Annotated[str, typer.Option(metavar="KIND", help="faiss-flat, faiss-ivf, faiss-hnsw or lance.")],
     out: Annotated[Path, typer.Option(help="New directory to write the index to.")],
-    version: Annotated[int | None, typer.Option(help="The version to export; by default the current one.")] = None,
+    version: Version = None,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -122,7 +128,7 @@ def search(
         list[str] | None,
         typer.Option("--input", metavar="INPUT", help="With --page: read pictures from there, if it is the table's input."),
     ] = None,
-    version: Annotated[int | None, typer.Option(help="The version to search; by default the current one.")] = None,
+    version: Version = None,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:

@@ -1,6 +1,5 @@
 """Staged parts → the next version: verify, gates, compact, commit."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -18,12 +17,11 @@ from lora_embed.schema import Part, Shard
 from lora_embed.shards.listing import Listing
 from lora_embed.store.store import Store
 from lora_embed.table import compact, staging, versions
-from lora_embed.table.manifest import Manifest, ShardCounts, join_records
+from lora_embed.table.manifest import Manifest, ShardCounts, join_records, place_of
 from lora_embed.table.rejects import describe_examples, describe_rejects, read_rejects
 
 SHARDS_PER_TASK = 64  # to verify one takes milliseconds
 BYTES_HERE = 2 * compact.DATA_FILE_BYTES  # vectors up to this size are compacted here, as starting a worker takes seconds
-_GROUP = re.compile(r"/#(\d+of\d+|[0-9a-f]{16})$")  # names of groups of loose images, and of ranges of a list, end like this
 
 
 def publish(
@@ -202,7 +200,7 @@ def _shares(job: JobConfig, current: Manifest | None, new_shards: list[ShardCoun
     before = current.shards if current is not None else {}
     replaced = [shard for shard_id, shard in before.items() if shard_id not in kept_ids]
     samples_now, samples_before = _by_place(new_shards), _by_place(replaced)
-    removed = sum(1 for shard in replaced if _place(shard) not in samples_now)
+    removed = sum(1 for shard in replaced if place_of(shard.name) not in samples_now)
     lost, total = (samples_before - samples_now).total(), _samples(before.values())
     figures = {
         "rejects": (rejects / max(samples, 1), job.max_rejects, f"{rejects:,} of {samples:,} new samples cannot be embedded"),
@@ -225,10 +223,5 @@ def _samples(shards: Iterable[ShardCounts]) -> int:
 def _by_place(shards: Iterable[ShardCounts]) -> Counter[str]:
     samples: Counter[str] = Counter()
     for shard in shards:
-        samples[_place(shard)] += shard.samples
+        samples[place_of(shard.name)] += shard.samples
     return samples
-
-
-def _place(shard: ShardCounts) -> str:
-    """A shard's name; for a group of loose images its folder, and for a range of a list that list, since these change."""
-    return _GROUP.sub("", shard.name)

@@ -47,7 +47,8 @@ def refuse_absent_fields(opened: OpenJob) -> None:
     if not absent:
         return
     says = "\n".join(f"carry names {absence.describe()}." for absence in absent)
-    if current is not None and [list(pair) for pair in layout.carry] == current.pins["carry"]:
+    columns = current.pins["carry"] if current is not None else []
+    if all([absence.name, absence.type] in columns for absence in absent):
         say(f"{says} Its column will be null.", level="warning")
         return
     example = f"carry: [{{name: {absent[0].name}, optional: true}}]"

@@ -8,15 +8,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lora_embed.entries import Entries, Entry
+from lora_embed.entries import Entries
 from lora_embed.schema import Shard
+from lora_embed.shards.beside import FilesBeside, Group, assign
 
 IMAGES_PER_GROUP = 1024  # of a folder that a table does not hold yet: at most, on average
 MOST_GROWTH = 2  # times as many images may come into a group before it is divided in two
 _MOST_GROUPS = 2**32  # of a folder, so that what a faulty store or manifest names cannot be divided endlessly
 _NAME = re.compile(r"(.*)/#(\d{4,10})of(\d{4,10})", re.DOTALL)
-
-Group = tuple[int, int]  # n of m: the images with hash % m == n, where m is a power of two
 
 
 def divided_groups(names: Iterable[str]) -> dict[str, set[Group]]:
@@ -36,7 +35,7 @@ def divided_groups(names: Iterable[str]) -> dict[str, set[Group]]:
 
 
 def image_groups(
-    root: str, folders: dict[str, Entries], beside: dict[str, list[Entry]], divided: dict[str, set[Group]]
+    root: str, folders: dict[str, Entries], beside: FilesBeside, divided: dict[str, set[Group]]
 ) -> Iterator[Shard]:
     """The shards of loose images. `folders`: each folder's images; it is emptied meanwhile.
 
@@ -44,27 +43,28 @@ def image_groups(
     """
     root_name = folder_name(root)
     for folder in sorted(folders):
-        place = folder or "."
-        for (number, of), dealt in _deal(folders.pop(folder), divided.get(place)):
-            by_path = {state[0]: state for state in dealt.states()}  # a faulty store may list a file twice
-            files, states = Entries(), [by_path[path] for path in sorted(by_path)]
-            for state in states:
-                files.add(*state)
-            sidecars = tuple(entry for path in (folder, *by_path) for entry in beside.get(path, ()))
-            name = f"{place}/#{number:04d}of{of:04d}"
-            state_of_sidecars = [(entry.path, entry.size, entry.etag) for entry in sidecars]
+        place, metadata = folder or ".", beside.metadata_above(folder)
+        groups = _deal(folders.pop(folder), divided.get(place))
+        own = beside.deal(folder, groups)
+        for group in sorted(groups):
+            by_path = {state[0]: state for state in groups.pop(group).states()}  # a faulty store may list a file twice
+            states = [by_path[path] for path in sorted(by_path)]
+            others = sorted(own.pop(group, ()), key=lambda entry: entry.path)
+            of_image = assign(by_path, [*metadata, *others])
+            sidecars = Entries(entry for path in (folder, *sorted(by_path)) for entry in of_image.get(path, ()))
+            name = f"{place}/#{group[0]:04d}of{group[1]:04d}"
             yield Shard(
-                id=hash_of(root_name, name, *(state[:3] for state in states), *state_of_sidecars),
+                id=hash_of(root_name, name, *(state[:3] for state in (*states, *sidecars.states()))),
                 name=name,
                 prefix=folder,
                 kind="images",
                 root=root,
-                files=files,
+                files=Entries.of(states),
                 sidecars=sidecars,
             )
 
 
-def _deal(files: Entries, divided: set[Group] | None) -> Iterator[tuple[Group, Entries]]:
+def _deal(files: Entries, divided: set[Group] | None) -> dict[Group, Entries]:
     """A folder's images by group; only the groups that hold an image."""
     fewest = 1
     if divided is None:
@@ -86,8 +86,7 @@ def _deal(files: Entries, divided: set[Group] | None) -> Iterator[tuple[Group, E
             of = 2 * group[1]
             for state in groups.pop(group).states():
                 groups[_hash_of_name(state[0]) % of, of].add(*state)
-    for group in sorted(groups):
-        yield group, groups.pop(group)
+    return groups
 
 
 def _hash_of_name(path: str) -> int:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, assert_never
 
 from lora_embed.schema import Shard
-from lora_embed.shards.beside import METADATA
 from lora_embed.shards.checked_parquet import ParquetFile
+from lora_embed.shards.metadata import METADATA
 from lora_embed.shards.tar_groups import looks_like_image, split_name
 from lora_embed.shards.tar_headers import open_headers, read_members
 from lora_embed.store.store import Store
@@ -28,8 +28,11 @@ def known_fields(shard: Shard, options: dict[str, Any]) -> list[str]:
 
 def _names(shard: Shard, store: Store) -> Iterator[str]:
     if shard.kind == "images":
-        for entry in shard.sidecars[:MOST_FILES]:
+        for entry in itertools.islice(shard.sidecars, MOST_FILES):
             with store.open(entry.path, MOST_BYTES) as file:
+                if entry.path.lower().endswith(".parquet"):
+                    yield from ParquetFile(file, entry.size, entry.path).schema.names
+                    continue
                 yield from _names_in(posixpath.basename(entry.path).lower(), file.read(MOST_BYTES))
         return
     with store.open(next(iter(shard.files)).path, MOST_BYTES) as file:

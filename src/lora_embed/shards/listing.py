@@ -14,12 +14,13 @@ from lora_embed.images.recognise import name_of
 from lora_embed.monitor.progress import say
 from lora_embed.schema import Shard, add_kinds
 from lora_embed.shards import kinds
-from lora_embed.shards.beside import assign
-from lora_embed.shards.image_groups import Group, divided_groups, folder_name, hash_of, image_groups
+from lora_embed.shards.beside import FilesBeside, Group, folders_above
+from lora_embed.shards.image_groups import divided_groups, folder_name, hash_of, image_groups
 from lora_embed.shards.img2dataset import without_metadata
 from lora_embed.shards.kinds import Kind
 from lora_embed.shards.list_rows import LISTS, References
 from lora_embed.shards.lists import expand_lists, hint, without_listed
+from lora_embed.shards.metadata import is_metadata
 from lora_embed.shards.patterns import Files, find_files
 from lora_embed.store.store import Store
 
@@ -123,8 +124,9 @@ def _group(
 ) -> list[Shard]:
     """Files → shards. Hidden files and files of other kinds are counted in `passed`, unless their full names are given."""
     where, root_name = f"input {files.pattern}", folder_name(files.root)
-    shards, others, here = [], Entries(), Counter[str]()
+    shards, beside, here = [], FilesBeside(fields), Counter[str]()
     images: dict[str, Entries] = defaultdict(Entries)  # by folder
+    tables = Entries()  # that may be metadata of images
     if files.linked_folders:
         here[kinds.FOLDER] += files.linked_folders
     for state in files.entries.states():
@@ -140,19 +142,27 @@ def _group(
             kind = _kind_of_named(files, path, broken, options)
         if kind is not None and not path.isascii() and _NOT_UTF8.search(path):
             raise ConfigError(f"{where}: the file name {path!r} is not UTF-8, but ids must be. Rename the file.")
-        if kind == "images":
+        if kind == "parquet" and is_metadata(path) and not is_named and not broken:
+            tables.add(*state)  # whether it describes images shows when all of them are known
+        elif kind == "images":
             images[posixpath.dirname(path)].add(*state)
         elif kind is not None and broken:
             raise ConfigError(f"{where}: {path} is {broken}. Fetch the file again, or remove the name.")
         elif kind is not None:
             shards.append(_single(files.root, root_name, Entry(*state[:3]), kind))
         else:
-            others.add(*state)
-    paths = itertools.chain.from_iterable(entries.paths() for entries in images.values())
-    beside = assign(paths, itertools.chain(others, files.others), fields) if fields else {}
-    used = {entry.path for some in beside.values() for entry in some}
-    here.update(kinds.BROKEN if entry.broken else kinds.counted_as(entry.path) for entry in others if entry.path not in used)
-    if not shards and not images:
+            beside.add(state)
+    described = {above for folder in images for above in folders_above(folder)} if len(tables) else set()
+    for state in tables.states():
+        if posixpath.dirname(state[0]) in described:
+            beside.add(state)
+        else:
+            shards.append(_single(files.root, root_name, Entry(*state[:3]), "parquet"))
+    for state in files.others.states() if fields and images else ():
+        beside.add(state, is_input=False)
+    shards.extend(image_groups(files.root, images, beside, divided))
+    here += beside.finish()
+    if not shards:
         found = f" It passes over {describe_passed(_most_first(here))}." if here else ""
         raise ConfigError(
             f"{where}: matches no tar, Parquet or image file among {files.looked_at} file{'' if files.looked_at == 1 else 's'} "
@@ -160,7 +170,6 @@ def _group(
             "name." + next(filter(None, map(hint, files.entries.paths())), "")
         )
     passed.update(here)
-    shards.extend(image_groups(files.root, images, beside, divided))
     return shards
 
 

@@ -37,13 +37,15 @@ class Absence:
         if self.others:
             found = ", ".join(self.others)
             return f"{self.name}: of {of}, none has it as {self.type}, but as {found}. Carry it as text: {self.name}"
+        if self.name in self.known:
+            return f"{self.name}: of {of}, all that have this field have null there"
         near = difflib.get_close_matches(self.name, self.known, 1)
         has = f" {self.first_shard} has the fields {', '.join(self.known[:NAMED])}." if self.known else ""
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return (
             f"{self.name}: of {of}, none has that field.{has}{hint} A field is a column of Parquet; a key of x.json beside "
-            "x.jpg, in a tar or a folder; the text of a file with that ending, such as x.cls; a column of metadata.csv or "
-            "metadata.jsonl; name=… of a folder; or `folder`, the folder's own name"
+            "x.jpg, in a tar or a folder; the text of a file with that ending, such as x.cls; a column of metadata.csv, "
+            "metadata.jsonl or metadata.parquet; name=… of a folder; or `folder`, the folder's own name"
         )
 
 

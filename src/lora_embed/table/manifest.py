@@ -111,10 +111,18 @@ def join_records(records: Iterable[ShardCounts]) -> dict[str, ShardCounts]:
     return joined
 
 
+_PART = re.compile(r"/#(\d+of\d+|[0-9a-f]{16})\Z")  # names of groups of loose images, and of ranges of a list, end like this
+
+
+def place_of(shard_name: str) -> str:
+    """A shard's name; for a group of loose images its folder, and for a range of a list that list, since these change."""
+    return _PART.sub("", shard_name)
+
+
 def prefix_of(shard_name: str) -> str:
-    """The part of a shard's sample ids before `/` and key: the shard's name, or the folder of a group of loose images."""
-    group = re.fullmatch(r"(.*)/#\d+of\d+", shard_name)
-    return shard_name if group is None else group[1] if group[1] != "." else ""
+    """The part of a shard's sample ids before `/` and key."""
+    place = place_of(shard_name)
+    return "" if place == "." else place
 
 
 def prefixes_of_ids(ids: Iterable[str]) -> set[str]:
