@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_embed.chain.actors import EmbedShards, EncoderSource, Pass, VectorChunk
+from lora_embed.chain.actors import EmbedShards, VectorChunk
 from lora_embed.chain.chunks import decode_blocks
-from lora_embed.chain.items import Block, WorkItem
+from lora_embed.chain.items import Block, EncoderSource, Pass, WorkItem
 from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.demo import parts
 from lora_embed.demo.tour import ADAPTERS
@@ -80,15 +80,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folders = build_encoders(arguments.encoders, Path(scratch))
         block = write_shard(arguments.images, Path(scratch))
-        abouts = [read_description(folder) for folder in folders]
-        asked = [
-            EncoderSource(uri=str(folder), dimension=about.dimension, preprocessing=about.preprocessing)
-            for folder, about in zip(folders, abouts, strict=True)
-        ]
+        sources = tuple(EncoderSource(uri=str(folder), description=read_description(folder)) for folder in folders)
         layout = Layout(precision="float32", batch_size=16, chunk_size=64)
-        each = Pass(encoders=tuple(asked), store=Store(scratch), input_options={}, layout=layout)
+        each = Pass(encoders=sources, store=Store(scratch), input_options={}, layout=layout)
         together = EmbedShards(each, "cpu", lambda: False)
-        alone = [EmbedShards(replace(each, encoders=(one,)), "cpu", lambda: False) for one in asked]
+        alone = [EmbedShards(replace(each, encoders=(source,)), "cpu", lambda: False) for source in sources]
         encoders = [load_encoder(folder) for folder in folders]
         decoding = (layout, each.prepare, {}, lambda: False)
         rows = list(decode_blocks(block, *decoding))
@@ -102,7 +98,7 @@ def main() -> None:
         seconds = shortest(works)
         chunks = [VectorChunk.from_row({name: values[0] for name, values in row.items()}) for row in together(block)]
     parts_s = seconds["decode"] + seconds["forwards"]
-    found = {"encoders": len(asked), "images": arguments.images, "decoded": sum(chunk.head.decoded for chunk in chunks)}
+    found = {"encoders": len(sources), "images": arguments.images, "decoded": sum(chunk.head.decoded for chunk in chunks)}
     found |= {name: round(value, 3) for name, value in seconds.items()}
     found |= {"one pass / (decode + forwards)": round(seconds["one pass"] / parts_s, 3)}
     print(json.dumps(found, indent=1))

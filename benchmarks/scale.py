@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from lora_embed.chain import cluster, pipeline
+from lora_embed.chain.items import Pass
 from lora_embed.config.models import JobConfig
 from lora_embed.entries import Entry
 from lora_embed.images.preprocess import Preprocessing
@@ -31,8 +32,9 @@ from lora_embed.shards.listing import Listing
 from lora_embed.store.local import create
 from lora_embed.store.store import Store
 from lora_embed.table import staging, versions
+from lora_embed.table.parquet import read_rows
 from lora_embed.table.parts import make_part, part_path, to_parquet, write_part
-from lora_embed.table.read import open_table, read_rows
+from lora_embed.table.read import Table, open_table
 
 SPACE, DIMENSION = "5ca1e5ca1e00", 384
 LAYOUT = Layout(precision="float32", batch_size=16)
@@ -93,7 +95,7 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
     store = Store(str(folder))
     shards = [shard_of(number) for number in range(count)]
     job = JobConfig(recipe="none", input=("/input",), table=str(folder), precision="float32", batch_size=16)
-    shared = pipeline.Job.of(job, store, ENCODER, LAYOUT)
+    shared = Pass.of(job, store, ENCODER, LAYOUT)
     cluster.connect()
     before_mb = peak_mb()
     missing = timed(found, "resume: find work", lambda: work.find_work(job, store, ENCODER, LAYOUT, [*shards, shard_of(count)]))
@@ -116,7 +118,7 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
         "driver_peak_mb": peak_mb(),
         "driver_before_mb": before_mb,
         "manifest_bytes": len(current.to_json()),
-        "part_bytes": len(to_parquet(read_rows(store, current.files[0].path).slice(0, 1))),
+        "part_bytes": len(to_parquet(read_rows(store, current.files[0].path, Table(store, current).schema).slice(0, 1))),
     }
 
 

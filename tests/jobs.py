@@ -18,7 +18,7 @@ import yaml
 
 from lora_embed.chain import cluster, pipeline
 from lora_embed.chain.actors import EmbedShards
-from lora_embed.chain.items import WorkItem
+from lora_embed.chain.items import Pass, WorkItem
 from lora_embed.config.models import JobConfig, load_job
 from lora_embed.monitor.stages import Workers
 from lora_embed.schema import ChunkHead
@@ -75,9 +75,9 @@ def job_of(folder: Path, recipe: Path, source: Path | list[Path], **options: Any
     return load_job(write_job(folder, recipe, source, **options))
 
 
-def embed_here(items: list[WorkItem], job: pipeline.Job, topology: cluster.Topology) -> Iterator[ChunkHead]:
+def embed_here(items: list[WorkItem], shared: Pass, topology: cluster.Topology) -> Iterator[ChunkHead]:
     """The chain in this process: the actor without its cluster."""
-    actor = EmbedShards(job.embedding, "cpu", lambda: False)
+    actor = EmbedShards(shared, "cpu", lambda: False)
     for block in pipeline.plan_blocks(items, 1):
         for row in actor({"block": np.array([block], dtype=object)}):
             yield ChunkHead.from_json(row["head"][0])

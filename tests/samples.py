@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from lora_embed.images.preprocess import Preprocessing
+from lora_embed.model.description import Description
 from lora_embed.schema import Layout, Sample, Shard
 from lora_embed.shards.listing import list_shards
 from lora_embed.shards.read import read_samples
@@ -52,6 +53,12 @@ def parquet_of(columns: dict[str, Any], row_group_size: int = 2) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer, row_group_size=row_group_size)
     return buffer.getvalue()
+
+
+def described(**changes: Any) -> Description:
+    """An encoder that is nowhere."""
+    known: dict[str, Any] = {"space_id": "0" * 12, "recipe_id": "1" * 12, "dimension": 4, "pooling": "mean", "tap": ""}
+    return Description(**known | {"normalize": False, "prefix_tokens": 0, "preprocessing": PREPROCESSING} | changes)
 
 
 def layout(**changes: Any) -> Layout:

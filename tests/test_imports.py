@@ -99,7 +99,7 @@ def is_placed(name: str) -> bool:
 def test_modules_are_found() -> None:
     assert {"config.models", "model.adapter", "demo.tour", "jobs.embed"} <= set(MODULES)
     assert own_imports("config.models") == {"errors", "config.messages", "config.paths", "config.values", "config.yaml"}
-    assert {"chain.pipeline", "gates.judge", "run.open", "schema"} <= own_imports("run.job")
+    assert {"chain.items", "gates.judge", "run.open", "schema"} <= own_imports("run.job")
     assert "model.build" in own_imports("run.encoders")
     assert "model.build" not in own_imports("run.encoders", at_import=True)
     assert "table.read" not in own_imports("cli.tables", at_import=True)

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_embed.chain.actors import EmbedImages, EmbedShards, EncoderSource, Pass, VectorChunk
+from lora_embed.chain.actors import EmbedImages, EmbedShards, VectorChunk
 from lora_embed.chain.chunks import decode_blocks
-from lora_embed.chain.items import Block, WorkItem
+from lora_embed.chain.items import Block, EncoderSource, Pass, WorkItem
 from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.images.decode import decode_image
 from lora_embed.images.preprocess import Joint, decoding
 from lora_embed.model.build import build_encoder
+from lora_embed.model.description import read_description
 from lora_embed.model.encoder import load_encoder
 from lora_embed.model.ingredients import gather
 from lora_embed.schema import Shard
@@ -57,13 +58,8 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def each_of(folders: list[Path]) -> Pass:
-    loaded = [load_encoder(folder).description for folder in folders]
-    sources = [
-        EncoderSource(uri=str(f), dimension=d.dimension, preprocessing=d.preprocessing)
-        for f, d in zip(folders, loaded, strict=True)
-    ]
     return Pass(
-        encoders=tuple(sources),
+        encoders=tuple(EncoderSource(uri=str(folder), description=read_description(folder)) for folder in folders),
         store=Store(str(folders[0].parent)),
         input_options={},
         layout=layout(carry=(("label", "string"),)),

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from jobs import tiny_recipe
-from lora_embed.chain.actors import EmbedImages, EncoderSource, Pass
+from lora_embed.chain.actors import EmbedImages
+from lora_embed.chain.items import EncoderSource, Pass
 from lora_embed.config.models import load_recipe
 from lora_embed.model.build import build_encoder
 from lora_embed.model.encoder import load_encoder
@@ -26,8 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_gpu_that_an_actor_does_not_hold_is_not_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch sees the GPUs of a node in every process, also in actors that Ray gave none; here it only says so."""
-    about = load_encoder(folder).description
-    source = EncoderSource(uri=str(folder), dimension=about.dimension, preprocessing=about.preprocessing)
+    source = EncoderSource(uri=str(folder), description=load_encoder(folder).description)
     layout = Layout(precision="float32", batch_size=4)
     shared = Pass(encoders=(source,), layout=layout, input_options={}, store=Store(str(folder.parent)))
 

@@ -25,10 +25,9 @@ from lora_embed.chain.chunks import decode_shard
 from lora_embed.chain.items import WorkItem
 from lora_embed.images.decode import decode_image
 from lora_embed.images.preprocess import Preprocessing
-from lora_embed.model.description import Description
 from lora_embed.model.encoder import Encoder
 from lora_embed.table.parts import make_part, to_parquet
-from samples import encoded, layout, noise, tar_shard
+from samples import described, encoded, layout, noise, tar_shard
 
 Pieces = Callable[[], Iterator[Any]]  # does some work and yields after each piece of it
 LEAST, MOST = 8, 40
@@ -128,10 +127,7 @@ def test_all_but_the_images_of_a_shard_costs_what_reading_and_hashing_take(tmp_p
 def test_embedding_costs_what_the_model_takes() -> None:
     config = ViTConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512)
     model = ViTModel(config, add_pooling_layer=False).eval()
-    description = Description(
-        space_id="", recipe_id="", dimension=128, pooling="last_mean", normalize=False, tap="", prefix_tokens=1,
-        preprocessing=SQUARE,
-    )  # fmt: skip
+    description = described(dimension=128, pooling="last_mean", prefix_tokens=1, preprocessing=SQUARE)
     encoder = Encoder([model], description, device="cpu", precision="float32", batch_size=4)
     batches = np.random.default_rng(0).integers(0, 256, (2, 4, 224, 224, 3), dtype=np.uint8)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from jobs import job_of, run_here, write_tars
-from lora_embed.chain import cluster, pipeline
-from lora_embed.model.description import Description
+from lora_embed.chain import cluster
+from lora_embed.chain.items import Pass
 from lora_embed.monitor import heartbeat
 from lora_embed.monitor.effort import Effort
 from lora_embed.monitor.stages import Workers
@@ -18,7 +18,7 @@ from lora_embed.run import journal
 from lora_embed.schema import ChunkHead
 from lora_embed.store import retry
 from lora_embed.store.store import Store
-from samples import PREPROCESSING, layout
+from samples import described, layout
 
 CHUNKS = 4_000
 CHUNK = ChunkHead(
@@ -41,11 +41,7 @@ def test_no_retry_is_lost_between_driver_and_heartbeat(tmp_path: Path, monkeypat
     run_here(monkeypatch)
     monkeypatch.setattr(heartbeat, "EVERY_S", 0.0)
     job = job_of(tmp_path, tmp_path / "recipe.yaml", write_tars(tmp_path / "shards", shards=1, images=1))
-    encoder = Description(
-        space_id="0" * 12, recipe_id="1" * 12, dimension=4, pooling="mean", normalize=False, tap="", prefix_tokens=0,
-        preprocessing=PREPROCESSING,
-    )  # fmt: skip
-    shared = pipeline.Job.of(job, Store(job.table), encoder, layout())
+    shared = Pass.of(job, Store(job.table), described(), layout())
     topology = cluster.Topology(decode=None, embed={}, write={}, device={}, workers=Workers(actors=1))
     retry.take_retries()
     ended = threading.Event()
@@ -57,7 +53,7 @@ def test_no_retry_is_lost_between_driver_and_heartbeat(tmp_path: Path, monkeypat
 
     others = threading.Thread(target=request)
     others.start()
-    with journal.recorded(journal.begin(job), job, shared.store, encoder.space_id, topology) as recording:
+    with journal.recorded(journal.begin(job), job, shared.store, shared.encoder.space_id, topology) as recording:
         recording.shared = shared
         for _ in range(CHUNKS):
             recording.effort.add(CHUNK)

@@ -15,7 +15,7 @@ from lora_embed.cli.options import read_as
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import ConfigError, GateFailed, IncompleteRun
 from lora_embed.evaluate.assess import open_source
-from lora_embed.evaluate.request import Request
+from lora_embed.evaluate.request import LabelledInput, Request
 from lora_embed.run.job import run_job
 from lora_embed.run.plan import plan_job
 from lora_embed.run.refuse import local_places
@@ -28,7 +28,7 @@ from lora_embed.store.store import Store
 from lora_embed.table import lineage
 from lora_embed.table.read import open_table
 from lora_embed.table.verify import verify_table
-from lora_embed.tune.labelled import Reading, Wanted, read_labelled
+from lora_embed.tune.labelled import Wanted, read_labelled
 from samples import PREPROCESSING, png
 
 
@@ -149,9 +149,8 @@ def test_evaluate_and_tune_read_the_lists_of_a_job(tmp_path: Path, tiny: Path, m
     """What `--data job.yaml` reads is what a run would read."""
     rows = {"url": images_in(tmp_path / "in", 8), "kind": ["a", "b"] * 4}
     job = job_with(tmp_path, tiny, write_list(tmp_path / "in" / "a.csv", rows))
-    reading = Reading(options={}, references=read_as(job)["references"])
     wanted = Wanted(fields=("kind",), group=None, most=8, seed=0)
-    found = read_labelled(job.input, wanted, PREPROCESSING, tmp_path / "work", reading)
+    found = read_labelled(LabelledInput(inputs=job.input, **read_as(job)), wanted, PREPROCESSING, tmp_path / "work")
     assert set(found.ids) == {f"a.csv/{path}" for path in rows["url"]}
     assert found.classes == {"kind": ("a", "b")}
     request = Request(recipes=(str(tiny),), inputs=job.input, labels=("kind",), work=str(tmp_path / "kept"), **read_as(job))

@@ -10,8 +10,6 @@ import pytest
 from jobs import job_of, read_rows, run_here, tiny_recipe, write_tars
 from lora_embed.config.models import JobConfig
 from lora_embed.entries import Entry
-from lora_embed.images.preprocess import Preprocessing
-from lora_embed.model.description import Description
 from lora_embed.run import work
 from lora_embed.run.job import run_job
 from lora_embed.schema import Part, Shard
@@ -25,7 +23,7 @@ from lora_embed.table.parts import part_path
 from lora_embed.table.read import open_table
 from lora_embed.table.verify import verify_table
 from lora_embed.table.versions import commit_version
-from samples import layout, png, tar_of
+from samples import described, layout, png, tar_of
 from traffic import Traffic, counted_traffic
 
 SPACE = "5ace5ace5ace"
@@ -166,17 +164,9 @@ def test_one_changed_shard_of_a_thousand_is_all_that_is_read_and_embedded(
     assert len(read_rows(tmp_path / "table")) == 2001
 
 
-def described() -> Description:
-    geometry = Preprocessing(resize=8, resample=3, crop=None, multiply=(1.0,) * 3, add=(0.0,) * 3)
-    return Description(
-        space_id=SPACE, recipe_id="0" * 12, dimension=384, pooling="mean", normalize=False, tap="", prefix_tokens=1,
-        preprocessing=geometry,
-    )  # fmt: skip
-
-
 def seconds_to_find(job: Any, store: Store, shards: list[Shard]) -> float:
     started = time.monotonic()
-    assert work.find_work(job, store, described(), LAYOUT, shards) == []
+    assert work.find_work(job, store, described(space_id=SPACE), LAYOUT, shards) == []
     return time.monotonic() - started
 
 

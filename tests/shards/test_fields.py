@@ -13,6 +13,7 @@ import pytest
 from lora_embed.chain.chunks import decode_shard
 from lora_embed.chain.items import WorkItem
 from lora_embed.evaluate.figures import classes_of, head_order
+from lora_embed.evaluate.request import LabelledInput
 from lora_embed.gates.checks import accuracy_change
 from lora_embed.model.head import class_names
 from lora_embed.shards.fields import typed
@@ -89,7 +90,7 @@ def test_odd_labels_of_a_shard_are_classes_and_columns(tmp_path: Path) -> None:
         chunks = decode_shard(WorkItem(shard=shard), layout(carry=(("label", kind),)), PREPROCESSING, {})
         assert sum(chunk.samples.num_rows for chunk in chunks) == len(texts)
     wanted = Wanted(fields=("label",), group="label", most=1000, seed=0)
-    found = read_labelled((str(tmp_path / "a.tar"),), wanted, PREPROCESSING, tmp_path / "work")
+    found = read_labelled(LabelledInput(inputs=(str(tmp_path / "a.tar"),)), wanted, PREPROCESSING, tmp_path / "work")
     assert {"--5", "²", "1_000", "\\ud800", "3", "[1]"} <= set(found.classes["label"])
     "".join(found.classes["label"]).encode()  # what is written of them is UTF-8
 

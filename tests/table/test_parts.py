@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_embed.chain.actors import EncoderSource, Pass, WriteParts
+from lora_embed.chain.actors import WriteParts
+from lora_embed.chain.items import EncoderSource, Pass
 from lora_embed.schema import ChunkHead, Layout, Part, part_schema, sample_schema, to_ipc
 from lora_embed.store.store import Store
 from lora_embed.table.parts import make_part, part_path, read_footer, to_parquet, write_part
-from samples import PREPROCESSING, layout
+from samples import described, layout
 
 HEAD = ChunkHead(shard_id="5" * 16, shard_name="a/0.tar", prefix="a/0.tar", chunk=2, last=True, good=2)
 CARRY = (("label", "int64"), ("text", "string"), ("share", "float64"), ("flag", "bool"))
@@ -48,8 +49,8 @@ def row_of(head: ChunkHead, batch: pa.RecordBatch, values: Any) -> dict[str, Any
 
 def writer(store: Store, shape: Layout) -> WriteParts:
     """Of parts with vectors of 5 numbers."""
-    source = EncoderSource(uri="", dimension=5, preprocessing=PREPROCESSING)
-    return WriteParts(Pass(encoders=(source,), layout=shape, input_options={}, store=store, space_id="space"))
+    source = EncoderSource.on(store, described(space_id="space", dimension=5))
+    return WriteParts(Pass(encoders=(source,), layout=shape, input_options={}, store=store, writes_parts=True))
 
 
 def test_a_part_round_trips(tmp_path: Path) -> None:

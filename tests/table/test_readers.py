@@ -8,7 +8,7 @@ import pytest
 
 from documented import bits, documented, expected_ids, run_documented
 from lora_embed.search.search import search_table
-from lora_embed.table.read import read_rows
+from lora_embed.table.parquet import read_rows
 from lora_embed.vectors.rows import vectors_of
 from tables import noise_vectors, publish_vectors, spread
 
@@ -47,7 +47,7 @@ def test_float16_that_is_byte_stream_split_is_read_but_not_by_duckdb(tmp_path: P
     whole = pq.read_table(path)
     pq.write_table(whole, path, use_dictionary=["shard"], column_encoding={"embedding.list.element": "BYTE_STREAM_SPLIT"})
     assert "BYTE_STREAM_SPLIT" in pq.read_metadata(path).row_group(0).column(1).encodings
-    assert read_rows(table.store, table.manifest.files[0].path) == whole
+    assert read_rows(table.store, table.manifest.files[0].path, table.schema) == whole
     assert bits(np.concatenate([vectors_of(batch) for batch in table.batches(["embedding"])])) == bits(
         written.astype(np.float32)
     )

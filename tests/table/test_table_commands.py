@@ -200,13 +200,14 @@ def test_columns_of_parquet_are_those_of_the_job(tmp_path: Path, server: S3Serve
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from lora_embed.evaluate.request import LabelledInput
     from lora_embed.images.preprocess import Preprocessing
-    from lora_embed.tune.labelled import Reading, Wanted, read_labelled
+    from lora_embed.tune.labelled import Wanted, read_labelled
 
     columns = {"photo": [png(n) for n in range(8)], "name": [f"n{n}" for n in range(8)], "kind": ["a", "b"] * 4}
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     shape = Preprocessing(resize=8, resample=3, crop=(8, 8), multiply=(1.0, 1.0, 1.0), add=(0.0, 0.0, 0.0))
     wanted = Wanted(fields=("kind",), group=None, most=8, seed=0)
-    reading = Reading(image_column="photo", key_column="name")
-    found = read_labelled((str(tmp_path / "rows.parquet"),), wanted, shape, tmp_path / "work", reading)
+    data = LabelledInput(inputs=(str(tmp_path / "rows.parquet"),), image_column="photo", key_column="name")
+    found = read_labelled(data, wanted, shape, tmp_path / "work")
     assert set(found.ids) == {f"rows.parquet/n{n}" for n in range(8)}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from test_table_read import LAYOUT, SPACE, publish, stage
 
-from lora_embed.chain import pipeline
+from lora_embed.chain.items import Pass
 from lora_embed.config.models import JobConfig
 from lora_embed.entries import Entry
 from lora_embed.errors import GateFailed, StorageError, StoreUnavailable, TableError
@@ -31,6 +31,7 @@ from lora_embed.table.versions import (
     refuse_held,
     roll_back,
 )
+from samples import described
 from tables import retire
 
 OTHER = "07e207e207e2"
@@ -242,8 +243,7 @@ def test_what_cannot_be_cleared_does_not_undo_a_publication(
     stage(store, "ee", "e.tar", 2)  # what the version absorbed
     manifest = replace(current_of(store), files=(replace(current_of(store).files[0], shards=(SHARD,)),))
     job = JobConfig(recipe="r", input=("i",), table=store.uri)
-    encoder = type("Encoder", (), {"space_id": SPACE})
-    _clear(pipeline.Job.of(job, store, encoder, LAYOUT), manifest)  # type: ignore[arg-type]
+    _clear(Pass.of(job, store, described(space_id=SPACE), LAYOUT), manifest)
     said = capfd.readouterr().err
     assert "version 3 is published, but its staged parts could not be removed" in said
     assert "no usable answer in 120 s and 12 tries" in said

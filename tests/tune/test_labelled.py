@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lora_embed.errors import ConfigError
+from lora_embed.evaluate.request import LabelledInput
 from lora_embed.images.decode import decode_image
 from lora_embed.images.preprocess import Preprocessing
 from lora_embed.tune.labelled import LabelledImages, Wanted, read_labelled
@@ -16,7 +17,7 @@ from tuning import picture, write_labelled
 
 def read(folder: Path, source: Path, preprocessing: Preprocessing = PREPROCESSING, **changes: Any) -> LabelledImages:
     settings: dict[str, Any] = {"fields": ("colour", "stripes"), "group": "pair", "most": 1000, "seed": 0}
-    return read_labelled((str(source),), Wanted(**settings | changes), preprocessing, folder)
+    return read_labelled(LabelledInput(inputs=(str(source),)), Wanted(**settings | changes), preprocessing, folder)
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +93,14 @@ def test_an_image_that_kills_its_decoder_is_a_reject_and_the_search_goes_on(
     for row, id_ in enumerate(found.ids):
         expected = decode_image(png(int(id_[-1])), PREPROCESSING).pixels
         np.testing.assert_array_equal(found.pixels[row], expected)
+
+
+def test_the_group_of_loose_images_is_read_from_the_files_beside_them(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.png").write_bytes(png(number))
+        (folder / f"{number}.colour").write_text("red" if number % 2 else "blue")
+        (folder / f"{number}.pair").write_text(f"p{number // 2}")
+    found = read(tmp_path / "work", folder, fields=("colour",))
+    assert sorted(found.names) == ["p0", "p0", "p1", "p1"]

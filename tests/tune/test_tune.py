@@ -93,7 +93,7 @@ def test_final_figures_are_of_held_back_groups_alone(folder: Path, tuned: Tuned)
         build_encoder(gather(tuned.recipe), folder / "built", lambda line: None)
         encoder = load_encoder(folder / "built")
     wanted = Wanted(fields=("colour", "stripes"), group="pair", most=search.most_images, seed=0)
-    images = read_labelled(search.inputs, wanted, encoder.description.preprocessing, search.work_folder)
+    images = read_labelled(search, wanted, encoder.description.preprocessing, search.work_folder)
     assert images.decoded == 0
     held = ~split_by_name(images.names, 0.5, 0)
     assert not set(np.array(images.names)[held]) & set(np.array(images.names)[~held])

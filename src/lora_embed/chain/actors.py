@@ -1,7 +1,7 @@
 """The actors of the chain: embed a chunk's pixels with one or several encoders, write its part, or do everything."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 
 from lora_embed.chain.chunks import decode_blocks
 from lora_embed.chain.device import take_device
+from lora_embed.chain.items import EncoderSource, Pass
 from lora_embed.errors import carries_errors
-from lora_embed.images.decode import Prepare
-from lora_embed.images.preprocess import Joint, Pixels, Preprocessing
 from lora_embed.monitor.stages import Stopwatch
-from lora_embed.schema import ChunkHead, Layout, from_ipc
+from lora_embed.schema import ChunkHead, from_ipc
 from lora_embed.store.retry import take_retries
 from lora_embed.store.store import Store
 from lora_embed.table.parts import make_part, write_part
@@ -23,50 +22,6 @@ from lora_embed.table.rejects import count_reasons, examples_of
 if TYPE_CHECKING:
     from lora_embed.model.encoder import Encoder
     from lora_embed.model.head import HeadOnBody
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderSource:
-    """Where an actor loads an encoder from, and the heads that it puts on the encoder's models."""
-
-    uri: str
-    options: dict[str, Any] = field(default_factory=dict, repr=False)  # of the store that holds it
-    dimension: int
-    preprocessing: Preprocessing
-    base: str | None = None  # the place of the base that the user named, for an encoder that is kept as an adapter
-    heads: tuple[tuple[int, str], ...] = ()  # number of the model in the encoder, path of the head in the pass's store
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pass:
-    """What all actors of one pass over the images share. All encoders of a pass use the same `preprocess.decoding`."""
-
-    encoders: tuple[EncoderSource, ...]
-    layout: Layout
-    input_options: dict[str, Any] = field(repr=False)
-    store: Store  # to write parts to and read heads from
-    space_id: str | None = None  # space of the parts; None: no parts are written, the vectors go back to the driver
-
-    @property
-    def dimension(self) -> int:
-        """The sum of the dimensions of all encoders, whose vectors are concatenated."""
-        return sum(encoder.dimension for encoder in self.encoders)
-
-    @property
-    def preparations(self) -> tuple[Preprocessing, ...]:
-        """The distinct ways in which an image is prepared."""
-        return tuple(dict.fromkeys(encoder.preprocessing for encoder in self.encoders))
-
-    @property
-    def prepare(self) -> Prepare:
-        """The preparation of an image, done once for all encoders."""
-        return self.preparations[0] if len(self.preparations) == 1 else Joint(parts=self.preparations)
-
-    def split(self, prepared: Pixels) -> dict[Preprocessing, Pixels]:
-        """The output of `prepare` for n images → pixels (n, H, W, 3) for each preparation."""
-        prepare = self.prepare
-        parts = prepare.split(prepared) if isinstance(prepare, Joint) else [prepared]
-        return dict(zip(self.preparations, parts, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +86,7 @@ class EmbedImages:
         for number, (source, encoder) in enumerate(zip(self._shared.encoders, self._encoders, strict=True)):
             if head.good:
                 with clock.timing(f"forward {number}"):
-                    vectors.append(encoder.embed_pixels(pixels[source.preprocessing]))
+                    vectors.append(encoder.embed_pixels(pixels[source.description.preprocessing]))
                     logits = [on_body.take(head.good) for on_body in self._heads[number]]
                     classes += [values.argmax(axis=1).astype(np.int32)[:, None] for values in logits]
         if not head.error:
@@ -159,9 +114,7 @@ class WriteParts:
     """Commits parts. An actor, since Ray starts a new process for each task that holds no CPU."""
 
     def __init__(self, shared: Pass) -> None:
-        assert shared.space_id is not None
-        self._store, self._layout, self._dimension = shared.store, shared.layout, shared.dimension
-        self._space_id = shared.space_id
+        self._store, self._layout, self._encoder = shared.store, shared.layout, shared.encoder
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Rows of `EmbedImages` → committed parts; returns a row with the part's `head`, which now has its counts."""
@@ -171,9 +124,9 @@ class WriteParts:
         if not head.error:
             clock = Stopwatch()
             with clock.timing("write"):
-                vectors = chunk.vectors.reshape(head.good, self._dimension)
+                vectors = chunk.vectors.reshape(head.good, self._encoder.dimension)
                 part = make_part(head, chunk.samples, vectors, self._layout)
-                write_part(self._store, self._space_id, self._layout, head, part)
+                write_part(self._store, self._encoder.space_id, self._layout, head, part)
             head = replace(
                 head,
                 samples=part.num_rows,
@@ -190,7 +143,7 @@ class EmbedShards:
 
     def __init__(self, shared: Pass, kind: str, was_tried: Callable[[], bool]) -> None:
         self._embed = EmbedImages(shared, kind)
-        self._write = WriteParts(shared) if shared.space_id is not None else None
+        self._write = WriteParts(shared) if shared.writes_parts else None
         self._decoding = (shared.layout, shared.prepare, shared.input_options, was_tried)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:

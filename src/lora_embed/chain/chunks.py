@@ -113,7 +113,7 @@ def decode_shard(
     clock = Stopwatch()
     for stretch in find_stretches(item, layout):
         span, open_chunk = stretch.span, _Chunk(stretch.span.first // size, layout, preprocessing, decode)
-        keys |= stretch.passed
+        keys |= stretch.skipped_keys
         samples = read(shard, layout, options, _Missing(done, size), span)
         for number, sample in enumerate(clock.timed("read", samples), span.first):
             if item.limit is not None and number >= item.limit:
@@ -137,10 +137,10 @@ def decode_shard(
 
 def _twice(shard: Shard) -> str:
     """The detail of a sample whose key an earlier one has."""
-    says = "an earlier sample of this shard has the same key"
+    detail = "an earlier sample of this shard has the same key"
     if shard.kind != "parquet":
-        return says
-    return f"{says}. Set key_column to a column of distinct values, or to {NUMBERED} to number the rows"
+        return detail
+    return f"{detail}. Set key_column to a column of distinct values, or to {NUMBERED} to number the rows"
 
 
 @dataclass(frozen=True)

@@ -120,9 +120,9 @@ def _metrics_port() -> int | None:
 
 def say_where_metrics_are() -> None:
     """Log the URL of the metrics endpoint of this process's node."""
-    here = ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
-    for node in ray.nodes() if here is not None else ():
-        if node["NodeID"] == here and node.get("MetricsExportPort", 0) > 0:
+    own_node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
+    for node in ray.nodes() if own_node is not None else ():
+        if node["NodeID"] == own_node and node.get("MetricsExportPort", 0) > 0:
             url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
             say(f"metrics: {url}", event="metrics", url=url)
 

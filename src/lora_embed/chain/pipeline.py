@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray
@@ -10,17 +9,14 @@ import ray.data
 import ray.data.exceptions
 import ray.exceptions
 
-from lora_embed.chain.actors import EmbedImages, EmbedShards, EncoderSource, Pass, VectorChunk, WriteParts
+from lora_embed.chain.actors import EmbedImages, EmbedShards, VectorChunk, WriteParts
 from lora_embed.chain.chunks import decode_blocks
 from lora_embed.chain.cluster import MAX_RETRIES, Topology
 from lora_embed.chain.device import Device, inspect_device
-from lora_embed.chain.items import Block, WorkItem
+from lora_embed.chain.items import Block, Pass, WorkItem
 from lora_embed.chain.ray_private import map_rows, was_tried_before
-from lora_embed.config.models import JobConfig
 from lora_embed.errors import IncompleteRun, LoraEmbedError, WorkersLost, carried_error
-from lora_embed.model.description import Description
-from lora_embed.schema import ChunkHead, Layout, encoder_path
-from lora_embed.store.store import Store
+from lora_embed.schema import ChunkHead
 
 WAVE, BLOCKS_IN_WAVE = 2000, 32  # blocks in one Dataset: at least, and per reader; each Dataset starts new actors
 BLOCK_BYTES, BLOCK_ITEMS = 32 * 2**20, 64  # limits of a block into which small shards are grouped
@@ -28,56 +24,12 @@ BLOCKS_PER_READER = 8  # at least, if there are enough shards, so that readers f
 R = TypeVar("R")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """The settings that all chunks of a run share."""
-
-    input_options: dict[str, Any] = field(repr=False)
-    store: Store  # to write parts to
-    encoder_uri: str
-    encoder_options: dict[str, Any] = field(repr=False)
-    encoder: Description
-    layout: Layout
-    base: str | None = None  # the place of the base that the user named, for an encoder that is kept as an adapter
-
-    @property
-    def embedding(self) -> Pass:
-        """The settings that the actors need."""
-        encoder = EncoderSource(
-            uri=self.encoder_uri,
-            options=self.encoder_options,
-            dimension=self.encoder.dimension,
-            preprocessing=self.encoder.preprocessing,
-            base=self.base,
-        )
-        return Pass(
-            encoders=(encoder,),
-            layout=self.layout,
-            input_options=self.input_options,
-            store=self.store,
-            space_id=self.encoder.space_id,
-        )
-
-    @classmethod
-    def of(cls, job: JobConfig, store: Store, encoder: Description, layout: Layout, base: str | None = None) -> "Job":
-        """A job whose encoder and parts are on its table's storage."""
-        return cls(
-            input_options=job.input_storage_options,
-            store=store,
-            encoder_uri=f"{store.uri}/{encoder_path(encoder.space_id)}",
-            encoder_options=store.options,
-            encoder=encoder,
-            layout=layout,
-            base=base,
-        )
-
-
-def embed_items(items: list[WorkItem], job: Job, topology: Topology) -> Iterator[ChunkHead]:
+def embed_items(items: list[WorkItem], shared: Pass, topology: Topology) -> Iterator[ChunkHead]:
     """Embed work items and commit their parts; yields the head of each chunk with its counts or its error.
 
     Raises EncoderError if an actor does not reproduce the golden vectors, WorkersLost if Ray gives up.
     """
-    for row in _run_chain(items, job.embedding, topology):
+    for row in _run_chain(items, shared, topology):
         yield ChunkHead.from_json(row["head"])
 
 
@@ -95,16 +47,16 @@ def _run_chain(items: list[WorkItem], shared: Pass, topology: Topology) -> Itera
 
     One row is one chunk and is passed on alone (`batch_size=1`), so that chunks stay whole and inside one shard.
     """
-    decoding = (shared.layout, shared.prepare, shared.input_options, was_tried_before)
+    decode_arguments = (shared.layout, shared.prepare, shared.input_options, was_tried_before)
     for blocks in _waves(items, topology.workers.readers):
         rows = ray.data.from_items([{"block": block} for block in blocks], override_num_blocks=len(blocks))
         if topology.decode is None:
-            whole = (shared, topology.kind, was_tried_before)
-            rows = map_rows(rows, EmbedShards, fn_constructor_args=whole, **topology.embed)
+            actor_arguments = (shared, topology.kind, was_tried_before)
+            rows = map_rows(rows, EmbedShards, fn_constructor_args=actor_arguments, **topology.embed)
         else:
-            rows = map_rows(rows, decode_blocks, fn_args=decoding, **topology.decode)
+            rows = map_rows(rows, decode_blocks, fn_args=decode_arguments, **topology.decode)
             rows = map_rows(rows, EmbedImages, fn_constructor_args=(shared, topology.kind), **topology.embed)
-            if shared.space_id is not None:
+            if shared.writes_parts:
                 rows = map_rows(rows, WriteParts, fn_constructor_args=(shared,), **topology.write)
         with _package_errors():
             yield from rows.iter_rows()

@@ -130,9 +130,9 @@ def log_messages() -> None:
 def _log(data: dict[str, Any], ignore_prefix: Any = None, *_: Any, **__: Any) -> None:
     """Log a message without its traceback: the run continues, or ends with an error of its own."""
     for message in data["lines"]:
-        said, _, trace = message.partition("Error: Traceback")
+        headline, _, trace = message.partition("Error: Traceback")
         cause = [line.strip() for line in trace.splitlines() if line.strip()][-1:]
-        logging.getLogger(__name__).warning("%s", " ".join(["Ray:", *said.split(), *cause])[:1000])
+        logging.getLogger(__name__).warning("%s", " ".join(["Ray:", *headline.split(), *cause])[:1000])
 
 
 def was_tried_before() -> bool:

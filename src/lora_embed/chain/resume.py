@@ -17,7 +17,7 @@ class Stretch:
     """Samples to read one after the other, and the keys of the samples that were skipped just before them."""
 
     span: Span
-    passed: frozenset[str] = frozenset()
+    skipped_keys: frozenset[str] = frozenset()
 
 
 FROM_THE_START = [Stretch(span=WHOLE)]
@@ -34,9 +34,9 @@ def find_stretches(item: WorkItem, layout: Layout) -> list[Stretch]:
     runs = list(missing_runs(item.done, item.staged.last))
     if not runs:
         return []
-    needed = [chunk for chunk in item.done if runs[-1][1] is None or chunk <= runs[-1][1]]
-    places = _read_places(item.staged, item.shard.id, needed, layout)
-    if len(places) < len(needed):
+    chunks_needed = [chunk for chunk in item.done if runs[-1][1] is None or chunk <= runs[-1][1]]
+    places = _read_places(item.staged, item.shard.id, chunks_needed, layout)
+    if len(places) < len(chunks_needed):
         return FROM_THE_START
     return [_stretch(first, end, places, layout.chunk_size) for first, end in runs]
 
@@ -67,9 +67,9 @@ def _stretch(first: int, end: int | None, places: dict[int, ChunkPlace], chunk_s
         begin=places[first - 1].end if first else 0,
         end=None if end is None else places[end].begin,
     )
-    passed: set[str] = set()
+    skipped_keys: set[str] = set()
     for chunk in range(first - 1, -1, -1):
         if chunk not in places:
             break
-        passed |= places[chunk].keys
-    return Stretch(span=span, passed=frozenset(passed))
+        skipped_keys |= places[chunk].keys
+    return Stretch(span=span, skipped_keys=frozenset(skipped_keys))

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from lora_embed.cli.options import Json, input_of, options_like, read_as
+from lora_embed.cli.options import Group, Json, MessageLog, input_of, options_like, read_as
 from lora_embed.config.models import JobConfig
 from lora_embed.config.values import PrecisionOrAuto
 from lora_embed.errors import ConfigError, StorageError
-from lora_embed.monitor.progress import LogFormat, log_as
+from lora_embed.monitor.progress import LogFormat
 
 if TYPE_CHECKING:
     from lora_embed.evaluate.request import Request
@@ -25,7 +25,7 @@ def evaluate(
     recipe: Annotated[Many, typer.Option(help="Recipe file or encoder directory. Repeatable.")] = None,
     data: Data = None,
     label: Annotated[Many, typer.Option(metavar="FIELD", help="Field with a task's class. Repeatable.")] = None,
-    group: Annotated[str | None, typer.Option(metavar="FIELD", help="Images with the same value stay in one part.")] = None,
+    group: Group = None,
     split: Annotated[str | None, typer.Option(metavar="FIELD", help="Your own split: bank or train, query or test …")] = None,
     splits: Annotated[int, typer.Option(help="Number of seeded splits; two thirds of the images are the bank.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the splits.")] = 0,
@@ -40,7 +40,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the evaluation as JSON.")] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the evaluation as an HTML page.")] = None,
     as_json: Json = False,
-    log_format: Annotated[LogFormat, typer.Option(callback=log_as, help="Format of messages on stderr.")] = LogFormat.TEXT,
+    log_format: MessageLog = LogFormat.TEXT,
 ) -> None:
     """Compare recipes on labelled images: metrics on seeded splits, and paired differences to a reference."""
     _check_options(precision, out, report)

@@ -25,7 +25,11 @@ app = typer.Typer(
     help="Merge LoRA adapters into one encoder, and keep its embeddings of many images as a versioned Parquet table.",
 )
 
+# The options of `run` and of the job scripts, which take the same ones: a test compares their lists.
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
+Config = Annotated[Path, typer.Option(help="Job file (YAML).")]
+Publish = Annotated[bool, typer.Option(help="Publish a version once everything is embedded.")]
+Release = Annotated[bool, typer.Option("--release", help="Publish a space that a rollback holds back.")]
 Log = Annotated[LogFormat, typer.Option("--log-format", callback=log_as, help="Format of progress and messages on stderr.")]
 
 
@@ -77,11 +81,7 @@ def plan(
 
 @app.command()
 def run(
-    job: JobFile,
-    set_: Set = None,
-    publish: Annotated[bool, typer.Option(help="Publish a version once everything is embedded.")] = True,
-    as_json: Json = False,
-    log_format: Log = LogFormat.TEXT,
+    job: JobFile, set_: Set = None, publish: Publish = True, as_json: Json = False, log_format: Log = LogFormat.TEXT
 ) -> None:
     """Build the encoder if needed, embed what is missing, verify, publish."""
     _run(job, set_, as_json, publishes=publish)
@@ -91,7 +91,7 @@ def run(
 def publish(
     job: JobFile,
     set_: Set = None,
-    release: Annotated[bool, typer.Option("--release", help="Publish a space that a rollback holds back.")] = False,
+    release: Release = False,
     accept: Annotated[list[str] | None, typer.Option(metavar="GATE", help="Publish even if this gate fails.")] = None,
     why: Annotated[str, typer.Option(help="The reason for --accept, kept in the version.")] = "",
     as_json: Json = False,
@@ -120,22 +120,14 @@ for command in (*TABLE_COMMANDS, tune, evaluate):
 
 
 def embed(
-    config: Annotated[Path, typer.Option(help="Job file (YAML).")],
-    set_: Set = None,
-    publish: bool = True,
-    as_json: Json = False,
-    log_format: Log = LogFormat.TEXT,
+    config: Config, set_: Set = None, publish: Publish = True, as_json: Json = False, log_format: Log = LogFormat.TEXT
 ) -> None:
     """Build the encoder if needed, embed what is missing, verify, publish."""
     _run(config, set_, as_json, publishes=publish)
 
 
 def reembed_nightly(
-    config: Annotated[Path, typer.Option(help="Job file (YAML).")],
-    set_: Set = None,
-    release: Annotated[bool, typer.Option("--release", help="Publish a space that a rollback holds back.")] = False,
-    as_json: Json = False,
-    log_format: Log = LogFormat.TEXT,
+    config: Config, set_: Set = None, release: Release = False, as_json: Json = False, log_format: Log = LogFormat.TEXT
 ) -> None:
     """Embed new and changed shards, or everything if the recipe makes another space; then publish."""
     _run(config, set_, as_json, replaces=True, releases=release)

@@ -9,7 +9,7 @@ import typer
 
 from lora_embed.config.models import JobConfig, load_job
 from lora_embed.errors import ConfigError
-from lora_embed.monitor.progress import shown
+from lora_embed.monitor.progress import LogFormat, log_as, shown
 from lora_embed.text import without_secrets
 
 if TYPE_CHECKING:
@@ -19,22 +19,24 @@ if TYPE_CHECKING:
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Version = Annotated[int | None, typer.Option(help="The version to read; by default the current one.")]
+MessageLog = Annotated[LogFormat, typer.Option("--log-format", callback=log_as, help="Format of messages on stderr.")]
+Group = Annotated[str | None, typer.Option(metavar="FIELD", help="Images with the same value stay in one part.")]
 TableOrJob = Annotated[
     str, typer.Argument(metavar="TABLE", help="URI or path of a table, or a job file, for its table and storage options.")
 ]
 
 
-def job_of(named: str, overrides: list[str] | None = None) -> JobConfig | None:
+def job_of(argument: str, overrides: list[str] | None = None) -> JobConfig | None:
     """The job, if a job file (.yaml or .yml) is named in place of a table or an input; else None.
 
     Raises ConfigError for a wrong job file, and for overrides without a job file.
     """
-    path = Path(named)
-    if "://" not in named and path.suffix in (".yaml", ".yml") and not path.is_dir():
+    path = Path(argument)
+    if "://" not in argument and path.suffix in (".yaml", ".yml") and not path.is_dir():
         return load_job(path, overrides)
     if overrides:
         key = overrides[0].partition("=")[0]
-        raise ConfigError(f"--set {key}=…: changes a key of a job file, but {named} is not a job file. Name the job file.")
+        raise ConfigError(f"--set {key}=…: changes a key of a job file, but {argument} is not a job file. Name the job file.")
     return None
 
 
@@ -53,13 +55,13 @@ def read_as(job: JobConfig | None) -> dict[str, Any]:
     names = ("image_column", "key_column", "image_member")
     from lora_embed.run.open import references_of  # here, since it imports more than most commands need
 
-    own = {"input_options": job.input_storage_options, "references": references_of(job)}
-    return own | {name: getattr(job, name) for name in names}
+    settings = {"input_options": job.input_storage_options, "references": references_of(job)}
+    return settings | {name: getattr(job, name) for name in names}
 
 
-def options_like(place: str, known: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
+def options_like(place: str, known_uris: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
     """Storage options of known places, if another place has the same kind of storage; else none, so keys stay secret."""
-    kinds = {uri.partition("://")[0] for uri in known if "://" in uri}
+    kinds = {uri.partition("://")[0] for uri in known_uris if "://" in uri}
     return options if "://" in place and place.partition("://")[0] in kinds else {}
 
 
@@ -91,15 +93,15 @@ class Named:
         return {} if self.job is None else options_like(image, self.job.input, self.input_options)
 
 
-def find_table(named: str, overrides: list[str] | None) -> Named:
+def find_table(argument: str, overrides: list[str] | None) -> Named:
     """Find the table that TABLE names.
 
     Raises ConfigError for a job file that is wrong, and StorageError for a table that cannot be reached.
     """
     from lora_embed.store.store import Store
 
-    job = job_of(named, overrides)
-    store = Store(named) if job is None else Store(job.table, job.table_storage_options)
+    job = job_of(argument, overrides)
+    store = Store(argument) if job is None else Store(job.table, job.table_storage_options)
     store.check_reachable()
     return Named(store=store, job=job)
 

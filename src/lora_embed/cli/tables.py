@@ -23,10 +23,10 @@ def rollback(
 
     store = find_table(table, set_).store
     manifest = roll_back(store, to, _reason(why))
-    held = f"; held back: {', '.join(manifest.held)}" if manifest.held else ""
+    held_back = f"; held back: {', '.join(manifest.held)}" if manifest.held else ""
     result = {"table": store.uri, "version": manifest.version, "space_id": manifest.space_id, "held": manifest.held}
     print_result(
-        result, as_json, f"version {manifest.version} has the content of version {to}, space {manifest.space_id}{held}"
+        result, as_json, f"version {manifest.version} has the content of version {to}, space {manifest.space_id}{held_back}"
     )
 
 
@@ -67,9 +67,9 @@ def gc(
     """Retire old versions, and remove files that no version has needed for the grace period, as each run does."""
     from lora_embed.table.retention import collect_garbage
 
-    named = find_table(table, set_)
-    retain = named.job.retain if named.job is not None else None
-    collected = collect_garbage(named.store.uri, named.store.options, retain, is_dry_run=dry_run)
+    target = find_table(table, set_)
+    retain = target.job.retain if target.job is not None else None
+    collected = collect_garbage(target.store.uri, target.store.options, retain, is_dry_run=dry_run)
     print_result(asdict(collected), as_json, collected.describe())
 
 
@@ -113,9 +113,9 @@ def export(
     """Write a version's vectors as an index for search by cosine similarity."""
     from lora_embed.search.export import export_index
 
-    about = export_index(find_table(table, set_).open(version), to, out)
-    text = f"{out}: {about.kind} index of {about.count:,} vectors, version {about.version}, space {about.space_id}"
-    print_result({"index": str(out)} | asdict(about), as_json, text)
+    index = export_index(find_table(table, set_).open(version), to, out)
+    text = f"{out}: {index.kind} index of {index.count:,} vectors, version {index.version}, space {index.space_id}"
+    print_result({"index": str(out)} | asdict(index), as_json, text)
 
 
 def search(
@@ -135,14 +135,14 @@ def search(
     """Find the images of a table that are nearest to an image, which the table's own encoder embeds."""
     from lora_embed.search.search import find_pictures, search_image
 
-    named = find_table(table, set_)
-    opened = named.open(version)
-    result = search_image(opened, image, k, index, named.options_of(image))
+    target = find_table(table, set_)
+    opened = target.open(version)
+    result = search_image(opened, image, k, index, target.options_of(image))
     text = result.describe()
     if page is not None:
         from lora_embed.search.page import write_page
 
-        pictures = find_pictures(opened, result.hits, named.input_options, (*named.inputs, *(input_ or ())))
+        pictures = find_pictures(opened, result.hits, target.input_options, (*target.inputs, *(input_ or ())))
         write_page(result, pictures, page)
         text += f"\n{page}: shows {len(pictures)} of {len(result.hits)} images with their pictures"
     names = ("image", "table", "version", "space_id", "method", "count")

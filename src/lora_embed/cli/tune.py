@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from lora_embed.cli.options import Json, input_of, read_as
+from lora_embed.cli.options import Group, Json, MessageLog, input_of, read_as
 from lora_embed.errors import ConfigError
-from lora_embed.monitor.progress import LogFormat, log_as
+from lora_embed.monitor.progress import LogFormat
 
 
 class Objective(enum.StrEnum):
@@ -37,12 +37,12 @@ def tune(
     objective: Best = Objective.WORST,
     methods: Annotated[str | None, typer.Option(metavar="METHOD,…", help="Methods to try; all by default.")] = None,
     best: Annotated[bool, typer.Option("--best", help="Write the best trial even if its lead is within noise.")] = False,
-    group: Annotated[str | None, typer.Option(metavar="FIELD", help="Images with the same value stay in one part.")] = None,
+    group: Group = None,
     images: Annotated[int, typer.Option(min=1, help="Labelled images to use at most, drawn by seed.")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of splits and of the search.")] = 0,
     work: Annotated[Path | None, typer.Option(help="Folder for trials and pixels; beside --out by default.")] = None,
     as_json: Json = False,
-    log_format: Annotated[LogFormat, typer.Option(callback=log_as, help="Format of messages on stderr.")] = LogFormat.TEXT,
+    log_format: MessageLog = LogFormat.TEXT,
 ) -> None:
     """Search the weights and method of a merge on labelled images; test the winner on images that the search did not use."""
     from lora_embed.config.models import load_recipe

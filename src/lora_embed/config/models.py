@@ -195,10 +195,10 @@ class JobConfig(Section):
 
     @model_validator(mode="after")
     def _references_have_a_column(self) -> "JobConfig":
-        given = [name for name in ("reference_roots", "check_references", "reject_unreachable") if getattr(self, name)]
-        if given and self.reference_column is None:
+        keys_set = [name for name in ("reference_roots", "check_references", "reject_unreachable") if getattr(self, name)]
+        if keys_set and self.reference_column is None:
             raise ValueError(
-                f"{given[0]} has no effect without reference_column. Set that to the lists' column of paths or URIs."
+                f"{keys_set[0]} has no effect without reference_column. Set that to the lists' column of paths or URIs."
             )
         return self
 
@@ -237,13 +237,13 @@ def recorded_recipe(encoder: Path) -> Recipe:
     return checked(Recipe, read_yaml(path, "a recipe (YAML)"), str(path), {})
 
 
-def check_options(where: str, known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The options that a user sets for `where`, checked; `known` maps the name of each option to its type and default.
+def check_options(where: str, types_and_defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The options that a user sets for `where`, checked; `types_and_defaults` has those of each option, by its name.
 
     Raises ConfigError for an unknown option, or a value of another type.
     """
-    options = create_model("Options", __base__=Section, **known)
-    return checked(options, given, where, {}).model_dump()
+    options = create_model("Options", __base__=Section, **types_and_defaults)
+    return checked(options, values, where, {}).model_dump()
 
 
 def load_job(path: str | Path, overrides: list[str] | None = None) -> JobConfig:

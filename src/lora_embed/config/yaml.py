@@ -17,11 +17,11 @@ class Loader(yaml.SafeLoader):
     """A YAML loader that refuses a key given twice, since the first value would be lost silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
+        keys_before = set()
         for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
-            if key.value in seen:
+            if key.value in keys_before:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
+            keys_before.add(key.value)
             if key.tag != "tag:yaml.org,2002:merge":
                 key.tag = "tag:yaml.org,2002:str"  # keys are names, so `on` and `5` are text too
         return super().construct_mapping(node, deep)

@@ -19,9 +19,6 @@ from lora_embed.evaluate.request import Request, check_request
 from lora_embed.evaluate.thumbnails import thumbnails
 from lora_embed.monitor.progress import say
 from lora_embed.run.refuse import local_places, refuse_unshared
-from lora_embed.schema import Layout
-from lora_embed.shards.list_rows import carrying
-from lora_embed.shards.listing import list_input
 from lora_embed.store.fetch import private_folder
 from lora_embed.store.store import Store
 from lora_embed.text import counted, utc
@@ -96,20 +93,9 @@ def open_source(request: Request) -> tuple[Source, cluster.Topology]:
     store = Store(work, request.work_options)
     options = [("--label", name) for name in request.labels]
     options += [(option, name) for option, name in (("--group", request.group), ("--split", request.split)) if name]
-    carry = tuple((name, "string") for name in dict.fromkeys(name for _, name in options))
-    layout = Layout(
-        precision="float32",
-        batch_size=16,
-        carry=carry,
-        image_column=request.image_column,
-        key_column=request.key_column,
-        image_member=request.image_member,
-    )
-    fields = [name for name, _ in carry]
-    references = carrying(request.references, tuple(fields))
-    listing = list_input(request.inputs, request.input_options, fields=fields, references=references)
-    listing.say_passed()
-    source = Source(shards=tuple(listing.shards), options=request.input_options, store=store, layout=layout)
+    fields = [name for _, name in options]
+    shards, layout = request.listing(fields).shards, request.layout(fields)
+    source = Source(shards=tuple(shards), options=request.input_options, store=store, layout=layout)
     check_fields(source, options)
     store.check_reachable()
     store.check_writable()
@@ -149,13 +135,13 @@ def prepare(request: Request, entrants: Sequence[Entrant], source: Source, topol
 
 def label(request: Request, collected: Collected) -> Labelled:
     """Classes, groups and splits of the samples that have vectors. Raises ConfigError for labels that cannot be used."""
-    good = collected.samples.filter(collected.samples.column("reason").is_null())
-    if not good.num_rows:
+    embedded_samples = collected.samples.filter(collected.samples.column("reason").is_null())
+    if not embedded_samples.num_rows:
         raise ConfigError(
             f"none of the {collected.samples.num_rows} samples could be embedded; rejects by reason: "
             f"{counted(collected.rejects)}. Correct the input."
         )
-    columns = {name: good.column(name).to_pylist() for name in good.column_names}
+    columns = {name: embedded_samples.column(name).to_pylist() for name in embedded_samples.column_names}
     ids = columns["id"]
     twice = [sample_id for sample_id, count in Counter(ids).items() if count > 1]
     if twice:
@@ -187,7 +173,7 @@ def label(request: Request, collected: Collected) -> Labelled:
 
 def _with_tasks(request: Request, heads: Sequence[AdapterHead], labelled: Labelled) -> list[tuple[AdapterHead, str, list[str]]]:
     """Each head with its task: the one that the user named, or else the only task whose classes fit its outputs."""
-    judged = []
+    with_tasks = []
     for head in heads:
         task_of_head = request.heads.get(head.adapter)
         orders = {}
@@ -197,14 +183,14 @@ def _with_tasks(request: Request, heads: Sequence[AdapterHead], labelled: Labell
             if order is not None:
                 orders[task] = order
         if len(orders) == 1:
-            judged += [(head, task, order) for task, order in orders.items()]
+            with_tasks += [(head, task, order) for task, order in orders.items()]
             continue
         why = f"fits {', '.join(orders)}" if orders else f"has {head.head.classes} outputs, which fit the classes of no task"
         say(
             f"note: {head.adapter}: its head is not judged: it {why}. Name its task with --head {head.adapter}=FIELD, and the "
             "order of its outputs with --classes FIELD=FILE."
         )
-    return judged
+    return with_tasks
 
 
 def _pairs(
@@ -216,7 +202,9 @@ def _pairs(
 
 def _figures(labelled: Labelled, scored: dict[str, dict[str, Scored]]) -> tuple[Figure, ...]:
     by_candidate = [
-        figures.figures_of(labelled, task, name, by[task]) for task in labelled.labels for name, by in scored.items()
+        figures.figures_of(labelled, task, name, scores_by_task[task])
+        for task in labelled.labels
+        for name, scores_by_task in scored.items()
     ]
     return tuple(figure for of_candidate in by_candidate for figure in of_candidate)
 
@@ -224,16 +212,16 @@ def _figures(labelled: Labelled, scored: dict[str, dict[str, Scored]]) -> tuple[
 def _differences(labelled: Labelled, scored: dict[str, dict[str, Scored]], reference: str) -> tuple[Difference, ...]:
     return tuple(
         difference
-        for task, name, other in _pairs(labelled, scored, reference)
-        for difference in figures.differences_of(labelled, task, (name, reference), scored[name][task], other[task])
+        for task, name, of_reference in _pairs(labelled, scored, reference)
+        for difference in figures.differences_of(labelled, task, (name, reference), scored[name][task], of_reference[task])
     )
 
 
 def _class_changes(labelled: Labelled, scored: dict[str, dict[str, Scored]], reference: str) -> tuple[ClassChange, ...]:
     return tuple(
         change
-        for task, name, other in _pairs(labelled, scored, reference)
-        for change in figures.class_changes(labelled, task, (name, reference), scored[name][task], other[task])
+        for task, name, of_reference in _pairs(labelled, scored, reference)
+        for change in figures.class_changes(labelled, task, (name, reference), scored[name][task], of_reference[task])
     )
 
 
@@ -244,7 +232,7 @@ def _retention(prepared: Prepared, built: Sequence[Built]) -> tuple[Retention, .
         for space_id, embedded in prepared.collected.embedded.items()
         for head_id, classes in embedded.classes.items()
     }
-    alone = {
+    space_of_recipe = {
         candidate.entrant.ingredients.recipe_id: candidate.encoder.space_id
         for candidate in prepared.built
         if candidate.entrant.ingredients
@@ -253,20 +241,20 @@ def _retention(prepared: Prepared, built: Sequence[Built]) -> tuple[Retention, .
     for head, task, order in prepared.heads:
         ingredients = head.entrant.ingredients
         assert ingredients is not None
-        on_adapter = answers[alone[ingredients.recipe_id], head.head_id]
+        on_adapter = answers[space_of_recipe[ingredients.recipe_id], head.head_id]
         for candidate in built:
-            kept = answers.get((candidate.encoder.space_id, head.head_id))
-            if kept is not None:
+            on_candidate = answers.get((candidate.encoder.space_id, head.head_id))
+            if on_candidate is not None:
                 names = (task, head.adapter, candidate.entrant.name)
-                kept_heads.append(figures.retention_of(prepared.labelled, names, order, on_adapter, kept))
+                kept_heads.append(figures.retention_of(prepared.labelled, names, order, on_adapter, on_candidate))
     return tuple(kept_heads)
 
 
 def _changed(labelled: Labelled, scored: dict[str, dict[str, Scored]], reference: str) -> tuple[QueryChange, ...]:
     return tuple(
         change
-        for task, name, other in _pairs(labelled, scored, reference)
-        for change in figures.query_changes(labelled, task, (name, reference), scored[name][task], other[task])
+        for task, name, of_reference in _pairs(labelled, scored, reference)
+        for change in figures.query_changes(labelled, task, (name, reference), scored[name][task], of_reference[task])
     )
 
 

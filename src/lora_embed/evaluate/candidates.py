@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_embed.chain.actors import EncoderSource
+from lora_embed.chain.items import EncoderSource
 from lora_embed.config.foreign import read_record
 from lora_embed.config.models import Recipe, distinct_names, load_recipe, recorded_recipe
 from lora_embed.errors import AdapterMismatch, ConfigError, EncoderError, StorageError
@@ -67,11 +67,11 @@ def find_entrants(recipes: Sequence[str], *, alone: bool) -> list[Entrant]:
     names = distinct_names([path.rstrip("/").removesuffix(".yaml").removesuffix(".yml") for path in recipes])
     entrants = [_read(name, path) for name, path in zip(names, recipes, strict=True)]
     if alone:
-        known = {entrant.ingredients.recipe_id for entrant in entrants if entrant.ingredients}
+        recipe_ids = {entrant.ingredients.recipe_id for entrant in entrants if entrant.ingredients}
         for entrant in _alone(entrants):
             assert entrant.ingredients is not None
-            if entrant.ingredients.recipe_id not in known:
-                known.add(entrant.ingredients.recipe_id)
+            if entrant.ingredients.recipe_id not in recipe_ids:
+                recipe_ids.add(entrant.ingredients.recipe_id)
                 entrants.append(entrant)
     twice = {entrant.name for entrant in entrants if [other.name for other in entrants].count(entrant.name) > 1}
     if twice:
@@ -178,11 +178,9 @@ def want(built: Built, heads: Sequence[AdapterHead], store: Store) -> Wanted:
     fitting = [(number, head) for head in heads if (number := _model_of(entrant, head, base)) is not None]
     return Wanted(
         space_id=encoder.space_id,
-        encoder=EncoderSource(
-            uri=f"{store.uri}/{encoder_path(encoder.space_id)}",
-            options=store.options,
-            dimension=encoder.dimension,
-            preprocessing=encoder.preprocessing,
+        encoder=EncoderSource.on(
+            store,
+            encoder,
             base=named_base(source) if source is not None and encoder.base is not None else None,
             heads=tuple((number, f"heads/{head.head_id}") for number, head in fitting),
         ),

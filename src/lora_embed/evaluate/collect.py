@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lora_embed.chain import pipeline
-from lora_embed.chain.actors import EncoderSource, Pass, VectorChunk
+from lora_embed.chain.actors import VectorChunk
 from lora_embed.chain.cluster import Topology
-from lora_embed.chain.items import WorkItem
+from lora_embed.chain.items import EncoderSource, Pass, WorkItem
 from lora_embed.errors import ConfigError, IncompleteRun
 from lora_embed.images.preprocess import decoding
 from lora_embed.monitor.progress import Progress, say
@@ -111,8 +111,8 @@ def collect(source: Source, encoders: Sequence[Wanted], topology: Topology) -> C
     """
     raw = source.store.read(source.samples_path)
     samples = None if raw is None else pa.Table.from_batches([from_ipc(raw)])
-    kept = {encoder_wanted.space_id: _read_kept(source, encoder_wanted) for encoder_wanted in encoders}
-    missing = [encoder_wanted for encoder_wanted in encoders if kept[encoder_wanted.space_id] is None] or (
+    by_space = {encoder_wanted.space_id: _read_kept(source, encoder_wanted) for encoder_wanted in encoders}
+    missing = [encoder_wanted for encoder_wanted in encoders if by_space[encoder_wanted.space_id] is None] or (
         list(encoders[:1]) if samples is None else []
     )
     seconds: dict[str, float] = {}
@@ -134,19 +134,19 @@ def collect(source: Source, encoders: Sequence[Wanted], topology: Topology) -> C
             raise ConfigError(
                 f"{len(source.shards)} shards hold no sample; the first is {source.shards[0].name}. Correct the input."
             )
-        found = samples_table(chunks, source.layout.carry)
-        samples = found if samples is None else _with_rejects(samples, found)
-        for encoder_wanted, new in zip(in_pass, _embedded(chunks, in_pass), strict=True):
-            kept[encoder_wanted.space_id] = new
-            source.store.replace(source.vectors_path(encoder_wanted), _to_bytes(new))
+        samples_of_pass = samples_table(chunks, source.layout.carry)
+        samples = samples_of_pass if samples is None else _with_rejects(samples, samples_of_pass)
+        for encoder_wanted, encoder_vectors in zip(in_pass, _embedded(chunks, in_pass), strict=True):
+            by_space[encoder_wanted.space_id] = encoder_vectors
+            source.store.replace(source.vectors_path(encoder_wanted), _to_bytes(encoder_vectors))
         source.store.replace(source.samples_path, to_ipc(samples.combine_chunks().to_batches()[0]))
     assert samples is not None
-    embedded = {space_id: vectors for space_id, vectors in kept.items() if vectors is not None}
+    embedded = {space_id: vectors for space_id, vectors in by_space.items() if vectors is not None}
     return Collected(samples=_mark_unsound(samples, embedded), embedded=embedded, decoded=decoded, seconds=seconds)
 
 
 def _decoding(encoder_wanted: Wanted) -> str:
-    return repr(decoding(encoder_wanted.encoder.preprocessing))
+    return repr(decoding(encoder_wanted.encoder.description.preprocessing))
 
 
 def _watched(source: Source, shared: Pass, topology: Topology) -> Iterator[VectorChunk]:
@@ -178,38 +178,42 @@ def samples_table(chunks: list[VectorChunk], carry: tuple[tuple[str, str], ...])
     return pa.concat_tables(tables)
 
 
-def _with_rejects(samples: pa.Table, others: pa.Table) -> pa.Table:
+def _with_rejects(samples: pa.Table, samples_of_pass: pa.Table) -> pa.Table:
     """A sample that is a reject in one pass is a reject in all."""
-    reasons = pc.coalesce(samples.column("reason"), others.column("reason"))
+    reasons = pc.coalesce(samples.column("reason"), samples_of_pass.column("reason"))
     return samples.set_column(samples.schema.get_field_index("reason"), "reason", reasons)
 
 
 def _embedded(chunks: list[VectorChunk], encoders: Sequence[Wanted]) -> list[Embedded]:
     """Split the chunks' vectors and classes by encoder, in order."""
-    good = np.concatenate([np.array(c.samples.column("reason").is_null().to_numpy(zero_copy_only=False), bool) for c in chunks])
-    dealt, column, place = [], 0, 0
+    is_good = np.concatenate(
+        [np.array(c.samples.column("reason").is_null().to_numpy(zero_copy_only=False), bool) for c in chunks]
+    )
+    by_encoder, column, class_column = [], 0, 0
     for number, encoder_wanted in enumerate(encoders):
-        width, heads = encoder_wanted.encoder.dimension, {}
-        vectors = np.full((len(good), width), np.nan, np.float32)
-        if good.any():
-            vectors[good] = np.concatenate([chunk.vectors[:, column : column + width] for chunk in chunks if chunk.head.good])
+        width, heads = encoder_wanted.encoder.description.dimension, {}
+        vectors = np.full((len(is_good), width), np.nan, np.float32)
+        if is_good.any():
+            vectors[is_good] = np.concatenate(
+                [chunk.vectors[:, column : column + width] for chunk in chunks if chunk.head.good]
+            )
         column += width
         for head in encoder_wanted.heads:
-            heads[head] = np.full(len(good), -1, np.int32)
-            if good.any():
-                heads[head][good] = np.concatenate([chunk.classes[:, place] for chunk in chunks if chunk.head.good])
-            place += 1
-        took = sum(chunk.head.seconds.get(f"forward {number}", 0.0) for chunk in chunks)
-        dealt.append(Embedded(vectors=vectors, classes=heads, forward_s=took))
-    return dealt
+            heads[head] = np.full(len(is_good), -1, np.int32)
+            if is_good.any():
+                heads[head][is_good] = np.concatenate([chunk.classes[:, class_column] for chunk in chunks if chunk.head.good])
+            class_column += 1
+        forward_s = sum(chunk.head.seconds.get(f"forward {number}", 0.0) for chunk in chunks)
+        by_encoder.append(Embedded(vectors=vectors, classes=heads, forward_s=forward_s))
+    return by_encoder
 
 
 def _mark_unsound(samples: pa.Table, embedded: dict[str, Embedded]) -> pa.Table:
     """A sample whose vector of any encoder is not finite becomes a reject for all, as in a table."""
-    sound = np.logical_and.reduce([np.isfinite(encoded.vectors).all(axis=1) for encoded in embedded.values()])
+    all_finite = np.logical_and.reduce([np.isfinite(encoded.vectors).all(axis=1) for encoded in embedded.values()])
     reasons = [
-        reason if reason or fine else NON_FINITE
-        for reason, fine in zip(samples.column("reason").to_pylist(), sound, strict=True)
+        reason if reason or is_finite else NON_FINITE
+        for reason, is_finite in zip(samples.column("reason").to_pylist(), all_finite, strict=True)
     ]
     return samples.set_column(samples.schema.get_field_index("reason"), "reason", pa.array(reasons, pa.string()))
 

@@ -184,12 +184,12 @@ def _interval(
 def class_changes(labelled: Labelled, task: str, pair: tuple[str, str], scored: Scored, reference: Scored) -> list[ClassChange]:
     """Share of each class's queries that kNN classifies correctly, over all splits, with candidate and reference."""
     labels = np.concatenate([labelled.labels[task][labelled.sides(task, split)[1]] for split in range(len(labelled.banks))])
-    after, before = (np.concatenate(by.predicted) == labels for by in (scored, reference))
+    after, before = (np.concatenate(scores.predicted) == labels for scores in (scored, reference))
     changes = []
     for number, name in enumerate(labelled.classes[task]):
-        of = labels == number
+        has_class = labels == number
         images = int((labelled.labels[task] == number).sum())
-        shares = [float(right[of].mean()) if of.any() else 0.0 for right in (before, after)]
+        shares = [float(right[has_class].mean()) if has_class.any() else 0.0 for right in (before, after)]
         changes.append(
             ClassChange(
                 task=task, candidate=pair[0], reference=pair[1], label=name, images=images, before=shares[0], after=shares[1]
@@ -219,8 +219,8 @@ def query_changes(labelled: Labelled, task: str, pair: tuple[str, str], scored: 
 
 
 def _jaccard(first: Classes, second: Classes) -> float:
-    both = len(np.intersect1d(first, second))
-    return both / (len(first) + len(second) - both)
+    shared = len(np.intersect1d(first, second))
+    return shared / (len(first) + len(second) - shared)
 
 
 def _neighbours(labelled: Labelled, task: str, ranked: Ranked, bank: Classes, row: int) -> tuple[Neighbour, ...]:
@@ -235,13 +235,13 @@ def _label(labelled: Labelled, task: str, row: int) -> str:
     return labelled.classes[task][int(labelled.labels[task][row])]
 
 
-def head_order(names: tuple[str, ...], outputs: int, given: Sequence[str] | None) -> list[str] | None:
+def head_order(names: tuple[str, ...], outputs: int, ordered_names: Sequence[str] | None) -> list[str] | None:
     """Class names in the order of a head's outputs: as given, or the labels if they are numbers 0 … n−1 or n names.
 
     None if they do not fit: then the head is not for these classes.
     """
-    if given is not None:
-        return list(given) if len(given) == outputs and set(names) <= set(given) else None
+    if ordered_names is not None:
+        return list(ordered_names) if len(ordered_names) == outputs and set(names) <= set(ordered_names) else None
     numbers = [str(number) for number in range(outputs)]
     if names and set(names) <= set(numbers) and numbers[-1] in names:
         return numbers
@@ -249,7 +249,7 @@ def head_order(names: tuple[str, ...], outputs: int, given: Sequence[str] | None
 
 
 def right_by_head(
-    labelled: Labelled, task: str, order: Sequence[str], said: NDArray[np.int32]
+    labelled: Labelled, task: str, order: Sequence[str], outputs: NDArray[np.int32]
 ) -> tuple[Classes, NDArray[np.float64]]:
     """Rows that a head is judged on, and for each 1 if the head's largest output is its class, else 0.
 
@@ -258,7 +258,7 @@ def right_by_head(
     labels = labelled.labels[task]
     rows = np.flatnonzero(labels >= 0) if labelled.bank_share is not None else labelled.sides(task, 0)[1]
     place = np.array([list(order).index(name) for name in labelled.classes[task]])
-    return rows, (said[rows] == place[labels[rows]]).astype(np.float64)
+    return rows, (outputs[rows] == place[labels[rows]]).astype(np.float64)
 
 
 def retention_of(
@@ -266,14 +266,14 @@ def retention_of(
     names: tuple[str, str, str],
     order: Sequence[str],
     on_adapter: NDArray[np.int32],
-    kept: NDArray[np.int32],
+    on_candidate: NDArray[np.int32],
 ) -> Retention:
     """Accuracy of an adapter's head on its own adapter and on a candidate; `names` are task, adapter and candidate."""
     task, adapter, candidate = names
     rows, adapter_right = right_by_head(labelled, task, order, on_adapter)
-    kept_right = right_by_head(labelled, task, order, kept)[1]
-    _, low, high = score_interval(kept_right - adapter_right, labelled.groups[rows])
-    shares = {"own": float(adapter_right.mean()), "kept": float(kept_right.mean())}
+    candidate_right = right_by_head(labelled, task, order, on_candidate)[1]
+    _, low, high = score_interval(candidate_right - adapter_right, labelled.groups[rows])
+    shares = {"own": float(adapter_right.mean()), "kept": float(candidate_right.mean())}
     return Retention(task=task, adapter=adapter, candidate=candidate, **shares, low=low, high=high, images=len(rows))
 
 

@@ -1,22 +1,54 @@
-"""The request for an evaluation, and the check of its options."""
+"""The request for an evaluation, the labelled input that it names, and the check of its options."""
 
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from lora_embed.config.models import Resources
 from lora_embed.errors import ConfigError
-from lora_embed.shards.list_rows import References
+from lora_embed.schema import Layout
+from lora_embed.shards.list_rows import References, carrying
+from lora_embed.shards.listing import Listing, list_input
 
 _OPTIONS = {"recipes": "recipe", "inputs": "data", "labels": "label"}  # as the command calls them
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class LabelledInput:
+    """Labelled images, and how they are read: as a job reads its `input`."""
+
+    inputs: tuple[str, ...]
+    input_options: dict[str, Any] = field(default_factory=dict, repr=False)  # storage options; they may hold keys
+    image_column: str | None = None  # of Parquet input
+    key_column: str | None = None
+    references: References | None = None  # None: the input holds the images themselves
+    image_member: tuple[str, ...] = ()  # of tars
+
+    def listing(self, names: Iterable[str]) -> Listing:
+        """List the inputs whose samples carry these fields, and say what is passed over."""
+        fields = tuple(dict.fromkeys(names))
+        listing = list_input(self.inputs, self.input_options, fields=fields, references=carrying(self.references, fields))
+        listing.say_passed()
+        return listing
+
+    def layout(self, names: Iterable[str]) -> Layout:
+        """How samples are read with these fields, each as text."""
+        return Layout(
+            precision="float32",
+            batch_size=1,
+            carry=tuple((name, "string") for name in dict.fromkeys(names)),
+            image_column=self.image_column,
+            key_column=self.key_column,
+            image_member=self.image_member,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(LabelledInput):
     """The candidates, data and settings of an evaluation."""
 
     recipes: tuple[str, ...]  # recipe files, or directories of encoders
-    inputs: tuple[str, ...]
     labels: tuple[str, ...]  # fields, one per task
     group: str | None = None  # field: images with the same value are on the same side of a split
     split: str | None = None  # field of the user's own split
@@ -31,18 +63,13 @@ class Request:
     work: str | None = None  # folder that keeps encoders and vectors
     shared_filesystem: bool = False
     resources: Resources = field(default_factory=Resources)
-    input_options: dict[str, Any] = field(default_factory=dict, repr=False)  # storage options; they may hold keys
     work_options: dict[str, Any] = field(default_factory=dict, repr=False)
-    image_column: str | None = None  # of Parquet input
-    key_column: str | None = None
-    references: References | None = None  # None: the input holds the images themselves
-    image_member: tuple[str, ...] = ()  # of tars
 
 
 def check_request(request: Request) -> None:
     """Raises ConfigError for options that are missing, wrong or contradict each other."""
-    for option, given in (("--recipe", request.recipes), ("--data", request.inputs), ("--label", request.labels)):
-        if not given:
+    for option, values in (("--recipe", request.recipes), ("--data", request.inputs), ("--label", request.labels)):
+        if not values:
             raise ConfigError(f"{option} is missing. Name at least one.")
     for option in ("recipes", "inputs", "labels", "group", "split", "reference", "work"):
         value = getattr(request, option)

@@ -24,12 +24,12 @@ def _about(evaluation: Evaluation) -> str:
 def _task_table(evaluation: Evaluation, task: str) -> str:
     figures = {(row.candidate, row.metric): row for row in evaluation.figures if row.task == task}
     differences = {(row.candidate, row.metric): row for row in evaluation.differences if row.task == task}
-    about = next(row for row in evaluation.tasks if row.name == task)
+    task_row = next(row for row in evaluation.tasks if row.name == task)
     lines = [["candidate", *(TITLES[metric] for metric in METRICS)]]
     for row in evaluation.candidates:
         cells = [_cell(figures[row.name, metric], differences.get((row.name, metric))) for metric in METRICS]
         lines.append([row.name, *cells])
-    return f"{task}: {len(about.classes)} classes, {about.images:,} images\n\n{_table(lines)}"
+    return f"{task}: {len(task_row.classes)} classes, {task_row.images:,} images\n\n{_table(lines)}"
 
 
 def _cell(figure: Figure, difference: Difference | None) -> str:
@@ -51,8 +51,8 @@ def _retention(evaluation: Evaluation) -> str:
     for head in evaluation.retention:
         points = [f"{100 * value:+.1f}".replace("-", "−") for value in (head.kept - head.own, head.low, head.high)]
         difference = f"{points[0]} [{points[1]}, {points[2]}]"
-        own, kept = f"{100 * head.own:.1f}", f"{100 * head.kept:.1f}"
-        lines.append([head.adapter, head.task, head.candidate, kept, own, difference, f"{head.images:,}"])
+        on_adapter, on_candidate = f"{100 * head.own:.1f}", f"{100 * head.kept:.1f}"
+        lines.append([head.adapter, head.task, head.candidate, on_candidate, on_adapter, difference, f"{head.images:,}"])
     return f"Adapters' own heads: percent of labelled images that they classify correctly\n\n{_table(lines)}"
 
 
@@ -65,10 +65,10 @@ def _relations(evaluation: Evaluation) -> str:
     if not over_all:
         return ""
     pairs = list(dict.fromkeys((first, second) for first, second, _ in over_all))
-    shown = [kind for kind in get_args(RelationKind) if any(kind == key[2] for key in over_all)]
-    lines = [["adapters", *(kind.replace("_", " ") for kind in shown)]]
+    kinds = [kind for kind in get_args(RelationKind) if any(kind == key[2] for key in over_all)]
+    lines = [["adapters", *(kind.replace("_", " ") for kind in kinds)]]
     for first, second in pairs:
-        cells = [over_all.get((first, second, kind)) for kind in shown]
+        cells = [over_all.get((first, second, kind)) for kind in kinds]
         lines.append([f"{first}, {second}", *("–" if value is None else f"{value:.3f}" for value in cells)])
     return f"Similarity of the adapters' changes, over all layers\n\n{_table(lines)}"
 

@@ -13,19 +13,19 @@ SIDE = 96  # pixels of a picture
 
 def thumbnails(changed: Iterable[QueryChange], source: Source) -> dict[str, str]:
     """Small JPEGs in base64 of the images that are shown, by id; their shards are read once more for them."""
-    shown = {id_ for query in changed for id_ in (query.id, *(neighbour.id for neighbour in (*query.before, *query.after)))}
+    ids = {id_ for query in changed for id_ in (query.id, *(neighbour.id for neighbour in (*query.before, *query.after)))}
     by_id: dict[str, str] = {}
     with IsolatedDecoder() as decode:
         for shard in source.shards:
-            front = f"{shard.prefix}/" if shard.prefix else ""
-            left = {id_ for id_ in shown if id_.startswith(front)}
-            if not left:
+            prefix = f"{shard.prefix}/" if shard.prefix else ""
+            ids_left = {id_ for id_ in ids if id_.startswith(prefix)}
+            if not ids_left:
                 continue
             for sample in read_samples(shard, source.layout, source.options, lambda number: True):
-                if sample.data and (id_ := f"{front}{sample.key}") in left and id_ not in by_id:
-                    left.discard(id_)
+                if sample.data and (id_ := f"{prefix}{sample.key}") in ids_left and id_ not in by_id:
+                    ids_left.discard(id_)
                     if (picture := thumbnail(sample.data, SIDE, decode)) is not None:
                         by_id[id_] = picture
-                if not left:
+                if not ids_left:
                     break
     return by_id

@@ -41,8 +41,8 @@ class Gate:
     def to_dict(self) -> dict[str, Any]:
         """The gate as JSON types, for a manifest; None for a figure that is not finite."""
         value = self.value if isfinite(self.value) else None
-        kept = {name: of for name, of in asdict(self).items() if name != "details"}
-        return kept | {"value": value, "holds": self.holds}
+        content = {name: value for name, value in asdict(self).items() if name != "details"}
+        return content | {"value": value, "holds": self.holds}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +143,8 @@ def processor(before: Mapping[str, Any], new: Mapping[str, Any]) -> Gate:
     """
     before, new = (json.loads(json.dumps(dict(settings))) for settings in (before, new))  # tuples are lists in a file
     changed = sorted(key for key in before.keys() | new.keys() if before.get(key) != new.get(key))
-    named = "; ".join(f"{key} was {before.get(key)} and is {new.get(key)}" for key in changed)
-    says = f"images are prepared in another way: {named}" if changed else "images are prepared as before"
+    changes = "; ".join(f"{key} was {before.get(key)} and is {new.get(key)}" for key in changed)
+    says = f"images are prepared in another way: {changes}" if changed else "images are prepared as before"
     return Gate(name="processor", value=float(len(changed)), limit=0.0, direction="at most", says=says)
 
 
@@ -214,11 +214,11 @@ def accuracy_change(
     Rows without a label, or whose label no other row has, are left out. None for fewer than `MIN_ROWS` rows or a single
     class. The error is that of Nadeau & Bengio, "Inference for the Generalization Error" (2003), since splits overlap.
     """
-    named = np.array([label is not None for label in labels])
+    has_label = np.array([label is not None for label in labels])
     texts = [str(label) for label in labels]
     place = {text: number for number, text in enumerate(sorted(set(texts)))}
     _, classes, sizes = np.unique([place[text] for text in texts], return_inverse=True, return_counts=True)
-    takes_part = named & (sizes[classes] > 1)
+    takes_part = has_label & (sizes[classes] > 1)
     if takes_part.sum() < MIN_ROWS or len(set(classes[takes_part])) < 2:
         return None
     classes, ids = classes[takes_part].astype(np.int64), [ids[int(row)] for row in np.flatnonzero(takes_part)]
@@ -257,8 +257,8 @@ def comparison_gates(compared: Comparison, limits: Limits) -> list[Gate]:
     return gates
 
 
-def _ratio(value: float, of: float) -> float:
-    return float(value / of) if of else float("inf")
+def _ratio(value: float, base: float) -> float:
+    return float(value / base) if base else float("inf")
 
 
 def _check_aligned(old: NDArray[Any], new: NDArray[Any]) -> None:

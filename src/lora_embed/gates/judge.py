@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lora_embed.chain import pipeline
+from lora_embed.chain.items import Pass
 from lora_embed.config.foreign import read_json, taken_as
 from lora_embed.config.models import JobConfig, check_options
 from lora_embed.errors import GateFailed
@@ -33,8 +34,8 @@ LABEL = "label"  # the carried field that evaluation takes for an image's class
 
 def limits_of(job: JobConfig) -> Limits:
     """The job's limits, with defaults for those that it does not set. Raises ConfigError for an unknown name."""
-    known = {limit.name: (float, limit.default) for limit in fields(Limits)}
-    return Limits(**check_options("gates", known, job.gates))
+    types_and_defaults = {limit.name: (float, limit.default) for limit in fields(Limits)}
+    return Limits(**check_options("gates", types_and_defaults, job.gates))
 
 
 def hidden(listing: Listing, limits: Limits) -> Gate:
@@ -45,39 +46,40 @@ def hidden(listing: Listing, limits: Limits) -> Gate:
     return Gate(name="passed_over", value=listing.hidden_share, limit=limits.passed_over, direction="at most", says=says)
 
 
-def measure(shared: pipeline.Job, written: list[FileEntry], *, here: bool) -> Figures | None:
+def measure(shared: Pass, written: list[FileEntry], *, here: bool) -> Figures | None:
     """Figures of the files that were written for a version; None if they hold no vector."""
-    parts = pipeline.map_tasks(measure_file, (shared.store,), [entry for entry in written if entry.rows], here=here)
+    measured = pa.schema([shared.part_schema.field(name) for name in ("id", "sha256", "embedding")])
+    parts = pipeline.map_tasks(measure_file, (shared.store, measured), [entry for entry in written if entry.rows], here=here)
     health = combine(parts) if parts else None
     return health.figures() if health is not None and health.count else None
 
 
-def measure_file(store: Store, entry: FileEntry) -> Health:
-    """Measure the vectors of one data file, in batches; memory holds a sample of each batch."""
-    batches = file_batches(store, entry.path, ["id", "sha256", "embedding"])
+def measure_file(store: Store, schema: pa.Schema, entry: FileEntry) -> Health:
+    """Measure the vectors of one data file, read with these columns in batches; memory holds a sample of each batch."""
+    batches = file_batches(store, entry.path, schema)
     return combine([measure_rows(pa.Table.from_batches([batch])) for batch in batches])
 
 
-def judge(shared: pipeline.Job, new: Manifest, figures: Figures | None, before: Manifest | None, limits: Limits) -> list[Gate]:
+def judge(shared: Pass, new: Manifest, figures: Figures | None, before: Manifest | None, limits: Limits) -> list[Gate]:
     """The gates of a version whose files are written; `figures` are those of its new rows.
 
     `before` is the current version. In the same space, the new rows must be similar to its rows. In another space, a seeded
     sample of the images that both hold is compared.
     """
-    judged = judge_space(shared.store, before, new.space_id, figures, limits)
+    gates = judge_space(shared.store, before, new.space_id, figures, limits)
     if before is None or before.space_id == new.space_id:
-        return judged
+        return gates
     compared = compare(shared.store, before, new)
-    return judged + (checks.comparison_gates(compared, limits) if compared is not None else [])
+    return gates + (checks.comparison_gates(compared, limits) if compared is not None else [])
 
 
-def drift(shared: pipeline.Job, before: Manifest, again: list[str], count: int) -> Gate | None:
-    """Check that unchanged images still get the same vectors; `again` are paths of parts that were embedded again.
+def drift(shared: Pass, before: Manifest, part_paths: list[str], count: int) -> Gate | None:
+    """Check that unchanged images still get the same vectors; `part_paths` are those that were embedded again.
 
     The figure is the largest relative L2 difference of a seeded sample. The limit is that of the golden vectors in the same
     precision, plus the rounding of float16 if vectors are stored in it. None if there is nothing to compare.
     """
-    parts = [read_rows(shared.store, path) for path in again]
+    parts = [read_rows(shared.store, path, shared.part_schema) for path in part_paths]
     rows = by_id(some_rows(pa.concat_tables(parts).filter(pc.field("reason").is_null()), count)) if parts else {}
     old, new = align(rows_of(shared.store, before, list(rows)), rows)[1:]
     if not len(old):
@@ -95,12 +97,12 @@ def drift(shared: pipeline.Job, before: Manifest, again: list[str], count: int) 
 def judge_space(store: Store, before: Manifest | None, space_id: str, figures: Figures | None, limits: Limits) -> list[Gate]:
     """The gates that do not compare images one by one: figures of vectors, and how another space prepares images."""
     same_space = before is not None and before.space_id == space_id
-    known = before.lineage.get("figures") if before is not None else None
-    old = taken_as(Figures, known, f"{store.uri}: the `figures` of its current version") if known else None
-    judged = checks.health_gates(figures, old, same_space=same_space, limits=limits) if figures is not None else []
+    recorded = before.lineage.get("figures") if before is not None else None
+    old = taken_as(Figures, recorded, f"{store.uri}: the `figures` of its current version") if recorded else None
+    gates = checks.health_gates(figures, old, same_space=same_space, limits=limits) if figures is not None else []
     if before is not None and not same_space:
-        judged.append(checks.processor(_preprocessing(store, before.space_id), _preprocessing(store, space_id)))
-    return judged
+        gates.append(checks.processor(_preprocessing(store, before.space_id), _preprocessing(store, space_id)))
+    return gates
 
 
 def compare(store: Store, before: Manifest, new: Manifest) -> checks.Comparison | None:
@@ -111,18 +113,18 @@ def compare(store: Store, before: Manifest, new: Manifest) -> checks.Comparison 
 
 def compare_rows(before: Rows, new: Rows) -> checks.Comparison | None:
     """Compare two spaces on the images whose rows both have, with the same bytes; None for too few images."""
-    same, old, now = align(before, new)
-    if not same:
+    ids, old_vectors, new_vectors = align(before, new)
+    if not ids:
         return None
-    labels = [new[id_].get(LABEL) for id_ in same]
-    return checks.compare(same, old, now, labels if any(label is not None for label in labels) else None)
+    labels = [new[id_].get(LABEL) for id_ in ids]
+    return checks.compare(ids, old_vectors, new_vectors, labels if any(label is not None for label in labels) else None)
 
 
 def align(before: Rows, new: Rows) -> tuple[list[str], NDArray[np.float32], NDArray[np.float32]]:
     """The ids whose images both have with the same bytes, and the vectors of both, (n, d) each."""
-    same = [id_ for id_ in before if id_ in new and before[id_]["sha256"] == new[id_]["sha256"]]
-    old, now = (np.array([rows[id_]["embedding"] for id_ in same], np.float32) for rows in (before, new))
-    return same, old, now
+    ids = [id_ for id_ in before if id_ in new and before[id_]["sha256"] == new[id_]["sha256"]]
+    old_vectors, new_vectors = (np.array([rows[id_]["embedding"] for id_ in ids], np.float32) for rows in (before, new))
+    return ids, old_vectors, new_vectors
 
 
 def some_rows(rows: pa.Table, count: int) -> pa.Table:
@@ -142,11 +144,11 @@ def _columns_of(manifest: Manifest) -> list[str]:
 
 def _common_ids(store: Store, before: Manifest, new: Manifest) -> list[str]:
     names = {shard.name for shard in before.shards.values()} & {shard.name for shard in new.shards.values()}
-    chosen = set(seeded_sample(names, SAMPLE_SHARDS))
-    holding = tuple(entry for entry in new.files if any(shard.name in chosen for shard in entry.shards))
+    sampled_names = set(seeded_sample(names, SAMPLE_SHARDS))
+    holding = tuple(entry for entry in new.files if any(shard.name in sampled_names for shard in entry.shards))
     ids: list[str] = []
     for batch in Table(store, replace(new, files=holding)).batches(["id", "shard"]):
-        keep = [name in chosen for name in batch.column("shard").to_pylist()]
+        keep = [name in sampled_names for name in batch.column("shard").to_pylist()]
         ids += batch.column("id").filter(pa.array(keep, pa.bool_())).to_pylist()
     return seeded_sample(ids, SAMPLE_IMAGES)
 
@@ -163,10 +165,10 @@ def _preprocessing(store: Store, space_id: str) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def decide(where: str, judged: Iterable[Gate], accepted: dict[str, str]) -> dict[str, dict[str, Any]]:
+def decide(where: str, gates: Iterable[Gate], accepted: dict[str, str]) -> dict[str, dict[str, Any]]:
     """The gates as the manifest has them. Raises GateFailed for gates that fail and are not accepted."""
-    kept = {gate.name: gate.to_dict() for gate in judged}
-    failed = [gate for gate in judged if not gate.holds and gate.name not in accepted]
+    results = {gate.name: gate.to_dict() for gate in gates}
+    failed = [gate for gate in gates if not gate.holds and gate.name not in accepted]
     if failed:
         lines = "".join(
             "\n    ".join(
@@ -178,8 +180,8 @@ def decide(where: str, judged: Iterable[Gate], accepted: dict[str, str]) -> dict
             f"{where}: not published. Readers get what they got before, and what was embedded is kept. Correct the input or "
             "the recipe and run again, or accept the gate with "
             f"`lora-embed publish JOB --accept {failed[0].name} --why …`. Failed:{lines}",
-            kept | {gate.name: gate.to_dict() | {"details": gate.details} for gate in failed},
+            results | {gate.name: gate.to_dict() | {"details": gate.details} for gate in failed},
         )
-    for name in accepted.keys() & kept.keys():
-        kept[name]["accepted"] = accepted[name]
-    return kept
+    for name in accepted.keys() & results.keys():
+        results[name]["accepted"] = accepted[name]
+    return results

@@ -36,10 +36,10 @@ def name_arithmetic(preprocessing: Preprocessing) -> Preprocessing:
 
     The name is Pillow 13's if all known test images equal Pillow 13's; otherwise it is a hash of their hashes.
     """
-    here = _named_paths(preprocessing)
+    hashes = _named_paths(preprocessing)
     name = PILLOW_13
-    if here != {path: known_pixels(PILLOW_13).get(path) for path in here}:
-        name = f"pixels-{hashlib.sha256(json.dumps(here, sort_keys=True).encode()).hexdigest()[:12]}"
+    if hashes != {path: known_pixels(PILLOW_13).get(path) for path in hashes}:
+        name = f"pixels-{hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:12]}"
     arithmetic = Arithmetic(name=name, pixels=tuple(_own_paths(preprocessing).items()), libraries=tuple(libraries().items()))
     return replace(preprocessing, arithmetic=arithmetic)
 
@@ -54,9 +54,9 @@ def check_arithmetic(preprocessing: Preprocessing | Joint) -> None:
         if expected:
             _compare(expected, _own_paths(part), part.arithmetic)
         else:
-            here = _named_paths(part)
-            known = known_pixels(part.arithmetic.name)
-            _compare({path: known.get(path, "unknown") for path in here}, here, part.arithmetic)
+            hashes = _named_paths(part)
+            known_hashes = known_pixels(part.arithmetic.name)
+            _compare({path: known_hashes.get(path, "unknown") for path in hashes}, hashes, part.arithmetic)
 
 
 check_once = functools.cache(check_arithmetic)  # for decode workers, which process many blocks
@@ -80,19 +80,20 @@ def _golden_paths(pixels: dict[str, Pixels]) -> dict[str, str]:
     return {f"{_GOLDEN}{name}": _hash(image) for name, image in pixels.items()}
 
 
-def _compare(expected: Mapping[str, str], here: Mapping[str, str], built: Arithmetic) -> None:
+def _compare(expected: Mapping[str, str], hashes: Mapping[str, str], built: Arithmetic) -> None:
     """Raises EncoderError for hashes that differ, with their paths and the versions of the libraries then and now."""
-    differing = [path for path, pixels in expected.items() if here.get(path) != pixels]
+    differing = [path for path, pixels in expected.items() if hashes.get(path) != pixels]
     if not differing:
         return
-    then, now = dict(built.libraries) or {"Pillow": "13.0.0"}, libraries()
-    named = [name for name in now if name == "Pillow" or (name in then and then[name] != now[name])]
-    shown = ", ".join(differing[:6]) + (f" and {len(differing) - 6} more" if len(differing) > 6 else "")
+    built_with, installed = dict(built.libraries) or {"Pillow": "13.0.0"}, libraries()
+    changed = [name for name in installed if name == "Pillow" or (name in built_with and built_with[name] != installed[name])]
+    first_paths = ", ".join(differing[:6]) + (f" and {len(differing) - 6} more" if len(differing) > 6 else "")
     raise EncoderError(
         f"pixels: on {platform.node()}, the pixels of {len(differing)} of {len(expected)} test images differ from those of the "
-        f"machine that built the encoder ({shown}), so vectors would be of another space. The encoder was built with "
-        f"{_listed(then, named)}; this machine has {_listed(now, named)}. Install Pillow {then.get('Pillow')} on all nodes, or "
-        "build the encoder again with the present libraries and embed all images again."
+        f"machine that built the encoder ({first_paths}), so vectors would be of another space. The encoder was built with "
+        f"{_listed(built_with, changed)}; this machine has {_listed(installed, changed)}. Install Pillow "
+        f"{built_with.get('Pillow')} on all nodes, or build the encoder again with the present libraries and embed all images "
+        "again."
     )
 
 

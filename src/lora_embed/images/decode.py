@@ -105,19 +105,19 @@ def _load(image: Image.Image, preprocessing: Prepare) -> tuple[Image.Image, tupl
 
     For example, 2,051 pixels decoded at an eighth give 257 pixels, of which the image fills 256 3/8.
     """
-    whole, drafted = image.size, None
+    full_size, drafted = image.size, None
     if preprocessing.decode == "fast":
-        drafted = image.draft(None, preprocessing.least_size(*whole))  # None for formats other than JPEG
+        drafted = image.draft(None, preprocessing.least_size(*full_size))  # None for formats other than JPEG
     rgb = to_rgb(image)
-    if drafted is None or image.size == whole:
+    if drafted is None or image.size == full_size:
         return rgb, rgb.size, None
     _, (_, _, width, height) = drafted
     turn = _turn_of(image)
     if turn in _SWAPS:
-        whole, width, height = whole[::-1], height, width
+        full_size, width, height = full_size[::-1], height, width
     left = rgb.width - width if turn in _MIRRORS else 0
     top = rgb.height - height if turn in _FLIPS else 0
-    return rgb, whole, (left, top, left + width, top + height)
+    return rgb, full_size, (left, top, left + width, top + height)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -92,5 +92,5 @@ def _from_floats(image: Image.Image) -> Image.Image:
     raise NotPixels(f"has numbers from {least:g} to {most:g}, expected 0 to 1 or 0 to 255")
 
 
-def _opaque(shown: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    return np.where(shown, 255, 0).astype(np.uint8)
+def _opaque(is_opaque: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    return np.where(is_opaque, 255, 0).astype(np.uint8)

@@ -54,16 +54,17 @@ def is_targa(data: bytes) -> bool:
 def name_of(data: bytes) -> str:
     """What bytes that are no image may be, for the detail of a reject; their beginning in hex if that cannot be told."""
     size = f"{len(data)} bytes"
-    if read := _read_format_of(data):
+    if format_name := _read_format_of(data):
         return (
-            f"{size} that begin like a {read} image ({data[:8].hex()}), but its header is damaged or of a kind that is not read"
+            f"{size} that begin like a {format_name} image ({data[:8].hex()}), but its header is damaged or of a kind that is "
+            "not read"
         )
     image = _brand_of(data) or _named(_IMAGES, data)
     if image and image != "a video":
         return f"{size} of a {image} image, {_CONVERT}"
-    other = image or _RIFF.get(_riff_of(data)) or _named(_OTHERS, data) or ("a tar" if data[257:262] == b"ustar" else None)
-    if other:
-        return f"{size} of {other}, not an image"
+    kind = image or _RIFF.get(_riff_of(data)) or _named(_OTHERS, data) or ("a tar" if data[257:262] == b"ustar" else None)
+    if kind:
+        return f"{size} of {kind}, not an image"
     if (text := _text_of(data)) is not None:
         return f"{size} of {_name_of_text(text)}"
     return f"{size} that start with {data[:8].hex()}" + (", all of them zeros" if data.count(0) == len(data) else "")

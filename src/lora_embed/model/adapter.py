@@ -99,10 +99,10 @@ def read_adapter(uri: str, revision: str | None = None) -> SavedAdapter:
 def check_adapter(saved: SavedAdapter) -> None:
     """Raises ChangedMeanwhile if the files have changed since they were read."""
     try:
-        now = find_adapter(str(saved.folder)).content_hash
+        hash_now = find_adapter(str(saved.folder)).content_hash
     except LoraEmbedError:
-        now = ""
-    if now != saved.content_hash:
+        hash_now = ""
+    if hash_now != saved.content_hash:
         raise ChangedMeanwhile(f"{saved.uri}: changed while the encoder was built. Run the same command again.")
 
 
@@ -125,9 +125,12 @@ def _describe_other_files(folder: Path) -> str:
         return f"found {pickled[0]}, a pickle, which is never opened. Save the adapter again with safe_serialization=True."
     if (folder / WEIGHTS_NAME).exists():
         return "found a directory of that name. Copy or save the adapter again."
-    others = sorted(path.name for path in folder.glob("*.safetensors*"))
-    if others:
-        return f"found {first_names(others)}. If these are its weights, rename the file, or save the adapter again in one file."
+    weight_files = sorted(path.name for path in folder.glob("*.safetensors*"))
+    if weight_files:
+        return (
+            f"found {first_names(weight_files)}. If these are its weights, rename the file, or save the adapter again in one "
+            "file."
+        )
     return "found no weights. Copy or save the adapter again."
 
 

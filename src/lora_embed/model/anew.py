@@ -40,10 +40,10 @@ def merge_anew(method: str, options: Mapping[str, Any], parts: Parts, name: str)
 def _low_rank(total: Array, rank: int | None, energy: float) -> Array:
     """Eckart–Young: the leading singular vectors that reach the share `energy` of the squared norm, at most `rank`."""
     u, s, vh = np.linalg.svd(total.reshape(len(total), -1), full_matrices=False)
-    reached = np.cumsum(s**2) >= energy * np.sum(s**2)
-    kept = int(reached.argmax()) + 1 if energy < 1 else len(s)
-    kept = min(kept, rank) if rank is not None else kept
-    product: Array = (u[:, :kept] * s[:kept] @ vh[:kept]).reshape(total.shape)
+    is_enough = np.cumsum(s**2) >= energy * np.sum(s**2)
+    leading = int(is_enough.argmax()) + 1 if energy < 1 else len(s)
+    leading = min(leading, rank) if rank is not None else leading
+    product: Array = (u[:, :leading] * s[:leading] @ vh[:leading]).reshape(total.shape)
     return product
 
 
@@ -60,9 +60,9 @@ def _largest(change: Entries, density: float) -> Entries:
     if density == 1:
         return change
     flat = change.reshape(-1)
-    kept = torch.topk(torch.from_numpy(np.abs(flat)), int(density * flat.size)).indices.numpy()
+    largest = torch.topk(torch.from_numpy(np.abs(flat)), int(density * flat.size)).indices.numpy()
     thinned = np.zeros_like(flat)
-    thinned[kept] = flat[kept]
+    thinned[largest] = flat[largest]
     return thinned.reshape(change.shape)
 
 

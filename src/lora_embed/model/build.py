@@ -94,17 +94,17 @@ def _build(ingredients: Ingredients, folder: Path, say: Say, limit: Limit | None
     images = golden_images(preprocessing, base)
     pixels = golden_pixels(images, preprocessing)
     preprocessing = with_golden(preprocessing, dict(zip(images, pixels, strict=True)))
-    whole = None
+    unlimited_vectors = None
     if limit is not None:  # the whole merge, to report how much the limit changes vectors
         models = [member.model for member in fold_members(base, recipe, adapters, None)]
-        whole = _vectors(models, _describe(models, preprocessing, ingredients, None, pixels), pixels, base)
+        unlimited_vectors = _vectors(models, _describe(models, preprocessing, ingredients, None, pixels), pixels, base)
         del models
     members = fold_members(base, recipe, adapters, limit)
     _say_folds(ingredients, adapters, members, say)
     models = [member.model for member in members]
     description = _describe(models, preprocessing, ingredients, limit, pixels)
     vectors = _vectors(models, description, pixels, base)
-    moved = None if whole is None else golden.relative_difference(vectors, whole)
+    moved = None if unlimited_vectors is None else golden.relative_difference(vectors, unlimited_vectors)
     for member, place in zip(members, description.members, strict=True):
         write_member(member, folder / place, base)
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
@@ -122,11 +122,11 @@ def open_base(ingredients: Ingredients) -> tuple[PreTrainedModel, Description]:
     Raises EncoderError like a build.
     """
     base, recipe = ingredients.base, ingredients.recipe
-    alone = recipe.model_copy(update={"adapters": (), "merge_method": "none", "merge_options": {}})
+    base_alone = recipe.model_copy(update={"adapters": (), "merge_method": "none", "merge_options": {}})
     preprocessing, _ = checked_preprocessing(base, recipe)
     pixels = golden_pixels(golden_images(preprocessing, base), preprocessing)
     model = load_headless(base.folder, base.uri)
-    return model, _describe([model], preprocessing, with_recipe(ingredients, alone), None, pixels)
+    return model, _describe([model], preprocessing, with_recipe(ingredients, base_alone), None, pixels)
 
 
 def _check_out(out: Path) -> None:

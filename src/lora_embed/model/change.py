@@ -63,11 +63,11 @@ class Residual:
         weight, rank = before.double(), self.lora.down.shape[0]
         if self.kind == "pissa":
             u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-            taken = (u[:, :rank] * s[:rank]) @ vh[:rank]
+            initial = (u[:, :rank] * s[:rank]) @ vh[:rank]
         else:
             q, r = torch.linalg.qr(weight)
-            taken = self.lora.scale * (q[:, :rank] @ r[:rank])
-        change: torch.Tensor = self.lora.delta() - taken
+            initial = self.lora.scale * (q[:, :rank] @ r[:rank])
+        change: torch.Tensor = self.lora.delta() - initial
         return change
 
 

@@ -219,13 +219,13 @@ def load_members(folder: Path, description: Description, where: str, base: str |
     return models
 
 
-def _find_base(reference: BaseReference, where: str, named: str | None) -> Base:
+def _find_base(reference: BaseReference, where: str, named_uri: str | None) -> Base:
     """The base of an encoder stored as an adapter: at the place that the user named, else at the one that the encoder names."""
     asks_hub = True
-    if named is None:
+    if named_uri is None:
         refuse_elsewhere(reference.uri, where)
         asks_hub = may_ask_hub(reference.uri, where)
-    uri = named or reference.uri
+    uri = named_uri or reference.uri
     base = find_base(uri, reference.revision if uri == reference.uri else None, asks_hub=asks_hub)
     if not is_base(base, reference.content_hash):
         raise EncoderError(

@@ -50,20 +50,20 @@ def fold(model: PreTrainedModel, merged: Merge, limit: Limit | None = None) -> I
     parameters = dict(model.named_parameters())
     before = {name: parameter.data for name, parameter in parameters.items()}
     for name, delta in merge.merge(list(merged.adapters), list(merged.weights), merged.method, merged.options, before):
-        parameter, old, kept = parameters[name], before.pop(name), None
+        parameter, base_weight, low_rank = parameters[name], before.pop(name), None
         added = delta
         if limit is not None:
             _check_storable(model, name)
             up, down = merge.truncate(delta, limit.rank, limit.energy)
-            kept = LowRank(down=on_grid(down, len(down)), up=on_grid(up, len(down)), scale=1.0, shape=old.shape)
-            added = merge.weighted_sum([merge.Weighted(1.0, kept)], old)
-        parameter.data = (old.double() + added).float()
+            low_rank = LowRank(down=on_grid(down, len(down)), up=on_grid(up, len(down)), scale=1.0, shape=base_weight.shape)
+            added = merge.weighted_sum([merge.Weighted(1.0, low_rank)], base_weight)
+        parameter.data = (base_weight.double() + added).float()
         if not bool(torch.isfinite(parameter).all()):
             raise EncoderError(
                 f"{name} is not finite after the merge: the base's own weights are not finite, or an adapter's values times "
                 "its weight in the recipe are too large for float32. Make that weight smaller, or leave the adapter out."
             )
-        yield Folded(name=name, before=old, delta=delta, kept=kept)
+        yield Folded(name=name, before=base_weight, delta=delta, kept=low_rank)
 
 
 def on_grid(factor: torch.Tensor, rank: int) -> torch.Tensor:

@@ -103,9 +103,9 @@ class HeadOnBody:
         logits, self._logits = self._logits, []
         return torch.cat(logits)[:images].float().cpu().numpy()
 
-    def _follow(self, _module: nn.Module, _inputs: Any, given: dict[str, Any], output: Any) -> None:
+    def _follow(self, _module: nn.Module, _inputs: Any, inputs_by_name: dict[str, Any], output: Any) -> None:
         self._body.output = output
-        self._logits.append(self._model(pixel_values=given["pixel_values"]).logits)
+        self._logits.append(self._model(pixel_values=inputs_by_name["pixel_values"]).logits)
 
 
 class _Computed(nn.Module):

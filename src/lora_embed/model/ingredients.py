@@ -72,13 +72,14 @@ def find_ingredients(recipe: Recipe) -> Ingredients:
     """Find and hash a recipe's base and adapters. Raises AdapterMismatch, ConfigError, EncoderError or StorageError."""
     base = find_base(recipe.base_model, recipe.revision)
     adapters = tuple(find_adapter(spec.path, spec.revision) for spec in recipe.adapters)
-    seen: dict[str, str] = {}
+    uri_of_hash: dict[str, str] = {}
     for adapter in adapters:
-        if adapter.content_hash in seen:
+        if adapter.content_hash in uri_of_hash:
             raise ConfigError(
-                f"{adapter.uri}: is the same adapter as {seen[adapter.content_hash]}. Name it once, with the sum of weights."
+                f"{adapter.uri}: is the same adapter as {uri_of_hash[adapter.content_hash]}. Name it once, with the "
+                "sum of weights."
             )
-        seen[adapter.content_hash] = adapter.uri
+        uri_of_hash[adapter.content_hash] = adapter.uri
     return Ingredients(recipe=recipe, base=base, adapters=adapters)
 
 
@@ -91,7 +92,9 @@ def gather(recipe: Recipe) -> Ingredients:
 
 def with_recipe(ingredients: Ingredients, recipe: Recipe) -> Ingredients:
     """The same base with another recipe, whose adapters were all read before. Raises ConfigError for wrong merge options."""
-    known = {saved.uri: saved for saved in ingredients.adapters}
-    changed = Ingredients(recipe=recipe, base=ingredients.base, adapters=tuple(known[spec.path] for spec in recipe.adapters))
+    adapter_of_uri = {saved.uri: saved for saved in ingredients.adapters}
+    changed = Ingredients(
+        recipe=recipe, base=ingredients.base, adapters=tuple(adapter_of_uri[spec.path] for spec in recipe.adapters)
+    )
     assert changed.recipe_id
     return changed

@@ -61,16 +61,18 @@ def head_names(config: PretrainedConfig) -> frozenset[str]:
 
 def _trained_classes(config: PretrainedConfig) -> list[tuple[Any, PretrainedConfig]]:
     """The plain model with its pooler, the dual encoder that it is a part of, and the image classification models."""
-    whole = copy.deepcopy(config)
+    whole_config = copy.deepcopy(config)
     if config.model_type.startswith("siglip"):
-        whole.vision_use_head = True
-    classes = [(model_class(config), whole)]
+        whole_config.vision_use_head = True
+    classes = [(model_class(config), whole_config)]
     outer = dual_encoder_of(config)
     if outer is not None:
-        whole = outer(vision_config=whole.to_dict())
-        classes.append((MODEL_MAPPING[outer], whole))
-    classifiers: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(whole), ())
-    return classes + [(classifier, whole) for classifier in (classifiers if isinstance(classifiers, tuple) else (classifiers,))]
+        whole_config = outer(vision_config=whole_config.to_dict())
+        classes.append((MODEL_MAPPING[outer], whole_config))
+    classifiers: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(whole_config), ())
+    return classes + [
+        (classifier, whole_config) for classifier in (classifiers if isinstance(classifiers, tuple) else (classifiers,))
+    ]
 
 
 def weight_shapes(config: PretrainedConfig) -> dict[str, torch.Size]:

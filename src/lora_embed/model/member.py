@@ -70,11 +70,11 @@ def _merges(recipe: Recipe, adapters: list[Adapter]) -> list[Merge]:
 
 def _fold(base: Base, merged: Merge, limit: Limit | None) -> Member:
     model = load_headless(base.folder, base.uri)
-    relations, rows, kept = Relations.of(len(merged.adapters)), {}, {}
+    relations, rows, low_ranks = Relations.of(len(merged.adapters)), {}, {}
     for folded in fold(model, merged, limit):
         shares = relations.add(merged, folded.name, folded.before)
         if folded.kept is not None:
-            kept[folded.name] = folded.kept
+            low_ranks[folded.name] = folded.kept
         rows[folded.name] = _weight_row(folded, shares)
     for number, (adapter, weight) in enumerate(zip(merged.adapters, merged.weights, strict=True)):
         changed = math.hypot(*(rows[name].before for name in adapter.changes))
@@ -83,7 +83,7 @@ def _fold(base: Base, merged: Merge, limit: Limit | None) -> Member:
                 f"{adapter.uri}: changes the base by less than float32 rounding, so it would change nothing. "
                 "Was it saved before training? Train it, or leave it out of the recipe."
             )
-    return Member(merged=merged, model=model, kept=kept, rows=rows, relations=relations)
+    return Member(merged=merged, model=model, kept=low_ranks, rows=rows, relations=relations)
 
 
 def write_member(member: Member, folder: Path, base: Base) -> None:
@@ -108,12 +108,12 @@ def _write_adapter(folder: Path, changes: dict[str, LowRank], base: str) -> None
         tensors[f"{PREFIX}{module}.lora_A.weight"] = change.down.reshape(rank, *change.shape[1:]).contiguous()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = change.up.reshape(-1, rank, *[1] * len(kernel)).contiguous()
     most = max(ranks.values())
-    others = {module: rank for module, rank in ranks.items() if rank != most}
+    other_ranks = {module: rank for module, rank in ranks.items() if rank != most}
     config = LoraConfig(
         r=most,
         lora_alpha=most,
-        rank_pattern=others,
-        alpha_pattern=dict(others),
+        rank_pattern=other_ranks,
+        alpha_pattern=dict(other_ranks),
         target_modules=sorted(changes),
         base_model_name_or_path=base,
         inference_mode=True,

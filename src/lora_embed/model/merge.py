@@ -162,7 +162,7 @@ METHODS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def options_of(method: str, given: Options) -> Options:
+def options_of(method: str, settings: Options) -> Options:
     """A method's options: the given ones, checked, and the others at their defaults.
 
     Raises ConfigError for an unknown method, an unknown option, or a value that the option cannot have.
@@ -171,10 +171,12 @@ def options_of(method: str, given: Options) -> Options:
     if method not in names:
         raise ConfigError(f"merge_method is {method!r}, expected {', '.join(names[:-1])} or {names[-1]}.")
     parameters = inspect.signature(METHODS[method]).parameters.values() if method in METHODS else ()
-    known = {p.name: (p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
-    if given and not known:
-        raise ConfigError(f"merge_options sets {', '.join(given)}, but merge_method {method!r} takes no options. Remove them.")
-    return check_options(f"merge_options of {method}", known, given)
+    types_and_defaults = {p.name: (p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
+    if settings and not types_and_defaults:
+        raise ConfigError(
+            f"merge_options sets {', '.join(settings)}, but merge_method {method!r} takes no options. Remove them."
+        )
+    return check_options(f"merge_options of {method}", types_and_defaults, settings)
 
 
 def merge(
@@ -203,13 +205,13 @@ def truncate(matrix: torch.Tensor, rank: int | None, energy: float) -> tuple[tor
     """Factors (rows, r) and (r, columns), float64, of a matrix's best approximation, with r as in `svd`, but at least 1."""
     flat = matrix.flatten(1)
     u, s, vh = torch.linalg.svd(flat, full_matrices=False)
-    kept = _rank_of(s, flat.shape)
+    factors = _rank_of(s, flat.shape)
     if energy < 1:
         squares = s.square().cumsum(0)
-        kept = min(kept, int((squares < energy * squares[-1]).sum()) + 1)
-    kept = max(1, min(kept, rank or kept))
-    root = s[:kept].sqrt()
-    return u[:, :kept] * root, root[:, None] * vh[:kept]
+        factors = min(factors, int((squares < energy * squares[-1]).sum()) + 1)
+    factors = max(1, min(factors, rank or factors))
+    root = s[:factors].sqrt()
+    return u[:, :factors] * root, root[:, None] * vh[:factors]
 
 
 def _rank_of(singular_values: torch.Tensor, shape: torch.Size) -> int:

@@ -77,28 +77,28 @@ def _linear(parts: list[tuple[Adapter, float]], name: str, shape: tuple[int, ...
     return product
 
 
-def _change(adapter: Adapter, name: str, old: Array) -> Array:
+def _change(adapter: Adapter, name: str, base_weight: Array) -> Array:
     """One adapter's change of one weight, from its file."""
     adapter_name, tensors = _read(adapter, name)
-    learned = tensors.get("whole", old) - old
+    learned = tensors.get("whole", base_weight) - base_weight
     if adapter_name.endswith(".bias") and "lora_B.bias" in tensors:
         return learned + _factors(adapter, adapter_name, tensors)[2] * tensors["lora_B.bias"]
     if "whole" in tensors:
         return learned
     down, up, scale = _factors(adapter, adapter_name, tensors)
-    change = (scale * (up @ down)).reshape(old.shape)
+    change = (scale * (up @ down)).reshape(base_weight.shape)
     initialisation = str(adapter.saved.config.get("init_lora_weights")).lower()
     if initialisation == "pissa":
-        u, s, vh = np.linalg.svd(old, full_matrices=False)
+        u, s, vh = np.linalg.svd(base_weight, full_matrices=False)
         change = change - u[:, : len(down)] @ np.diag(s[: len(down)]) @ vh[: len(down)]
     elif initialisation == "olora":
-        q, r = np.linalg.qr(old)
+        q, r = np.linalg.qr(base_weight)
         change = change - scale * q[:, : len(down)] @ r[: len(down)]
     if "lora_magnitude_vector" in tensors:
-        moved = old + change
+        moved = base_weight + change
         lengths = np.sqrt((moved.reshape(len(moved), -1) ** 2).sum(axis=1))
         factor = tensors["lora_magnitude_vector"].reshape(-1) / lengths
-        change = moved * factor.reshape(-1, *[1] * (moved.ndim - 1)) - old
+        change = moved * factor.reshape(-1, *[1] * (moved.ndim - 1)) - base_weight
     return change
 
 

@@ -54,7 +54,7 @@ def write_report(
 def _describe_member(member: Member, proof: Proof) -> dict[str, Any]:
     merged, rows, relations = member.merged, member.rows, member.relations
     total = math.hypot(*(row.change for row in rows.values())) if rows else 0.0
-    cut = [row.cut for row in rows.values() if row.cut is not None]
+    cut_norms = [row.cut for row in rows.values() if row.cut is not None]
     return {
         "merge_method": merged.method,
         "merge_options": merged.options,
@@ -73,7 +73,7 @@ def _describe_member(member: Member, proof: Proof) -> dict[str, Any]:
         "relations": relations.tables(),
         "norm": total,
         "relative_change": total / math.hypot(*(row.before for row in rows.values())) if rows else 0.0,
-        "cut": math.hypot(*cut) / total if cut and total else None,
+        "cut": math.hypot(*cut_norms) / total if cut_norms and total else None,
         "largest_error": max((row["error"] for row in proof.values()), default=0.0),
         "largest_error_beyond_rounding": max((max(0.0, row["error"] - row["rounding"]) for row in proof.values()), default=0.0),
         "weights": {name: asdict(row) | proof[name] for name, row in rows.items()},
@@ -100,10 +100,10 @@ def _page(report: dict[str, Any], description: Description) -> str:
 
 
 def _store_page(store: dict[str, Any]) -> str:
-    kept, saved = store["bytes"] / 1e6, (store["base_bytes"] - store["bytes"]) / 1e6
+    stored_mb, saved_mb = store["bytes"] / 1e6, (store["base_bytes"] - store["bytes"]) / 1e6
     return (
-        f"The encoder is stored as an adapter of {kept:,.1f} MB for the base, {saved:,.1f} MB less than a whole model. The "
-        f"golden images' vectors differ from those of the whole merge by up to {store['vectors_moved']:.1e} (relative L2)."
+        f"The encoder is stored as an adapter of {stored_mb:,.1f} MB for the base, {saved_mb:,.1f} MB less than a whole model. "
+        f"The golden images' vectors differ from those of the whole merge by up to {store['vectors_moved']:.1e} (relative L2)."
     )
 
 
@@ -172,8 +172,8 @@ def _relations_page(relations: dict[str, Any]) -> list[str]:
     count = len(relations["cosine"])
     for first, second in combinations(range(count), 2):
         cells = [relations[key][first][second] for key in names]
-        shown = " | ".join("–" if cell is None else f"{cell:.3f}" for cell in cells)
-        lines.append(f"| {first + 1}, {second + 1} | {shown} |")
+        row = " | ".join("–" if cell is None else f"{cell:.3f}" for cell in cells)
+        lines.append(f"| {first + 1}, {second + 1} | {row} |")
     return [
         *lines,
         "",

@@ -54,7 +54,7 @@ def space_id_of(models: list[PreTrainedModel], preprocessing: Preprocessing, poo
     That is: the float32 weights by name, the fields of the configuration that shape a vector (`shaping_fields`), the
     preprocessing with the name of its arithmetic, and the pooling.
     """
-    about = {
+    identity = {
         "version": VERSION,
         "model_type": models[0].config.model_type,
         "config": shaping_fields(models[0].config),
@@ -63,7 +63,7 @@ def space_id_of(models: list[PreTrainedModel], preprocessing: Preprocessing, poo
         "pooling": pooling,
         "normalize": normalize,
     }
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode() + b"\n")
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode() + b"\n")
     for name, weight in [item for model in models for item in sorted(model.state_dict().items())]:
         assert weight.dtype in (torch.float32, torch.int64), (name, weight.dtype)
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())
@@ -85,22 +85,22 @@ def shaping_fields(config: PretrainedConfig) -> dict[str, Any]:
     with each release. Golden vectors do not have the same bits on every processor.
     """
     fields = {name: value for name, value in config.to_dict().items() if name not in _SHAPELESS}
-    said, before = set(fields), None
-    while said != before:  # repeated, since some classes refuse a field that they compute while another one is given
-        before = said
-        for name in sorted(said - set(SHAPING.get(config.model_type, ()))):
-            if _makes(type(config), {other: fields[other] for other in said - {name}}, fields):
-                said = said - {name}
-    return {name: value for name, value in _plain(fields).items() if name in said}
+    needed, needed_before = set(fields), None
+    while needed != needed_before:  # repeated, since some classes refuse a field that they compute while another one is given
+        needed_before = needed
+        for name in sorted(needed - set(SHAPING.get(config.model_type, ()))):
+            if _makes(type(config), {field: fields[field] for field in needed - {name}}, fields):
+                needed = needed - {name}
+    return {name: value for name, value in _plain(fields).items() if name in needed}
 
 
-def _makes(kind: Any, said: dict[str, Any], fields: dict[str, Any]) -> bool:
-    """True if the class makes a configuration with all `fields` when it is given only the fields `said`."""
+def _makes(config_class: Any, some_fields: dict[str, Any], fields: dict[str, Any]) -> bool:
+    """True if the class makes a configuration with all `fields` when it is given only `some_fields`."""
     try:
-        made = kind(**copy.deepcopy(said)).to_dict()
+        all_fields = config_class(**copy.deepcopy(some_fields)).to_dict()
     except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError):
         return False
-    return bool(_plain(made) == _plain(fields))
+    return bool(_plain(all_fields) == _plain(fields))
 
 
 def _plain(value: Any) -> Any:

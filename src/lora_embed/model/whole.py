@@ -38,12 +38,12 @@ def check_places(saved: SavedAdapter, target: Target, shapes: dict[str, torch.Si
     unused = [name for name in places if places[name] is None]
     if not unused:
         return
-    alone = target.locate({name: shapes[name] for name in unused})
-    for name, place in alone.items():
+    places_alone = target.locate({name: shapes[name] for name in unused})
+    for name, place in places_alone.items():
         if place is not None and place in places.values():
-            other = next(adapter_name for adapter_name, taken in places.items() if taken == place)
+            first_name = next(adapter_name for adapter_name, first_place in places.items() if first_place == place)
             raise AdapterMismatch(
-                f"{saved.uri}: {other} and {name} are both names of {place}, so it is saved twice. Save the adapter again."
+                f"{saved.uri}: {first_name} and {name} are both names of {place}, so it is saved twice. Save the adapter again."
             )
     kernels = any(len(shapes[name]) > 2 for name in unused)
     hint = " A grouped convolution cannot be folded: its LoRA mixes channels that its weight keeps apart." if kernels else ""
@@ -86,12 +86,12 @@ def _adapter_names(target: Target, adapted: dict[str, str]) -> dict[str, str]:
     return {place: template.format(*_NUMBER.findall(place)) for place, template in kinds.items() if template}
 
 
-def check_biases(saved: SavedAdapter, target: Target, adapted: set[str], whole: set[str]) -> None:
+def check_biases(saved: SavedAdapter, target: Target, adapted: set[str], trained: set[str]) -> None:
     """Raises AdapterMismatch if a bias that `bias` in the configuration trained is missing: old versions of PEFT lost them."""
     kind = saved.config.get("bias")
     biases = {name for name in target.shapes if name.endswith(".bias")}
     owners = {"all": biases, "lora_only": {f"{name.removesuffix('.weight')}.bias" for name in adapted} & biases}
-    missing = sorted(owners.get(str(kind), set()) - whole)
+    missing = sorted(owners.get(str(kind), set()) - trained)
     if missing:
         raise AdapterMismatch(
             f"{saved.uri}: was trained with bias={kind!r}, but {WEIGHTS_NAME} does not hold {first_names(missing)}, so these "

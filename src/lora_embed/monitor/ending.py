@@ -46,8 +46,8 @@ class Ending:
         return BETWEEN.join([*begins, *ends])
 
     def _counts(self, facts: Mapping[str, Any]) -> list[str]:
-        embedded, took = facts["embedded"], f"in {span(self.seconds)}"
-        done = f"{embedded:,} embedded {took}"
+        embedded, duration = facts["embedded"], f"in {span(self.seconds)}"
+        done = f"{embedded:,} embedded {duration}"
         if self.cause:
             return [done]
         rejected = [f"{facts['rejected'] / embedded:.2%} rejects"] if embedded else []
@@ -128,8 +128,8 @@ def gist(message: str) -> str:
     Lines that are indented further are details of a cause.
     """
     causes = [line.strip() for line in message.splitlines() if line.startswith("  ") and line[2:3] != " "]
-    more = f" (and {len(causes) - 1} more)" if len(causes) > 1 else ""
-    return f"{causes[0]}{more}" if causes else " ".join(message.split())
+    others = f" (and {len(causes) - 1} more)" if len(causes) > 1 else ""
+    return f"{causes[0]}{others}" if causes else " ".join(message.split())
 
 
 def _became(facts: Mapping[str, Any]) -> str:

@@ -200,33 +200,33 @@ class Progress:
         """Samples, images/s, shards, rejects and the time left, as one line."""
         figures = self._figures()
         failed = f", {figures['shards_failed']} failed" if figures["shards_failed"] else ""
-        left = f" · about {span(figures['left_s'])} left" if figures["left_s"] is not None else ""
+        time_left = f" · about {span(figures['left_s'])} left" if figures["left_s"] is not None else ""
         bound = f" · bound by {figures['bound']}" if figures["bound"] else ""
         return (
             f"{figures['samples']:,} samples · {figures['images_per_s']:,.1f} images/s · "
             f"{figures['shards_done']}/{figures['shards']} shards{failed} · {figures['rejects']:,} rejects · "
-            f"{span(figures['elapsed_s'])} elapsed{left}{bound}"
+            f"{span(figures['elapsed_s'])} elapsed{time_left}{bound}"
         )
 
     def _seconds_left(self, elapsed: float) -> float | None:
-        left = sum(self._bytes.values()) - self._bytes_done
-        return elapsed * left / self._bytes_done if self._bytes_done and left > 0 else None
+        bytes_left = sum(self._bytes.values()) - self._bytes_done
+        return elapsed * bytes_left / self._bytes_done if self._bytes_done and bytes_left > 0 else None
 
     def _figures(self) -> dict[str, Any]:
         """The values of the progress line as numbers."""
-        elapsed, here = time.monotonic() - self._started, self.here
-        left = self._seconds_left(elapsed)
+        elapsed, attempt = time.monotonic() - self._started, self.here
+        seconds_left = self._seconds_left(elapsed)
         return {
-            "samples": here.samples,
-            "vectors": here.vectors,
-            "rejects": here.rejects.total(),
-            "images_per_s": round(here.samples / max(elapsed, 1e-9), 1),
-            "shards": here.shards,
-            "shards_done": here.shards_done,
-            "shards_failed": here.shards_failed,
+            "samples": attempt.samples,
+            "vectors": attempt.vectors,
+            "rejects": attempt.rejects.total(),
+            "images_per_s": round(attempt.samples / max(elapsed, 1e-9), 1),
+            "shards": attempt.shards,
+            "shards_done": attempt.shards_done,
+            "shards_failed": attempt.shards_failed,
             "elapsed_s": round(elapsed, 1),
-            "left_s": None if left is None else round(left, 1),
-            "bound": self.bound().by if here.seconds else None,
+            "left_s": None if seconds_left is None else round(seconds_left, 1),
+            "bound": self.bound().by if attempt.seconds else None,
         }
 
     def _show(self, line: str) -> None:

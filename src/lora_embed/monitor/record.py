@@ -122,14 +122,14 @@ def bins_of(record: RunRecord) -> list[Bin]:
 
 
 def _bin(before: Reading, after: Reading, workers: Workers) -> Bin:
-    took = max(after.elapsed_s - before.elapsed_s, 1e-9)
+    seconds_between = max(after.elapsed_s - before.elapsed_s, 1e-9)
     spent = {stage: seconds - before.seconds.get(stage, 0.0) for stage, seconds in after.seconds.items()}
     return Bin(
         start_s=before.elapsed_s,
         end_s=after.elapsed_s,
         samples=after.samples - before.samples,
-        busy={stage: seconds / took for stage, seconds in spent.items()},
-        bound=find_bound(spent, took, workers),
+        busy={stage: seconds / seconds_between for stage, seconds in spent.items()},
+        bound=find_bound(spent, seconds_between, workers),
     )
 
 

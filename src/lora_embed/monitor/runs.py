@@ -90,16 +90,17 @@ class Run:
             return f"{state.doing} on {state.host} for {span(state.seconds)}: {done}{speed}; {heard}"
         if self.status == "seems dead":
             return f"seems dead: {state.doing} on {state.host}, {done}; {heard}"
-        took = f"in {span(state.seconds)}"
+        duration = f"in {span(state.seconds)}"
         reasons = f" ({', '.join(f'{count:,} {reason}' for reason, count in state.rejects.items())})" if state.rejects else ""
         if state.outcome == "current":
-            return f"version {state.version} stayed current, {took}: {state.embedded:,} embedded"
+            return f"version {state.version} stayed current, {duration}: {state.embedded:,} embedded"
         if state.outcome == "published":
-            return f"published version {state.version} {took}: {state.embedded:,} embedded, {state.rejected:,} rejects{reasons}"
+            counts = f"{state.embedded:,} embedded, {state.rejected:,} rejects{reasons}"
+            return f"published version {state.version} {duration}: {counts}"
         if state.outcome == "failed":
             return f"failed after {span(state.seconds)}, {done}: {gist(state.error)[:MOST_OF_CAUSE]}"
         return (
-            f"embedded {state.embedded:,} {took}, not published"
+            f"embedded {state.embedded:,} {duration}, not published"
             + (f", {state.rejected:,} rejects" if reasons else "")
             + reasons
         )

@@ -41,8 +41,8 @@ class Stopwatch:
 
     def take(self) -> dict[str, float]:
         """Return the seconds counted so far, and start again from zero."""
-        taken, self.seconds = self.seconds, {}
-        return taken
+        seconds_by_stage, self.seconds = self.seconds, {}
+        return seconds_by_stage
 
 
 @dataclass(frozen=True, kw_only=True)

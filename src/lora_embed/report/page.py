@@ -46,7 +46,7 @@ def render(template: str, **values: Any) -> str:
 def environment() -> "Environment":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    made = Environment(
+    jinja = Environment(
         autoescape=True,
         finalize=shown,
         undefined=StrictUndefined,
@@ -54,10 +54,10 @@ def environment() -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"printable": printable, "shortened": shortened, "moment": moment, "span": span}
-    made.filters |= {"number": number, "percentage": percentage, "share": share, "points": points}
-    made.tests["base64"] = is_base64
-    return made
+    jinja.filters |= {"printable": printable, "shortened": shortened, "moment": moment, "span": span}
+    jinja.filters |= {"number": number, "percentage": percentage, "share": share, "points": points}
+    jinja.tests["base64"] = is_base64
+    return jinja
 
 
 def shown(value: Any) -> Any:
@@ -75,11 +75,11 @@ def write(text: str, out: Path) -> None:
 
 def shortened(text: str, length: int = NAME_LENGTH) -> str:
     """At most `length` characters of a text, the middle left out."""
-    whole = printable(text)
-    if len(whole) <= length:
-        return whole
+    full_text = printable(text)
+    if len(full_text) <= length:
+        return full_text
     tail = length // 4
-    return f"{whole[: length - tail - 1]}…{whole[-tail:]}"
+    return f"{full_text[: length - tail - 1]}…{full_text[-tail:]}"
 
 
 def moment(text: str) -> str:

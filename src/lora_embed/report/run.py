@@ -55,8 +55,8 @@ def setting(value: Any) -> str:
 def phases(bins: list[Bin]) -> list[tuple[str, float]]:
     """What bounded the run, and until which second, one stretch after the other; none where there are too many to read."""
     groups = groupby(bins, key=lambda stretch: stretch.bound.by)
-    joined = [(stage, list(stretches)[-1].end_s) for stage, stretches in groups]
-    return joined if len(joined) <= MOST_PHASES else []
+    ends = [(stage, list(stretches)[-1].end_s) for stage, stretches in groups]
+    return ends if len(ends) <= MOST_PHASES else []
 
 
 def rate_chart(bins: list[Bin]) -> Chart:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
-from lora_embed.chain import cluster, pipeline
+from lora_embed.chain import cluster
+from lora_embed.chain.items import Pass
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import GateFailed, IncompleteRun, TableError, VerificationFailed, once_started
 from lora_embed.gates import judge
@@ -73,16 +74,16 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
     beginning = journal.begin(job)
     judge.limits_of(job)
     opened = open_job(job)
-    current, known, base = opened.current, opened.encoder, opened.base
-    if known is not None:
-        refuse_space(opened, known, replaces=replaces, releases=releases)
+    current, stored_encoder, base = opened.current, opened.encoder, opened.base
+    if stored_encoder is not None:
+        refuse_space(opened, stored_encoder, replaces=replaces, releases=releases)
         if _is_current(opened):
             return _leave_as_it_is(beginning, opened)
 
     refuse_absent_fields(opened)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = _build_or_take(opened, Path(scratch)) if known is None else None
-        encoder = known or read_description(cast(Path, folder))
+        folder = _build_or_take(opened, Path(scratch)) if stored_encoder is None else None
+        encoder = stored_encoder or read_description(cast(Path, folder))
         refuse_space(opened, encoder, replaces=replaces, releases=releases)
         cluster.connect()
         topology = cluster.choose_topology(job.resources)
@@ -95,7 +96,7 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
             else:
                 encoder = store_encoder(folder, store)
             layout = resolve_layout(job, store, encoder, current, topology)
-            recording.shared = shared = pipeline.Job.of(job, store, encoder, layout, base)
+            recording.shared = shared = Pass.of(job, store, encoder, layout, base)
             with _retaining(shared, job, opened.shards, beginning.run_id):
                 result = _carry_out(recording, current, opened.listing, publishes=publishes, releases=releases)
             recording.version, recording.published = result.version, result.published
@@ -111,7 +112,7 @@ def _build_or_take(opened: OpenJob, scratch: Path) -> Path:
 
 
 @contextmanager
-def _retaining(shared: pipeline.Job, job: JobConfig, shards: list[Shard], run_id: str = "") -> Iterator[None]:
+def _retaining(shared: Pass, job: JobConfig, shards: list[Shard], run_id: str = "") -> Iterator[None]:
     """Enforce retention after the block, also if it raises, so that runs that publish nothing remove old files as well.
 
     Parts that this run staged stay, so that the same command can continue.
@@ -162,7 +163,7 @@ def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, s
     cluster.connect()
     before = current.space_id if current is not None else None
     with once_started(), versions.writing(opened.store, "publishing", encoder.space_id) as store:
-        shared = pipeline.Job.of(job, store, encoder, layout, opened.base)
+        shared = Pass.of(job, store, encoder, layout, opened.base)
         with _retaining(shared, job, opened.shards):
             manifest, is_new = publish.publish(
                 job, shared, opened.listing, replaces=before, releases=releases, accepted=accepted

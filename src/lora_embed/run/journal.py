@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from lora_embed.chain import cluster, pipeline
+from lora_embed.chain import cluster
+from lora_embed.chain.items import Pass
 from lora_embed.config.foreign import read_json
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import GateFailed, LoraEmbedError
@@ -45,7 +46,7 @@ class Journal:
     store: Store
     space_id: str
     topology: cluster.Topology
-    shared: pipeline.Job | None = None  # once the encoder is on storage
+    shared: Pass | None = None  # once the encoder is on storage
     effort: Effort = field(default_factory=Effort)
     passed_over: dict[str, int] = field(default_factory=dict)
     doing: str = "starting"
@@ -136,8 +137,8 @@ def _leave_state(journal: Journal) -> None:
 
 def leave_quiet(beginning: Beginning, opened: OpenJob, current: Manifest) -> None:
     """Write the state of a run that found nothing to do, so that it does not look as if there was no run."""
-    passed = opened.listing.passed_over
-    state = beginning.state(outcome="current", space_id=current.space_id, version=current.version, passed_over=passed)
+    passed_over = opened.listing.passed_over
+    state = beginning.state(outcome="current", space_id=current.space_id, version=current.version, passed_over=passed_over)
     note(**asdict(state))
     leave_state(state, opened.store, opened.job.retain.runs)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_embed.chain import cluster, pipeline
-from lora_embed.chain.items import WorkItem
+from lora_embed.chain.items import EncoderSource, Pass, WorkItem
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import ConfigError, IncompleteRun
 from lora_embed.model.description import Description, read_description
@@ -136,11 +136,9 @@ def forecast(
         limit = max(IMAGES_A_SHARD, 2 * layout.batch_size)  # batches that are mostly padding would give a wrong estimate
         layout = replace(layout, limit=limit)
         sample = _sample(items, SHARDS_AN_ACTOR * topology.workers.actors, limit)
-        shared = replace(
-            pipeline.Job.of(job, Store("memory://forecast"), encoder, layout, named_base(source)),
-            encoder_uri=uri,
-            encoder_options=job.table_storage_options if uri.startswith(store.uri) else {},
-        )
+        options = job.table_storage_options if uri.startswith(store.uri) else {}
+        place = EncoderSource(uri=uri, options=options, description=encoder, base=named_base(source))
+        shared = replace(Pass.of(job, Store("memory://forecast"), encoder, layout), encoders=(place,))
         chunks, first = [], 0.0
         for stats in pipeline.embed_items(sample, shared, topology):
             first = first or time.monotonic() - started - sum(stats.seconds.values())

@@ -5,7 +5,8 @@ import json
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lora_embed.chain import cluster, pipeline
+from lora_embed.chain import cluster
+from lora_embed.chain.items import Pass
 from lora_embed.config.foreign import SampleRecord, read_record
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import GateFailed
@@ -22,7 +23,7 @@ from lora_embed.vectors.health import combine, measure_rows
 
 
 def embed_sample(
-    job: JobConfig, shared: pipeline.Job, current: Manifest, shards: list[Shard], topology: cluster.Topology, effort: Effort
+    job: JobConfig, shared: Pass, current: Manifest, shards: list[Shard], topology: cluster.Topology, effort: Effort
 ) -> bool:
     """Embed whole shards until the sample is full, compare them, and log the decision of the job's policy.
 
@@ -46,12 +47,12 @@ def embed_sample(
     return decision.action == "go on"
 
 
-def _decide(job: JobConfig, shared: pipeline.Job, current: Manifest, sample: list[Shard], hours: float) -> Decision:
+def _decide(job: JobConfig, shared: Pass, current: Manifest, sample: list[Shard], hours: float) -> Decision:
     limits = judge.limits_of(job)
     policy = Policy(skip_overlap=job.reembed.skip_overlap, skip_gain=job.reembed.skip_gain, limits=limits)
     staged = staging.staged_parts(shared.store, shared.encoder.space_id, shared.layout.layout_id)
     paths = [path for s in sample for path in staging.part_paths(shared.encoder.space_id, shared.layout, staged.get(s.id, []))]
-    parts = [parquet.read_rows(shared.store, path) for path in paths]
+    parts = [parquet.read_rows(shared.store, path, shared.part_schema) for path in paths]
     health = combine([measure_rows(part) for part in parts]) if parts else None
     figures = health.figures() if health is not None and health.count else None
     extra = judge.judge_space(shared.store, current, shared.encoder.space_id, figures, limits)
@@ -61,11 +62,11 @@ def _decide(job: JobConfig, shared: pipeline.Job, current: Manifest, sample: lis
     return reembed.re_embed_decision(compared, policy, hours, extra)
 
 
-def _seconds_an_image(shared: pipeline.Job, effort: Effort, workers: Workers) -> float:
+def _seconds_an_image(shared: Pass, effort: Effort, workers: Workers) -> float:
     """Seconds per image when the sample was embedded, which may have been in an earlier run."""
     path = f"staging/{shared.encoder.space_id}/sample.json"
     if effort.samples:
-        took = seconds_an_image(effort.seconds, effort.samples, workers)
-        shared.store.create(path, json.dumps({"seconds_an_image": took}).encode())
-    kept = read_record(shared.store, path, SampleRecord)
-    return kept.seconds_an_image if kept is not None else 0.0
+        measured = seconds_an_image(effort.seconds, effort.samples, workers)
+        shared.store.create(path, json.dumps({"seconds_an_image": measured}).encode())
+    record = read_record(shared.store, path, SampleRecord)
+    return record.seconds_an_image if record is not None else 0.0

@@ -36,8 +36,10 @@ class Meters:
 
     def __init__(self, table: str, run_id: str, started: float) -> None:
         self._table, self._run_id, self._started = without_secrets(table), run_id, started
-        self._counters = {name: cluster.counter(f"{PREFIX}_{name}", *about) for name, about in _with_table(COUNTERS)}
-        self._gauges = {name: cluster.gauge(f"{PREFIX}_{name}", *about) for name, about in _with_table(GAUGES)}
+        self._counters = {
+            name: cluster.counter(f"{PREFIX}_{name}", *help_and_tags) for name, help_and_tags in _with_table(COUNTERS)
+        }
+        self._gauges = {name: cluster.gauge(f"{PREFIX}_{name}", *help_and_tags) for name, help_and_tags in _with_table(GAUGES)}
         self._shown: dict[tuple[str, str], float] = {}
 
     def show(self, effort: Effort, version: int | None) -> None:
@@ -62,8 +64,8 @@ class Meters:
 
     def _count(self, name: str, total: float, **tags: str) -> None:
         key = (name, "".join(tags.values()))
-        if (more := total - self._shown.get(key, 0.0)) > 0:
-            self._counters[name].inc(more, tags={"table": self._table} | tags)
+        if (increase := total - self._shown.get(key, 0.0)) > 0:
+            self._counters[name].inc(increase, tags={"table": self._table} | tags)
             self._shown[key] = total
 
     def _set(self, name: str, value: float, **tags: str) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from lora_embed.chain import pipeline
+from lora_embed.chain.items import Pass
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import IncompleteRun, StorageError, StoreUnavailable, VerificationFailed
 from lora_embed.gates import judge
@@ -25,7 +26,7 @@ BYTES_HERE = 2 * compact.DATA_FILE_BYTES  # vectors up to this size are compacte
 
 def publish(
     job: JobConfig,
-    shared: pipeline.Job,
+    shared: Pass,
     listing: Listing,
     *,
     replaces: str | None = None,
@@ -62,7 +63,7 @@ def publish(
         say(f"another run published version {manifest.version} meanwhile; planning the next version from it")
 
 
-def _clear(shared: pipeline.Job, manifest: Manifest) -> None:
+def _clear(shared: Pass, manifest: Manifest) -> None:
     """Remove the staged parts whose rows the new version holds. If that fails, it is only logged."""
     try:
         staging.clear_absorbed(shared.store, manifest, shared.layout)
@@ -89,7 +90,7 @@ def _version(manifest: Manifest | None) -> int:
 
 def _next_version(
     job: JobConfig,
-    shared: pipeline.Job,
+    shared: Pass,
     current: Manifest | None,
     shards: dict[str, Shard],
     accepted: dict[str, str],
@@ -100,39 +101,39 @@ def _next_version(
     before = versions.newest_of(store, encoder.space_id, layout.pins, current)
     forgotten = current.forgotten if current is not None else ()
     reuse = compact.plan_reuse(before, set(shards), set(forgotten) - set(before.forgotten if before is not None else ()))
-    kept = set(before.shards) & set(shards) if before is not None else set()
+    kept_ids = set(before.shards) & set(shards) if before is not None else set()
     staged = staging.staged_parts(store, encoder.space_id, layout.layout_id)
-    new = {shard_id: staged.get(shard_id, []) for shard_id in shards if shard_id not in kept}
-    _refuse_incomplete(new, shards)
-    few = len(new) <= SHARDS_PER_TASK
-    sources, with_rejects = _verified_sources(shared, new, shards, here=few)
+    new_parts = {shard_id: staged.get(shard_id, []) for shard_id in shards if shard_id not in kept_ids}
+    _refuse_incomplete(new_parts, shards)
+    is_small = len(new_parts) <= SHARDS_PER_TASK
+    sources, with_rejects = _verified_sources(shared, new_parts, shards, here=is_small)
     counts = join_records(record for source in sources for record in source.shards)
-    rejects, removed = _shares(job, current, list(counts.values()), kept)
+    rejects, removed = _shares(job, current, list(counts.values()), kept_ids)
     drift = _drift(job, shared, before, shards, staged) if before is not None else []
     shares = [_with_reasons(rejects, store, with_rejects, accepted), removed, hidden, *drift]
     judge.decide(job.table, shares, accepted)
     compactions = compact.plan_compactions([*reuse.sources, *sources], layout, encoder.space_id, encoder.dimension, forgotten)
-    light = few and sum(task.vector_bytes for task in compactions) <= BYTES_HERE
-    written = pipeline.map_tasks(compact.compact, (store,), compactions, here=light)
-    health = judge.measure(shared, [data for data, _ in written], here=light)
-    known = before.lineage.get("figures") if before is not None else None
+    is_light = is_small and sum(task.vector_bytes for task in compactions) <= BYTES_HERE
+    new_files = pipeline.map_tasks(compact.compact, (store,), compactions, here=is_light)
+    health = judge.measure(shared, [data for data, _ in new_files], here=is_light)
+    recorded_figures = before.lineage.get("figures") if before is not None else None
     manifest = compact.make_manifest(
         _version(current) + 1,
         encoder.space_id,
         encoder.dimension,
-        written,
+        new_files,
         reuse,
         gates={},
         pins=layout.pins,
         forgotten=forgotten,
         held={space: why for space, why in (current.held if current else {}).items() if space != encoder.space_id},
-        lineage=_lineage_of(job, shared) | {"figures": known or (health.to_dict() if health is not None else None)},
+        lineage=_lineage_of(job, shared) | {"figures": recorded_figures or (health.to_dict() if health is not None else None)},
     )
-    judged = [*shares, *judge.judge(shared, manifest, health, current, judge.limits_of(job))]
-    return replace(manifest, gates=judge.decide(job.table, judged, accepted))
+    gates = [*shares, *judge.judge(shared, manifest, health, current, judge.limits_of(job))]
+    return replace(manifest, gates=judge.decide(job.table, gates, accepted))
 
 
-def _lineage_of(job: JobConfig, shared: pipeline.Job) -> dict[str, Any]:
+def _lineage_of(job: JobConfig, shared: Pass) -> dict[str, Any]:
     """The recipe, input and layout that a version comes from, and its retention settings."""
     return {
         "recipe_id": shared.encoder.recipe_id,
@@ -143,16 +144,16 @@ def _lineage_of(job: JobConfig, shared: pipeline.Job) -> dict[str, Any]:
 
 
 def _verified_sources(
-    shared: pipeline.Job, new: dict[str, list[Part]], shards: dict[str, Shard], *, here: bool
+    shared: Pass, new_parts: dict[str, list[Part]], shards: dict[str, Shard], *, here: bool
 ) -> tuple[list[compact.Source], list[tuple[str, int]]]:
     """Check the footers of new shards' parts. Returns the parts as sources of data files, and those that hold rejects."""
     store, space_id, layout = shared.store, shared.encoder.space_id, shared.layout
     where = (store, space_id, layout)
-    checked = pipeline.map_tasks(staging.verify_parts, where, list(new.values()), each_has=SHARDS_PER_TASK, here=here)
+    checked = pipeline.map_tasks(staging.verify_parts, where, list(new_parts.values()), each_has=SHARDS_PER_TASK, here=here)
     vector_bytes = compact.row_bytes(shared.encoder.dimension, layout.vector_type)
     sources, with_rejects = [], []
     for verified in checked:
-        parts = staging.part_paths(space_id, layout, new[verified.shard_id])
+        parts = staging.part_paths(space_id, layout, new_parts[verified.shard_id])
         sources += compact.cut_shard(shards[verified.shard_id], verified, parts, vector_bytes)
         with_rejects += [(path, rejects) for path, rejects in zip(parts, verified.rejects_of_parts, strict=True) if rejects]
     return sources, with_rejects
@@ -167,40 +168,40 @@ def _with_reasons(rejects: Gate, store: Store, files: list[tuple[str, int]], acc
 
 
 def _drift(
-    job: JobConfig, shared: pipeline.Job, before: Manifest, shards: dict[str, Shard], staged: dict[str, list[Part]]
+    job: JobConfig, shared: Pass, before: Manifest, shards: dict[str, Shard], staged: dict[str, list[Part]]
 ) -> list[Gate]:
     """The gate that compares the parts that were embedded again with the version before; none if there are none."""
-    chosen = work.choose_again(job, shared.layout, before, list(shards.values()))
-    again = [
+    chunks = work.choose_again(job, shared.layout, before, list(shards.values()))
+    part_paths = [
         path
-        for shard, chunk in chosen
+        for shard, chunk in chunks
         for part in staged.get(shard.id, [])
         if part.chunk == chunk
         for path in staging.part_paths(shared.encoder.space_id, shared.layout, [part])
     ]
-    gate = judge.drift(shared, before, again, job.reembed.drift)
+    gate = judge.drift(shared, before, part_paths, job.reembed.drift)
     return [gate] if gate is not None else []
 
 
-def _refuse_incomplete(new: dict[str, list[Part]], shards: dict[str, Shard]) -> None:
-    incomplete = [shards[shard_id].name for shard_id, parts in new.items() if not staging.is_complete(parts)]
+def _refuse_incomplete(new_parts: dict[str, list[Part]], shards: dict[str, Shard]) -> None:
+    incomplete = [shards[shard_id].name for shard_id, parts in new_parts.items() if not staging.is_complete(parts)]
     if incomplete:
         raise IncompleteRun(
             f"{len(incomplete)} shards are not complete, such as {incomplete[0]}. Run the same command again to continue."
         )
 
 
-def _shares(job: JobConfig, current: Manifest | None, new: list[ShardCounts], kept: set[str]) -> list[Gate]:
+def _shares(job: JobConfig, current: Manifest | None, new_shards: list[ShardCounts], kept_ids: set[str]) -> list[Gate]:
     """The gates `rejects` and `removed`, which need counts alone, before anything is written.
 
     A group of loose images stays a shard also if most of its images are removed, so `removed` also counts images.
     """
-    samples, rejects = _samples(new), sum(shard.rejects for shard in new)
+    samples, rejects = _samples(new_shards), sum(shard.rejects for shard in new_shards)
     before = current.shards if current is not None else {}
-    replaced = [shard for shard_id, shard in before.items() if shard_id not in kept]
-    now, then = _by_place(new), _by_place(replaced)
-    removed = sum(1 for shard in replaced if place_of(shard.name) not in now)
-    lost, total = (then - now).total(), _samples(before.values())
+    replaced = [shard for shard_id, shard in before.items() if shard_id not in kept_ids]
+    samples_now, samples_before = _by_place(new_shards), _by_place(replaced)
+    removed = sum(1 for shard in replaced if place_of(shard.name) not in samples_now)
+    lost, total = (samples_before - samples_now).total(), _samples(before.values())
     figures = {
         "rejects": (rejects / max(samples, 1), job.max_rejects, f"{rejects:,} of {samples:,} new samples cannot be embedded"),
         "removed": (

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from lora_embed.chain import cluster, pipeline
-from lora_embed.chain.items import Staged, WorkItem
+from lora_embed.chain.items import Pass, Staged, WorkItem
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import IncompleteRun, WorkersLost
 from lora_embed.model.description import Description
@@ -44,14 +44,14 @@ def _what_is_left(shard: Shard, parts: list[Part], store: Store, encoder: Descri
 
 
 def _first_samples(items: list[WorkItem], limit: int, layout: Layout, options: dict[str, Any]) -> list[WorkItem]:
-    chosen = []
+    limited = []
     for item in items:
         if limit <= 0:
             break
         samples = count_samples(item.shard, layout, options, limit)
-        chosen.append(replace(item, limit=min(samples, limit)))
+        limited.append(replace(item, limit=min(samples, limit)))
         limit -= samples
-    return chosen
+    return limited
 
 
 def choose_unchanged(current: Manifest, shards: list[Shard], samples: int, seed: int = 0) -> list[Shard]:
@@ -61,27 +61,27 @@ def choose_unchanged(current: Manifest, shards: list[Shard], samples: int, seed:
     long.
     """
     unchanged = {shard.name: shard for shard in shards if shard.id in current.shards}
-    apart = prefixes_of_ids(current.forgotten) if current.forgotten else set()
-    last = {name for name, shard in unchanged.items() if shard.prefix in apart}
-    chosen, held = [], 0
+    forgotten_prefixes = prefixes_of_ids(current.forgotten) if current.forgotten else set()
+    last = {name for name, shard in unchanged.items() if shard.prefix in forgotten_prefixes}
+    sample, samples_chosen = [], 0
     for name in [*seeded_sample(unchanged.keys() - last, samples, seed), *seeded_sample(last, samples, seed)]:
-        if held >= samples:
+        if samples_chosen >= samples:
             break
-        chosen.append(unchanged[name])
-        held += current.shards[unchanged[name].id].samples
-    return chosen
+        sample.append(unchanged[name])
+        samples_chosen += current.shards[unchanged[name].id].samples
+    return sample
 
 
 def choose_again(job: JobConfig, layout: Layout, before: Manifest, shards: list[Shard]) -> list[tuple[Shard, int]]:
     """A few unchanged shards, others for each version, and for each the chunk to embed again: see `judge.drift`."""
     if not job.reembed.drift or job.limit is not None:
         return []
-    chosen = choose_unchanged(before, shards, job.reembed.drift, seed=before.version)
-    full_chunks = [before.shards[shard.id].samples // layout.chunk_size for shard in chosen]
-    return [(shard, before.version % max(1, full)) for shard, full in zip(chosen, full_chunks, strict=True)]
+    unchanged = choose_unchanged(before, shards, job.reembed.drift, seed=before.version)
+    full_chunks = [before.shards[shard.id].samples // layout.chunk_size for shard in unchanged]
+    return [(shard, before.version % max(1, full)) for shard, full in zip(unchanged, full_chunks, strict=True)]
 
 
-def find_drift_work(job: JobConfig, shared: pipeline.Job, shards: list[Shard]) -> list[WorkItem]:
+def find_drift_work(job: JobConfig, shared: Pass, shards: list[Shard]) -> list[WorkItem]:
     """Chunks to embed again to notice drift, except those embedded again since the version was committed."""
     store, layout, space_id = shared.store, shared.layout, shared.encoder.space_id
     before = versions.newest_of(store, space_id, layout.pins, versions.read_manifest(store))
@@ -90,21 +90,21 @@ def find_drift_work(job: JobConfig, shared: pipeline.Job, shards: list[Shard]) -
     committed = store.info(versions.manifest_path(before.version))
     staged = staging.staged_parts(store, space_id, layout.layout_id)
     items = []
-    for shard, again in choose_again(job, layout, before, shards):
-        parts = [part for part in staged.get(shard.id, []) if part.chunk == again]
+    for shard, chunk in choose_again(job, layout, before, shards):
+        parts = [part for part in staged.get(shard.id, []) if part.chunk == chunk]
         (path,) = staging.part_paths(space_id, layout, parts) or (None,)
-        written = store.info(path) if path is not None else None
-        if path is not None and written is not None:
-            if committed is not None and written.modified > committed.modified:
+        entry = store.info(path) if path is not None else None
+        if path is not None and entry is not None:
+            if committed is not None and entry.modified > committed.modified:
                 continue
             store.delete([path])  # the version was made from this part, so a comparison with it would show nothing
         chunks = -(-before.shards[shard.id].samples // layout.chunk_size)
-        items.append(WorkItem(shard=shard, done=frozenset(range(chunks)) - {again}))
+        items.append(WorkItem(shard=shard, done=frozenset(range(chunks)) - {chunk}))
     return items
 
 
 def embed_missing(
-    job: JobConfig, shared: pipeline.Job, shards: list[Shard], topology: cluster.Topology, effort: Effort | None = None
+    job: JobConfig, shared: Pass, shards: list[Shard], topology: cluster.Topology, effort: Effort | None = None
 ) -> Effort:
     """Embed what is neither published nor staged.
 
@@ -157,16 +157,16 @@ def say_passed(passed: dict[str, int], *, is_named: bool) -> None:
 
 def _embed(
     work: list[WorkItem],
-    again: list[WorkItem],
-    shared: pipeline.Job,
+    drift_items: list[WorkItem],
+    shared: Pass,
     topology: cluster.Topology,
     progress: Progress,
     failures: dict[str, ChunkHead],
 ) -> None:
     """Run the chain once and count what it yields. Raises IncompleteRun if many shards in a row fail."""
     in_a_row = 0
-    uncounted = {item.shard.id for item in again}
-    for stats in pipeline.embed_items([*again, *work], shared, topology):
+    uncounted = {item.shard.id for item in drift_items}
+    for stats in pipeline.embed_items([*drift_items, *work], shared, topology):
         if stats.shard_id in uncounted:  # also if it failed: its vectors are published, and only the drift check lacks it
             continue
         progress.add(stats)
@@ -177,9 +177,9 @@ def _embed(
             raise _incomplete(failures, len(work))
 
 
-def _incomplete(failures: dict[str, ChunkHead], of: int) -> IncompleteRun:
+def _incomplete(failures: dict[str, ChunkHead], shards: int) -> IncompleteRun:
     first = "\n".join(f"  {message}" for message in sorted(failure.error for failure in failures.values())[:10])
     return IncompleteRun(
-        f"{len(failures)} of {of} shards are not complete, so nothing was published. What was embedded is kept. Run the same "
-        f"command again to continue:\n{first}"
+        f"{len(failures)} of {shards} shards are not complete, so nothing was published. What was embedded is kept. Run the "
+        f"same command again to continue:\n{first}"
     )

@@ -78,33 +78,33 @@ EMPTY: dict[str, Empty] = {"faiss-flat": _flat, "faiss-ivf": _ivf, "faiss-hnsw":
 
 def draw_sample(table: "Table", size: int, seed: int) -> Vectors:
     """Draw `size` of a table's vectors uniformly by seed, scaled to length 1: (size, d)."""
-    chosen = np.sort(np.random.default_rng(seed).choice(table.count, size, replace=False))
+    rows = np.sort(np.random.default_rng(seed).choice(table.count, size, replace=False))
     sample = np.empty((size, table.dimension), np.float32)
     start = 0
     for batch in table.batches(["embedding"]):
-        first, end = np.searchsorted(chosen, [start, start + batch.num_rows])
-        sample[first:end] = vectors_of(batch)[chosen[first:end] - start]
+        first, end = np.searchsorted(rows, [start, start + batch.num_rows])
+        sample[first:end] = vectors_of(batch)[rows[first:end] - start]
         start += batch.num_rows
     return unit(sample)
 
 
-def open_faiss(faiss: Any, folder: Path, about: IndexDescription) -> Nearest:
+def open_faiss(faiss: Any, folder: Path, description: IndexDescription) -> Nearest:
     with damage_named(folder):
-        check_faiss(folder / FAISS_FILE, about.kind, about.count, about.dimension)
+        check_faiss(folder / FAISS_FILE, description.kind, description.count, description.dimension)
         check_ids(pq.ParquetFile(folder / IDS_FILE), IDS)
         ids = pq.ParquetFile(folder / IDS_FILE, read_dictionary=HIT_COLUMNS)  # so that memory holds a repeated value once
         index = faiss.read_index(str(folder / FAISS_FILE))
-    if not index.ntotal == ids.metadata.num_rows == about.count or index.d != about.dimension:
+    if not index.ntotal == ids.metadata.num_rows == description.count or index.d != description.dimension:
         raise ConfigError(
             f"{folder}: holds {index.ntotal} vectors of {index.d} dimensions and {ids.metadata.num_rows} ids, but its "
-            f"{DESCRIPTION} says {about.count} vectors of {about.dimension}. Export it again."
+            f"{DESCRIPTION} says {description.count} vectors of {description.dimension}. Export it again."
         )
     ends = np.cumsum([ids.metadata.row_group(group).num_rows for group in range(ids.num_row_groups)])
 
     def nearest(queries: Vectors, k: int) -> list[list[Hit]]:
-        if about.kind == "faiss-hnsw":
+        if description.kind == "faiss-hnsw":
             index.hnsw.efSearch = max(HNSW_SEARCH, k)
-        scores, positions = index.search(queries, min(k, about.count))
+        scores, positions = index.search(queries, min(k, description.count))
         rows = _rows_at(ids, ends, set(positions[positions >= 0].tolist()))
         return [
             [Hit(score=float(score), **rows[int(place)]) for score, place in zip(*pair, strict=True) if place >= 0]
@@ -120,8 +120,8 @@ def _rows_at(ids: pq.ParquetFile, ends: NDArray[np.int64], positions: set[int]) 
     places = np.array(sorted(positions), np.int64)
     groups = np.searchsorted(ends, places, side="right")
     for group in np.unique(groups).tolist():
-        here = places[groups == group]
+        places_in_group = places[groups == group]
         start = int(ends[group - 1]) if group else 0
-        rows = ids.read_row_group(group).take(pa.array(here - start)).to_pylist()
-        rows_at |= dict(zip(here.tolist(), rows, strict=True))
+        rows = ids.read_row_group(group).take(pa.array(places_in_group - start)).to_pylist()
+        rows_at |= dict(zip(places_in_group.tolist(), rows, strict=True))
     return rows_at

@@ -66,10 +66,10 @@ class Index:
 
         `space_id` is that of the encoder that made the queries. Raises ConfigError if it is not the index's space.
         """
-        about = self.description
-        where = f"{self.folder}: the index of {about.table}, version {about.version},"
-        refuse_other_space(where, about.space_id, space_id, "Export the table's current version again.")
-        queries = unit_queries(vectors, about.dimension, k)
+        description = self.description
+        where = f"{self.folder}: the index of {description.table}, version {description.version},"
+        refuse_other_space(where, description.space_id, space_id, "Export the table's current version again.")
+        queries = unit_queries(vectors, description.dimension, k)
         with damage_named(self.folder):
             return self.nearest(queries, k)
 

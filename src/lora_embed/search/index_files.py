@@ -166,8 +166,8 @@ def _check_hnsw(file: _File, count: int, dimension: int) -> None:
     starts, links = file.array("<u8"), file.array("<i4")
     entry, top = file.take("i"), file.take("i")
     file.bytes(12)  # width of searches
-    known = len(firsts) >= 2 and firsts[0] == 0 and (np.diff(firsts) >= 0).all() and firsts[-1] <= 2**16
-    file.expect(known and len(levels) == count and len(starts) == count + 1, "has a graph of another size")
+    is_sized = len(firsts) >= 2 and firsts[0] == 0 and (np.diff(firsts) >= 0).all() and firsts[-1] <= 2**16
+    file.expect(is_sized and len(levels) == count and len(starts) == count + 1, "has a graph of another size")
     file.expect((levels >= 1).all() and (levels < len(firsts)).all(), "has vectors on levels that it does not have")
     file.expect((starts <= len(links)).all(), "has links beyond its end")
     ends = np.concatenate([[0], np.cumsum(firsts[levels])])
@@ -175,9 +175,9 @@ def _check_hnsw(file: _File, count: int, dimension: int) -> None:
     file.expect(0 <= entry < count and levels[entry] == top + 1 == levels.max(), "begins at a vector that it does not hold")
     file.expect(links.min(initial=0) >= -1 and links.max(initial=0) < count, "links to vectors that it does not hold")
     for level in range(1, int(levels.max())):
-        there = np.flatnonzero(levels > level)
-        near = links[starts[there].astype(np.int64)[:, None] + np.arange(firsts[level], firsts[level + 1])]
-        file.expect((levels[near[near >= 0]] > level).all(), "links to vectors on levels that they are not on")
+        upper = np.flatnonzero(levels > level)
+        neighbours = links[starts[upper].astype(np.int64)[:, None] + np.arange(firsts[level], firsts[level + 1])]
+        file.expect((levels[neighbours[neighbours >= 0]] > level).all(), "links to vectors on levels that they are not on")
     file.flat(count, dimension)
 
 

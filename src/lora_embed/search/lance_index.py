@@ -59,21 +59,23 @@ def _lance_batches(table: "Table", columns: list[str], schema: pa.Schema) -> Ite
         yield pa.record_batch([array.cast(to) for array, to in zip(arrays, schema.types, strict=True)], schema=schema)
 
 
-def open_lance(lance: Any, folder: Path, about: IndexDescription) -> Nearest:
+def open_lance(lance: Any, folder: Path, description: IndexDescription) -> Nearest:
     with damage_named(folder):
         check_lance(folder / f"{LANCE_NAME}.lance")
         dataset = lance.dataset(str(folder / f"{LANCE_NAME}.lance"))
         count = dataset.count_rows()
-        expected = IDS.insert(1, pa.field("vector", pa.list_(pa.float32(), about.dimension)))
-        if [(of.name, of.type) for of in dataset.schema][: len(expected)] != [(of.name, of.type) for of in expected]:
+        expected = IDS.insert(1, pa.field("vector", pa.list_(pa.float32(), description.dimension)))
+        if [(column.name, column.type) for column in dataset.schema][: len(expected)] != [
+            (column.name, column.type) for column in expected
+        ]:
             raise ValueError(f"its columns are {dataset.schema.names}, expected {expected.names} and carried fields")
-    if count != about.count:
-        raise ConfigError(f"{folder}: holds {count} vectors, but its {DESCRIPTION} says {about.count}. Export it again.")
+    if count != description.count:
+        raise ConfigError(f"{folder}: holds {count} vectors, but its {DESCRIPTION} says {description.count}. Export it again.")
 
     def nearest(queries: Vectors, k: int) -> list[list[Hit]]:
         hits = []
         for query in queries:
-            nearest_to = {"column": "vector", "q": query, "k": min(k, count), "metric": about.metric}
+            nearest_to = {"column": "vector", "q": query, "k": min(k, count), "metric": description.metric}
             rows = dataset.to_table(columns=[*HIT_COLUMNS, "_distance"], nearest=nearest_to).to_pylist()
             hits.append([Hit(score=1 - row.pop("_distance"), **row) for row in rows])
         return hits

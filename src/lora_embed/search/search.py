@@ -73,9 +73,9 @@ def _search_block(table: Table, queries: NDArray[np.float32], k: int) -> list[li
             if len(scores) > k:
                 floor = max(floor, np.partition(scores, -k)[-k])
             rows = np.flatnonzero(scores >= floor)  # with equal scores, so that ids decide and not the order of files
-            near = batch.select(HIT_COLUMNS).take(rows).to_pylist() if len(rows) else []
-            new = [Hit(score=float(score), **row) for score, row in zip(scores[rows], near, strict=True)]
-            best[number] = sorted([*best[number], *new], key=lambda hit: (-hit.score, hit.id))[:k]
+            near_rows = batch.select(HIT_COLUMNS).take(rows).to_pylist() if len(rows) else []
+            hits = [Hit(score=float(score), **row) for score, row in zip(scores[rows], near_rows, strict=True)]
+            best[number] = sorted([*best[number], *hits], key=lambda hit: (-hit.score, hit.id))[:k]
     return best
 
 
@@ -146,12 +146,12 @@ def find_pictures(
             keys_of_shard[published[hit.shard]][hit.key] = hit.id
     pictures: dict[str, bytes] = {}
     for shard_id, ids in keys_of_shard.items():
-        left = dict(ids)
+        ids_left = dict(ids)
         try:
             for sample in read_samples(shards[shard_id], layout, input_options or {}, lambda number: True):
-                if sample.data and sample.key in left:
-                    pictures[left.pop(sample.key)] = sample.data
-                if not left:
+                if sample.data and sample.key in ids_left:
+                    pictures[ids_left.pop(sample.key)] = sample.data
+                if not ids_left:
                     break
         except LoraEmbedError:
             continue

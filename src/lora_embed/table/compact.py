@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lora_embed.errors import VerificationFailed
-from lora_embed.schema import FORGOTTEN, FORMAT, REJECT_SCHEMA, VECTOR_TYPES, Layout, Shard, data_schema
+from lora_embed.schema import FORGOTTEN, FORMAT, REJECT_SCHEMA, VECTOR_TYPES, Layout, Shard, data_schema, part_schema
 from lora_embed.store.store import Store
 from lora_embed.table.data_file import DataFile
 from lora_embed.table.manifest import FileEntry, Manifest, ShardCounts, join_records, prefix_of, prefixes_of_ids
-from lora_embed.table.parquet import FIND, count_values, damage_named, file_batches, read_rows
+from lora_embed.table.parquet import FIND, count_values, damage_named, file_batches, read_rows, take_columns
 from lora_embed.table.parts import to_parquet
 from lora_embed.table.staging import VerifiedShard
 from lora_embed.text import utc
@@ -115,19 +115,19 @@ def compact(store: Store, task: Compaction) -> tuple[FileEntry, FileEntry | None
     Each source is read once. Memory holds the compressed file that is being written and one source. Raises
     VerificationFailed if the number of rows differs from the shards' counts.
     """
-    schema = data_schema(task.dimension, task.vector_type, task.carry)
+    schema, of_parts = (make(task.dimension, task.vector_type, task.carry) for make in (data_schema, part_schema))
     records: list[ShardCounts] = []
     rejects = [REJECT_SCHEMA.empty_table()]
     paths = [path for source in task.sources for path in source.parts]
     group_rows = max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // row_bytes(task.dimension, task.vector_type)))
     with DataFile(schema, group_rows) as file, ThreadPoolExecutor(READS_AT_ONCE) as pool:
         # Parts are many small objects: most of the time is spent on waiting, so several are read at once.
-        parts = pool.map(lambda path: read_rows(store, path), paths)
+        parts = pool.map(lambda path: read_rows(store, path, of_parts), paths)
         for source in task.sources:
             good_rows: Counter[str] = Counter()
             bad_rows: Counter[str] = Counter()
             dropped_rows: Counter[str] = Counter()
-            rows = itertools.islice(parts, len(source.parts)) if source.parts else _published(store, source)
+            rows = itertools.islice(parts, len(source.parts)) if source.parts else _published(store, source, schema)
             with damage_named(store.name(source.data or source.parts[0])):
                 for table in rows:
                     good, bad = _split(table, schema)
@@ -155,12 +155,11 @@ def compact(store: Store, task: Compaction) -> tuple[FileEntry, FileEntry | None
 def _split(table: pa.Table, schema: pa.Schema) -> tuple[pa.Table, pa.Table]:
     """Separate good rows from rejects. In a part, the reason tells them apart; a published file holds only one kind."""
     if "reason" not in table.column_names:
-        return table.select(schema.names).cast(schema), REJECT_SCHEMA.empty_table()
-    is_good = pc.is_null(table.column("reason"))
-    bad = table.filter(pc.invert(is_good)).select(REJECT_SCHEMA.names).cast(REJECT_SCHEMA)
+        return table, REJECT_SCHEMA.empty_table()
     if "embedding" not in table.column_names:
-        return schema.empty_table(), bad
-    return table.filter(is_good).select(schema.names).cast(schema), bad
+        return schema.empty_table(), table
+    is_good = pc.is_null(table.column("reason"))
+    return take_columns(table.filter(is_good), schema), take_columns(table.filter(pc.invert(is_good)), REJECT_SCHEMA)
 
 
 def _forget(good: pa.Table, forgotten: tuple[str, ...]) -> tuple[pa.Table, pa.Table]:
@@ -168,19 +167,18 @@ def _forget(good: pa.Table, forgotten: tuple[str, ...]) -> tuple[pa.Table, pa.Ta
     if not forgotten:
         return good, REJECT_SCHEMA.empty_table()
     goes = pc.is_in(good.column("id"), value_set=pa.array(forgotten, pa.string()))
-    dropped = good.filter(goes).select(["id", "shard", "key"])
+    dropped = good.filter(goes)
     dropped = dropped.append_column("reason", pa.array([FORGOTTEN] * dropped.num_rows, pa.string()))
-    dropped = dropped.append_column("detail", pa.nulls(dropped.num_rows, pa.string()))
-    return good.filter(pc.invert(goes)), dropped.cast(REJECT_SCHEMA)
+    return good.filter(pc.invert(goes)), take_columns(dropped, REJECT_SCHEMA)
 
 
-def _published(store: Store, source: Source) -> Iterator[pa.Table]:
+def _published(store: Store, source: Source, schema: pa.Schema) -> Iterator[pa.Table]:
     """The rows of a published data file and its reject files that are kept, in batches."""
     assert source.data is not None
     names = pa.array([shard.name for shard in source.shards], pa.string())
-    for path in (source.data, *source.rejects):
-        for batch in file_batches(store, path):
-            table = pa.Table.from_batches([batch]).replace_schema_metadata(None)
+    for path, columns in [(source.data, schema), *((path, REJECT_SCHEMA) for path in source.rejects)]:
+        for batch in file_batches(store, path, columns):
+            table = pa.Table.from_batches([batch])
             yield table.filter(pc.is_in(table.column("shard").cast(pa.string()), value_set=names))
 
 

@@ -1,5 +1,6 @@
 """Explain where a row came from, and remove images from a table for good."""
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from lora_embed.table import compact, retention, versions
 from lora_embed.table.manifest import Manifest
 from lora_embed.table.parquet import FIND
 from lora_embed.table.read import Table
-from lora_embed.text import in_lines
+from lora_embed.text import in_lines, utc
 
 COLUMNS = ["id", "shard", "key", "width", "height", "sha256"]
 
@@ -152,7 +153,7 @@ def forget(store: Store, ids: list[str], why: str) -> Forgotten:
             held_by=held_by,
             images=len(set(ids)),
             grace_days=grace_days,
-            files_stay_until=retention.utc(store.now() + grace_days * retention.DAY_S),
+            files_stay_until=utc(math.ceil(store.now() + grace_days * retention.DAY_S)),
         )
 
 
@@ -160,7 +161,7 @@ def _holders(store: Store, ids: list[str]) -> tuple[Manifest, tuple[int, ...]]:
     """The current version, and the numbers of all versions that hold one of these images."""
     current = versions.manifest_to_follow(store)
     if current is None:
-        raise TableError(f"{store.uri}: has no published version. `lora-embed status {store.uri}` shows what the table holds.")
+        raise versions.no_version(store.uri)
     holders = {m.version: set(_ids_in(store, m, ids)) for m in versions.newest_first(store)}
     unknown = sorted(set(ids) - set(current.forgotten) - set().union(*holders.values()))
     if unknown:

@@ -1,9 +1,9 @@
 """Read the Parquet files of a table. Somebody else may have written them, so they are opened for reading only here."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +15,7 @@ BATCH_ROWS = 8192
 RESTORE = "Restore it from a copy, or return to a version without it with `lora-embed rollback`."
 RETURN = "Return to an earlier version with `lora-embed rollback`, and run the job again."
 FIND = "Run `lora-embed verify` to find the damaged file."
+Rows = TypeVar("Rows", pa.Table, pa.RecordBatch)
 DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError, KeyError, MemoryError)
 
 
@@ -43,28 +44,60 @@ def _open(data: Any, where: str) -> pq.ParquetFile:
         return pq.ParquetFile(data)
 
 
-def read_rows(store: Store, path: str) -> pa.Table:
-    """All rows of a Parquet file of the table. Raises VerificationFailed if the file is missing or damaged."""
+def _check_columns(file: pq.ParquetFile, schema: pa.Schema) -> None:
+    """Raises KeyError or ArrowInvalid, unless the file has the columns of `schema`; those that may be null can be missing."""
+    for column in schema:
+        if column.nullable and column.name not in file.schema_arrow.names:
+            continue
+        kind_in_file = file.schema_arrow.field(column.name).type
+        if kind_in_file != column.type:
+            raise pa.ArrowInvalid(f"column {column.name} is of type {kind_in_file}, expected {column.type}")
+
+
+def take_columns(rows: Rows, schema: pa.Schema) -> Rows:
+    """Exactly the columns of `schema`. One that the rows lack is null: an older release wrote them, which did not know it."""
+    columns = [
+        rows.column(column.name) if column.name in rows.schema.names else pa.nulls(rows.num_rows, column.type)
+        for column in schema
+    ]
+    return type(rows).from_arrays(columns, schema=schema)
+
+
+def read_rows(store: Store, path: str, schema: pa.Schema) -> pa.Table:
+    """All rows of a Parquet file of the table, with the columns of `schema`, as `take_columns` makes them.
+
+    Raises VerificationFailed if the file is missing or damaged.
+    """
     data, where = store.read(path), store.name(path)
     if data is None:
         raise VerificationFailed(missing(where))
     with damage_named(where):
         file = _open(pa.BufferReader(data), where)  # read_table takes three times as long for a small part
-        return file.read(use_threads=len(data) > 2**20).replace_schema_metadata(None)
+        _check_columns(file, schema)
+        return take_columns(file.read(schema.names, use_threads=len(data) > 2**20), schema)
 
 
 @contextmanager
-def opened_file(store: Store, path: str, ahead: int = READ_AHEAD) -> Iterator[pq.ParquetFile]:
-    """A Parquet file of the table, open for reading in pieces. Raises VerificationFailed if it is missing or damaged."""
+def opened_file(store: Store, path: str, schema: pa.Schema, ahead: int = READ_AHEAD) -> Iterator[pq.ParquetFile]:
+    """A Parquet file of the table, open for reading these columns in pieces; `take_columns` adds those that it lacks.
+
+    Raises VerificationFailed if it is missing or damaged.
+    """
     where = store.name(path)
     with damage_named(where), store.open(path, ahead) as data:
-        yield _open(data, where)
+        file = _open(data, where)
+        _check_columns(file, schema)
+        yield file
 
 
-def file_batches(store: Store, path: str, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """The rows of a Parquet file of the table, in order, in batches. Raises as `opened_file` does."""
-    with opened_file(store, path) as file:
-        yield from file.iter_batches(BATCH_ROWS, columns=columns)
+def file_batches(store: Store, path: str, schema: pa.Schema, rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
+    """The rows of a Parquet file of the table, in order, in batches of up to `rows`, with the columns of `schema`.
+
+    Other columns are not read. Raises as `opened_file` does.
+    """
+    with opened_file(store, path, schema) as file:
+        for batch in file.iter_batches(rows, columns=schema.names):
+            yield take_columns(batch, schema)
 
 
 def count_values(column: pa.ChunkedArray | pa.Array) -> Counter[str]:

@@ -17,14 +17,14 @@ from lora_embed.schema import REJECT_SCHEMA, data_schema, encoder_path
 from lora_embed.store.lend import lend
 from lora_embed.store.store import Store
 from lora_embed.table.manifest import Manifest, prefix_of, prefixes_of_ids
-from lora_embed.table.parquet import BATCH_ROWS, opened_file, read_rows
-from lora_embed.table.versions import read_manifest
+from lora_embed.table.parquet import BATCH_ROWS, file_batches, opened_file, read_rows, take_columns
+from lora_embed.table.versions import no_version, read_manifest
 
 if TYPE_CHECKING:
     from lora_embed.model.encoder import Encoder
 
 
-def _rows_with(file: pq.ParquetFile, ids: set[str], columns: list[str]) -> list[pa.Table]:
+def _rows_with(file: pq.ParquetFile, ids: set[str], schema: pa.Schema) -> list[pa.Table]:
     """Rows of a data file that have one of these ids, read from those row groups alone that can hold one."""
     ordered, tables = sorted(ids), []
     for group in range(file.num_row_groups):
@@ -35,7 +35,7 @@ def _rows_with(file: pq.ParquetFile, ids: set[str], columns: list[str]) -> list[
                 continue
         here = pc.is_in(file.read_row_group(group, columns=["id"]).column("id"), pa.array(ordered, pa.string()))
         if pc.any(here).as_py():
-            tables.append(file.read_row_group(group, columns=columns).select(columns).filter(here))
+            tables.append(take_columns(file.read_row_group(group, columns=schema.names), schema).filter(here))
     return tables
 
 
@@ -84,12 +84,10 @@ class Table:
 
         Raises TableError for a column that does not exist, and VerificationFailed for a missing or damaged file.
         """
-        self._check_columns(columns)
+        schema = self._schema_of(columns)
         for entry in self.manifest.files:
             if entry.rows:
-                with opened_file(self.store, entry.path) as file:
-                    self._check_file(file, columns)
-                    yield from (batch.select(columns) for batch in file.iter_batches(rows, columns=columns))
+                yield from file_batches(self.store, entry.path, schema, rows)
 
     def rows(self, ids: Iterable[str], columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of these ids, in the order of the ids, with these columns or all; ids that do not exist are left out.
@@ -98,17 +96,16 @@ class Table:
         the ids are read. Raises as `batches` does.
         """
         names = list(self.schema.names if columns is None else columns)
-        self._check_columns(names)
+        schema = self._schema_of(names if "id" in names else ["id", *names])
         in_order = list(ids)
         of_file: dict[int, set[str]] = defaultdict(set)
         for sample_id in in_order:
             for number in self._may_hold(sample_id):
                 of_file[number].add(sample_id)
-        tables = [self.schema.empty_table().select(names if "id" in names else ["id", *names])]
+        tables = [schema.empty_table()]
         for number, ids_in_file in sorted(of_file.items()):
-            with opened_file(self.store, self.manifest.files[number].path) as file:
-                self._check_file(file, tables[0].column_names)
-                tables += _rows_with(file, ids_in_file, tables[0].column_names)
+            with opened_file(self.store, self.manifest.files[number].path, schema) as file:
+                tables += _rows_with(file, ids_in_file, schema)
         rows = pa.concat_tables(tables).unify_dictionaries()
         place = {sample_id: row for row, sample_id in enumerate(rows.column("id").to_pylist())}
         order = pa.array([place[sample_id] for sample_id in in_order if sample_id in place], pa.int64())
@@ -127,20 +124,16 @@ class Table:
                 files[prefix].append(number)
         return files
 
-    def _check_columns(self, columns: Sequence[str]) -> None:
-        if unknown := [name for name in columns if name not in self.schema.names]:
-            raise TableError(f"{self.store.uri}: has no column {unknown[0]!r}. Choose from {', '.join(self.schema.names)}.")
-
-    def _check_file(self, file: pq.ParquetFile, columns: Sequence[str]) -> None:
-        """Raises ArrowInvalid for a data file whose columns differ from those in the manifest."""
-        for name in columns:
-            held, expected = file.schema_arrow.field(name).type, self.schema.field(name).type
-            if held != expected:
-                raise pa.ArrowInvalid(f"column {name} is of type {held}, expected {expected}")
+    def _schema_of(self, columns: Sequence[str]) -> pa.Schema:
+        """Some columns of the data files, in this order. Raises TableError for a column that does not exist."""
+        schema = self.schema
+        if unknown := [name for name in columns if name not in schema.names]:
+            raise TableError(f"{self.store.uri}: has no column {unknown[0]!r}. Choose from {', '.join(schema.names)}.")
+        return pa.schema([schema.field(name) for name in columns])
 
     def rejects(self) -> pa.Table:
         """All rejects, with the columns id, shard, key, reason, detail."""
-        tables = [read_rows(self.store, entry.path) for entry in self.manifest.rejects]
+        tables = [read_rows(self.store, entry.path, REJECT_SCHEMA) for entry in self.manifest.rejects]
         return pa.concat_tables([REJECT_SCHEMA.empty_table(), *tables]).unify_dictionaries()
 
     def encoder(self, device: str = "cpu", base: str | None = None) -> "Encoder":
@@ -165,6 +158,5 @@ def open_table(uri: str, version: int | None = None, storage_options: dict[str, 
     store = Store(uri, storage_options or {})
     manifest = read_manifest(store, version)
     if manifest is None:
-        expected = f"version {version}" if version is not None else "published version"
-        raise TableError(f"{uri}: has no {expected}. `lora-embed status {uri}` shows what the table holds.")
+        raise no_version(uri, version)
     return Table(store, manifest)

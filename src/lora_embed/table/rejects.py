@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lora_embed.monitor.record import EXAMPLES, RejectExample
-from lora_embed.schema import FORGOTTEN
+from lora_embed.schema import FORGOTTEN, REJECT_SCHEMA
 from lora_embed.store.store import Store
 from lora_embed.table.parquet import count_values, file_batches
 from lora_embed.text import printable, without_secrets
@@ -15,7 +15,7 @@ from lora_embed.text import printable, without_secrets
 MOST_FILES = 64  # that are read
 MOST_SHOWN = 200  # characters of an id or a detail in an example
 NOT_READ = "in more files than a report reads"
-_COLUMNS = ["id", "reason", "detail"]
+_COLUMNS = pa.schema([REJECT_SCHEMA.field(name) for name in ("id", "reason", "detail")])
 
 
 def read_rejects(store: Store, files: Iterable[tuple[str, int]]) -> tuple[dict[str, int], tuple[RejectExample, ...]]:
@@ -46,7 +46,7 @@ def examples_of(rows: pa.Table | pa.RecordBatch) -> list[RejectExample]:
     """The first rejects of each reason, among rows that have an id."""
     found = []
     for reason in sorted(count_reasons(rows).keys() - {FORGOTTEN}):
-        of_reason = rows.filter(pc.equal(rows.column("reason"), reason)).slice(0, EXAMPLES).select(_COLUMNS)
+        of_reason = rows.filter(pc.equal(rows.column("reason"), reason)).slice(0, EXAMPLES).select(_COLUMNS.names)
         found += [
             RejectExample(id=row["id"][:MOST_SHOWN], reason=reason, detail=without_secrets((row["detail"] or "")[:MOST_SHOWN]))
             for row in of_reason.to_pylist()

@@ -1,14 +1,14 @@
 """Remove what a table no longer needs: old versions, and objects that nothing has referred to for the grace period."""
 
+import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 from lora_embed.config.foreign import RecipeRecord, read_record, taken_as
 from lora_embed.config.models import Retain
 from lora_embed.entries import Entry
-from lora_embed.errors import LoraEmbedError, StorageError, TableError
+from lora_embed.errors import LoraEmbedError, StorageError
 from lora_embed.monitor.progress import say
 from lora_embed.monitor.runs import find_live
 from lora_embed.schema import Part
@@ -22,11 +22,12 @@ from lora_embed.table.versions import (
     listed_versions,
     manifest_path,
     move_aside,
+    no_version,
     read_manifest,
     renew_hint,
     tomb_path,
 )
-from lora_embed.text import in_lines
+from lora_embed.text import in_lines, utc
 
 DAY_S = 86400.0
 
@@ -112,7 +113,7 @@ def collect_garbage(uri: str, options: dict[str, Any], retain: Retain | None = N
     store = Store(uri, options)
     manifest = read_manifest(store)
     if manifest is None:
-        raise TableError(f"{uri}: has no published version. `lora-embed status {uri}` shows what the table holds.")
+        raise no_version(uri)
     return collect(store, retain or retain_of(manifest), is_dry_run=is_dry_run)
 
 
@@ -150,17 +151,12 @@ def collect(store: Store, retain: Retain, needs: Needs | None = None, *, is_dry_
         is_dry_run=is_dry_run,
         retain={"versions": retain.versions, "grace_days": retain.grace_days},
         kept=tuple(sorted(set(listed) - set(leaving))),
-        retired={number: utc(end) for number, end in sorted(ends.items())},
+        retired={number: utc(math.ceil(end)) for number, end in sorted(ends.items())},
         objects=len(doomed),
         bytes=sum(entry.size for entry in doomed),
         by_folder=dict(Counter(entry.path.partition("/")[0] for entry in doomed)),
         going_on=tuple(run.state.run_id for run in live),
     )
-
-
-def utc(moment: float) -> str:
-    """A time in ISO 8601, rounded up to whole seconds."""
-    return datetime.fromtimestamp(-(-moment // 1), UTC).isoformat(timespec="seconds")
 
 
 def _listed(store: Store) -> list[int]:

@@ -3,6 +3,8 @@
 from collections import defaultdict
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from lora_embed.errors import VerificationFailed
 from lora_embed.schema import Layout, Part
 from lora_embed.store.store import Store
@@ -66,7 +68,7 @@ def verify_parts(store: Store, space_id: str, layout: Layout, parts: list[Part])
     vectors: list[int] = []
     for part in parts:
         path = part_path(space_id, layout.layout_id, part)
-        with opened_file(store, path, FOOTER_BYTES) as file:
+        with opened_file(store, path, pa.schema([]), FOOTER_BYTES) as file:
             metadata = file.metadata
         facts = read_footer(metadata)
         full = layout.chunk_size if not part.last else metadata.num_rows

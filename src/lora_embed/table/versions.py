@@ -74,6 +74,12 @@ def read_manifest(store: Store, version: int | None = None) -> Manifest | None:
     return None
 
 
+def no_version(uri: str, version: int | None = None) -> TableError:
+    """The error for a table that lacks this version, or any."""
+    lacks = f"version {version}" if version is not None else "published version"
+    return TableError(f"{uri}: has no {lacks}. `lora-embed status {uri}` shows what the table holds.")
+
+
 def manifest_to_follow(store: Store) -> Manifest | None:
     """The highest version's manifest, for a command that writes the next version.
 

@@ -1,16 +1,16 @@
 """The request for a search, and the objective that ranks its merges."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from lora_embed.config.models import Recipe
 from lora_embed.errors import ConfigError
-from lora_embed.shards.list_rows import References
+from lora_embed.evaluate.request import LabelledInput
 from lora_embed.tune.propose import Rank
 
 
@@ -52,11 +52,10 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
+class Search(LabelledInput):
     """The user's request for a search."""
 
     recipe: Recipe
-    inputs: tuple[str, ...]
     tasks: tuple[TaskLabel, ...]
     out: Path
     budget: Budget
@@ -67,11 +66,6 @@ class Search:
     seed: int = 0
     most_images: int = 10_000
     work: Path | None = None
-    input_options: dict[str, Any] = field(default_factory=dict, repr=False)  # storage options; they may hold keys
-    image_column: str | None = None  # of Parquet input
-    key_column: str | None = None
-    references: References | None = None  # None: the input holds the images themselves
-    image_member: tuple[str, ...] = ()  # of tars
 
     @property
     def work_folder(self) -> Path:

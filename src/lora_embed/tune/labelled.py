@@ -14,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_embed.errors import ConfigError
+from lora_embed.evaluate.request import LabelledInput
 from lora_embed.images.decode import MAX_PIXELS, BadImage, Decode
 from lora_embed.images.isolate import IsolatedDecoder
 from lora_embed.images.preprocess import Pixels, Preprocessing
 from lora_embed.monitor.progress import LOG_EVERY_S, say
 from lora_embed.schema import Layout, Sample, Shard
 from lora_embed.shards.fields import typed
-from lora_embed.shards.list_rows import References, carrying
-from lora_embed.shards.listing import list_input
 from lora_embed.shards.read import read_samples
 from lora_embed.store import local
 
@@ -37,19 +36,10 @@ class Wanted:
     most: int
     seed: int
 
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """How inputs are read: storage options, columns of Parquet (None: found by name), and members of tars."""
-
-    options: dict[str, Any] = field(default_factory=dict, repr=False)  # storage options; they may hold keys
-    image_column: str | None = None
-    key_column: str | None = None
-    image_member: tuple[str, ...] = ()  # of tars
-    references: References | None = None
-
-
-AS_IT_IS = Reading()
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All fields that samples are read with."""
+        return self.fields if self.group is None else (*self.fields, self.group)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,28 +71,23 @@ class _Drawn:
     rejects: dict[str, int] = field(default_factory=dict)
 
 
-def read_labelled(
-    inputs: tuple[str, ...], selection: Wanted, preprocessing: Preprocessing, folder: Path, reading: Reading = AS_IT_IS
-) -> LabelledImages:
+def read_labelled(data: LabelledInput, selection: Wanted, preprocessing: Preprocessing, folder: Path) -> LabelledImages:
     """The labelled images of the inputs, decoded into a file below `folder` unless that was done before.
 
     Raises ConfigError if a task has no labelled image, and ShardError for a shard that cannot be read to its end.
     """
-    references = carrying(reading.references, (*selection.fields, *filter(None, [selection.group])))
-    listing = list_input(inputs, reading.options, fields=selection.fields, references=references)
-    listing.say_passed()
-    shards = listing.shards
+    shards = data.listing(selection.names).shards
     about = [FORMAT, [shard.id for shard in shards], asdict(selection), preprocessing.settings()]
-    about += [reading.image_column, reading.key_column] if reading.image_column or reading.key_column else []
-    about += [reading.image_member] if reading.image_member else []
+    about += [data.image_column, data.key_column] if data.image_column or data.key_column else []
+    about += [data.image_member] if data.image_member else []
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
     pixels, record = folder / f"pixels-{name}.npy", folder / f"images-{name}.json"
     decoded = 0
     if not record.is_file():
         pixels.unlink(missing_ok=True)  # left by a run that was stopped while it decoded
         with IsolatedDecoder() as decode:  # an image that kills its process is a reject, and the search continues
-            drawn, decoded = _Drawing(selection, preprocessing, pixels, decode).draw(shards, reading)
-        _check(drawn, selection, inputs)
+            drawn, decoded = _Drawing(selection, preprocessing, pixels, decode).draw(shards, data)
+        _check(drawn, selection, data.inputs)
         local.replace(folder, record, json.dumps(asdict(drawn)).encode())
     drawn = _Drawn(**json.loads(record.read_bytes()))
     content = json.dumps([drawn.ids, drawn.names, drawn.sums, drawn.labels, selection.fields, preprocessing.settings()])
@@ -137,19 +122,10 @@ class _Drawing:
         self._drawn = _Drawn()
         self._decoded = 0
 
-    def draw(self, shards: list[Shard], reading: Reading) -> tuple[_Drawn, int]:
+    def draw(self, shards: list[Shard], data: LabelledInput) -> tuple[_Drawn, int]:
         """Read all shards; returns the drawn samples, and how many images were decoded for it."""
-        names = (*self._selection.fields, *([self._selection.group] if self._selection.group else []))
-        layout = Layout(
-            precision="float32",
-            batch_size=1,
-            carry=tuple((name, "string") for name in dict.fromkeys(names)),
-            image_column=reading.image_column,
-            key_column=reading.key_column,
-            image_member=reading.image_member,
-        )
         rejects, said = Counter[str](), time.monotonic()
-        for id_, sample in _samples(shards, layout, reading.options):
+        for id_, sample in _samples(shards, data.layout(self._selection.names), data.input_options):
             self._drawn.samples += 1
             try:
                 self._take(id_, sample)

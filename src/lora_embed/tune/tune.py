@@ -24,7 +24,7 @@ from lora_embed.store.aside import file_aside
 from lora_embed.text import in_lines
 from lora_embed.tune.goal import Search
 from lora_embed.tune.held import BEST, EQUAL, TUNED, Held, Rows
-from lora_embed.tune.labelled import LabelledImages, Reading, Wanted, read_labelled
+from lora_embed.tune.labelled import LabelledImages, Wanted, read_labelled
 from lora_embed.tune.scoring import Scorer, shown_options
 from lora_embed.tune.trials import alone_in
 from lora_embed.vectors.metrics import split_by_name
@@ -90,15 +90,8 @@ def tune(search: Search) -> Tuned:
         selection = Wanted(
             fields=tuple(task.field for task in search.tasks), group=search.group, most=search.most_images, seed=search.seed
         )
-        reading = Reading(
-            options=search.input_options,
-            image_column=search.image_column,
-            key_column=search.key_column,
-            image_member=search.image_member,
-            references=search.references,
-        )
         preprocessing = refolder.encoder.description.preprocessing
-        images = read_labelled(search.inputs, selection, preprocessing, search.work_folder, reading)
+        images = read_labelled(search, selection, preprocessing, search.work_folder)
         decoded = time.perf_counter()
         in_tuning = split_by_name(images.names, TUNING_SHARE, search.seed)
         held = Held(search, refolder, images, np.flatnonzero(~in_tuning))

@@ -25,11 +25,11 @@ def scores(evaluation: Evaluation, metric: str | None = None) -> "Figure":
     figure, panels = _panels(len(evaluation.tasks), height=0.4 * len(evaluation.candidates) + 1.2)
     for panel, task in zip(panels, evaluation.tasks, strict=True):
         measured = metrics_of(evaluation, task.name)
-        chosen = metric or (measured[0] if measured else HEADLINE)
-        figures = figures_of(evaluation, task.name, chosen)
+        shown_metric = metric or (measured[0] if measured else HEADLINE)
+        figures = figures_of(evaluation, task.name, shown_metric)
         if not figures:
-            known = ", ".join(sorted(measured)) or "none"
-            raise ValueError(f"metric {chosen!r} was not measured on task {task.name!r}; there are: {known}")
+            measured_names = ", ".join(sorted(measured)) or "none"
+            raise ValueError(f"metric {shown_metric!r} was not measured on task {task.name!r}; there are: {measured_names}")
         for place, score in enumerate(figures.values()):
             gap = difference_of(evaluation, score)
             spread = [[100 * max(score.mean - score.low, 0)], [100 * max(score.high - score.mean, 0)]]
@@ -39,7 +39,7 @@ def scores(evaluation: Evaluation, metric: str | None = None) -> "Figure":
             panel.axvline(100 * figures[evaluation.reference].mean, color="grey", linestyle="--", linewidth=1)
         panel.set_yticks(range(len(figures)), [_text(candidate) for candidate in figures])
         panel.invert_yaxis()
-        panel.set(title=_text(task.name), xlabel=f"{METRIC_NAMES.get(chosen, chosen)}, %")
+        panel.set(title=_text(task.name), xlabel=f"{METRIC_NAMES.get(shown_metric, shown_metric)}, %")
     return figure
 
 

@@ -75,7 +75,7 @@ def measure_of(kind: str, relations: list[Relation]) -> Measure:
             whole[relation.one, relation.other] = relation.value
         else:
             layers.setdefault(relation.layer, {})[relation.one, relation.other] = relation.value
-    whole |= {(other, one): value for (one, other), value in whole.items() if (other, one) not in whole}
+    whole |= {(second, first): value for (first, second), value in whole.items() if (second, first) not in whole}
     return Measure(title=title, about=about, whole=whole, layers=layers)
 
 
