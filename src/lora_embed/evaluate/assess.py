@@ -202,9 +202,7 @@ def _pairs(
 
 def _figures(labelled: Labelled, scored: dict[str, dict[str, Scored]]) -> tuple[Figure, ...]:
     by_candidate = [
-        figures.figures_of(labelled, task, name, scores_by_task[task])
-        for task in labelled.labels
-        for name, scores_by_task in scored.items()
+        figures.figures_of(labelled, task, name, scores[task]) for task in labelled.labels for name, scores in scored.items()
     ]
     return tuple(figure for of_candidate in by_candidate for figure in of_candidate)
 

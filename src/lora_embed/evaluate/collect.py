@@ -186,22 +186,18 @@ def _with_rejects(samples: pa.Table, samples_of_pass: pa.Table) -> pa.Table:
 
 def _embedded(chunks: list[VectorChunk], encoders: Sequence[Wanted]) -> list[Embedded]:
     """Split the chunks' vectors and classes by encoder, in order."""
-    is_good = np.concatenate(
-        [np.array(c.samples.column("reason").is_null().to_numpy(zero_copy_only=False), bool) for c in chunks]
-    )
+    good = np.concatenate([np.array(c.samples.column("reason").is_null().to_numpy(zero_copy_only=False), bool) for c in chunks])
     by_encoder, column, class_column = [], 0, 0
     for number, encoder_wanted in enumerate(encoders):
         width, heads = encoder_wanted.encoder.description.dimension, {}
-        vectors = np.full((len(is_good), width), np.nan, np.float32)
-        if is_good.any():
-            vectors[is_good] = np.concatenate(
-                [chunk.vectors[:, column : column + width] for chunk in chunks if chunk.head.good]
-            )
+        vectors = np.full((len(good), width), np.nan, np.float32)
+        if good.any():
+            vectors[good] = np.concatenate([chunk.vectors[:, column : column + width] for chunk in chunks if chunk.head.good])
         column += width
         for head in encoder_wanted.heads:
-            heads[head] = np.full(len(is_good), -1, np.int32)
-            if is_good.any():
-                heads[head][is_good] = np.concatenate([chunk.classes[:, class_column] for chunk in chunks if chunk.head.good])
+            heads[head] = np.full(len(good), -1, np.int32)
+            if good.any():
+                heads[head][good] = np.concatenate([chunk.classes[:, class_column] for chunk in chunks if chunk.head.good])
             class_column += 1
         forward_s = sum(chunk.head.seconds.get(f"forward {number}", 0.0) for chunk in chunks)
         by_encoder.append(Embedded(vectors=vectors, classes=heads, forward_s=forward_s))

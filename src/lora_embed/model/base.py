@@ -155,13 +155,11 @@ def _check_size(config: PretrainedConfig, tensors: dict[str, torch.Tensor], wher
             )
     with torch.device("meta"):
         model = model_class(config)(config, **without_pooler(config))
-    numbers_described, numbers_in_files = (
-        sum(weight.numel() for weight in weights) for weights in (model.parameters(), tensors.values())
-    )
-    if numbers_described > max(2 * numbers_in_files, 2**20) or sum(buffer.numel() for buffer in model.buffers()) > MOST_BUFFERS:
+    described, stored = (sum(weight.numel() for weight in weights) for weights in (model.parameters(), tensors.values()))
+    if described > max(2 * stored, 2**20) or sum(buffer.numel() for buffer in model.buffers()) > MOST_BUFFERS:
         raise EncoderError(
-            f"{where}: config.json describes a model of {numbers_described:,} numbers, but the weight files hold "
-            f"{numbers_in_files:,}. The files belong to different models, or were changed. Copy all files of one model again."
+            f"{where}: config.json describes a model of {described:,} numbers, but the weight files hold "
+            f"{stored:,}. The files belong to different models, or were changed. Copy all files of one model again."
         )
 
 
@@ -169,12 +167,10 @@ def _check_takes_images(model_class: Any, where: str) -> None:
     """Raises EncoderError for a model of text, and for one that needs more than pixels, such as SigLIP 2 NaFlex."""
     parameters = inspect.signature(model_class.forward).parameters
     ordinary, required = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
-    required_inputs = [
-        name for name, parameter in parameters.items() if parameter.kind is ordinary and parameter.default is required
-    ]
-    other_inputs = [name for name in required_inputs if name not in ("self", "pixel_values")]
-    if "pixel_values" not in parameters or other_inputs:
-        reason = f"needs {', '.join(other_inputs)} as well" if other_inputs else "takes no pixel_values"
+    inputs = [name for name, parameter in parameters.items() if parameter.kind is ordinary and parameter.default is required]
+    others = [name for name in inputs if name not in ("self", "pixel_values")]
+    if "pixel_values" not in parameters or others:
+        reason = f"needs {', '.join(others)} as well" if others else "takes no pixel_values"
         raise EncoderError(
             f"{where}: {model_class.__name__} {reason}, but a base must take images alone. "
             "Name a vision model such as ViT, DINOv2, CLIP or SigLIP."

@@ -92,9 +92,7 @@ def gather(recipe: Recipe) -> Ingredients:
 
 def with_recipe(ingredients: Ingredients, recipe: Recipe) -> Ingredients:
     """The same base with another recipe, whose adapters were all read before. Raises ConfigError for wrong merge options."""
-    adapter_of_uri = {saved.uri: saved for saved in ingredients.adapters}
-    changed = Ingredients(
-        recipe=recipe, base=ingredients.base, adapters=tuple(adapter_of_uri[spec.path] for spec in recipe.adapters)
-    )
+    by_uri = {saved.uri: saved for saved in ingredients.adapters}
+    changed = Ingredients(recipe=recipe, base=ingredients.base, adapters=tuple(by_uri[spec.path] for spec in recipe.adapters))
     assert changed.recipe_id
     return changed

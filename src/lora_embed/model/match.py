@@ -85,31 +85,29 @@ def match_adapter(saved: SavedAdapter, target: Target) -> Adapter:
     Raises AdapterMismatch if a tensor matches no weight, the file is incomplete, ranks disagree, or the adapter would
     change nothing.
     """
-    modules, other_tensors = _split(saved)
+    modules, plain = _split(saved)
     shapes = {f"{module.name}.weight": module.lora.shape for module in modules}
-    clash = sorted(set(shapes) & set(other_tensors))
+    clash = sorted(set(shapes) & set(plain))
     if clash:
         raise AdapterMismatch(
             f"{saved.uri}: {clash[0]} is saved as a whole weight and also changed by LoRA. Save the adapter again with "
             "save_embedding_layers=False."
         )
     shapes |= {f"{module.name}.bias": module.bias.shape for module in modules if module.bias is not None}
-    shapes |= {name: tensor.shape for name, tensor in other_tensors.items()}
+    shapes |= {name: tensor.shape for name, tensor in plain.items()}
     located = target.locate(shapes)
     heads = {name for name, place in located.items() if place is None and _is_of_head(name, target)}
     check_places(saved, target, shapes, {name: place for name, place in located.items() if name not in heads})
     places = {name: place for name, place in located.items() if place is not None}
     adapted = {name: places[name] for name in (f"{module.name}.weight" for module in modules) if name in places}
     check_whole(saved, target, adapted)
-    check_biases(saved, target, set(adapted.values()), {places[name] for name in other_tensors if name in places})
-    changes: dict[str, Change] = {
-        places[name]: Replaced(trained=other_tensors[name]) for name in other_tensors if name in places
-    }
+    check_biases(saved, target, set(adapted.values()), {places[name] for name in plain if name in places})
+    changes: dict[str, Change] = {places[name]: Replaced(trained=plain[name]) for name in plain if name in places}
     for module in modules:
         if f"{module.name}.weight" in places:
             changes[places[f"{module.name}.weight"]] = _weight_change(saved, module)
         if module.bias is not None and f"{module.name}.bias" in places:
-            trained_bias = other_tensors.get(f"{module.name}.bias")
+            trained_bias = plain.get(f"{module.name}.bias")
             changes[places[f"{module.name}.bias"]] = _bias_change(module.lora.scale, module.bias, trained_bias)
     check_effect(saved, changes, heads)
     keys = sorted(key.removeprefix(PREFIX) for key in saved.tensors)
@@ -120,7 +118,7 @@ def match_adapter(saved: SavedAdapter, target: Target) -> Adapter:
 def _split(saved: SavedAdapter) -> tuple[list[_Module], dict[str, torch.Tensor]]:
     """The LoRA modules of an adapter, and all its other tensors by their names."""
     by_module: dict[str, dict[str, torch.Tensor]] = {}
-    other_tensors: dict[str, torch.Tensor] = {}
+    plain: dict[str, torch.Tensor] = {}
     for key, tensor in saved.tensors.items():
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
         if any(part in key and key.replace(part, ".") in saved.tensors for part in _COPIES):
@@ -132,7 +130,7 @@ def _split(saved: SavedAdapter) -> tuple[list[_Module], dict[str, torch.Tensor]]
                 "Merge this adapter into its base with PEFT first, or train it without such tensors."
             )
         module, short = (name.removesuffix(f".{kind}"), kind.removesuffix(".weight")) if kind else (name, "")
-        tensors = by_module.setdefault(module, {}) if kind else other_tensors
+        tensors = by_module.setdefault(module, {}) if kind else plain
         if (short or name) in tensors:
             raise AdapterMismatch(f"{saved.uri}: {name} is saved twice, under two names. Save the adapter again.")
         tensors[short or name] = tensor
@@ -142,7 +140,7 @@ def _split(saved: SavedAdapter) -> tuple[list[_Module], dict[str, torch.Tensor]]
         )
     patterns = [expressions_of_names(saved.config.get(field) or {}) for field in ("rank_pattern", "alpha_pattern")]
     check_patterns(saved, patterns, list(by_module))
-    return [_module(saved, name, tensors) for name, tensors in by_module.items()], other_tensors
+    return [_module(saved, name, tensors) for name, tensors in by_module.items()], plain
 
 
 def _module(saved: SavedAdapter, name: str, tensors: dict[str, torch.Tensor]) -> _Module:
@@ -207,13 +205,9 @@ def _weight_change(saved: SavedAdapter, module: _Module) -> Change:
     return Normed(inner=inner, magnitude=module.magnitude.reshape(-1))
 
 
-def _bias_change(scale: float, bias: torch.Tensor, trained_bias: torch.Tensor | None) -> Change:
+def _bias_change(scale: float, bias: torch.Tensor, trained: torch.Tensor | None) -> Change:
     """The change of a bias by `lora_bias`: it is added to the layer's bias, or to the trained one that the adapter holds."""
-    return (
-        Shift(bias=bias, scale=scale)
-        if trained_bias is None
-        else Replaced(trained=trained_bias.double() + scale * bias.double())
-    )
+    return Shift(bias=bias, scale=scale) if trained is None else Replaced(trained=trained.double() + scale * bias.double())
 
 
 def _is_of_head(name: str, target: Target) -> bool:

@@ -36,10 +36,8 @@ class Meters:
 
     def __init__(self, table: str, run_id: str, started: float) -> None:
         self._table, self._run_id, self._started = without_secrets(table), run_id, started
-        self._counters = {
-            name: cluster.counter(f"{PREFIX}_{name}", *help_and_tags) for name, help_and_tags in _with_table(COUNTERS)
-        }
-        self._gauges = {name: cluster.gauge(f"{PREFIX}_{name}", *help_and_tags) for name, help_and_tags in _with_table(GAUGES)}
+        self._counters = {name: cluster.counter(f"{PREFIX}_{name}", *spec) for name, spec in _with_table(COUNTERS)}
+        self._gauges = {name: cluster.gauge(f"{PREFIX}_{name}", *spec) for name, spec in _with_table(GAUGES)}
         self._shown: dict[tuple[str, str], float] = {}
 
     def show(self, effort: Effort, version: int | None) -> None:

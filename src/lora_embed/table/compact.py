@@ -249,12 +249,7 @@ def make_manifest(
 ) -> Manifest:
     """Make a manifest of the reused and the newly written files; `about` holds gates, pins and lineage."""
     files = tuple(sorted([*reuse.files, *(data for data, _ in new_files)], key=lambda entry: entry.shards[0].name))
-    rejects = tuple(
-        sorted(
-            [*reuse.rejects, *(reject_file for _, reject_file in new_files if reject_file)],
-            key=lambda entry: entry.shards[0].name,
-        )
-    )
+    rejects = tuple(sorted([*reuse.rejects, *(bad for _, bad in new_files if bad)], key=lambda entry: entry.shards[0].name))
     shards = join_records(shard for entry in files for shard in entry.shards).values()
     counts = {
         "shards": len(shards),

@@ -67,7 +67,5 @@ def describe_examples(examples: Iterable[RejectExample], most: int = 3) -> list[
     for example in examples:
         turns.append((by_turn[example.reason], example))
         by_turn[example.reason] += 1
-    first_turns = [example for _, example in sorted(turns, key=lambda turn: turn[0])[:most]]
-    return [
-        printable(f"{example.id}: {example.reason}" + f", {example.detail}" * bool(example.detail)) for example in first_turns
-    ]
+    first = [example for _, example in sorted(turns, key=lambda turn: turn[0])[:most]]
+    return [printable(f"{example.id}: {example.reason}" + f", {example.detail}" * bool(example.detail)) for example in first]

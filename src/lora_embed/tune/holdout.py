@@ -30,14 +30,9 @@ class Splits:
 
     def accuracies(self, vectors: NDArray[np.float32], labels: NDArray[np.int64]) -> tuple[float, ...]:
         """kNN accuracy in each split, over the images that have a label of the task."""
-        is_labelled = labels >= 0
+        labelled = labels >= 0
         return tuple(
-            knn_accuracy(
-                vectors[bank & is_labelled],
-                labels[bank & is_labelled],
-                vectors[~bank & is_labelled],
-                labels[~bank & is_labelled],
-            )
+            knn_accuracy(vectors[bank & labelled], labels[bank & labelled], vectors[~bank & labelled], labels[~bank & labelled])
             for bank in self.banks
         )
 
