@@ -26,10 +26,11 @@ State = tuple[str, int, str, str]  # path, size, etag and `broken` of an entry
 class Entries:
     """Entries in the order in which they were given, without `modified`, at about 12 bytes each beside path and etag."""
 
-    __slots__ = ("_blocks", "_broken", "_etags", "_paths", "_sizes")
+    __slots__ = ("_broken", "_ends", "_etags", "_odd", "_packed", "_paths", "_sizes")
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
-        self._blocks: list[tuple[bytes | list[str], bytes | list[str]]] = []  # paths and etags of `_BLOCK` entries each
+        self._packed, self._ends = bytearray(), array("Q")  # blocks of paths and of etags in turn, and where each ends
+        self._odd: dict[int, list[str]] = {}  # blocks that cannot be packed
         self._paths, self._etags = list[str](), list[str]()  # of the last entries, which are not in a block yet
         self._sizes = array("Q")
         self._broken: dict[int, str] = {}
@@ -52,8 +53,18 @@ class Entries:
         self._sizes.append(size)
         self._etags.append(etag)
         if len(self._paths) == _BLOCK:
-            self._blocks.append((_packed(self._paths), _packed(self._etags)))
+            self._pack(self._paths)
+            self._pack(self._etags)
             self._paths, self._etags = [], []
+
+    def _pack(self, texts: list[str]) -> None:
+        """Texts in little memory, unless one holds a NUL, which no name on a disk does."""
+        packed = "\0".join(texts)
+        if packed.count("\0") == len(texts) - 1:
+            self._packed += packed.encode(*_CODEC)
+        else:
+            self._odd[len(self._ends)] = texts
+        self._ends.append(len(self._packed))
 
     @property
     def size(self) -> int:
@@ -68,16 +79,22 @@ class Entries:
 
     def paths(self) -> Iterator[str]:
         """The paths alone, in less time than the entries."""
-        return (path for paths, _ in self._all_blocks() for path in _unpacked(paths))
+        return (path for paths, _ in self._blocks() for path in paths)
 
     def states(self) -> Iterator[State]:
         """What the entries hold, in a fifth of the time."""
         sizes, broken = iter(self._sizes), map(self._broken.get, itertools.count(), itertools.repeat(""))
-        for paths, etags in self._all_blocks():
-            yield from zip(_unpacked(paths), sizes, _unpacked(etags), broken)  # noqa: B905 (the paths end first)
+        for paths, etags in self._blocks():
+            yield from zip(paths, sizes, etags, broken)  # noqa: B905 (the paths end first)
 
-    def _all_blocks(self) -> Iterator[tuple[bytes | list[str], bytes | list[str]]]:
-        return itertools.chain(self._blocks, [(self._paths, self._etags)])
+    def _blocks(self) -> Iterator[tuple[list[str], list[str]]]:
+        for number in range(0, len(self._ends), 2):
+            yield self._unpacked(number), self._unpacked(number + 1)
+        yield self._paths, self._etags
+
+    def _unpacked(self, number: int) -> list[str]:
+        begin = self._ends[number - 1] if number else 0
+        return self._odd.get(number) or self._packed[begin : self._ends[number]].decode(*_CODEC).split("\0")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Entries) and list(self.states()) == list(other.states())
@@ -87,13 +104,3 @@ class Entries:
 
     def __repr__(self) -> str:
         return f"<{len(self)} entries of {self.size} bytes>"
-
-
-def _packed(texts: list[str]) -> bytes | list[str]:
-    """Texts in little memory, unless one holds a NUL, which no name on a disk does."""
-    text = "\0".join(texts)
-    return text.encode(*_CODEC) if text.count("\0") == len(texts) - 1 else texts
-
-
-def _unpacked(block: bytes | list[str]) -> list[str]:
-    return block if isinstance(block, list) else block.decode(*_CODEC).split("\0")

@@ -50,7 +50,7 @@ def image_groups(
             by_path = {state[0]: state for state in groups.pop(group).states()}  # a faulty store may list a file twice
             states = [by_path[path] for path in sorted(by_path)]
             others = sorted(own.pop(group, ()), key=lambda entry: entry.path)
-            of_image = assign(by_path, [*metadata, *others])
+            of_image = assign(by_path, [*metadata, *others]) if metadata or others else {}
             sidecars = Entries(entry for path in (folder, *sorted(by_path)) for entry in of_image.get(path, ()))
             name = f"{place}/#{group[0]:04d}of{group[1]:04d}"
             yield Shard(
