@@ -9,6 +9,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("LORA_EMBED_CACHE", str(Path(__file__).resolve().parents[1] / ".cache"))
 
+import hypothesis
 import torch
 
 from lora_embed import demo
@@ -21,6 +22,8 @@ from lora_embed.monitor.progress import say
 from lora_embed.store.fetch import cache_root
 from s3 import S3Server, s3_server
 
+hypothesis.settings.register_profile("no deadline", deadline=None)  # an example may take long on a busy machine
+hypothesis.settings.load_profile("no deadline")
 torch.set_num_threads(1)  # two threads on contended cores fall to a quarter
 
 ADAPTERS = Path(demo.__file__).parent / "adapters"

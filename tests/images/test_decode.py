@@ -229,7 +229,7 @@ def test_fast_is_exact_for_all_but_large_jpegs() -> None:
         assert moved(data) == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 400), st.integers(1, 400), st.sampled_from((None, (10, 10), (6, 13))), st.integers(1, 8))
 def test_fast_never_decodes_below_twice_the_size_after_the_resize(
     width: int, height: int, resize: tuple[int, int] | None, turn: int
@@ -283,7 +283,7 @@ def test_fast_rejects_what_exact_rejects() -> None:
         decode_image(data[:-4000], FAST)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.sampled_from(sorted(GOOD)), st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=5), st.floats(0.1, 1)
 )

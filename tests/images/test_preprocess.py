@@ -60,7 +60,7 @@ def test_pixels_are_the_processor_s_bit_for_bit(name: str, image_size: int | Non
         assert preprocessing.size == (image_size, image_size)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 64), st.integers(1, 64), st.integers(8, 64), st.integers(0, 5))
 def test_any_size_crop_and_filter(width: int, height: int, crop_height: int, crop_width: int, edge: int, resample: int) -> None:
     changes = {"size": {"shortest_edge": edge}, "crop_size": {"height": crop_height, "width": crop_width}}

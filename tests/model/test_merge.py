@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils import merge_utils
 
@@ -66,7 +66,6 @@ def test_weights_one_and_zero_give_adapter_one_bit_for_bit(drawn: list[tuple[int
     assert torch.equal(alone, low_rank(seed).delta())
 
 
-@settings(deadline=None)
 @given(st.permutations(range(4)), st.sampled_from(sorted(METHODS)))
 def test_order_changes_nothing_bit_for_bit(order: list[int], method: str) -> None:
     adapters, weights = [adapter(seed) for seed in (1, 3, 5, 7)], [0.2, 0.3, 0.5, -0.1]

@@ -1,5 +1,6 @@
 """Etags of objects that a list names: pages of a listing give what asking for each object gives."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ from lora_embed.shards.references import reach_of
 from lora_embed.store.objects import look
 from lora_embed.store.place import locate, place_of
 from lora_embed.store.store import Store
-from s3 import Proxy, S3Server
+from s3 import Faults, Proxy, Refusal, S3Server
 from samples import png
 
 COUNT = 1100  # more than a page
@@ -57,6 +58,21 @@ def test_few_objects_among_many_others_are_asked_for_one_by_one(filled: S3Server
         listed = [request for request in proxy.requests if "list-type=2" in request.query]
     assert all(found)
     assert len(listed) <= etags.POOR_PAGES
+
+
+def test_without_the_right_to_list_each_object_is_asked_for_and_that_is_said(
+    filled: S3Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with requests_of(filled) as (proxy, rows, options):
+        denied = Refusal(403, "AccessDenied", "Access Denied.")
+        proxy.faults = Faults(only=lambda request: "list-type" in request.query, answer=denied, error=1.0)
+        found = etags_of(references(40), place_of(rows.folder), reach_of(rows, options))
+    assert all(found)
+    assert len(set(found)) == 7
+    said = capsys.readouterr().err
+    assert re.search(
+        r"check_references: cannot list s3://many \(.*ccess denied.*\), so 40 objects are asked for one by one", said
+    )
 
 
 def test_to_tell_whether_a_folder_exists_takes_one_small_answer(filled: S3Server) -> None:

@@ -129,7 +129,7 @@ def grouped(entries: list[Entry], known: Iterable[str] = ()) -> list[Shard]:
 GROUPED = {shard.name: shard.id for shard in grouped(images(3000))}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.text(min_size=1, max_size=20).filter(lambda name: "/" not in name))
 def test_a_new_image_touches_one_group(name: str) -> None:
     entries = [*images(3000), Entry(f"f/new-{name}.jpg", 7, "1")]

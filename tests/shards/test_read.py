@@ -129,7 +129,7 @@ def test_every_cut_of_a_tar_is_noticed(tmp_path: Path) -> None:
         assert keys_of(shard_at(path, data[:length])) == ["a", "b", "c"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.binary(max_size=1200)), max_size=4), st.randoms(use_true_random=False))
 def test_no_prefix_of_any_tar_is_short(members: list[tuple[str, bytes]], random: Any) -> None:
     data = tar_of([(f"{number}{name}.jpg", content) for number, (name, content) in enumerate(members)])

@@ -146,7 +146,7 @@ def test_pixels_and_reasons_that_disagree_stop_the_job() -> None:
         make_part(HEAD, samples([None, "empty", "empty"], layout()), vectors(2), layout())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.sampled_from([None, None, "empty"]), max_size=20), st.sampled_from(["float32", "float16"]), st.integers(1, 40)
 )

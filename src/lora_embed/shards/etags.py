@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from lora_embed.errors import LoraEmbedError
+from lora_embed.monitor.progress import say
 from lora_embed.store.objects import Reach, look
 from lora_embed.store.place import Place, locate
 from lora_embed.store.remote import is_s3
-from lora_embed.store.retry import LIBRARY_ERRORS
+from lora_embed.store.retry import LIBRARY_ERRORS, describe
 from lora_embed.store.store import Store
 
 AT_ONCE = 32  # objects that are asked for at the same time
@@ -56,7 +57,10 @@ def _from_pages(store: Store, wanted: dict[str, Place]) -> dict[Place, str]:
         folder = posixpath.commonpath([posixpath.dirname(paths[number]), posixpath.dirname(paths[-1])])
         try:
             page = store.page_behind(paths[number], folder)
-        except (LoraEmbedError, *LIBRARY_ERRORS):
+        except (LoraEmbedError, *LIBRARY_ERRORS) as error:
+            left = len(paths) - len(found)
+            why = f"cannot list {store.uri} ({describe(error)})"
+            say(f"check_references: {why}, so {left:,} objects are asked for one by one")
             return found
         useful = [entry for entry in page if entry.path in wanted]
         found.update((wanted[entry.path], entry.etag) for entry in useful)
