@@ -123,7 +123,7 @@ def _group(
     are_lists: bool,
 ) -> list[Shard]:
     """Files → shards. Hidden files and files of other kinds are counted in `passed`, unless their full names are given."""
-    where, root_name = f"input {files.pattern}", folder_name(files.root)
+    root_name = folder_name(files.root)
     shards, beside, here = [], FilesBeside(fields), Counter[str]()
     images: dict[str, Entries] = defaultdict(Entries)  # by folder
     tables = Entries()  # that may be metadata of images
@@ -131,23 +131,14 @@ def _group(
         here[kinds.FOLDER] += files.linked_folders
     for state in files.entries.states():
         path, *_, broken = state
-        is_named = path in files.named
-        if kinds.is_hidden(path) and not is_named and path not in files.shown:
+        if kinds.is_hidden(path) and path not in files.named and path not in files.shown:
             here[kinds.counted_as(path, is_hidden=True)] += 1
             continue
-        kind: str | None = kinds.kind_by_name(path)
-        if are_lists and path.lower().endswith(LISTS):
-            kind = "references"
-        if kind is None and is_named:
-            kind = _kind_of_named(files, path, broken, options)
-        if kind is not None and not path.isascii() and _NOT_UTF8.search(path):
-            raise ConfigError(f"{where}: the file name {path!r} is not UTF-8, but ids must be. Rename the file.")
-        if kind == "parquet" and is_metadata(path) and not is_named and not broken:
+        kind = _kind_of(files, path, broken, options, are_lists=are_lists)
+        if kind == "parquet" and is_metadata(path) and path not in files.named:
             tables.add(*state)  # whether it describes images shows when all of them are known
         elif kind == "images":
             images[posixpath.dirname(path)].add(*state)
-        elif kind is not None and broken:
-            raise ConfigError(f"{where}: {path} is {broken}. Fetch the file again, or remove the name.")
         elif kind is not None:
             shards.append(_single(files.root, root_name, Entry(*state[:3]), kind))
         else:
@@ -163,14 +154,34 @@ def _group(
     shards.extend(image_groups(files.root, images, beside, divided))
     here += beside.finish()
     if not shards:
-        found = f" It passes over {describe_passed(_most_first(here))}." if here else ""
-        raise ConfigError(
-            f"{where}: matches no tar, Parquet or image file among {files.looked_at} file{'' if files.looked_at == 1 else 's'} "
-            f"below {files.root}.{found} Correct the pattern, or name a file by its full name, which is then read whatever the "
-            "name." + next(filter(None, map(hint, files.entries.paths())), "")
-        )
+        raise _nothing_in(files, here)
     passed.update(here)
     return shards
+
+
+def _nothing_in(files: Files, passed: Counter[str]) -> ConfigError:
+    """The error for files of which none is a shard, or a part of one."""
+    found = f" It passes over {describe_passed(_most_first(passed))}." if passed else ""
+    among = f"{files.looked_at} file{'' if files.looked_at == 1 else 's'} below {files.root}"
+    return ConfigError(
+        f"input {files.pattern}: matches no tar, Parquet or image file among {among}.{found} Correct the pattern, or name a "
+        "file by its full name, which is then read whatever the name."
+        + next(filter(None, map(hint, files.entries.paths())), "")
+    )
+
+
+def _kind_of(files: Files, path: str, broken: str, options: dict[str, Any], *, are_lists: bool) -> str | None:
+    """The kind of shard that a file is or belongs to; None for another file. Raises ConfigError for one that cannot be read."""
+    kind: str | None = kinds.kind_by_name(path)
+    if are_lists and path.lower().endswith(LISTS):
+        kind = "references"
+    if kind is None and path in files.named:
+        kind = _kind_of_named(files, path, broken, options)
+    if kind is not None and not path.isascii() and _NOT_UTF8.search(path):
+        raise ConfigError(f"input {files.pattern}: the file name {path!r} is not UTF-8, but ids must be. Rename the file.")
+    if kind not in (None, "images") and broken:
+        raise ConfigError(f"input {files.pattern}: {path} is {broken}. Fetch the file again, or remove the name.")
+    return kind
 
 
 def _kind_of_named(files: Files, path: str, broken: str, options: dict[str, Any]) -> Kind:
