@@ -201,6 +201,7 @@ def test_hostile_samples_are_each_one_vector_or_one_reject(tmp_path: Path, tiny:
     verify_table(open_table(str(tmp_path / "table")))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_cut_tars_are_incomplete_and_never_published_as_short(tmp_path: Path, tiny: Path) -> None:
     """In the middle of a member, at a member's boundary, and inside a header."""

@@ -84,6 +84,7 @@ def test_a_table_on_s3_is_the_one_on_a_disk_whatever_fails_in_between(
     assert run_job(load_job(job)).embedded == 0
 
 
+@pytest.mark.slow
 def test_a_run_told_to_end_before_ray_has_started_says_so(tmp_path: Path, server: S3Server, proxy: Proxy, local: Path) -> None:
     job = remote_job(local, tmp_path, server.options(proxy.endpoint), "told")
     listing = threading.Event()
