@@ -12,12 +12,13 @@ names = st.text(st.characters(codec=None, exclude_categories=()), min_size=0, ma
 entries = st.builds(Entry, path=names, size=st.integers(0, 2**63), etag=names, broken=st.just("") | names)
 
 
-@given(st.lists(entries))
+@given(st.lists(entries) | st.lists(entries, min_size=60, max_size=70))
 def test_what_goes_in_comes_out(given: list[Entry]) -> None:
     packed = Entries(given)
     assert list(packed) == given
     assert (len(packed), packed.size) == (len(given), sum(entry.size for entry in given))
     assert pickle.loads(pickle.dumps(packed)) == packed == Entries(given)
+    assert list(Entries.of(list(packed.states()))) == given
     assert packed != Entries([*given, Entry("one more", 1, "1")])
 
 

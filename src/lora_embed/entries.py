@@ -2,7 +2,7 @@
 
 import itertools
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 _BLOCK = 64  # entries that are packed together
@@ -38,11 +38,16 @@ class Entries:
             self.add(entry.path, entry.size, entry.etag, entry.broken)
 
     @classmethod
-    def of(cls, states: Iterable[State]) -> "Entries":
+    def of(cls, states: Sequence[State]) -> "Entries":
         """The same from `states`."""
         entries = cls()
-        for state in states:
-            entries.add(*state)
+        for start in range(0, len(states), _BLOCK):
+            paths, sizes, etags, broken = zip(*states[start : start + _BLOCK], strict=True)
+            entries._sizes.extend(sizes)
+            entries._broken.update((start + place, why) for place, why in enumerate(broken) if why)
+            entries._paths, entries._etags = list(paths), list(etags)
+            if len(paths) == _BLOCK:
+                entries._end_block()
         return entries
 
     def add(self, path: str, size: int, etag: str, broken: str = "") -> None:
@@ -53,9 +58,12 @@ class Entries:
         self._sizes.append(size)
         self._etags.append(etag)
         if len(self._paths) == _BLOCK:
-            self._pack(self._paths)
-            self._pack(self._etags)
-            self._paths, self._etags = [], []
+            self._end_block()
+
+    def _end_block(self) -> None:
+        self._pack(self._paths)
+        self._pack(self._etags)
+        self._paths, self._etags = [], []
 
     def _pack(self, texts: list[str]) -> None:
         """Texts in little memory, unless one holds a NUL, which no name on a disk does."""

@@ -90,7 +90,7 @@ def _deal(files: Entries, divided: set[Group] | None) -> dict[Group, Entries]:
 
 
 def _hash_of_name(path: str) -> int:
-    return int(hash_of(posixpath.basename(path)), 16)
+    return int(hash_of(path.rpartition("/")[2]), 16)
 
 
 def folder_name(root: str) -> str:

@@ -138,7 +138,9 @@ def _group(
         if kind == "parquet" and is_metadata(path) and path not in files.named:
             tables.add(*state)  # whether it describes images shows when all of them are known
         elif kind == "images":
-            images[posixpath.dirname(path)].add(*state)
+            # A key of an object store may hold several slashes in a row.
+            folder = posixpath.dirname(path) if "//" in path or path.startswith("/") else path.rpartition("/")[0]
+            images[folder].add(*state)
         elif kind is not None:
             shards.append(_single(files.root, root_name, Entry(*state[:3]), kind))
         else:
