@@ -2,7 +2,7 @@
 
 import itertools
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 _BLOCK = 64  # entries that are packed together
@@ -38,13 +38,13 @@ class Entries:
             self.add(entry.path, entry.size, entry.etag, entry.broken)
 
     @classmethod
-    def of(cls, states: Sequence[State]) -> "Entries":
-        """The same from `states`."""
-        entries = cls()
-        for start in range(0, len(states), _BLOCK):
-            paths, sizes, etags, broken = zip(*states[start : start + _BLOCK], strict=True)
+    def of(cls, states: Iterable[State]) -> "Entries":
+        """The same from `states`, in less time than one by one."""
+        entries, states = cls(), iter(states)
+        while block := list(itertools.islice(states, _BLOCK)):
+            paths, sizes, etags, broken = zip(*block, strict=True)
+            entries._broken.update((number, why) for number, why in enumerate(broken, len(entries)) if why)
             entries._sizes.extend(sizes)
-            entries._broken.update((start + place, why) for place, why in enumerate(broken) if why)
             entries._paths, entries._etags = list(paths), list(etags)
             if len(paths) == _BLOCK:
                 entries._end_block()

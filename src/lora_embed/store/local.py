@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_embed.entries import Entry
+from lora_embed.entries import Entry, State
 from lora_embed.text import printable
 
 TEMPORARY = "_tmp"  # folder below a root for files that are being written; listings leave it out
@@ -69,7 +69,7 @@ def _link_at(path: str) -> OSError:
     return OSError(errno.ELOOP, message)
 
 
-def walk_input(root: str, *, follows: bool, ignored_links: dict[str, str]) -> Iterator[Entry]:
+def walk_input(root: str, *, follows: bool, ignored_links: dict[str, str]) -> Iterator[State]:
     """All files below an input's folder, by path from it. A link to a file is a file; each folder is read once.
 
     A name without a file behind it, such as a link whose target is gone, is an entry that is `broken`. A link to a folder
@@ -96,7 +96,7 @@ def _look_at(
     seen: set[tuple[int, int] | None],
     folders: list[tuple[str, str]],
     links: list[tuple[str, str]],
-) -> Iterator[Entry]:
+) -> Iterator[State]:
     """The files of a folder, unless it was seen; its folders and the links to folders are put into the lists, with places."""
     with contextlib.suppress(FileNotFoundError), os.scandir(place) as entries:  # it was deleted meanwhile, or never existed
         identity = _identity(place)
@@ -106,9 +106,11 @@ def _look_at(
         for entry in entries:
             name = f"{path}/{entry.name}" if path else entry.name
             if not _is_folder(entry):
-                file = input_entry(name, entry.path)
-                if file is not None:
-                    yield file
+                state, why = _state_of_input(entry.path)
+                if state is not None:
+                    yield name, state.st_size, str(state.st_mtime_ns), ""
+                elif why:
+                    yield name, 0, why, why
             elif entry.is_symlink():
                 heapq.heappush(links, (name, entry.path))
             else:
@@ -127,27 +129,30 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def input_entry(path: str, place: str) -> Entry | None:
     """The entry of a file of an input, or of a link to one; None for a folder, or if nothing has this name (any more)."""
+    state, why = _state_of_input(place)
+    if state is None:
+        return Entry(path, 0, why, broken=why) if why else None
+    return entry(path, state)
+
+
+def _state_of_input(place: str) -> tuple[os.stat_result | None, str]:
+    """The state of a file, or why there is no file behind its name; neither for a folder, and for what is gone."""
     try:
         state = os.stat(place)
     except OSError as error:
         if error.errno not in _LEADS_NOWHERE:
             raise
-        return _broken_link(path, place)
+        return None, _broken_link(place)
     if stat.S_ISREG(state.st_mode):
-        return entry(path, state)
-    return None if stat.S_ISDIR(state.st_mode) else _broken(path, "neither a file nor a folder, but a pipe, socket or device")
+        return state, ""
+    return None, "" if stat.S_ISDIR(state.st_mode) else "neither a file nor a folder, but a pipe, socket or device"
 
 
-def _broken_link(path: str, place: str) -> Entry | None:
+def _broken_link(place: str) -> str:
     try:
-        target = os.readlink(place)
+        return f"a link to {printable(os.readlink(place))}, which does not exist"
     except OSError:  # it is no link, so the file was deleted meanwhile
-        return None
-    return _broken(path, f"a link to {printable(target)}, which does not exist")
-
-
-def _broken(path: str, why: str) -> Entry:
-    return Entry(path=path, size=0, etag=why, broken=why)
+        return ""
 
 
 def find(place: str, path: str) -> Entry | None:

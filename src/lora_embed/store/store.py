@@ -128,8 +128,8 @@ class Store:
         if not self.is_local:
             return self._retried("", lambda: Entries(self._find(""))), ignored_links
         with self.explained(""):
-            entries = local.walk_input(self.full_path(""), follows=follows, ignored_links=ignored_links)
-            return Entries(entries), dict(sorted(ignored_links.items()))
+            states = local.walk_input(self.full_path(""), follows=follows, ignored_links=ignored_links)
+            return Entries.of(states), dict(sorted(ignored_links.items()))
 
     def page_behind(self, path: str, folder: str) -> list[Entry]:
         """The next thousand objects behind this path, of a folder and its folders, in the store's order."""
