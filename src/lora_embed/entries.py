@@ -9,6 +9,9 @@ _BLOCK = 64  # entries that are packed together
 _CODEC = ("utf-8", "surrogatepass")  # names on local disks need not be UTF-8
 
 
+State = tuple[str, int, str, str]  # path, size, etag and `broken` of an entry
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One stored object."""
@@ -19,8 +22,10 @@ class Entry:
     modified: float = field(default=0.0, compare=False, repr=False)  # seconds since 1970 by the store's clock
     broken: str = ""  # why no file is behind this name of an input: a link whose target is gone, for example
 
-
-State = tuple[str, int, str, str]  # path, size, etag and `broken` of an entry
+    @property
+    def state(self) -> State:
+        """What decides whether it has changed."""
+        return self.path, self.size, self.etag, self.broken
 
 
 class Entries:
@@ -28,27 +33,20 @@ class Entries:
 
     __slots__ = ("_broken", "_ends", "_etags", "_odd", "_packed", "_paths", "_sizes")
 
-    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+    def __init__(self, states: Iterable[State] = ()) -> None:
         self._packed, self._ends = bytearray(), array("Q")  # blocks of paths and of etags in turn, and where each ends
         self._odd: dict[int, list[str]] = {}  # blocks that cannot be packed
         self._paths, self._etags = list[str](), list[str]()  # of the last entries, which are not in a block yet
         self._sizes = array("Q")
         self._broken: dict[int, str] = {}
-        for entry in entries:
-            self.add(entry.path, entry.size, entry.etag, entry.broken)
-
-    @classmethod
-    def of(cls, states: Iterable[State]) -> "Entries":
-        """The same from `states`, in less time than one by one."""
-        entries, states = cls(), iter(states)
+        states = iter(states)
         while block := list(itertools.islice(states, _BLOCK)):
             paths, sizes, etags, broken = zip(*block, strict=True)
-            entries._broken.update((number, why) for number, why in enumerate(broken, len(entries)) if why)
-            entries._sizes.extend(sizes)
-            entries._paths, entries._etags = list(paths), list(etags)
+            self._broken.update((number, why) for number, why in enumerate(broken, len(self)) if why)
+            self._sizes.extend(sizes)
+            self._paths, self._etags = list(paths), list(etags)
             if len(paths) == _BLOCK:
-                entries._end_block()
-        return entries
+                self._end_block()
 
     def add(self, path: str, size: int, etag: str, broken: str = "") -> None:
         """Add one more."""

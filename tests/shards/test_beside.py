@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from lora_embed.entries import Entries, Entry
+from lora_embed.entries import Entries
 from lora_embed.errors import ShardError
 from lora_embed.schema import Shard
 from lora_embed.shards import image_groups, metadata
@@ -232,9 +232,7 @@ def test_metadata_of_many_shards_is_read_once(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(("files", "most"), [(1, 150), (50_000, 330)])
 def test_files_beside_many_images_take_little_memory(files: int, most: int) -> None:
     """The listing of a million images, of which few or all have a file of fields, must not hold a million records at once."""
-    groups = {
-        (number, 2): Entries(Entry(f"{image:06d}.jpg", 1, "e") for image in range(number, 50_000, 2)) for number in (0, 1)
-    }
+    groups = {(number, 2): Entries((f"{image:06d}.jpg", 1, "e", "") for image in range(number, 50_000, 2)) for number in (0, 1)}
     tracemalloc.start()
     try:
         beside = FilesBeside(["label"])

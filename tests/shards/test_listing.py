@@ -123,7 +123,7 @@ def images(number: int, folder: str = "f") -> list[Entry]:
 
 def grouped(entries: list[Entry], known: Iterable[str] = ()) -> list[Shard]:
     divided = image_groups.divided_groups(known)
-    return list(image_groups.image_groups("/root", {"f": Entries(entries)}, FilesBeside(()), divided))
+    return list(image_groups.image_groups("/root", {"f": Entries(entry.state for entry in entries)}, FilesBeside(()), divided))
 
 
 GROUPED = {shard.name: shard.id for shard in grouped(images(3000))}

@@ -51,7 +51,7 @@ def image_groups(
             states = [by_path[path] for path in sorted(by_path)]
             others = sorted(own.pop(group, ()), key=lambda entry: entry.path)
             of_image = assign(by_path, [*metadata, *others]) if metadata or others else {}
-            sidecars = Entries(entry for path in (folder, *sorted(by_path)) for entry in of_image.get(path, ()))
+            sidecars = Entries(entry.state for path in (folder, *sorted(by_path)) for entry in of_image.get(path, ()))
             name = f"{place}/#{group[0]:04d}of{group[1]:04d}"
             yield Shard(
                 id=hash_of(root_name, name, *(state[:3] for state in (*states, *sidecars.states()))),
@@ -59,7 +59,7 @@ def image_groups(
                 prefix=folder,
                 kind="images",
                 root=root,
-                files=Entries.of(states),
+                files=Entries(states),
                 sidecars=sidecars,
             )
 

@@ -169,7 +169,7 @@ def _files_at(uri: str, options: dict[str, Any], follows: bool) -> Files:
     entry = Store(root, options, follows_links=True).info(name)
     if entry is None:
         raise ConfigError(f"input {uri}: no such file or directory. Correct the path.")
-    return Files(pattern=uri, root=root, entries=Entries([entry]), named=frozenset([name]), looked_at=1)
+    return Files(pattern=uri, root=root, entries=Entries([entry.state]), named=frozenset([name]), looked_at=1)
 
 
 def _list(store: Store, follows: bool) -> tuple[Entries, int]:

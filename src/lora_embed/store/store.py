@@ -126,10 +126,10 @@ class Store:
         """
         ignored_links: dict[str, str] = {}
         if not self.is_local:
-            return self._retried("", lambda: Entries(self._find(""))), ignored_links
+            return self._retried("", lambda: Entries(entry.state for entry in self._find(""))), ignored_links
         with self.explained(""):
             states = local.walk_input(self.full_path(""), follows=follows, ignored_links=ignored_links)
-            return Entries.of(states), dict(sorted(ignored_links.items()))
+            return Entries(states), dict(sorted(ignored_links.items()))
 
     def page_behind(self, path: str, folder: str) -> list[Entry]:
         """The next thousand objects behind this path, of a folder and its folders, in the store's order."""
