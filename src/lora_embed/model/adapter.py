@@ -44,8 +44,9 @@ _HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva",
 _RESIDUAL_INITIALISATIONS = ("pissa", "olora")
 _BLOCK = 2**20  # bytes that are read at a time
 MOST_NAMED = 1000  # characters in the name of a tensor, a module or a base
-# Types of numbers that an adapter may hold, as safetensors names them, and as torch does in content hashes.
+# Types of numbers, as safetensors names them, and as content hashes do. Others than floats can be part of a head only.
 _DTYPES = {"F64": "torch.float64", "F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
+_DTYPES |= {name: name for name in ("I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "C64")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ class SavedAdapter:
         except (safetensors.SafetensorError, ValueError, OSError) as error:  # it was readable when it was hashed
             raise ChangedMeanwhile(f"{self.uri}: changed while it was read ({error}). Run the same command again.") from None
         for name, tensor in tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
+            if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(torch.isfinite(tensor).all()):
                 raise AdapterMismatch(
                     f"{self.uri}: {name} holds NaN or infinity. The training diverged; use another checkpoint."
                 )
@@ -242,8 +243,8 @@ def _content_hash(uri: str, config: dict[str, Any], path: Path) -> str:
                     raise AdapterMismatch(f"{uri}: the name of a tensor has {len(name):,} characters. Save the adapter again.")
                 if described["dtype"] not in _DTYPES:
                     raise AdapterMismatch(
-                        f"{uri}: {name} holds numbers of type {described['dtype']}, expected {', '.join(_DTYPES)}. Save the "
-                        "adapter without quantisation."
+                        f"{uri}: {name} holds numbers of type {described['dtype']}, which cannot be read. Save the adapter "
+                        "without quantisation."
                     )
                 digest.update(f"{name} {_DTYPES[described['dtype']]} {tuple(described['shape'])}\n".encode())
                 for block in data:
