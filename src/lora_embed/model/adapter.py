@@ -37,7 +37,7 @@ _SHOWN_BY_TENSORS = {"target_modules", "exclude_modules", "modules_to_save", "la
 _IRRELEVANT = {
     "lora_dropout", "task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
     "inference_mode", "runtime_config", "megatron_core", "ensure_weight_tying", "qalora_group_size", "eva_config",
-    "corda_config", "lora_ga_config", "loftq_config", "fan_in_fan_out",
+    "corda_config", "lora_ga_config", "loftq_config", "fan_in_fan_out", "merge_weights",
 }  # fmt: skip
 # Initialisations that do not change the base, and two whose change of the base can be computed from the base alone.
 _HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
