@@ -26,9 +26,11 @@ from lora_embed.model.whole import (
     check_effect,
     check_not_empty,
     check_patterns,
+    check_saved_modules,
     check_types,
     check_whole,
     shape_of,
+    untargeted,
 )
 
 
@@ -45,6 +47,7 @@ class Adapter:
     left_out: tuple[str, ...] = ()  # parts of the names in the file that the base's names do not have, such as `backbone.`
     adapter_name: str = ""  # within PEFT, where the keys hold it
     lost_statistics: tuple[str, ...] = ()  # batch normalisations whose statistics the file does not hold
+    untargeted: tuple[str, ...] = ()  # modules that the configuration does not name, though the file holds their tensors
 
     @property
     def uri(self) -> str:
@@ -125,6 +128,7 @@ def match_adapter(saved: SavedAdapter, target: Target) -> Adapter:
     adapted = {name: places[name] for name in (f"{module.name}.weight" for module in modules) if name in places}
     check_whole(saved, target, adapted)
     trained = {name: saved.tensors[key] for name, key in whole.items() if name in places}
+    check_saved_modules(saved, target, {places[name] for name in trained})
     check_biases(saved, target, set(adapted.values()), {places[name] for name in trained})
     changes: dict[str, Change] = {places[name]: Replaced(trained=tensor) for name, tensor in trained.items()}
     for module in modules:
@@ -145,6 +149,7 @@ def match_adapter(saved: SavedAdapter, target: Target) -> Adapter:
         left_out=placing.left_out(names.front.removesuffix(PREFIX)),
         adapter_name=names.adapter_name,
         lost_statistics=lost_statistics(target, changes),
+        untargeted=untargeted(saved, adapted),
     )
 
 
@@ -164,15 +169,15 @@ def _check_numbers(saved: SavedAdapter, names: Names, placing: Placing) -> None:
 
 def _head_tensors(names: Names, placing: Placing) -> dict[str, str]:
     """The tensors of a head, by their names in a classification model, each with its key in the file."""
-    keys = {f"{module}.{kind}": key for module, by_kind in names.lora.items() for kind, key in by_kind.items()} | names.whole
+    heads = {placing.heads[name]: key for name, key in names.whole.items() if name in placing.heads}
     modules = {name.rpartition(".")[0]: inner.rpartition(".")[0] for name, inner in placing.heads.items()}
-    heads = {}
-    for name, key in keys.items():
-        module = next((module for module in modules if name.startswith(f"{module}.")), None)
-        if name in placing.heads:
-            heads[placing.heads[name]] = key
-        elif module is not None:
-            heads[f"{modules[module]}{name.removeprefix(module)}"] = key
+    for module, key_of_kind in names.lora.items():
+        if f"{module}.weight" in placing.heads:
+            heads |= {f"{modules[module]}.{kind}": key for kind, key in key_of_kind.items()}
+    for name, key in names.whole.items():
+        module, _, kind = name.rpartition(".")
+        if kind in COMPUTED and module in modules:
+            heads[f"{modules[module]}.{kind}"] = key
     return heads
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from lora_embed.model.adapter import first_names
+from lora_embed.model.adapter import CONFIG_NAME, first_names
 from lora_embed.model.base_files import Base
 from lora_embed.model.files import ADAPTER_WEIGHTS
 from lora_embed.model.match import Adapter
@@ -21,6 +21,12 @@ def remarks(base: Base, adapters: Sequence[Adapter]) -> Iterator[str]:
             yield (
                 f"{adapter.uri}: {first_names([repr(part) for part in adapter.left_out])} was left out of the names of its "
                 "tensors. It was trained on a model around the base, or on a wrapped one; without that, all names match"
+            )
+        if adapter.untargeted:
+            yield (
+                f"{adapter.uri}: holds tensors for {len(adapter.untargeted)} modules that {CONFIG_NAME} does not target "
+                f"({first_names(list(adapter.untargeted), 1)}). PEFT passes over them when it loads the adapter; here they are "
+                "folded. If that is not meant, save the adapter again"
             )
         if adapter.lost_statistics:
             yield (

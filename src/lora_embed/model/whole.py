@@ -54,6 +54,32 @@ def check_whole(saved: SavedAdapter, target: Target, adapted: dict[str, str]) ->
         )
 
 
+def untargeted(saved: SavedAdapter, adapted: dict[str, str]) -> tuple[str, ...]:
+    """Modules with tensors in the file that the configuration does not target, by the adapter's names; PEFT passes over them.
+
+    Names of transformers 4 and 5 are tried. The configuration's patterns must have been tried on both.
+    """
+    targets = saved.config.get("target_modules")
+    if not targets or targets == "all-linear":  # PEFT writes a list of names in place of that word
+        return ()
+    names = {name.removesuffix(".weight"): place.removesuffix(".weight") for name, place in adapted.items()}
+    check_patterns(saved, expressions_of_targets(saved.config), [*names, *names.values()])
+    is_targeted = targeting(saved.config)
+    return tuple(name for name, place in names.items() if not is_targeted(name) and not is_targeted(place))
+
+
+def check_saved_modules(saved: SavedAdapter, target: Target, trained: set[str]) -> None:
+    """Raises AdapterMismatch if a module of the body that `modules_to_save` names has no weights in the file."""
+    for named in saved.config.get("modules_to_save") or ():
+        modules = {name.rpartition(".")[0] for name in target.shapes}
+        for module in sorted(module for module in modules if module == named or module.endswith(f".{named}")):
+            if not any(name.startswith(f"{module}.") for name in trained):
+                raise AdapterMismatch(
+                    f"{saved.uri}: modules_to_save of {CONFIG_NAME} names {named}, but {WEIGHTS_NAME} has no weights of "
+                    f"{module}, so the file is incomplete. Save the adapter again."
+                )
+
+
 def _adapter_names(target: Target, adapted: dict[str, str]) -> dict[str, str]:
     """Weights of the base → the adapter's names of their modules, as far as the names in its file show them."""
     weights = [name for name, shape in target.shapes.items() if name.endswith(".weight") and len(shape) > 1]
