@@ -264,12 +264,12 @@ CASES = [
     # Tensors that do not fit
     Case("a factor transposed", mapped(torch.t, A), "has rank 384 in lora_A but 8 in lora_B"),
     Case("factors exchanged", tensors(lambda found: found | {A: found[B], B: found[A]}), "has rank 384, but .* says 8"),
-    Case("ranks that disagree", mapped(lambda tensor: tensor[:4], A), r"has rank 4 in lora_A but 8 in lora_B\. The file is damaged"),
+    Case("ranks that disagree", mapped(lambda tensor: tensor[:4], A), "rank 4 in lora_A but 8 in lora_B. The file is damaged"),
     Case("a scalar", put(A), r"lora_A of shape scalar and lora_B of shape 384×8"),
     Case("scalars of an embedding", tensors(lambda found: found | {
         f"{BODY}x.lora_embedding_A": torch.tensor(1.0), f"{BODY}x.lora_embedding_B": torch.tensor(1.0)
     }), "lora_embedding_A of shape scalar and lora_embedding_B of shape scalar"),
-    Case("empty tensors", tensors(lambda found: found | {A: torch.empty(0, 384), B: torch.empty(384, 0)}), r"lora_B\.weight is empty \(shape 384×0\)"),
+    Case("empty tensors", tensors(lambda found: found | {A: torch.empty(0, 384), B: torch.empty(384, 0)}), r"\(shape 0×384\)"),
     Case("one tensor cut short", mapped(lambda tensor: tensor[:100], B), "1 of the 48 weights that it changes match no weight"),
     Case("larger than memory", tensors(lambda found: found | {
         f"{BODY}head.lora_A.weight": torch.ones(8, 2**20), f"{BODY}head.lora_B.weight": torch.ones(2**20, 8)
@@ -277,7 +277,7 @@ CASES = [
     # Their numbers
     Case("float64", mapped(torch.Tensor.double), SAME),
     *(
-        Case(f"{dtype}", mapped(lambda tensor, dtype=dtype: tensor.to(dtype)), f"holds numbers of type {str(dtype)[6:]}, expected")
+        Case(f"{dtype}", mapped(lambda tensor, dtype=dtype: tensor.to(dtype)), f"numbers of type {str(dtype)[6:]}, expected")
         for dtype in (torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64)
     ),
     Case("NaN", mapped(lambda tensor: tensor * float("nan"), B), "lora_B.weight holds NaN or infinity. The training diverged"),
@@ -296,7 +296,7 @@ CASES = [
     Case("names with and without model", doubled(lambda name: name.replace("dinov2.", "")), "are both names of encoder"),
     Case("names with and without base_layer", doubled(lambda name: name.replace(".lora", ".base_layer.lora")), "saved twice"),
     Case("a weight saved whole beside its LoRA", put(f"{FIRST}.base_layer.weight", 384, 384), "also changed by LoRA"),
-    Case("names of an adapter within PEFT", renamed(lambda name: name.replace("A.weight", "A.default.weight")), "several adapter names"),
+    Case("names of an adapter within PEFT", renamed(lambda name: name.replace("A.weight", "A.x.weight")), "several adapter names"),
     # The weights as a file
     Case("weights cut short", lambda folder: os.truncate(folder / WEIGHTS_NAME, 1_000_000), NO_FILE),
     Case("empty weights", text("", WEIGHTS_NAME), NO_FILE),

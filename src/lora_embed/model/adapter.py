@@ -132,8 +132,8 @@ def _describe_other_files(folder: Path) -> str:
     weight_files = sorted(path.name for path in folder.glob("*.safetensors*"))
     if any(_PART.fullmatch(name) for name in weight_files):
         return (
-            f"found {first_names(weight_files)}. Neither PEFT nor lora-embed reads an adapter in several files. Save it again in "
-            "one file, with PEFT's save_pretrained."
+            f"found {first_names(weight_files)}. Neither PEFT nor lora-embed reads an adapter in several files. Save it again "
+            "in one file, with PEFT's save_pretrained."
         )
     if weight_files:
         return (

@@ -88,6 +88,8 @@ def _reasons(
         )
     elif fronts and (part := next((part for part in fronts[0].split(".") if is_of_another_model(part, saved, target)), None)):
         yield f"Their names end like the base's, but {part!r} before them is another part of a model, or another family."
+    elif fronts and fronts[0] and len(misfit.strays) < misfit.weights:
+        yield f"Their names end like the base's after {fronts[0]!r}, but the other names begin in another way."
     elif misfit.wrapper:
         yield f"The others match without {misfit.wrapper!r}."
     for name, place in sizes.items():

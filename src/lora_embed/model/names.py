@@ -34,27 +34,30 @@ class Names:
 def read_names(saved: SavedAdapter) -> Names:
     """Raises AdapterMismatch for a tensor of an unknown kind, one that is saved twice, and tensors of several adapters."""
     front = _front_of(saved)
+    names = {key: key.removeprefix(front).replace(".base_layer.", ".") for key in saved.tensors}
+    matches = {key: match for key, name in names.items() if (match := _LORA.fullmatch(name)) is not None}
+    adapter_name = _adapter_name(saved, matches)
     lora: dict[str, dict[str, str]] = {}
     others: dict[str, str] = {}  # name → key
-    key_of_adapter: dict[str, str] = {}  # adapter's name within PEFT → a key with it
-    for key in saved.tensors:
-        name = key.removeprefix(front).replace(".base_layer.", ".")
-        match = _LORA.fullmatch(name)
-        if match is None:
+    for key, name in names.items():
+        if (match := matches.get(key)) is not None:
+            _add(saved, lora.setdefault(match["module"], {}), _kind_of(match)[0], key, name=name)
+        else:
             _add(saved, others, name, key)
-            continue
-        kind, adapter_name = _kind_of(match)
-        key_of_adapter.setdefault(adapter_name, key)
-        _add(saved, lora.setdefault(match["module"], {}), kind, key, name=name)
+    whole = dict(_without_copies(saved, others, adapter_name))
+    return Names(lora=lora, whole=whole, front=front, adapter_name=adapter_name)
+
+
+def _adapter_name(saved: SavedAdapter, matches: dict[str, re.Match[str]]) -> str:
+    """The adapter's name within PEFT, which all keys of LoRA tensors hold, or none."""
+    key_of_adapter = {_kind_of(match)[1]: key for key, match in reversed(matches.items())}
     if len(key_of_adapter) > 1:
-        names = [f"{key} ({name!r})" if name else f"{key} (no name)" for name, key in sorted(key_of_adapter.items())]
+        names = [f"{name!r} in {key}" if name else f"none in {key}" for name, key in sorted(key_of_adapter.items())]
         raise AdapterMismatch(
             f"{saved.uri}: its tensors have several adapter names: {first_names(names)}. Save each adapter alone, in a folder "
             "of its own, with PEFT's save_pretrained."
         )
-    adapter_name = next(iter(key_of_adapter), "")
-    whole = dict(_without_copies(saved, others, adapter_name))
-    return Names(lora=lora, whole=whole, front=front, adapter_name=adapter_name)
+    return next(iter(key_of_adapter), "")
 
 
 def _front_of(saved: SavedAdapter) -> str:

@@ -127,7 +127,7 @@ def shape_of(shape: Any) -> str:
 
 def check_not_empty(saved: SavedAdapter, tensors: dict[str, torch.Tensor]) -> None:
     """Raises AdapterMismatch for a tensor without numbers."""
-    empty = next((key for key, tensor in tensors.items() if not tensor.numel()), None)
+    empty = next((key for key, tensor in sorted(tensors.items()) if not tensor.numel()), None)
     if empty is not None:
         raise AdapterMismatch(
             f"{saved.uri}: {empty} is empty (shape {shape_of(tensors[empty].shape)}). DeepSpeed (ZeRO 3) and FSDP leave such "
