@@ -69,7 +69,7 @@ def test_random_adapters_merge_as_the_guide_merges_them(
 @pytest.mark.parametrize("pooling", ["median", "last_", "last_last_mean"])
 def test_a_pooling_without_arithmetic_is_not_another_one(pooling: str) -> None:
     with pytest.raises(NotImplementedError, match=f"pooling '{pooling}' has no arithmetic"):
-        pooler(pooling, 1)
+        pooler(pooling, StateForm(prefix_tokens=1))
 
 
 def test_every_precision_has_its_type_and_its_bound() -> None:

@@ -16,7 +16,7 @@ from lora_embed.config.models import Recipe
 from lora_embed.errors import AdapterMismatch, EncoderError
 from lora_embed.model import merge
 from lora_embed.model.adapter import PREFIX, WEIGHTS_NAME, read_adapter
-from lora_embed.model.base import load_headless
+from lora_embed.model.base import load_headless, open_headless
 from lora_embed.model.base_files import Base
 from lora_embed.model.change import LowRank
 from lora_embed.model.description import Description
@@ -48,6 +48,7 @@ class Member:
 
     merged: Merge
     model: PreTrainedModel
+    prefix: str  # before the weights in the base's files: see `open_headless`
     kept: dict[str, LowRank]  # weight → low-rank change, if a limit cut the changes
     rows: dict[str, WeightRow]
     relations: Relations
@@ -69,7 +70,7 @@ def _merges(recipe: Recipe, adapters: list[Adapter]) -> list[Merge]:
 
 
 def _fold(base: Base, merged: Merge, limit: Limit | None) -> Member:
-    model = load_headless(base.folder, base.uri)
+    model, prefix = open_headless(base.folder, base.uri)
     relations, rows, low_ranks = Relations.of(len(merged.adapters)), {}, {}
     for folded in fold(model, merged, limit):
         shares = relations.add(merged, folded.name, folded.before)
@@ -83,7 +84,7 @@ def _fold(base: Base, merged: Merge, limit: Limit | None) -> Member:
                 f"{adapter.uri}: changes the base by less than float32 rounding, so it would change nothing. "
                 "Was it saved before training? Train it, or leave it out of the recipe."
             )
-    return Member(merged=merged, model=model, kept=low_ranks, rows=rows, relations=relations)
+    return Member(merged=merged, model=model, prefix=prefix, kept=low_ranks, rows=rows, relations=relations)
 
 
 def write_member(member: Member, folder: Path, base: Base) -> None:
@@ -129,7 +130,8 @@ def prove_members(base: Base, members: list[Member], description: Description, f
     original = load_headless(base.folder, base.uri)
     if description.base is None:
         return [prove(member.merged, original, model) for member, model in zip(members, saved, strict=True)]
-    rebuilt = space_id_of(saved, description.preprocessing, description.pooling, description.normalize)
+    about = description
+    rebuilt = space_id_of(saved, about.preprocessing, about.pooling, about.normalize, about.form)
     if rebuilt != description.space_id:
         raise EncoderError(
             f"{folder}: base and adapter give an encoder of space {rebuilt}, but the merged encoder has "
