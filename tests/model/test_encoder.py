@@ -23,7 +23,7 @@ from lora_embed.demo.parts import LabelledImage
 from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.images.decode import BadImage
 from lora_embed.model.build import build_encoder
-from lora_embed.model.description import read_description
+from lora_embed.model.description import StateForm, read_description
 from lora_embed.model.encoder import DTYPES
 from lora_embed.model.golden import BOUNDS, check, relative_difference
 from lora_embed.model.ingredients import gather

@@ -129,7 +129,9 @@ def test_what_mean_pools(built: Built) -> None:
     assert description.prefix_tokens == family.prefix_tokens
     assert bool(description.tap) == (family.state == "before the final norm")
     with torch.inference_mode():
-        state = load_headless(built.bases[PLAIN], "base")(torch.zeros(1, 3, SIZE, SIZE), output_hidden_states=True).hidden_states[-1]
+        state = load_headless(built.bases[PLAIN], "base")(
+            torch.zeros(1, 3, SIZE, SIZE), output_hidden_states=True
+        ).hidden_states[-1]
     assert state.ndim == (4 if family.pools == "map" else 3)
     assert description.dimension == state.shape[1 if family.pools == "map" else 2]
     assert (description.suffix_tokens, description.channels_last) == (0, False)

@@ -20,10 +20,9 @@ from lora_embed.errors import EncoderError
 from lora_embed.images.preprocess import Arithmetic
 from lora_embed.model.base import load_headless
 from lora_embed.model.build import build_encoder
-from lora_embed.model.description import DESCRIPTION, REPORT, read_description
+from lora_embed.model.description import DESCRIPTION, REPORT, StateForm, read_description
 from lora_embed.model.fold import Limit
 from lora_embed.model.ingredients import gather
-from lora_embed.model.description import StateForm
 from lora_embed.model.space import SHAPING, shaping_fields, space_id_of
 from models import FAMILIES, SIZE, save_adapter, save_base, save_bases
 from old_pillow import install, path_with

@@ -113,7 +113,8 @@ def _build(ingredients: Ingredients, folder: Path, say: Say, limit: Limit | None
     write_description(folder, description)
     for model in models:
         torch.nn.Module.to(model, "meta")  # frees memory for the saved encoder, which is opened again below
-    write_report(folder, description, base, members, prove_members(base, members, description, folder), notes, moved)
+    proofs = prove_members(base, members, description, folder, pixels)
+    write_report(folder, description, base, members, proofs, notes, moved)
 
 
 def open_base(ingredients: Ingredients) -> tuple[PreTrainedModel, Description]:
