@@ -237,6 +237,11 @@ def _check_takes_images(config: PretrainedConfig, where: str) -> None:
             f"{where}: {model.__name__} {reason}, but a base must take images alone. "
             "Name a vision model such as ViT, DINOv2, CLIP or SigLIP."
         )
+    if "input_ids" in parameters:
+        raise EncoderError(
+            f"{where}: {model.__name__} reads texts too, but a base must take images alone. Name its vision model, or one such as "
+            "ViT, DINOv2, CLIP or SigLIP."
+        )
     if any(hasattr(config, field) for field in _OF_VIDEO):
         raise EncoderError(
             f"{where}: {model.__name__} takes videos, but a base must take single images. Name a vision model such as ViT, "

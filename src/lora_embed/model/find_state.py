@@ -29,14 +29,14 @@ def find_state(model: nn.Module, pixel_values: torch.Tensor, pooling: str) -> Fo
     """The hidden state that a pooling reads: `hidden_states[-1]` bit for bit, or the final output for the `last_` poolings.
 
     `pixel_values` are different images (n, 3, H, W), n > 1. Raises EncoderError if the model gives no such state with one
-    entry for each image, or if the pooling does not fit it; ValueError if the model does not take images of this size.
+    entry for each image, or if the pooling does not fit it; ValueError if the model does not take such images.
     """
     name = type(model).__name__
     with _Watched(model) as watched:
         try:
             output = model(pixel_values=pixel_values, output_hidden_states=True)
-        except RuntimeError as error:  # from torch, if the model does not check the size itself (SigLIP)
-            raise ValueError(str(error)) from None
+        except (RuntimeError, ArithmeticError, AttributeError, LookupError, TypeError, AssertionError) as error:
+            raise ValueError(str(error)) from None  # many models do not check the size themselves
     final = getattr(output, "last_hidden_state", None)
     if pooling.startswith(LAST):
         if not isinstance(final, torch.Tensor):
