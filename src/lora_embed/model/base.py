@@ -239,8 +239,8 @@ def _check_takes_images(config: PretrainedConfig, where: str) -> None:
         )
     if "input_ids" in parameters:
         raise EncoderError(
-            f"{where}: {model.__name__} reads texts too, but a base must take images alone. Name its vision model, or one such as "
-            "ViT, DINOv2, CLIP or SigLIP."
+            f"{where}: {model.__name__} reads texts too, but a base must take images alone. Name its vision model, or one such "
+            "as ViT, DINOv2, CLIP or SigLIP."
         )
     if any(hasattr(config, field) for field in _OF_VIDEO):
         raise EncoderError(

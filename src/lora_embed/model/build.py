@@ -213,8 +213,8 @@ def _describe(
         height, width = preprocessing.size
         raise EncoderError(
             f"{base.uri}: {type(model).__name__} does not take images of {height}×{width} pixels "
-            f"({in_one_line(error, 160)}). Correct image_size in the recipe or leave it out; if the size is right, name another "
-            "base."
+            f"({in_one_line(error, 160)}). Correct image_size in the recipe or leave it out; if the size is right, name "
+            "another base."
         ) from None
     reference = BaseReference(uri=base.uri, revision=recipe.revision, content_hash=base.content_hash)
     return Description(
