@@ -296,7 +296,7 @@ CASES = [
     Case("names with and without model", doubled(lambda name: name.replace("dinov2.", "")), "are both names of encoder"),
     Case("names with and without base_layer", doubled(lambda name: name.replace(".lora", ".base_layer.lora")), "saved twice"),
     Case("a weight saved whole beside its LoRA", put(f"{FIRST}.base_layer.weight", 384, 384), "also changed by LoRA"),
-    Case("names of an adapter within PEFT", renamed(lambda name: name.replace("A.weight", "A.x.weight")), "several adapter names"),
+    Case("names of an adapter within PEFT", renamed(lambda n: n.replace("A.weight", "A.x.weight")), "several adapter names"),
     # The weights as a file
     Case("weights cut short", lambda folder: os.truncate(folder / WEIGHTS_NAME, 1_000_000), NO_FILE),
     Case("empty weights", text("", WEIGHTS_NAME), NO_FILE),

@@ -106,7 +106,7 @@ NAMES = [
         Case(f"the adapter called {name}", within(name), SAME)
         for name in ("default", "my.own.adapter", "weight", "lora_B", "花", "0", "modules_to_save")
     ),
-    Case("two adapters in one file", doubled(lambda n: n.replace(".weight", ".other.weight")), "adapter names: none in",
+    Case("two adapters in one file", doubled(lambda n: n.replace(".weight", ".other.weight")), "adapter names: none in"),
     Case("a head as PEFT wraps it", both(within("ten"), tensors(lambda found: {
         name.replace("classifier.", "classifier.modules_to_save.ten."): tensor for name, tensor in found.items()
     } | {f"{PREFIX}classifier.original_module.weight": torch.ones(10, 768)})), SAME),
