@@ -16,6 +16,7 @@ from lora_embed.model.whole import Target, shape_of
 from lora_embed.store import hub
 
 _OTHER_PARTS = re.compile("text|language|llm|decoder")  # their weights may have the same names and shapes
+_ONE_MODEL = "Leave it out of the recipe, or save only the tensors of the model that is the base."
 _NAMED = 3  # strays that a message names
 _LONGEST = 120  # characters of a name that are compared
 _OF_TEXT = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT's task types of language models
@@ -46,21 +47,20 @@ def is_of_another_model(part: str, saved: SavedAdapter, target: Target) -> bool:
     the adapter names the base.
     """
     is_family = part not in target.families and (part in CONFIG_MAPPING or part.replace("_", "-") in CONFIG_MAPPING)
-    is_other_part = part in target.head_names or bool(_OTHER_PARTS.search(part))
-    return is_other_part or (is_family and not is_named_base(saved, target))
+    return _is_other_part(part, target) or (is_family and not is_named_base(saved, target))
+
+
+def _is_other_part(part: str, target: Target) -> bool:
+    return part in target.head_names or bool(_OTHER_PARTS.search(part))
 
 
 def explain(saved: SavedAdapter, target: Target, misfit: Misfit) -> AdapterMismatch:
     """The error for tensors that match no weight of the base."""
-    first = misfit.strays[:_NAMED]
-    nearest = {name: _nearest(misfit.inner.get(name, name), target) for name in first}
-    sizes = _of_other_size(target, misfit, nearest)
     lead = (
         f"{saved.uri}: {len(misfit.strays)} of the {misfit.weights} weights that it changes match no weight of {target.uri}: "
         f"{first_names([f'{name} {shape_of(misfit.shapes[name])}' for name in misfit.strays], _NAMED)}."
     )
-    sentences = [lead, *_reasons(saved, target, misfit, nearest, sizes), _advice(saved, target, misfit)]
-    return AdapterMismatch(" ".join(sentence for sentence in sentences if sentence))
+    return AdapterMismatch(" ".join([lead, *_reasons(saved, target, misfit)]))
 
 
 def explain_ranks(
@@ -76,31 +76,45 @@ def explain_ranks(
     return AdapterMismatch(f"{lead} The file is damaged. Save the adapter again.")
 
 
-def _reasons(
-    saved: SavedAdapter, target: Target, misfit: Misfit, nearest: Mapping[str, str], sizes: Mapping[str, str]
-) -> Iterator[str]:
-    """What is known of the tensors that a message names."""
-    fronts = sorted({front for name in misfit.strays if (front := _front(name, target)) is not None})
-    if len(fronts) > 1:
-        yield (
-            f"Their names end like the base's, but begin differently ({first_names([repr(front) for front in fronts])}), so "
-            "they belong to several models."
-        )
-    elif fronts and (part := next((part for part in fronts[0].split(".") if is_of_another_model(part, saved, target)), None)):
-        yield f"Their names end like the base's, but {part!r} before them is another part of a model, or another family."
-    elif fronts and fronts[0] and len(misfit.strays) < misfit.weights:
-        yield f"Their names end like the base's after {fronts[0]!r}, but the other names begin in another way."
-    elif misfit.wrapper:
-        yield f"The others match without {misfit.wrapper!r}."
-    for name, place in sizes.items():
+def _fronts(target: Target, misfit: Misfit) -> list[str]:
+    """What stands before ends of names that are whole names in the base, unless it also stands before names that match."""
+    fronts = {front for name in misfit.strays if (front := _front(name, target))}
+    matching = [name for name in misfit.shapes if name not in misfit.strays]
+    return sorted(front for front in fronts if not any(name.startswith(f"{front}.") for name in matching))
+
+
+def _reasons(saved: SavedAdapter, target: Target, misfit: Misfit) -> Iterator[str]:
+    """What is known of the tensors that a message names, and what to do."""
+    nearest = {name: _nearest(misfit.inner.get(name, name), target) for name in misfit.strays[:_NAMED]}
+    fronts = _fronts(target, misfit)
+    for name, place in _of_other_size(target, misfit, nearest).items():
         if place in target.grouped:
-            yield _grouped(place)
+            yield f"{_grouped(place)} Train the adapter without this layer."
             return
         yield f"The base's weight of the name {misfit.inner.get(name, name)} has the shape {shape_of(target.shapes[place])}."
-        return
-    if not misfit.whole.issuperset(misfit.strays):
-        place = next(iter(nearest.values()))
-        yield f"The nearest name in the base is {place} {shape_of(target.shapes[place])}."
+        break
+    else:
+        parts = (part for front in fronts for part in front.split("."))
+        part = next((part for part in parts if is_of_another_model(part, saved, target)), None)
+        if len(fronts) > 1:
+            yield (
+                f"Their names end like the base's, but begin differently ({first_names([repr(front) for front in fronts])}), so "
+                f"they belong to several models. {_ONE_MODEL}"
+            )
+            return
+        if part is not None:
+            yield f"Their names end like the base's, but {part!r} before them is another part of a model, or another family."
+            if _is_other_part(part, target):
+                yield _ONE_MODEL
+                return
+        elif fronts and len(misfit.strays) < misfit.weights:
+            yield f"Their names end like the base's after {fronts[0]!r}, but the other names begin in another way."
+        elif misfit.wrapper:
+            yield f"The others match without {misfit.wrapper!r}."
+        if not fronts and not misfit.whole.issuperset(misfit.strays) and saved.config.get("task_type") not in _OF_TEXT:
+            place = next(iter(nearest.values()))
+            yield f"The nearest name in the base is {place} {shape_of(target.shapes[place])}."
+    yield _advice(saved, target, misfit)
 
 
 def _advice(saved: SavedAdapter, target: Target, misfit: Misfit) -> str:
