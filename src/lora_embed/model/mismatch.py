@@ -98,8 +98,8 @@ def _reasons(saved: SavedAdapter, target: Target, misfit: Misfit) -> Iterator[st
         part = next((part for part in parts if is_of_another_model(part, saved, target)), None)
         if len(fronts) > 1:
             yield (
-                f"Their names end like the base's, but begin differently ({first_names([repr(front) for front in fronts])}), so "
-                f"they belong to several models. {_ONE_MODEL}"
+                f"Their names end like the base's, but begin differently ({first_names([repr(front) for front in fronts])}), "
+                f"so they belong to several models. {_ONE_MODEL}"
             )
             return
         if part is not None:
