@@ -17,6 +17,7 @@ from lora_embed.store import hub
 
 _OTHER_PARTS = re.compile("text|language|llm|decoder")  # their weights may have the same names and shapes
 _ONE_MODEL = "Leave it out of the recipe, or save only the tensors of the model that is the base."
+_MOST_FRONTS = 10  # beginnings of names that are compared with all names
 _NAMED = 3  # strays that a message names
 _LONGEST = 120  # characters of a name that are compared
 _OF_TEXT = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT's task types of language models
@@ -80,7 +81,9 @@ def _fronts(target: Target, misfit: Misfit) -> list[str]:
     """What stands before ends of names that are whole names in the base, unless it also stands before names that match."""
     fronts = {front for name in misfit.strays if (front := _front(name, target))}
     matching = [name for name in misfit.shapes if name not in misfit.strays]
-    return sorted(front for front in fronts if not any(name.startswith(f"{front}.") for name in matching))
+    return sorted(
+        front for front in sorted(fronts)[:_MOST_FRONTS] if not any(name.startswith(f"{front}.") for name in matching)
+    )
 
 
 def _reasons(saved: SavedAdapter, target: Target, misfit: Misfit) -> Iterator[str]:

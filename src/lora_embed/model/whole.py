@@ -70,10 +70,15 @@ def untargeted(saved: SavedAdapter, adapted: dict[str, str]) -> tuple[str, ...]:
 
 def check_saved_modules(saved: SavedAdapter, target: Target, trained: set[str]) -> None:
     """Raises AdapterMismatch if a module of the body that `modules_to_save` names has no weights in the file."""
+    modules_of_end: dict[str, list[str]] = {}  # `norm1`, `0.norm1` … → modules whose names end so
+    for module in sorted({name.rpartition(".")[0] for name in target.shapes}):
+        parts = module.split(".")
+        for first in range(len(parts)):
+            modules_of_end.setdefault(".".join(parts[first:]), []).append(module)
+    saved_modules = {name.rpartition(".")[0] for name in trained}
     for named in saved.config.get("modules_to_save") or ():
-        modules = {name.rpartition(".")[0] for name in target.shapes}
-        for module in sorted(module for module in modules if module == named or module.endswith(f".{named}")):
-            if not any(name.startswith(f"{module}.") for name in trained):
+        for module in modules_of_end.get(named, ()):
+            if module not in saved_modules:
                 raise AdapterMismatch(
                     f"{saved.uri}: modules_to_save of {CONFIG_NAME} names {named}, but {WEIGHTS_NAME} has no weights of "
                     f"{module}, so the file is incomplete. Save the adapter again."
