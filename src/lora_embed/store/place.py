@@ -12,7 +12,25 @@ WEB = ("http", "https")
 MOST_KEY, MOST_PART, MOST_PATH = 1024, 255, 4095  # bytes: of an S3 key, of a name on a local disk, and of a path there
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _ALMOST = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(?::/?|//)(?=[^/])(.*)", re.DOTALL)  # s3//bucket, s3:/bucket, s3:bucket
-_REMOTE = {*WEB, *"s3 s3a gs gcs az abfs abfss adl wasb wasbs oss cos r2 hf ftp sftp hdfs".split()}
+_REMOTE = {
+    *WEB,
+    "s3",
+    "s3a",
+    "gs",
+    "gcs",
+    "az",
+    "abfs",
+    "abfss",
+    "adl",
+    "wasb",
+    "wasbs",
+    "oss",
+    "r2",
+    "hf",
+    "ftp",
+    "sftp",
+    "hdfs",
+}
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{3,255}")
 
 
