@@ -89,6 +89,9 @@ NAMES = [
     Case("another family, and this base named", as_body("beit."), SAME),
     Case("a text model of the same shapes", as_body("text_model."), f"'text_model' {OTHER_PART}"),
     Case("a decoder of the same shapes", around("decoder."), f"'decoder' {OTHER_PART}"),
+    Case("one module of a short name", tensors(
+        lambda found: {"a.lora_A.weight": found[A], "a.lora_B.weight": found[B]}
+    ), "1 of the 1 weights that it changes match no weight"),
     Case("more names before it than any model has", around("a." * 12), "50 of the 50 weights that it changes match no weight"),
     Case("a wrapper around half of the layers", by_layer("", "student."), "the other names begin in another way"),
     Case("two models in one file", by_layer("teacher.", "student."), r"\('student\.dinov2', 'teacher\.dinov2'\), so they"),

@@ -28,7 +28,7 @@ def base(tmp_path: Path) -> Path:
     return save_base(tmp_path / "base")
 
 
-def build(base: Path, out: Path, *adapters: Path) -> list[str]:
+def build(base: Path | str, out: Path, *adapters: Path | str) -> list[str]:
     lines: list[str] = []
     specs = tuple(AdapterSpec(path=str(path)) for path in adapters)
     settings = {} if adapters else {"merge_method": "none"}
@@ -52,6 +52,7 @@ def test_an_adapter_in_the_bases_folder_is_applied_once_at_most(base: Path, tmp_
     assert torch.equal(states(load_headless(tmp_path / "none", "none")), expected["base"])
     assert build(base, tmp_path / "own", base) == []
     assert difference(states(load_headless(tmp_path / "own", "own")), expected["adapter"]) <= 1e-5
+    assert build(f"file://{base}", tmp_path / "by uri", f"file://{base}") == []
     assert len(build(base, tmp_path / "both", other)) == 1
     shutil.rmtree(base)
     with_other = load_encoder(tmp_path / "both").space_id

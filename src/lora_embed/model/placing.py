@@ -69,7 +69,8 @@ def _wrappers(saved: SavedAdapter, target: Target, names: list[str]) -> Iterator
     wrapper = ""
     for _ in range(_MOST):
         rest = [name.removeprefix(wrapper) for name in names if name.startswith(wrapper)]
-        part, count = Counter(name.partition(".")[0] for name in rest if "." in name).most_common(1)[0] if rest else ("", 0)
+        counts = Counter(name.partition(".")[0] for name in rest if "." in name)
+        part, count = next(iter(counts.most_common(1)), ("", 0))
         if count * 2 <= len(names) or is_of_another_model(part, saved, target):
             return
         wrapper += f"{part}."

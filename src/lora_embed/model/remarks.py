@@ -10,8 +10,9 @@ from lora_embed.model.match import Adapter
 
 def remarks(base: Base, adapters: Sequence[Adapter]) -> Iterator[str]:
     """Each note as a sentence without a full stop."""
-    beside = (base.folder / ADAPTER_WEIGHTS).is_file()
-    if beside and not any(adapter.saved.folder.resolve() == base.folder.resolve() for adapter in adapters):
+    places = {adapter.saved.folder.resolve() for adapter in adapters}
+    is_named = base.folder.resolve() in places or base.uri.rstrip("/") in {adapter.uri.rstrip("/") for adapter in adapters}
+    if (base.folder / ADAPTER_WEIGHTS).is_file() and not is_named:
         yield (
             f"the folder of {base.uri} also holds an adapter, which transformers applies when it opens the base there; it is "
             "not part of this encoder. Name that folder under adapters if you want it"
