@@ -9,19 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from numpy.typing import NDArray
 from PIL import Image
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from lora_embed.config.models import AdapterSpec, Recipe
+from lora_embed.config.models import Recipe
 from lora_embed.errors import EncoderError
-from lora_embed.images.decode import BadImage, decode_image, to_rgb
-from lora_embed.images.preprocess import Joint, Preprocessing, check_geometry, decoding
+from lora_embed.images.decode import to_rgb
+from lora_embed.images.preprocess import Joint, Preprocessing
 from lora_embed.images.processors import REFUSED, TORCHVISION, from_processor
 from lora_embed.model.base import load_headless
-from lora_embed.model.base_files import Base, find_base
 from lora_embed.model.build import build_encoder
 from lora_embed.model.description import read_description
 from lora_embed.model.encoder import load_encoder
@@ -29,7 +27,8 @@ from lora_embed.model.ingredients import gather
 from lora_embed.model.prepare import checked_preprocessing, model_input
 from lora_embed.model.processor import read_processor
 from lora_embed.model.transformers_private import processor_name_of
-from models import SIZE, save_adapter, save_base
+from models import SIZE, save_base
+from processor_folders import compare, folder_of, made_by
 from samples import encoded, noise
 
 MODES = ("RGB", "L", "LA", "P", "RGBA", "CMYK", "I;16", "1")
@@ -108,37 +107,6 @@ def images() -> list[Image.Image]:
     return made
 
 
-def folder_of(folder: Path, written: dict[str, Any] | None, model_type: str = "vit", **files: Any) -> Base:
-    """A model's folder without weights."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-    if written is not None:
-        files["preprocessor_config"] = written
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    return Base(uri=str(folder), folder=folder, content_hash="")
-
-
-def made_by(kind: type, settings: dict[str, Any], image: Image.Image) -> NDArray[np.float32]:
-    return np.asarray(kind(**settings)(image)["pixel_values"][0])
-
-
-def compare(base: Base, images: list[Image.Image], image_size: int | None = None, most: int = 60) -> Preprocessing:
-    """Raises AssertionError unless the class itself makes the same of the images."""
-    processor = read_processor(base.folder)
-    preprocessing, settings = from_processor(processor.settings, image_size)
-    check_geometry(preprocessing)
-    kind = type(processor.made)
-    for image in images[:most]:
-        expected = made_by(kind, settings, image)
-        pixels = preprocessing.apply(image)
-        assert pixels.shape == preprocessing.shape
-        found = model_input(preprocessing, pixels)
-        assert found.shape == expected.shape, image.size
-        assert np.abs(found - expected).max() <= 1e-5, image.size
-    return preprocessing
-
-
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_the_processor_of_each_classification_family(name: str, images: list[Image.Image], tmp_path: Path) -> None:
     """With the defaults of its class. A new family of transformers is equal, or fails here until it is refused by name."""
@@ -173,15 +141,91 @@ def test_an_image_size_gives_images_of_that_size(name: str, images: list[Image.I
 def test_every_other_processor_is_equal_or_refused_by_name(name: str, images: list[Image.Image], tmp_path: Path) -> None:
     """Those of models that take more than images, too: no traceback, and what is accepted is equal on all images."""
     base = folder_of(tmp_path / "base", {"image_processor_type": name})
-    accepted = False
     for image_size in (None, 96):
         recipe = Recipe(base_model=str(base.folder), merge_method="none", image_size=image_size)
         try:
             checked_preprocessing(base, recipe)
         except EncoderError as error:
-            assert name in str(error) and "\n" not in str(error)
+            assert name in str(error)  # noqa: PT017 - it need not be raised
         else:
-            accepted = True
+            assert name not in REFUSED
             if name not in TORCHVISION:
                 compare(base, images, image_size, most=20)
-    assert accepted != (name in REFUSED) or not accepted
+
+
+def test_rules_for_classes_of_torchvision_are_those_that_the_docs_state(images: list[Image.Image], tmp_path: Path) -> None:
+    """Pillow resizes where torchvision would; all else is by the class's rule, computed here anew."""
+
+    def dinov3(image: Image.Image) -> NDArray[Any]:
+        values = np.asarray(image.resize((224, 224), Image.Resampling.BILINEAR), np.float64) / 255
+        return (values - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+
+    def pp_lcnet(image: Image.Image) -> NDArray[Any]:
+        scale = 256 / min(image.size)
+        wide, high = (round(edge * scale) for edge in image.size)
+        left, top = (wide - 224) // 2, (high - 224) // 2
+        resized = image.resize((wide, high), Image.Resampling.BILINEAR).crop((left, top, left + 224, top + 224))
+        return ((np.asarray(resized, np.float64) / 255 - (0.406, 0.456, 0.485)) / (0.225, 0.224, 0.229))[:, :, ::-1]
+
+    for name, rule in (("DINOv3ViTImageProcessorFast", dinov3), ("PPLCNetImageProcessor", pp_lcnet)):
+        base = folder_of(tmp_path / name, {"image_processor_type": name, "crop_size": None, "do_convert_rgb": None})
+        preprocessing, _ = checked_preprocessing(base, Recipe(base_model=str(base.folder), merge_method="none"))
+        for image in images:
+            found = model_input(preprocessing, preprocessing.apply(image))
+            assert np.abs(found - rule(image).transpose(2, 0, 1)).max() <= 1e-5, (name, image.size)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_defaults_of_classes_of_torchvision_are_the_installed_ones(name: str) -> None:
+    """By their source, since they cannot be imported without torchvision."""
+    module = next(m for m, names in IMAGE_PROCESSOR_MAPPING_NAMES.items() if name in names.values())
+    spec = find_spec(f"transformers.models.{module}")
+    assert spec is not None
+    assert spec.origin is not None
+    source = (Path(spec.origin).parent / f"image_processing_{module}.py").read_text()
+    body = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
+    named = {"IMAGENET_DEFAULT_MEAN": [0.485, 0.456, 0.406], "IMAGENET_DEFAULT_STD": [0.229, 0.224, 0.225]}
+    named |= {"IMAGENET_STANDARD_MEAN": [0.5] * 3, "IMAGENET_STANDARD_STD": [0.5] * 3, "PILImageResampling.BILINEAR": 2}
+    written = {"rescale_factor": 1 / 255}
+    for node in body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            text = ast.unparse(node.value)
+            try:
+                written[node.targets[0].id] = named[text] if text in named else ast.literal_eval(text)
+            except ValueError:
+                continue
+    written["crop_size"] = {"height": 224, "width": 224} if written.get("crop_size") == 224 else None
+    assert {key: written[key] for key in TORCHVISION[name]} == TORCHVISION[name]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"image_processor_type": "SamImageProcessor", "size": {"longest_edge": SIZE}, "pad_size": SIZE},
+        {"image_processor_type": "MobileViTImageProcessor", "size": 40, "crop_size": SIZE},
+        {"image_processor_type": "DonutImageProcessor", "size": SIZE, "do_align_long_axis": True},
+        {"image_processor_type": "EfficientNetImageProcessor", "size": SIZE, "rescale_offset": True},
+    ],
+    ids=lambda written: written["image_processor_type"],
+)
+def test_an_encoder_embeds_what_the_processor_gives_its_model(written: dict[str, Any], tmp_path: Path) -> None:
+    """From the image to the vector, from the file that is saved, and together with another encoder."""
+    base = save_base(tmp_path / "base")
+    (base / "preprocessor_config.json").write_text(json.dumps(written))
+    built = build_encoder(gather(Recipe(base_model=str(base), merge_method="none")), tmp_path / "out", lambda line: None)
+    assert read_description(tmp_path / "out") == built
+    encoder = load_encoder(tmp_path / "out")
+    assert encoder.embed([]).shape == (0, built.dimension)
+    processor, model = read_processor(base), load_headless(base, "base")
+    settings = from_processor(processor.settings, None)[1]
+    images = [noise(*size) for size in ((40, 60), (60, 40), (32, 32), (90, 31))]
+    values = np.stack([made_by(type(processor.made), settings, image) for image in images])
+    states = model(pixel_values=torch.tensor(values), output_hidden_states=True).hidden_states[-1].mean(dim=1).numpy()
+    for found in (encoder.embed(images), encoder.embed([encoded(image) for image in images])):
+        assert np.abs(found - states).max() <= 1e-5 * np.abs(states).max()
+    plain = Preprocessing(resize=(8, 8), resample=2, crop=None, multiply=(1.0, 1.0, 1.0), add=(0.0, 0.0, 0.0))
+    joint = Joint(parts=(plain, built.preprocessing))
+    prepared = np.stack([joint.apply(image) for image in images])
+    assert prepared.shape[1:] == joint.shape
+    assert np.array_equal(joint.split(prepared)[1], np.stack([built.preprocessing.apply(image) for image in images]))

@@ -174,6 +174,8 @@ def check_geometry(preprocessing: Preprocessing) -> None:
         raise ValueError(f"preprocessing.resize is {resize}, which does not go with fit {rule!r}")
     if preprocessing.fixed_size is None:
         raise ValueError("preprocessing gives images of different sizes: resize has no height and width, and crop is null")
+    if preprocessing.multiple != 1 and crop is None:
+        raise ValueError(f"the edges after the resize are multiples of {preprocessing.multiple}, which needs a crop")
     height, width = preprocessing.fixed_size
     largest = crop or (fit.largest(rule, resize) if resize is not None and preprocessing.multiple == 1 else None)
     if pad is not None and (largest is None or largest[0] > height or largest[1] > width):

@@ -192,7 +192,8 @@ def _processor_note(saved: SavedAdapter, preprocessing: Preprocessing, recipe: R
     try:
         own, _ = from_processor(read_processor(saved.folder).settings, recipe.image_size, recipe.decode)
     except (EncoderError, StorageError) as error:
-        return f"{file}, which could not be compared with the base's, which is used: {in_one_line(error, 300)}"
+        reason = in_one_line(error, 300)
+        return f"{file}, which could not be compared with the base's. The build uses the base's and goes on. Reason: {reason}"
     if replace(own, arithmetic=preprocessing.arithmetic) == preprocessing:
         return None
     return f"{file} that prepares images in another way than the base's, which is used: {own} instead of {preprocessing}"

@@ -70,8 +70,13 @@ def golden_images(preprocessing: Preprocessing, base: Base) -> dict[str, bytes]:
     if preprocessing.decode == "exact":
         return images
     edge = 4 * max(preprocessing.least_size(1, 1))
-    if preprocessing.resize is None or edge > MOST_LARGE:
+    if preprocessing.resize is None:
         raise EncoderError(f"{base.uri}: decode: fast has no effect with this processor. Set decode: exact in the recipe.")
+    if edge > MOST_LARGE:
+        raise EncoderError(
+            f"{base.uri}: its images are so large that decode: fast would be checked with a JPEG of {edge}×{edge}, and at most "
+            f"{MOST_LARGE}×{MOST_LARGE} is supported. Set decode: exact in the recipe."
+        )
     large = golden.make_large(edge)
     exact = golden_pixels(large, replace(preprocessing, decode="exact")).astype(int)
     moved = float(np.abs(golden_pixels(large, preprocessing) - exact).mean())
