@@ -262,14 +262,14 @@ def test_fast_never_decodes_below_twice_the_size_after_the_resize(
     ],
     ids=lambda geometry: geometry["fit"],
 )
-@pytest.mark.parametrize("turn", (1, 4, 6, 7))
+@pytest.mark.parametrize("turn", [1, 4, 6, 7])
 @pytest.mark.parametrize("size", [(320, 240), (203, 331), (411, 163)])
 def test_fast_is_near_exact_pixels_with_every_geometry(geometry: dict[str, Any], turn: int, size: tuple[int, int]) -> None:
     exif = Image.Exif()
     exif[0x0112] = turn
     data = encoded(soft(*size), "JPEG", quality=95, exif=exif)
     fast = replace(FAST, **{"crop": None} | geometry)
-    image, whole, part = decode._load(Image.open(io.BytesIO(data)), fast)
+    _, whole, part = decode._load(Image.open(io.BytesIO(data)), fast)
     assert part is not None, "decoded smaller"
     least = fast.resized_sizes(*whole)[0][:: -1 if fast.is_turned(*whole) else 1]
     assert (np.array([part[2] - part[0], part[3] - part[1]]) >= 2 * np.array(least)).all()

@@ -170,7 +170,7 @@ def check_geometry(preprocessing: Preprocessing) -> None:
     wrong = [length for length in lengths if not 1 <= length <= MOST_PIXELS]
     if wrong:
         raise ValueError(f"preprocessing gives images with an edge of {wrong[0]} pixels, expected 1 to {MOST_PIXELS:,}")
-    if rule != "plain" and (len(edges) == 2) != (rule in fit.PAIRS):
+    if rule != "plain" and (resize is None or (len(edges) == 2) != (rule in fit.PAIRS)):
         raise ValueError(f"preprocessing.resize is {resize}, which does not go with fit {rule!r}")
     if preprocessing.fixed_size is None:
         raise ValueError("preprocessing gives images of different sizes: resize has no height and width, and crop is null")
@@ -209,6 +209,7 @@ def _padded(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     The padding is 0 after normalisation, which no pixel of 8 bits is. So the device multiplies the others by that channel.
     """
     padded = np.zeros((*size, 4), np.uint8)
+    pixels = pixels[: size[0], : size[1]]  # the fit "within" leaves an image as it is that would shrink by less than a pixel
     height, width = pixels.shape[:2]
     padded[:height, :width, :3], padded[:height, :width, 3] = pixels, 1
     return padded
