@@ -23,7 +23,7 @@ from lora_embed.demo.parts import LabelledImage
 from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.images.decode import BadImage
 from lora_embed.model.build import build_encoder
-from lora_embed.model.description import read_description
+from lora_embed.model.description import StateForm, read_description
 from lora_embed.model.encoder import DTYPES
 from lora_embed.model.golden import BOUNDS, check, relative_difference
 from lora_embed.model.ingredients import gather
@@ -69,7 +69,7 @@ def test_random_adapters_merge_as_the_guide_merges_them(
 @pytest.mark.parametrize("pooling", ["median", "last_", "last_last_mean"])
 def test_a_pooling_without_arithmetic_is_not_another_one(pooling: str) -> None:
     with pytest.raises(NotImplementedError, match=f"pooling '{pooling}' has no arithmetic"):
-        pooler(pooling, 1)
+        pooler(pooling, StateForm(prefix_tokens=1))
 
 
 def test_every_precision_has_its_type_and_its_bound() -> None:

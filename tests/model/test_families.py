@@ -35,7 +35,6 @@ from lora_embed.model.encoder import Encoder, load_encoder
 from lora_embed.model.golden import relative_difference
 from lora_embed.model.ingredients import gather
 from lora_embed.model.locate import head_names, locate, weight_shapes
-from lora_embed.model.pooling import find_tap
 from lora_embed.model.processor import read_processor
 from models import FAMILIES, SIZE, SMALL, Family, save_adapter_of, save_base, save_bases, v4_name, with_v4_names
 
@@ -130,9 +129,13 @@ def test_what_mean_pools(built: Built) -> None:
     description, family = built.encoder.description, built.family
     assert description.prefix_tokens == family.prefix_tokens
     assert bool(description.tap) == (family.state == "before the final norm")
-    _tap, state = find_tap(load_headless(built.bases[PLAIN], "base"), torch.zeros(1, 3, SIZE, SIZE))
+    with torch.inference_mode():
+        state = load_headless(built.bases[PLAIN], "base")(
+            torch.zeros(1, 3, SIZE, SIZE), output_hidden_states=True
+        ).hidden_states[-1]
     assert state.ndim == (4 if family.pools == "map" else 3)
     assert description.dimension == state.shape[1 if family.pools == "map" else 2]
+    assert (description.suffix_tokens, description.channels_last) == (0, False)
 
 
 def test_names_of_both_versions_fold_into_the_same_bits(built: Built) -> None:

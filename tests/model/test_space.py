@@ -20,7 +20,7 @@ from lora_embed.errors import EncoderError
 from lora_embed.images.preprocess import Arithmetic
 from lora_embed.model.base import load_headless
 from lora_embed.model.build import build_encoder
-from lora_embed.model.description import DESCRIPTION, REPORT, read_description
+from lora_embed.model.description import DESCRIPTION, REPORT, StateForm, read_description
 from lora_embed.model.fold import Limit
 from lora_embed.model.ingredients import gather
 from lora_embed.model.space import SHAPING, shaping_fields, space_id_of
@@ -76,7 +76,7 @@ def id_of(model: PreTrainedModel, config: PretrainedConfig | None = None) -> str
     right = model.config
     try:
         model.config = config or right
-        return space_id_of([model], PREPROCESSING, "mean", False)
+        return space_id_of([model], PREPROCESSING, "mean", False, StateForm())
     finally:
         model.config = right
 
@@ -160,9 +160,9 @@ def test_arithmetic_and_decoding_are_in_the_id(tmp_path: Path) -> None:
         replace(PREPROCESSING, arithmetic=Arithmetic(name="pixels-0123456789ab")),
         replace(PREPROCESSING, resample=2),
     ]
-    assert len({space_id_of([model], way, "mean", False) for way in ways}) == len(ways)
+    assert len({space_id_of([model], way, "mean", False, StateForm()) for way in ways}) == len(ways)
     seen = replace(PREPROCESSING, arithmetic=Arithmetic(pixels=(("decode a.png", "00"),), libraries=(("Pillow", "14.0"),)))
-    assert space_id_of([model], seen, "mean", False) == id_of(model)
+    assert space_id_of([model], seen, "mean", False, StateForm()) == id_of(model)
 
 
 @pytest.fixture

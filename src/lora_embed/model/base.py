@@ -1,16 +1,19 @@
 """A base model's directory → its checked files, configuration and headless model in float32."""
 
 import contextlib
+import copy
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import MODEL_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from lora_embed.errors import EncoderError
@@ -26,6 +29,12 @@ _LIBRARY_ERRORS = (
 _LEADS_ELSEWHERE = {"configuration_files", "transformers_weights", "quantization_config", "fusion_config"}
 _ANOTHER = "Copy or download the model again, or name another base."
 _COUNTS = re.compile(r"layer|depth|stage|block|repeat|labels")
+_SIZES = re.compile(r"dim|channel|size|ratio|scale|eps|prob|stride|width")  # numbers of a layer or stage, such as its channels
+# Models of videos have one of these fields; their `pixel_values` are of several frames.
+_OF_VIDEO = ("num_frames", "tubelet_size", "frames_per_clip")
+# Model types whose layers, weights and names of weights are those of another one, which AutoModel opens for images alone.
+# ViT-MAE's own class masks random patches; for MetaCLIP 2's vision part, AutoModel has no class.
+_READ_AS = {"vit_mae": "vit", "metaclip_2_vision_model": "clip_vision_model"}
 MOST_COUNTED = 100_000  # labels, layers and similar counts of any model
 MOST_LAYERS = 1000  # layers of a model whose files hold fewer tensors than that
 MOST_BUFFERS = 2**28  # numbers that a model computes for itself when it is created
@@ -39,30 +48,43 @@ def load_headless(folder: Path, where: str) -> PreTrainedModel:
 
     Raises EncoderError, naming `where`, for a model type that AutoModel does not know, and for missing weights.
     """
-    config = read_model_config(folder, where)
+    return open_headless(folder, where)[0]
+
+
+def open_headless(folder: Path, where: str) -> tuple[PreTrainedModel, str]:
+    """`load_headless`, and the prefix that stands before the model's weights in the files; "" for what transformers knows.
+
+    A compiled model (`_orig_mod.`), a part of a user's own model (`backbone.`) and the images' part of a language model
+    (`vision_tower.`) have one. Raises EncoderError as well if the files hold the model under two prefixes.
+    """
+    config, prefix = read_model_config(folder, where), ""
     model, missing = _load(folder, where, config)
+    if missing:
+        prefix = _prefix_in(folder, where, model)
+        model, missing = _load(folder, where, config, prefix) if prefix else (model, missing)
     if missing and all(name.endswith("mask_token") for name in missing) and getattr(config, "use_mask_token", False):
         config.use_mask_token = False  # used in pretraining only; since it is not in the files, it would be random
-        model, missing = _load(folder, where, config)
+        model, missing = _load(folder, where, config, prefix)
     if missing:
         raise EncoderError(
             f"{where}: {len(missing)} weights of {type(model).__name__} are not in its files: {missing[:3]}. Copy or download "
             "the model again."
         )
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval(), prefix
 
 
-def _load(folder: Path, where: str, config: PretrainedConfig) -> tuple[Any, list[str]]:
-    """The headless model, and the names of its weights that are not in the files."""
-    files = weight_files(folder, where)
+def _load(folder: Path, where: str, config: PretrainedConfig, prefix: str = "") -> tuple[Any, list[str]]:
+    """The headless model from the tensors below a prefix, and the names of its weights that are not among them."""
+    fields = copy.deepcopy({name: value for name, value in vars(config).items() if not name.startswith("_")})
     try:
         with contextlib.ExitStack() as opened:
             # Without a folder, transformers cannot load other files from it, such as an adapter or other weights.
             state: dict[str, torch.Tensor] = {}
-            for file in files:
+            for file in weight_files(folder, where):
                 tensors = opened.enter_context(safe_open(file, "pt"))
-                state |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
-            _check_size(config, state, where)
+                names = [name for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118 - no mapping
+                state |= {name.removeprefix(prefix): tensors.get_tensor(name) for name in names}
+            _check_size(copy.deepcopy(config), state, where)
             model, info = model_class(config).from_pretrained(
                 None,
                 config=config,
@@ -71,9 +93,40 @@ def _load(folder: Path, where: str, config: PretrainedConfig) -> tuple[Any, list
                 dtype=torch.float32,
                 **without_pooler(config),
             )
+    except ImportError as error:
+        raise _needs_package(config, error, where) from None
     except _LIBRARY_ERRORS as error:
         raise EncoderError(f"{where}: cannot be loaded: {in_one_line(error, 300)}. Copy or download the model again.") from None
+    for name, value in fields.items():  # LeViT's class changes its configuration whenever a model is made
+        if name != "dtype" and getattr(model.config, name) != value:
+            setattr(model.config, name, value)
     return model, sorted(info["missing_keys"])
+
+
+def _needs_package(config: PretrainedConfig, error: ImportError, where: str) -> EncoderError:
+    return EncoderError(
+        f"{where}: is a model of type {config.model_type!r}, which needs a package that is not installed: "
+        f"{in_one_line(error, 200)} Install it, also on the cluster, or name another base."
+    )
+
+
+def _prefix_in(folder: Path, where: str, model: PreTrainedModel) -> str:
+    """The prefix below which the files hold most of the model's weights by name; "" if no prefix does."""
+    expected, found = set(model.state_dict()), Counter[str]()
+    for file in weight_files(folder, where):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                parts = name.split(".")
+                tails = (".".join(parts[number:]) for number in range(1, len(parts)))
+                found.update(name.removesuffix(tail) for tail in tails if tail in expected)
+    most = max(found.values(), default=0)
+    prefixes = sorted(prefix for prefix, count in found.items() if count == most)
+    if len(prefixes) > 1:
+        raise EncoderError(
+            f"{where}: its files hold {type(model).__name__} {len(prefixes)} times, below {prefixes[:3]}. Save the one that "
+            "you mean by itself, and name that base."
+        )
+    return prefixes[0] if prefixes else ""
 
 
 def read_model_config(folder: Path, where: str) -> PretrainedConfig:
@@ -89,12 +142,16 @@ def read_model_config(folder: Path, where: str) -> PretrainedConfig:
     vision = getattr(config, "vision_config", None)
     if isinstance(vision, PretrainedConfig):
         config = vision
+    if config.model_type in _READ_AS:
+        read_as = CONFIG_MAPPING[_READ_AS[config.model_type]]
+        known = read_as().to_dict()
+        config = read_as(**{name: value for name, value in config.to_dict().items() if name in known and name != "model_type"})
     if type(config) not in MODEL_MAPPING:
         raise EncoderError(
-            f"{where}: this version of transformers has no AutoModel for the model type {config.model_type!r}. Install a newer "
-            "transformers, or name another base."
+            f"{where}: AutoModel of transformers {transformers.__version__} has no model of type {config.model_type!r}, but it "
+            "must be able to open an encoder. Install a newer transformers that does, or name another base."
         )
-    _check_takes_images(model_class(config), where)
+    _check_takes_images(config, where)
     if config.model_type.startswith("siglip"):  # no attention pooling; older versions than 5.22 obey this field too
         config.vision_use_head = False
     # With other values, every forward pass would keep all layers' states, or return tuples.
@@ -123,7 +180,8 @@ def _check_config(folder: Path, where: str) -> None:
 def _counted(key: str, value: Any) -> int:
     """How many layers, labels or similar parts a field asks for in total; 0 for other fields."""
     counts = value if isinstance(value, list | tuple) else [value]
-    return sum(count for count in counts if type(count) is int) if _COUNTS.search(key) else 0
+    is_count = _COUNTS.search(key) and not _SIZES.search(key)
+    return sum(count for count in counts if type(count) is int) if is_count else 0
 
 
 def _fields_of(value: Any) -> Iterator[tuple[str, Any]]:
@@ -156,22 +214,38 @@ def _check_size(config: PretrainedConfig, tensors: dict[str, torch.Tensor], wher
         )
 
 
-def _check_takes_images(model_class: Any, where: str) -> None:
-    """Raises EncoderError for a model of text, and for one that needs more than pixels, such as SigLIP 2 NaFlex."""
-    parameters = inspect.signature(model_class.forward).parameters
+def _check_takes_images(config: PretrainedConfig, where: str) -> None:
+    """Raises EncoderError for a model of text or videos, and for one that needs more than pixels, such as SigLIP 2 NaFlex."""
+    model = model_class(config)
+    try:
+        parameters = inspect.signature(model.forward).parameters
+    except ImportError as error:
+        raise _needs_package(config, error, where) from None
     ordinary, required = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
     inputs = [name for name, parameter in parameters.items() if parameter.kind is ordinary and parameter.default is required]
     others = [name for name in inputs if name not in ("self", "pixel_values")]
     if "pixel_values" not in parameters or others:
         reason = f"needs {', '.join(others)} as well" if others else "takes no pixel_values"
         raise EncoderError(
-            f"{where}: {model_class.__name__} {reason}, but a base must take images alone. "
+            f"{where}: {model.__name__} {reason}, but a base must take images alone. "
             "Name a vision model such as ViT, DINOv2, CLIP or SigLIP."
+        )
+    if "input_ids" in parameters:
+        raise EncoderError(
+            f"{where}: {model.__name__} reads texts too, but a base must take images alone. Name its vision model, or one such "
+            "as ViT, DINOv2, CLIP or SigLIP."
+        )
+    if any(hasattr(config, field) for field in _OF_VIDEO):
+        raise EncoderError(
+            f"{where}: {model.__name__} takes videos, but a base must take single images. Name a vision model such as ViT, "
+            "DINOv2, CLIP or SigLIP."
         )
 
 
 def model_class(config: PretrainedConfig) -> Any:
-    return MODEL_MAPPING[type(config)]
+    """The class of the headless model; of several, the first, which is AutoModel's choice without further names."""
+    classes = MODEL_MAPPING[type(config)]
+    return classes[0] if isinstance(classes, tuple) else classes
 
 
 def without_pooler(config: PretrainedConfig) -> dict[str, bool]:

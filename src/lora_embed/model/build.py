@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from lora_embed.model.base import load_headless
 from lora_embed.model.base_files import Base, check_base
 from lora_embed.model.description import BaseReference, Description, read_description, write_description
 from lora_embed.model.encoder import Encoder, golden_pixels
+from lora_embed.model.find_state import find_state
 from lora_embed.model.fold import Limit
 from lora_embed.model.ingredients import Ingredients, with_recipe
 from lora_embed.model.match import Adapter, match_adapter, target_of
 from lora_embed.model.member import Member, fold_members, prove_members, write_member
-from lora_embed.model.pooling import find_tap
 from lora_embed.model.prepare import checked_preprocessing, golden_images
 from lora_embed.model.processor import read_processor
 from lora_embed.model.report import write_report
@@ -116,7 +116,8 @@ def _build(ingredients: Ingredients, folder: Path, say: Say, limit: Limit | None
     write_description(folder, description)
     for model in models:
         torch.nn.Module.to(model, "meta")  # frees memory for the saved encoder, which is opened again below
-    write_report(folder, description, base, members, prove_members(base, members, description, folder), notes, moved)
+    proofs = prove_members(base, members, description, folder, pixels)
+    write_report(folder, description, base, members, proofs, notes, moved)
 
 
 def open_base(ingredients: Ingredients) -> tuple[PreTrainedModel, Description]:
@@ -148,6 +149,11 @@ def _vectors(
     """The golden images' vectors. They must be finite, not zero, and the same each time."""
     encoder = Encoder(models, description, device="cpu", precision="float32", batch_size=len(pixels))
     vectors = encoder.embed_pixels(pixels)
+    if vectors.shape != (len(pixels), description.dimension):
+        raise EncoderError(
+            f"{base.uri}: {type(models[0]).__name__} gives vectors of shape {vectors.shape} for {len(pixels)} images, expected "
+            f"one of {description.dimension} numbers for each. This is a bug of lora-embed. Please report it."
+        )
     if not np.isfinite(vectors).all() or not np.linalg.norm(vectors, axis=1).all():
         raise EncoderError(
             f"{base.uri}: the merged encoder gives vectors that are zero or not finite. Check the weights of the adapters."
@@ -162,7 +168,9 @@ def _vectors(
 
 def _say_folds(ingredients: Ingredients, adapters: list[Adapter], members: list[Member], say: Say) -> None:
     model, recipe = members[0].model, ingredients.recipe
-    say(f"base {ingredients.base.uri}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M weights, {type(model).__name__}")
+    place = f", in its files below {members[0].prefix!r}" if members[0].prefix else ""
+    weights = sum(p.numel() for p in model.parameters()) / 1e6
+    say(f"base {ingredients.base.uri}: {weights:.1f}M weights, {type(model).__name__}{place}")
     for adapter, spec in zip(adapters, recipe.adapters, strict=True):
         counted = f"{len(adapter.changes)} weights, {len(adapter.head_keys)} head tensors dropped"
         say(f"adapter {adapter.uri}: {counted}, × {spec.weight}")
@@ -210,38 +218,29 @@ def _describe(
     recipe, base, model = ingredients.recipe, ingredients.base, models[0]
     values = torch.tensor(pixels[..., :3]).permute(0, 3, 1, 2).float() / 255
     try:
-        tap, output = find_tap(model, values)
+        state = find_state(model, values, recipe.pooling)
     except ValueError as error:  # for example, the model takes images of another size
         height, width = preprocessing.size
         raise EncoderError(
             f"{base.uri}: {type(model).__name__} does not take images of {height}×{width} pixels "
-            f"({in_one_line(error, 160)}). Correct image_size in the recipe, or leave it out."
+            f"({in_one_line(error, 160)}). Correct image_size in the recipe or leave it out; if the size is right, name "
+            "another base."
         ) from None
     reference = BaseReference(uri=base.uri, revision=recipe.revision, content_hash=base.content_hash)
     return Description(
-        space_id=space_id_of(models, preprocessing, recipe.pooling, recipe.normalize),
+        space_id=space_id_of(models, preprocessing, recipe.pooling, recipe.normalize, state.form),
         recipe_id=ingredients.recipe_id_with(limit),
-        dimension=len(models) * (output.shape[1] if output.ndim == 4 else output.shape[2]),
+        dimension=len(models) * state.dimension,
         pooling=recipe.pooling,
         normalize=recipe.normalize,
-        tap=tap,
-        prefix_tokens=_prefix_tokens(model, output, preprocessing),
+        tap=state.tap,
         preprocessing=preprocessing,
         members=_folders(len(models), "adapter" if limit else "."),
         base=reference if limit else None,
         space_version=VERSION,
+        **asdict(state.form),
     )
 
 
 def _folders(members: int, single: str) -> tuple[str, ...]:
     return (single,) if members == 1 else tuple(f"member-{number}" for number in range(members))
-
-
-def _prefix_tokens(model: PreTrainedModel, output: torch.Tensor, preprocessing: Preprocessing) -> int:
-    """The number of tokens before the patches (class, distillation and register tokens), by counting."""
-    patch = getattr(model.config, "patch_size", None)
-    if output.ndim == 4 or patch is None:
-        return 0
-    rows, columns = (patch, patch) if isinstance(patch, int) else patch
-    height, width = preprocessing.size
-    return max(0, int(output.shape[1]) - (height // rows) * (width // columns))

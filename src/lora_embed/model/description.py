@@ -42,6 +42,7 @@ FILES = (
     ),
 )
 Id = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
+TokenCount = Annotated[int, Field(ge=0, le=2**20)]
 Word = Annotated[str, Field(max_length=500)]
 
 
@@ -55,6 +56,15 @@ class BaseReference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StateForm:
+    """Where the patches are in a hidden state: tokens (n, tokens, d), or a map (n, d, h, w)."""
+
+    prefix_tokens: int = 0  # class, distillation and register tokens before the patches
+    suffix_tokens: int = 0  # other tokens behind the patches, such as YOLOS's detection tokens
+    channels_last: bool = False  # the map is (n, h, w, d)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Description:
     """The content of `encoder.json`: everything about an encoder except its weights and model configuration."""
 
@@ -64,7 +74,7 @@ class Description:
     pooling: Pooling
     normalize: bool
     tap: Word  # name of the module whose output is the hidden state; "" for the final output
-    prefix_tokens: Annotated[int, Field(ge=0, le=2**20)]
+    prefix_tokens: TokenCount  # before the patches
     preprocessing: Preprocessing
     # Folders of the encoder's models, or of its adapters; several if vectors are concatenated.
     members: Annotated[tuple[Annotated[str, Field(pattern=r"^(\.|adapter|member-[0-9]{1,4})$")], ...], Field(min_length=1)] = (
@@ -72,6 +82,13 @@ class Description:
     )
     base: BaseReference | None = None  # set if the members are adapters
     space_version: Annotated[int, Field(ge=1, le=100)] = 1  # the version of the space id's hash: see `space`
+    suffix_tokens: TokenCount = 0  # behind the patches
+    channels_last: bool = False  # the hidden state is a map (n, h, w, d)
+
+    @property
+    def form(self) -> StateForm:
+        """Where the patches are in the hidden state."""
+        return StateForm(prefix_tokens=self.prefix_tokens, suffix_tokens=self.suffix_tokens, channels_last=self.channels_last)
 
 
 _CHECKED: TypeAdapter[Description] = TypeAdapter(Description)
@@ -147,6 +164,9 @@ def write_description(folder: Path, description: Description) -> None:
     arithmetic = asdict(preprocessing.arithmetic)
     arithmetic |= {key: dict(value) for key, value in arithmetic.items() if isinstance(value, tuple)}
     facts = {"format": FORMAT} | asdict(description) | {"preprocessing": preprocessing.settings(), "arithmetic": arithmetic}
+    for field in ("suffix_tokens", "channels_last"):  # not written at their defaults, which releases that lack them know
+        if not facts[field]:
+            del facts[field]
     (folder / DESCRIPTION).write_text(json.dumps(facts, indent=2) + "\n")
 
 

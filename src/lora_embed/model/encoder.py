@@ -53,8 +53,8 @@ class Encoder:
             if device == "cpu" and precision == "bfloat16":
                 model.set_attn_implementation("eager")  # torch's fused attention takes 1.5 times as long here
         tap = "" if description.pooling.startswith(LAST) else description.tap
-        self._hidden_states = [HiddenState(model, tap) for model in models]
-        self._pool = pooler(description.pooling, description.prefix_tokens)
+        self._hidden_states = [HiddenState(model, tap, channels_last=description.channels_last) for model in models]
+        self._pool = pooler(description.pooling, description.form)
         shape = (1, 3, 1, 1)
         self._multiply = torch.tensor(description.preprocessing.multiply, device=self.device).view(shape)
         self._add = torch.tensor(description.preprocessing.add, device=self.device).view(shape)
@@ -192,7 +192,7 @@ def check_space(models: list[PreTrainedModel], description: Description, where: 
     """
     if description.space_version != VERSION:
         return
-    space_id = space_id_of(models, description.preprocessing, description.pooling, description.normalize)
+    space_id = space_id_of(models, description.preprocessing, description.pooling, description.normalize, description.form)
     if space_id != description.space_id:
         raise EncoderError(
             f"{where}: its files make vectors of space {space_id}, but encoder.json says {description.space_id}. The files "

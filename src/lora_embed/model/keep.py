@@ -29,7 +29,7 @@ def keep_id(folder: Path, kept: Path, older_uri: str, options: dict[str, Any], b
         models = load_members(place, older, older_uri, base)
     except (EncoderError, StorageError):  # the older encoder or its base is gone, so it cannot be compared
         return folder
-    if space_id_of(models, older.preprocessing, older.pooling, older.normalize) != built.space_id:
+    if space_id_of(models, older.preprocessing, older.pooling, older.normalize, older.form) != built.space_id:
         return folder
     for file in files_of(folder, built, str(folder)):
         copy = kept / file.relative_to(folder)

@@ -5,27 +5,32 @@ An encoder has one model, or, with `concat`, one for each adapter, whose vectors
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from lora_embed.config.models import Recipe
 from lora_embed.errors import AdapterMismatch, EncoderError
+from lora_embed.images.preprocess import Pixels
 from lora_embed.model import merge
 from lora_embed.model.adapter import PREFIX, WEIGHTS_NAME, read_adapter
-from lora_embed.model.base import load_headless
+from lora_embed.model.base import load_headless, open_headless
 from lora_embed.model.base_files import Base
 from lora_embed.model.change import LowRank
 from lora_embed.model.description import Description
-from lora_embed.model.encoder import load_members
+from lora_embed.model.encoder import Encoder, load_members
 from lora_embed.model.fold import Folded, Limit, Merge, fold
 from lora_embed.model.match import Adapter, match_adapter, target_of
 from lora_embed.model.proof import Proof, prove
 from lora_embed.model.relate import Relations
 from lora_embed.model.space import space_id_of
+from lora_embed.model.unmerged import check_function
 from lora_embed.store import hub
 
 NOTHING = 1e-6  # a change below this share of the weights' norm is no larger than rounding
@@ -48,9 +53,18 @@ class Member:
 
     merged: Merge
     model: PreTrainedModel
+    prefix: str  # before the weights in the base's files: see `open_headless`
     kept: dict[str, LowRank]  # weight → low-rank change, if a limit cut the changes
     rows: dict[str, WeightRow]
     relations: Relations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proven:
+    """What the checks of one saved model found."""
+
+    weights: Proof
+    vectors: float  # largest relative L2 difference of a golden vector from that of adapters that are not merged
 
 
 def fold_members(base: Base, recipe: Recipe, adapters: list[Adapter], limit: Limit | None) -> list[Member]:
@@ -69,7 +83,7 @@ def _merges(recipe: Recipe, adapters: list[Adapter]) -> list[Merge]:
 
 
 def _fold(base: Base, merged: Merge, limit: Limit | None) -> Member:
-    model = load_headless(base.folder, base.uri)
+    model, prefix = open_headless(base.folder, base.uri)
     relations, rows, low_ranks = Relations.of(len(merged.adapters)), {}, {}
     for folded in fold(model, merged, limit):
         shares = relations.add(merged, folded.name, folded.before)
@@ -83,7 +97,7 @@ def _fold(base: Base, merged: Merge, limit: Limit | None) -> Member:
                 f"{adapter.uri}: changes the base by less than float32 rounding, so it would change nothing. "
                 "Was it saved before training? Train it, or leave it out of the recipe."
             )
-    return Member(merged=merged, model=model, kept=low_ranks, rows=rows, relations=relations)
+    return Member(merged=merged, model=model, prefix=prefix, kept=low_ranks, rows=rows, relations=relations)
 
 
 def write_member(member: Member, folder: Path, base: Base) -> None:
@@ -123,23 +137,37 @@ def _write_adapter(folder: Path, changes: dict[str, LowRank], base: str) -> None
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
-def prove_members(base: Base, members: list[Member], description: Description, folder: Path) -> list[Proof]:
+def prove_members(base: Base, members: list[Member], description: Description, folder: Path, pixels: Pixels) -> list[Proven]:
     """Open the written encoder like a user, and compare it with the adapter files, which are read again too."""
     saved = load_members(folder, description, str(folder), base.uri)
+    merges = [member.merged for member in members]
+    if description.base is not None:
+        rebuilt = space_id_of(saved, description.preprocessing, description.pooling, description.normalize, description.form)
+        if rebuilt != description.space_id:
+            raise EncoderError(
+                f"{folder}: base and adapter give an encoder of space {rebuilt}, but the merged encoder has "
+                f"{description.space_id}, so it cannot be stored as an adapter. Store the whole model: leave out --store "
+                "adapter."
+            )
+        target = target_of(base)
+        stored = [match_adapter(read_adapter(str(folder / place)), target) for place in description.members]
+        merges = [Merge(adapters=(adapter,), weights=(1.0,), options={}) for adapter in stored]
     original = load_headless(base.folder, base.uri)
-    if description.base is None:
-        return [prove(member.merged, original, model) for member, model in zip(members, saved, strict=True)]
-    rebuilt = space_id_of(saved, description.preprocessing, description.pooling, description.normalize)
-    if rebuilt != description.space_id:
-        raise EncoderError(
-            f"{folder}: base and adapter give an encoder of space {rebuilt}, but the merged encoder has "
-            f"{description.space_id}, so it cannot be stored as an adapter. Store the whole model: leave out --store adapter."
-        )
-    target, proofs = target_of(base), []
-    for place, model in zip(description.members, saved, strict=True):
-        adapter = match_adapter(read_adapter(str(folder / place)), target)
-        proofs.append(prove(Merge(adapters=(adapter,), weights=(1.0,), options={}), original, model))
-    return proofs
+    proofs = [prove(merged, original, model) for merged, model in zip(merges, saved, strict=True)]
+    del original
+    function = _function_of(base, description, pixels)
+    differences = [function(merged, model) for merged, model in zip(merges, saved, strict=True)]
+    return [Proven(weights=proof, vectors=moved) for proof, moved in zip(proofs, differences, strict=True)]
+
+
+def _function_of(base: Base, description: Description, pixels: Pixels) -> Callable[[Merge, PreTrainedModel], float]:
+    """`check_function` for this base and these golden images."""
+    alone = replace(description, normalize=False, members=description.members[:1])
+
+    def embed(model: PreTrainedModel) -> NDArray[np.float32]:
+        return Encoder([model], alone, device="cpu", precision="float32", batch_size=len(pixels)).embed_pixels(pixels)
+
+    return lambda merged, saved: check_function(merged, saved, lambda: load_headless(base.folder, base.uri), embed)
 
 
 def _weight_row(folded: Folded, shares: list[float]) -> WeightRow:

@@ -64,36 +64,32 @@ def _expected(merged: Merge, name: str, before: torch.Tensor) -> Array:
     old = before.numpy().astype(np.float64)
     if merged.method == "linear":
         return _linear(parts, name, old.shape)
-    return merge_anew(merged.method, merged.options, [(weight, _change(adapter, name, old)) for adapter, weight in parts], name)
+    return merge_anew(
+        merged.method, merged.options, [(weight, change_of(adapter, name, old)) for adapter, weight in parts], name
+    )
 
 
 def _linear(parts: list[tuple[Adapter, float]], name: str, shape: tuple[int, ...]) -> Array:
     ups, downs = [], []
     for adapter, weight in parts:
-        down, up, scale = _factors(adapter, *_read(adapter, name))
+        down, up, scale = factors_of(adapter, *read_tensors(adapter, name))
         ups.append(np.sqrt(np.abs(weight * scale)) * up)
         downs.append(np.sign(weight) * np.sqrt(np.abs(weight * scale)) * down)
     product: Array = (np.sum(ups, axis=0) @ np.sum(downs, axis=0)).reshape(shape)
     return product
 
 
-def _change(adapter: Adapter, name: str, base_weight: Array) -> Array:
+def change_of(adapter: Adapter, name: str, base_weight: Array) -> Array:
     """One adapter's change of one weight, from its file."""
-    adapter_name, tensors = _read(adapter, name)
-    learned = tensors.get("whole", base_weight) - base_weight
+    adapter_name, tensors = read_tensors(adapter, name)
+    initial = initial_of(adapter, name, base_weight)
+    change: Array = np.zeros(base_weight.shape) if initial is None else initial
     if adapter_name.endswith(".bias") and "lora_B.bias" in tensors:
-        return learned + _factors(adapter, adapter_name, tensors)[2] * tensors["lora_B.bias"]
+        return change + factors_of(adapter, adapter_name, tensors)[2] * tensors["lora_B.bias"]
     if "whole" in tensors:
-        return learned
-    down, up, scale = _factors(adapter, adapter_name, tensors)
-    change = (scale * (up @ down)).reshape(base_weight.shape)
-    initialisation = str(adapter.saved.config.get("init_lora_weights")).lower()
-    if initialisation == "pissa":
-        u, s, vh = np.linalg.svd(base_weight, full_matrices=False)
-        change = change - u[:, : len(down)] @ np.diag(s[: len(down)]) @ vh[: len(down)]
-    elif initialisation == "olora":
-        q, r = np.linalg.qr(base_weight)
-        change = change - scale * q[:, : len(down)] @ r[: len(down)]
+        return change
+    down, up, scale = factors_of(adapter, adapter_name, tensors)
+    change = change + (scale * (up @ down)).reshape(base_weight.shape)
     if "lora_magnitude_vector" in tensors:
         moved = base_weight + change
         lengths = np.sqrt((moved.reshape(len(moved), -1) ** 2).sum(axis=1))
@@ -102,7 +98,26 @@ def _change(adapter: Adapter, name: str, base_weight: Array) -> Array:
     return change
 
 
-def _read(adapter: Adapter, name: str) -> tuple[str, dict[str, Array]]:
+def initial_of(adapter: Adapter, name: str, base_weight: Array) -> Array | None:
+    """The part of a change that is no LoRA product: a weight trained whole, or what an initialisation took from the base."""
+    adapter_name, tensors = read_tensors(adapter, name)
+    if "whole" in tensors:
+        return tensors["whole"] - base_weight
+    initialisation = str(adapter.saved.config.get("init_lora_weights")).lower()
+    if adapter_name.endswith(".bias") or initialisation not in ("pissa", "olora"):
+        return None
+    down, _, scale = factors_of(adapter, adapter_name, tensors)
+    taken: Array
+    if initialisation == "pissa":
+        u, s, vh = np.linalg.svd(base_weight, full_matrices=False)
+        taken = u[:, : len(down)] @ np.diag(s[: len(down)]) @ vh[: len(down)]
+    else:
+        q, r = np.linalg.qr(base_weight)
+        taken = scale * q[:, : len(down)] @ r[: len(down)]
+    return -taken
+
+
+def read_tensors(adapter: Adapter, name: str) -> tuple[str, dict[str, Array]]:
     """The adapter's name of a weight of the base, and its tensors for that weight: the whole weight, or LoRA's by kind."""
     adapter_name = next(adapter_name for adapter_name, place in adapter.places.items() if place == name)
     module = adapter_name.rpartition(".")[0]
@@ -118,7 +133,7 @@ def _read(adapter: Adapter, name: str) -> tuple[str, dict[str, Array]]:
     return adapter_name, tensors
 
 
-def _factors(adapter: Adapter, adapter_name: str, tensors: dict[str, Array]) -> tuple[Array, Array, float]:
+def factors_of(adapter: Adapter, adapter_name: str, tensors: dict[str, Array]) -> tuple[Array, Array, float]:
     """(rank, columns), (rows, rank) and scale of one LoRA module."""
     if "lora_embedding_A" in tensors:
         down, up = tensors["lora_embedding_B"].T, tensors["lora_embedding_A"].T

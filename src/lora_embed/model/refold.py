@@ -60,7 +60,7 @@ class Refolder:
     def space_id(self) -> str:
         """The space id of the recipe that was folded last. The model must be on the CPU."""
         about = self._encoder.description
-        return space_id_of([self._model], about.preprocessing, about.pooling, about.normalize)
+        return space_id_of([self._model], about.preprocessing, about.pooling, about.normalize, about.form)
 
     def embed(self, pixels: Pixels, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Some rows of prepared pixels (n, H, W, 3), which may be a mapped file → float32 (len(rows), d)."""

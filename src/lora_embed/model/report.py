@@ -12,8 +12,7 @@ from typing import Any
 
 from lora_embed.model.base_files import Base
 from lora_embed.model.description import REPORT, Description
-from lora_embed.model.member import Member
-from lora_embed.model.proof import Proof
+from lora_embed.model.member import Member, Proven
 
 FORMAT = 1
 
@@ -23,7 +22,7 @@ def write_report(
     description: Description,
     base: Base,
     members: list[Member],
-    proofs: list[Proof],
+    proofs: list[Proven],
     notes: list[str],
     vectors_moved: float | None,
 ) -> None:
@@ -51,7 +50,8 @@ def write_report(
     (folder / "README.md").write_text(_page(report, description))
 
 
-def _describe_member(member: Member, proof: Proof) -> dict[str, Any]:
+def _describe_member(member: Member, proven: Proven) -> dict[str, Any]:
+    proof = proven.weights
     merged, rows, relations = member.merged, member.rows, member.relations
     total = math.hypot(*(row.change for row in rows.values())) if rows else 0.0
     cut_norms = [row.cut for row in rows.values() if row.cut is not None]
@@ -76,6 +76,7 @@ def _describe_member(member: Member, proof: Proof) -> dict[str, Any]:
         "cut": math.hypot(*cut_norms) / total if cut_norms and total else None,
         "largest_error": max((row["error"] for row in proof.values()), default=0.0),
         "largest_error_beyond_rounding": max((max(0.0, row["error"] - row["rounding"]) for row in proof.values()), default=0.0),
+        "largest_difference_of_vectors": proven.vectors,
         "weights": {name: asdict(row) | proof[name] for name, row in rows.items()},
     }
 
@@ -121,7 +122,8 @@ def _member_page(member: dict[str, Any], title: str) -> list[str]:
         f"{len(member['weights'])} weights changed, by {member['relative_change']:.2%} of their norm. After saving, the "
         "change of each weight was computed again from the adapter files and compared with the saved files. The largest error "
         f"is {member['largest_error']:.1e} of the change; {_unexplained(member['largest_error_beyond_rounding'])}. All other "
-        "weights equal the base's bit by bit.",
+        "weights equal the base's bit by bit. The golden images' vectors differ by up to "
+        f"{member['largest_difference_of_vectors']:.1e} (relative L2) from those of adapters that are not merged.",
     ]
     if member["cut"] is not None:
         ranks = [row["rank"] for row in member["weights"].values()]

@@ -10,6 +10,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_embed.images.preprocess import Preprocessing
+from lora_embed.model.description import StateForm
+from lora_embed.model.pooling import LAST
 
 VERSION = 2  # of the hash; encoders without a version hashed all fields of a configuration, and keep their ids
 _TOKENS = (
@@ -48,11 +50,13 @@ _SHAPELESS = {
 }  # fmt: skip
 
 
-def space_id_of(models: list[PreTrainedModel], preprocessing: Preprocessing, pooling: str, normalize: bool) -> str:
+def space_id_of(
+    models: list[PreTrainedModel], preprocessing: Preprocessing, pooling: str, normalize: bool, form: StateForm
+) -> str:
     """12 hex digits of the SHA-256 over everything that shapes a vector.
 
     That is: the float32 weights by name, the fields of the configuration that shape a vector (`shaping_fields`), the
-    preprocessing with the name of its arithmetic, and the pooling.
+    preprocessing with the name of its arithmetic, the pooling, and what of the hidden state's form it depends on.
     """
     identity = {
         "version": VERSION,
@@ -62,13 +66,26 @@ def space_id_of(models: list[PreTrainedModel], preprocessing: Preprocessing, poo
         "preprocessing": preprocessing.settings(),
         "pooling": pooling,
         "normalize": normalize,
-    }
+    } | _hashed_form(form, pooling, models[0].config)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode() + b"\n")
     for name, weight in [item for model in models for item in sorted(model.state_dict().items())]:
         assert weight.dtype in (torch.float32, torch.int64), (name, weight.dtype)
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())
         digest.update(_bytes_of(weight))
     return digest.hexdigest()[:12]
+
+
+def _hashed_form(form: StateForm, pooling: str, config: PretrainedConfig) -> dict[str, Any]:
+    """What of the form shapes a vector and is not known from the pooling's name, for the space id.
+
+    Empty for the forms that were read right before suffixes and channels were looked for: such encoders keep their ids.
+    """
+    hashed: dict[str, Any] = {"channels_last": True} if form.channels_last else {}
+    if pooling.removeprefix(LAST) == "patch_mean":
+        hashed |= {"suffix_tokens": form.suffix_tokens} if form.suffix_tokens else {}
+        if form.prefix_tokens and getattr(config, "patch_size", None) is None:  # taken for 0 before, as in PVT
+            hashed["prefix_tokens"] = form.prefix_tokens
+    return hashed
 
 
 def shaping_fields(config: PretrainedConfig) -> dict[str, Any]:
