@@ -21,7 +21,10 @@ from samples import noise
 
 VIT = {"image_processor_type": "ViTImageProcessor"}
 CLIP = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
-DINOV3 = {"image_processor_type": "DINOv3ViTImageProcessor", "size": 40, "image_mean": 0.5, "image_std": 0.5}
+
+
+def of(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"image_processor_type": f"{kind}ImageProcessor"} | settings
 
 
 def prepared(folder: Path, written: Any, model_type: str = "vit", image_size: int | None = None) -> Preprocessing:
@@ -85,47 +88,57 @@ def test_a_processor_config_holds_the_image_processor(tmp_path: Path) -> None:
     assert compare(base, [noise(50, 40)]).size == (224, 224)
 
 
-@pytest.mark.parametrize(
-    ("written", "model_type", "says"),
-    [
-        (VIT | {"resample": "cubic-ish"}, "vit", r"ViTImageProcessor has resample 'cubic-ish', expected a filter of Pillow \("),
-        (VIT | {"resample": 9}, "vit", "has resample '9', expected a filter"),
-        (VIT | {"image_mean": [0.5]}, "vit", r"has image_mean \(0.5,\), expected one number or three. Correct the image pro"),
-        (VIT | {"image_mean": "grey"}, "vit", "has image_mean 'grey', expected a number"),
-        (VIT | {"image_std": 0}, "vit", r"has image_std \[0.0, 0.0, 0.0\], by which pixels are divided, with a 0"),
-        (VIT | {"image_std": float("nan")}, "vit", "has image_std 'nan', expected a number"),
-        (VIT | {"size": "big"}, "vit", "preprocessor_config.json: is not that of a known image processor: Could not convert"),
-        (
-            VIT | {"size": {"longest_edge": 40}},
-            "vit",
-            "expected height and width, or shortest_edge, as image_size in the recipe",
-        ),
-        (VIT | {"size": 20_000}, "vit", "gives images with an edge of 20000 pixels, expected 1 to 16,384"),
-        (VIT | {"do_pad": True, "pad_size": 100}, "vit", "pads images to 100×100 pixels, but some may be larger"),
-        (
-            CLIP | {"crop_size": {"shortest_edge": 20}},
-            "vit",
-            r"has crop_size \{'shortest_edge': 20\}, expected height and width",
-        ),
-        (VIT | {"do_resize": False}, "vit", "ViTImageProcessor, size .*, gives images of different sizes. Set image_size"),
-        (
-            {"image_processor_type": "VideoMAEImageProcessor"},
-            "videomae",
-            "VideoMAEImageProcessor prepares videos, which is not",
-        ),
-        ({"video_processor_type": "VivitVideoProcessor"}, "vit", "it has no image_processor_type, and transformers takes none"),
-        ({"size": 32}, "dinov2_with_registers", "it has no image_processor_type, and transformers takes none for a model of"),
-        ({"image_processor_type": "MyImageProcessor"}, "vit", "is not that of a known image processor: Unrecognized image pro"),
-        ({"image_processor_type": "GLPNImageProcessor"}, "glpn", "GLPNImageProcessor gives each image a size of its own"),
-        ({"image_processor_type": "DonutImageProcessor", "do_pad": False}, "vit", "has do_thumbnail or do_pad false"),
-        ({"image_processor_type": "YolosImageProcessor"}, "yolos", "gives images of different sizes. Set image_size"),
-        ([1], "vit", "it holds no object of JSON"),
-        ("{", "vit", "preprocessor_config.json: is not that of a known image processor: Expecting property name"),
-    ],
-)
-def test_processors_that_are_refused(written: Any, model_type: str, says: str, tmp_path: Path) -> None:
-    with pytest.raises(EncoderError, match=says):
-        prepared(tmp_path / "base", written, model_type)
+WRONG: list[tuple[Any, str]] = [
+    (VIT | {"resample": "cubic-ish"}, "ViTImageProcessor has resample 'cubic-ish', expected a filter of Pillow (nearest, "),
+    (VIT | {"resample": 9}, "has resample '9', expected a filter"),
+    (VIT | {"image_mean": [0.5]}, "has image_mean (0.5,), expected one number or three. Correct the image processor's file"),
+    (VIT | {"image_mean": "grey"}, "has image_mean 'grey', expected a number"),
+    (VIT | {"image_std": 0}, "has image_std [0.0, 0.0, 0.0], by which pixels are divided, with a 0"),
+    (VIT | {"image_std": float("nan")}, "has image_std 'nan', expected a number"),
+    (VIT | {"size": "big"}, "preprocessor_config.json: is not that of a known image processor: Could not convert"),
+    (VIT | {"size": {"longest_edge": 40}}, "expected height and width, or shortest_edge, as image_size in the recipe would"),
+    (VIT | {"size": 20_000}, "gives images with an edge of 20000 pixels, expected 1 to 16,384"),
+    (VIT | {"do_pad": True, "pad_size": 100}, "pads images to 100×100 pixels, but some may be larger"),
+    (VIT | {"do_resize": False}, "gives images of different sizes. Set image_size"),
+    (CLIP | {"crop_size": {"shortest_edge": 20}}, "has crop_size {'shortest_edge': 20}, expected height and width"),
+    (of("VideoMAE"), "VideoMAEImageProcessor prepares videos, which is not supported. Name another base"),
+    (of("GLPN"), "GLPNImageProcessor gives each image a size of its own, whatever its settings say"),
+    (of("My"), "is not that of a known image processor: Unrecognized image processor"),
+    (of("Yolos"), "gives images of different sizes. Set image_size"),
+    (of("Donut", do_pad=False), "has do_thumbnail or do_pad false"),
+    (of("Donut", do_center_crop=True, crop_size=9), "or do_center_crop true, which is not supported"),
+    (of("ConvNext", size=224, crop_pct=0), "has crop_pct 0, expected a number above 0"),
+    (of("ConvNext", size={"height": 9, "width": 9}), "has size {'height': 9, 'width': 9}, expected a shortest_edge"),
+    (of("PoolFormer", crop_pct=1e-9), "an edge of 224000000000 pixels, expected 1 to 16,384"),
+    (of("PPLCNet", size_divisor="x"), "has size_divisor 'x', expected a number"),
+    (of("PPLCNet", size_divisor=-8), "has size_divisor -8, expected a number above 0"),
+    (of("PPLCNet", resize_short=[9]), "has resize_short '[9]', expected a number"),
+    (of("DINOv3ViT", size={"height": "a", "width": 9}), "has height 'a', expected a number"),
+    (of("DINOv3ViT", size=True), "has height 'True', expected a number"),
+    (of("DINOv3ViT", size=1e308), "expected 1 to 16,384"),
+    (of("DINOv3ViT", size="9"), "has size '9', expected the lengths of edges"),
+    (of("DINOv3ViT", resample=[]), "has resample '[]', expected a filter"),
+    (of("DINOv3ViT", rescale_factor={}), "has rescale_factor '{}', expected a number"),
+    (of("DINOv3ViT", do_center_crop=True), "has crop_size {}, expected height and width"),
+    ({"video_processor_type": "VivitVideoProcessor"}, "it has no image_processor_type, and transformers takes none"),
+    ({"image_processor_type": 7}, "is not that of a known image processor"),
+    ({"feature_extractor_type": ["x"]}, "is not that of a known image processor"),
+    ([1], "it holds no object of JSON"),
+    ("{", "preprocessor_config.json: is not that of a known image processor: Expecting property name"),
+]
+
+
+@pytest.mark.parametrize(("written", "says"), WRONG)
+def test_processors_that_are_refused(written: Any, says: str, tmp_path: Path) -> None:
+    with pytest.raises(EncoderError, match=re.escape(says)) as caught:
+        prepared(tmp_path / "base", written)
+    assert str(tmp_path / "base") in str(caught.value)
+
+
+def test_a_file_without_a_type_is_refused_where_transformers_takes_none_by_itself(tmp_path: Path) -> None:
+    assert prepared(tmp_path / "base", {"size": 32}, "dinov2").size == (224, 224)
+    with pytest.raises(EncoderError, match="it has no image_processor_type, and transformers takes none for a model of"):
+        prepared(tmp_path / "base", {"size": 32}, "dinov2_with_registers")
 
 
 def test_an_image_size_that_a_processor_rounds_is_refused_with_the_right_one(tmp_path: Path) -> None:

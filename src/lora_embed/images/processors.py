@@ -138,6 +138,18 @@ def _number(settings: Settings, key: str) -> float:
     return float(value)
 
 
+def _positive(settings: Settings, key: str) -> float:
+    value = _number(settings, key)
+    if value <= 0:
+        raise ValueError(f"has {key} {value:g}, expected a number above 0")
+    return value
+
+
+def _multiple(settings: Settings, key: str) -> int:
+    """What edges are multiples of; 1 if that is left out."""
+    return int(_positive(settings, key)) if settings.get(key) else 1
+
+
 def _each_channel(settings: Settings, key: str) -> list[float]:
     """Three numbers, or one number for all three channels."""
     values = settings.get(key)
@@ -189,7 +201,7 @@ def _by_edges(settings: Settings, size: Edges) -> dict[str, Any]:
 
 def _divided(settings: Settings, size: Edges) -> dict[str, Any]:
     """As by edges, with the edges rounded up to multiples of size_divisor."""
-    geometry, multiple = _by_edges(settings, size), int(settings.get("size_divisor") or 1)
+    geometry, multiple = _by_edges(settings, size), _multiple(settings, "size_divisor")
     if isinstance(geometry["resize"], tuple) and "fit" not in geometry:
         return {"resize": tuple(-(-edge // multiple) * multiple for edge in geometry["resize"])}
     return geometry | {"multiple": multiple}
@@ -200,7 +212,7 @@ def _convnext(settings: Settings, size: Edges) -> dict[str, Any]:
     edge = _needed(size, "shortest_edge")
     if edge >= 384:
         return {"resize": (edge, edge), "crop": None}
-    return {"resize": int(edge / _number(settings, "crop_pct")), "crop": (edge, edge)}
+    return {"resize": int(edge / _positive(settings, "crop_pct")), "crop": (edge, edge)}
 
 
 def _levit(settings: Settings, size: Edges) -> dict[str, Any]:
@@ -214,7 +226,7 @@ def _poolformer(settings: Settings, size: Edges) -> dict[str, Any]:
     resize = _by_edges(settings, size)["resize"]
     if settings.get("crop_pct") is None:
         return {"resize": resize}
-    factor = _number(settings, "crop_pct")
+    factor = _positive(settings, "crop_pct")
     if isinstance(resize, tuple) and resize[0] != resize[1]:
         return {"resize": tuple(int(edge / factor) for edge in resize)}
     return {"resize": int((resize[0] if isinstance(resize, tuple) else resize) / factor)}
@@ -222,7 +234,7 @@ def _poolformer(settings: Settings, size: Edges) -> dict[str, Any]:
 
 def _dpt(settings: Settings, size: Edges) -> dict[str, Any]:
     """Height and width are rounded to multiples; `keep_aspect_ratio` gives images of different sizes."""
-    geometry, multiple = _by_edges(settings, size), int(settings.get("ensure_multiple_of") or 1)
+    geometry, multiple = _by_edges(settings, size), _multiple(settings, "ensure_multiple_of")
     if settings.get("keep_aspect_ratio"):
         return geometry | {"fit": "within"}
     return geometry | {"resize": tuple(round(edge / multiple) * multiple for edge in geometry["resize"])}
@@ -231,8 +243,8 @@ def _dpt(settings: Settings, size: Edges) -> dict[str, Any]:
 def _pp_lcnet(settings: Settings, size: Edges) -> dict[str, Any]:
     if settings.get("resize_short") is None:
         return _by_edges(settings, size)
-    edge, multiple = int(_number(settings, "resize_short")), int(settings.get("size_divisor") or 1)
-    return {"resize": edge, "fit": "rounded", "multiple": multiple}
+    edge = int(_positive(settings, "resize_short"))
+    return {"resize": edge, "fit": "rounded", "multiple": _multiple(settings, "size_divisor")}
 
 
 def _sam(settings: Settings, size: Edges) -> dict[str, Any]:
@@ -277,8 +289,9 @@ def _for_size(kind: str, settings: Settings, image_size: int) -> Settings:
     if crop is not None:
         factor = image_size / min(crop.get("height", image_size), crop.get("width", image_size))
         size = {edge: round(length * factor) for edge, length in _edges(settings, "size").items()}
-        short = settings.get("resize_short")
-        changes: Settings = {"size": size, "crop_size": square} | ({"resize_short": round(short * factor)} if short else {})
+        changes: Settings = {"size": size, "crop_size": square}
+        if settings.get("resize_short"):
+            changes["resize_short"] = round(_number(settings, "resize_short") * factor)
     else:
         changes = {"do_resize": True, "size": {"longest_edge": image_size} if kind == "SamImageProcessor" else square}
         changes |= {key: None for key in ("resize_short", "keep_aspect_ratio") if settings.get(key)}
