@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
+from jobs import ROOT
 from lora_embed.config.models import Recipe
 from lora_embed.errors import EncoderError
 from lora_embed.images.decode import to_rgb
@@ -229,3 +231,11 @@ def test_an_encoder_embeds_what_the_processor_gives_its_model(written: dict[str,
     prepared = np.stack([joint.apply(image) for image in images])
     assert prepared.shape[1:] == joint.shape
     assert np.array_equal(joint.split(prepared)[1], np.stack([built.preprocessing.apply(image) for image in images]))
+
+
+def test_the_docs_name_each_class_with_a_reason_or_a_measurement() -> None:
+    rows = [line for line in (ROOT / "docs" / "processors.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    for name, reason in REFUSED.items():
+        assert [row.endswith(f"| {reason} |") for row in rows if f"`{name}`" in row] == [True], name
+    for name in TORCHVISION:
+        assert any(re.match(rf"\| `{name}` \| \d", row) for row in rows), name

@@ -28,19 +28,19 @@ TORCHVISION: dict[str, Settings] = {
 }  # fmt: skip
 _OWN_SIZES = "gives each image a size of its own, whatever its settings say"
 _VIDEOS, _PAIRS = "prepares videos", "prepares pairs of images"
-_PATCHES = "cuts an image into as many parts as its size allows"
+_LATE = "resizes an image after it was normalised"
 REFUSED = {
-    "DepthProImageProcessor": "normalises an image before it is resized, and does not smooth it",
+    "DepthProImageProcessor": _LATE,
     "EfficientLoFTRImageProcessor": _PAIRS,
     "GLPNImageProcessor": _OWN_SIZES,
     "ImageGPTImageProcessor": "gives the number of a colour for each pixel",
     "LightGlueImageProcessor": _PAIRS,
     "PerceiverImageProcessor": "crops an image before it is resized",
     "PixtralImageProcessor": _OWN_SIZES,
-    "Siglip2ImageProcessor": _PATCHES,
+    "Siglip2ImageProcessor": "cuts an image into as many parts as its size allows",
     "Swin2SRImageProcessor": _OWN_SIZES,
     "TimmWrapperImageProcessor": "is made by the library timm",
-    "UVDocImageProcessor": "resizes an image after it was normalised",
+    "UVDocImageProcessor": _LATE,
     "VideoMAEImageProcessor": _VIDEOS,
     "VivitImageProcessor": _VIDEOS,
 }

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoImageProcessor
 
@@ -43,6 +44,11 @@ def read_processor(folder: Path) -> Processor:
         raise EncoderError(
             f"{file}: its image processor {kind} exists in transformers for torchvision alone, and lora-embed has no rule of "
             "its own for it. Name another base."
+        )
+    if not kind.endswith("ImageProcessor") or not any(hasattr(transformers, name) for name in (kind, f"{kind}Pil")):
+        raise EncoderError(
+            f"{file}: its image processor is {kind[:100]!r}, which this version of transformers does not have. Install a newer "
+            "transformers, or name another base."
         )
     try:
         made = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
