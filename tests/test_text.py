@@ -116,9 +116,9 @@ def test_a_name_that_looks_like_parameters_is_an_input(uri: str, tmp_path: Path)
 
 @pytest.mark.parametrize("piece", ["://a:", "%25", "s3://?", "#a", "a:", "://", "%3a%2f%2f", "@"])
 def test_a_long_text_is_redacted_soon(piece: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     redacted("s3://" + piece * 50_000)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("field", ["run_id", "host", "doing", "bound", "error"])

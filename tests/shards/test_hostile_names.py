@@ -141,7 +141,7 @@ HOSTILE: dict[str, bytes] = {
 @pytest.mark.parametrize("what", HOSTILE)
 def test_a_hostile_tar_is_an_error_of_its_own(tmp_path: Path, what: str) -> None:
     """Soon, and in no more memory than it is worth; other shards go on."""
-    started = time.monotonic()
+    started = time.process_time()
     tracemalloc.start()
     try:
         with pytest.raises(ShardError, match=r"a\.tar: incomplete"):
@@ -149,5 +149,5 @@ def test_a_hostile_tar_is_an_error_of_its_own(tmp_path: Path, what: str) -> None
     finally:
         taken = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert taken < 8 * 2**20

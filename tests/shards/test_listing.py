@@ -235,9 +235,9 @@ def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 
 def test_a_range_of_very_many_files_is_matched_quickly(tmp_path: Path) -> None:
     touch_files(tmp_path, *expand_braces("{0000..4999}.tar"))
-    started = time.monotonic()
+    started = time.process_time()
     assert len(names(f"{tmp_path}/{{0000..4999}}.tar")) == 5000
-    assert time.monotonic() - started < 5  # each name against each file takes half a minute
+    assert time.process_time() - started < 5  # each name against each file takes half a minute
 
 
 def lattice(folder: Path, depth: int) -> None:
@@ -264,10 +264,10 @@ def test_each_folder_of_an_input_is_listed_once(tmp_path: Path, shape: str, foll
             pytest.skip("would list this machine")
     if shape == "by its whole path":
         (source / "again").symlink_to(tmp_path)
-    started = time.monotonic()
+    started = time.process_time()
     listed = list_input((str(source),), {}, follows=follows).shards
     assert sorted(shard.prefix for shard in listed) == ["/".join(f"d{n}" for n in range(level + 1)) for level in range(15)]
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_links_out_of_an_input_are_named_and_followed_only_where_told(

@@ -161,19 +161,19 @@ def test_a_table_of_ten_thousand_files_opens_fast(tmp_path: Path) -> None:
     manifest = replace(small.manifest, version=2, files=tuple(files), counts=counts)
     data = manifest.to_json()
     small.store.create("versions/00000002.json", data)
-    started = time.perf_counter()
+    started = time.process_time()
     opened = open_table(small.store.uri)
-    open_s = time.perf_counter() - started
-    started = time.perf_counter()
+    open_s = time.process_time() - started
+    started = time.process_time()
     opened.to_dataset()
-    dataset_s = time.perf_counter() - started
+    dataset_s = time.process_time() - started
     table, files_opened = counting(opened)
-    started = time.perf_counter()
+    started = time.process_time()
     assert table.rows(["012345.tar/000007"], ["embedding"]).num_rows == 1
-    first_s = time.perf_counter() - started
-    started = time.perf_counter()
+    first_s = time.process_time() - started
+    started = time.process_time()
     assert table.rows(["012345.tar/000003"], ["embedding"]).num_rows == 1
-    lookup_s = time.perf_counter() - started
+    lookup_s = time.process_time() - started
     assert files_opened == [real.path] * 2
     print(f"\n10,000 files, 100,000 shards, a manifest of {len(data) / 1e6:.1f} MB: opened in {open_s:.2f} s, ", end="")
     print(f"as a dataset in {dataset_s:.2f} s, first lookup {first_s:.2f} s, then {lookup_s * 1000:.1f} ms")
