@@ -283,7 +283,7 @@ def test_fast_is_near_exact_pixels_with_every_geometry(geometry: dict[str, Any],
 
 
 def test_an_image_that_becomes_too_large_on_its_way_is_rejected() -> None:
-    """A thumbnail's first resize makes a long image far longer; the turned one's rows are its columns."""
+    """A thumbnail's first resize makes a long image far longer."""
     for fit in ("thumbnail", "aligned_thumbnail"):
         how = replace(FAST, decode="exact", fit=fit, resize=(40, 30), crop=None)
         assert decode_image(encoded(noise(3, 90)), how, 100_000).pixels.shape == (40, 30, 3)

@@ -220,6 +220,7 @@ def test_no_edge_is_rounded_down_to_nothing() -> None:
     for fit, resize in (("longest", 40), ("within", (30, 40))):
         preprocessing = replace(LIKE, fit=fit, resize=resize, pad=(40, 40))
         assert preprocessing.resized_sizes(1000, 1) == [(40, 1)]
+        assert preprocessing.resized_sizes(1, 1000) == [(1, 40)]
         assert preprocessing.apply(noise(1000, 1))[:, :, 3].sum() == 40
 
 

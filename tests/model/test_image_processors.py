@@ -85,6 +85,7 @@ HUB: dict[str, dict[str, Any]] = {
     "cropped within": {
         "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 60, "longest_edge": 100}, "crop_size": 56,
     },
+    "superpoint": {"image_processor_type": "SuperPointImageProcessor", "size": {"height": 48, "width": 64}},
     "maskformer": {"image_processor_type": "MaskFormerImageProcessor", "size": {"height": 100, "width": 70}},
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ import pytest
 from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.errors import EncoderError
 from lora_embed.images.preprocess import Preprocessing
+from lora_embed.images.processors import from_processor
 from lora_embed.model.base_files import find_base
 from lora_embed.model.build import build_encoder
 from lora_embed.model.ingredients import gather
@@ -84,6 +85,9 @@ def test_a_processor_config_holds_the_image_processor(tmp_path: Path) -> None:
     for name, written in (("alone", None), ("both", VIT)):
         base = folder_of(tmp_path / name, written, processor_config=nested)
         assert compare(base, [noise(50, 40)]).crop == (32, 32)
+    nested = {"image_processor": of("DINOv3ViT", size=48)}
+    base = folder_of(tmp_path / "without torchvision", VIT, processor_config=nested)
+    assert from_processor(read_processor(base.folder).settings, None)[0].size == (48, 48)
     base = folder_of(tmp_path / "flat", VIT, processor_config={"processor_class": "CLIPProcessor"})
     assert compare(base, [noise(50, 40)]).size == (224, 224)
 
