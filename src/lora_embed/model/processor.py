@@ -45,9 +45,11 @@ def read_processor(folder: Path) -> Processor:
             f"{file}: its image processor {kind} exists in transformers for torchvision alone, and lora-embed has no rule of "
             "its own for it. Name another base."
         )
-    if not kind.endswith("ImageProcessor") or not any(hasattr(transformers, name) for name in (kind, f"{kind}Pil")):
+    named = getattr(transformers, f"{kind}Pil", None) or getattr(transformers, kind, None)
+    if not kind.endswith("ImageProcessor") or named is None or getattr(named, "is_dummy", False):
+        lack = "does not have" if named is None or not kind.endswith("ImageProcessor") else "has for torchvision alone"
         raise EncoderError(
-            f"{file}: its image processor is {kind[:100]!r}, which this version of transformers does not have. Install a newer "
+            f"{file}: its image processor is {kind[:100]!r}, which this version of transformers {lack}. Install a newer "
             "transformers, or name another base."
         )
     try:
