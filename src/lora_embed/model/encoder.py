@@ -82,8 +82,8 @@ class Encoder:
             raise ConfigError(f"embed takes a list of images, found one {type(images).__name__}. Write embed([image]).")
         with IsolatedDecoder() as decode:
             prepared = [self._prepared(image, decode) for image in images]
-        height, width = self.description.preprocessing.size
-        return self.embed_pixels(np.stack(prepared) if prepared else np.empty((0, height, width, 3), np.uint8))
+        shape = self.description.preprocessing.shape
+        return self.embed_pixels(np.stack(prepared) if prepared else np.empty((0, *shape), np.uint8))
 
     def _prepared(self, image: Any, decode: IsolatedDecoder) -> Pixels:
         preprocessing = self.description.preprocessing
@@ -100,7 +100,7 @@ class Encoder:
 
     @torch.inference_mode()
     def embed_pixels(self, pixels: Pixels) -> NDArray[np.float32]:
-        """Prepared uint8 pixels (n, H, W, 3) → float32 (n, d), on the host. Raises IncompleteRun if memory is too small."""
+        """Prepared uint8 pixels (n, *shape) → float32 (n, d), on the host. Raises IncompleteRun if memory is too small."""
         try:
             vectors = [self._forward(batch) for batch in self._batches(pixels)]
             return torch.cat(vectors)[: len(pixels)].cpu().numpy() if vectors else np.empty((0, self.dimension), np.float32)
@@ -150,9 +150,13 @@ class Encoder:
         return copied
 
     def _forward(self, batch: torch.Tensor) -> torch.Tensor:
-        """uint8 (b, H, W, 3) on the device → float32 (b, d) there."""
+        """uint8 pixels (b, *shape) on the device → float32 (b, d) there."""
         values = batch.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        values = torch.addcmul(self._add, values, self._multiply, out=values).to(self._dtype)
+        if self.description.preprocessing.pad is None:
+            values = torch.addcmul(self._add, values, self._multiply, out=values)
+        else:
+            values = torch.addcmul(self._add, values[:, :3], self._multiply) * values[:, 3:]  # 0 in the padding
+        values = values.to(self._dtype)
         vectors = torch.cat([self._pool(state(values).float()) for state in self._hidden_states], dim=1)
         return functional.normalize(vectors, dim=1) if self.description.normalize else vectors
 
@@ -165,7 +169,7 @@ def _bytes_of(path: str | Path) -> bytes:
 
 
 def golden_pixels(images: dict[str, bytes], preprocessing: Preprocessing) -> Pixels:
-    """Golden images, decoded like in a run → uint8 (n, H, W, 3)."""
+    """Golden images, decoded like in a run → uint8 (n, *shape)."""
     return np.stack([decode_image(data, preprocessing).pixels for data in images.values()])
 
 
