@@ -34,7 +34,7 @@ class Names:
 def read_names(saved: SavedAdapter) -> Names:
     """Raises AdapterMismatch for a tensor of an unknown kind, one that is saved twice, and tensors of several adapters."""
     front = _front_of(saved)
-    names = {key: key.removeprefix(front).replace(".base_layer.", ".") for key in saved.tensors}
+    names = {key: key.removeprefix(front).replace(".base_layer.", ".") for key in sorted(saved.tensors)}
     matches = {key: match for key, name in names.items() if (match := _LORA.fullmatch(name)) is not None}
     adapter_name = _adapter_name(saved, matches)
     lora: dict[str, dict[str, str]] = {}
