@@ -35,7 +35,7 @@ NUMERIC = (
     "drift", "encoder", "errors", "evaluate_command", "export", "families", "features", "figures", "gpu_benchmark", "guard",
     "head", "health", "kept_encoders", "labelled", "merge", "nightly", "no_code", "parts", "plan", "preprocess", "preview",
     "private", "processors", "proof", "propose", "rank", "real_gates", "real_merge", "real_vectors", "resume", "rows",
-    "search", "space", "stale", "strange_encoders", "table_read", "trials", "tune", "upgrades", "versions",
+    "search", "space", "stale", "strange_bases", "strange_encoders", "table_read", "trials", "tune", "upgrades", "versions",
 )  # fmt: skip
 
 

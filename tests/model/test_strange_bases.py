@@ -282,5 +282,5 @@ def test_what_is_no_model_of_single_images_is_refused_for_that_reason(model_type
 def test_a_model_that_packs_its_images_is_refused(tmp_path: Path) -> None:
     """Pixtral gives the tokens of all images in one row."""
     base = saved(tmp_path / "base", "Pixtral", WIDE, SIZE, "Vision")
-    with pytest.raises(EncoderError, match=r"gives a hidden state of shape \(1, 64, 32\) for 4 images"):
+    with pytest.raises(EncoderError, match=r"gives a hidden state of shape \(1, 32, 32\) for 2 images"):
         build(base, tmp_path / "encoder")

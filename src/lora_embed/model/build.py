@@ -143,7 +143,7 @@ def _check_out(out: Path) -> None:
 def _vectors(
     models: list[PreTrainedModel], description: Description, pixels: np.ndarray[Any, Any], base: Base
 ) -> np.ndarray[Any, Any]:
-    """The golden images' vectors. They must be finite, not zero, and the same each time."""
+    """The golden images' vectors. They must be finite and not zero."""
     encoder = Encoder(models, description, device="cpu", precision="float32", batch_size=len(pixels))
     vectors = encoder.embed_pixels(pixels)
     if vectors.shape != (len(pixels), description.dimension):
@@ -154,11 +154,6 @@ def _vectors(
     if not np.isfinite(vectors).all() or not np.linalg.norm(vectors, axis=1).all():
         raise EncoderError(
             f"{base.uri}: the merged encoder gives vectors that are zero or not finite. Check the weights of the adapters."
-        )
-    if not np.array_equal(encoder.embed_pixels(pixels), vectors):
-        raise EncoderError(
-            f"{base.uri}: {type(models[0]).__name__} gives the same images different vectors each time, like models that mask "
-            "random patches. Name another base."
         )
     return vectors
 
@@ -206,7 +201,7 @@ def _describe(
     pixels: np.ndarray[Any, Any],
 ) -> Description:
     recipe, base, model = ingredients.recipe, ingredients.base, models[0]
-    values = torch.tensor(pixels).permute(0, 3, 1, 2).float() / 255
+    values = torch.tensor(pixels[:2]).permute(0, 3, 1, 2).float() / 255  # two images show what differs between images
     try:
         state = find_state(model, values, recipe.pooling)
     except ValueError as error:  # for example, the model takes images of another size

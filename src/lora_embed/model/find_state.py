@@ -29,7 +29,8 @@ def find_state(model: nn.Module, pixel_values: torch.Tensor, pooling: str) -> Fo
     """The hidden state that a pooling reads: `hidden_states[-1]` bit for bit, or the final output for the `last_` poolings.
 
     `pixel_values` are different images (n, 3, H, W), n > 1. Raises EncoderError if the model gives no such state with one
-    entry for each image, or if the pooling does not fit it; ValueError if the model does not take such images.
+    entry for each image, or another one each time, or if the pooling does not fit it; ValueError if the model does not take
+    such images.
     """
     name = type(model).__name__
     with _Watched(model) as watched:
@@ -44,6 +45,10 @@ def find_state(model: nn.Module, pixel_values: torch.Tensor, pooling: str) -> Fo
         tap, state = "", final
     else:
         tap, state = _last_of_hidden_states(name, getattr(output, "hidden_states", None), final, watched)
+    if not torch.equal(state, _state_of(model, pixel_values, tap)):
+        raise EncoderError(
+            f"{name} gives the same images different states each time, like models that mask random patches. Name another base."
+        )
     if state.ndim not in (3, 4) or len(state) != len(pixel_values):
         raise EncoderError(
             f"{name} gives a hidden state of shape {tuple(state.shape)} for {len(pixel_values)} images, expected tokens "
@@ -90,6 +95,14 @@ class _Watched:
                 self._first_with.setdefault((value.shape[0], value.shape[1]), value)
 
 
+def _state_of(model: nn.Module, pixel_values: torch.Tensor, tap: str) -> torch.Tensor:
+    """The state in a pass that keeps no other ones."""
+    with _Watched(model) as watched:
+        output = model(pixel_values=pixel_values)
+    state: torch.Tensor = watched.blocks[tap] if tap else output.last_hidden_state
+    return state
+
+
 def _last_of_hidden_states(name: str, states: Any, final: Any, watched: _Watched) -> tuple[str, torch.Tensor]:
     """`hidden_states[-1]`, and the module that gives it."""
     if not states or not isinstance(states[-1], torch.Tensor):
@@ -131,9 +144,8 @@ def _has_channels_last(model: nn.Module, pixel_values: torch.Tensor, tap: str, s
         return is_last
     wider = torch.cat([pixel_values, pixel_values], dim=3)
     shape = state.shape
-    with _Watched(model) as watched, contextlib.suppress(RuntimeError, ValueError):
-        output = model(pixel_values=wider)
-        shape = (watched.blocks[tap] if tap else output.last_hidden_state).shape
+    with contextlib.suppress(RuntimeError, ValueError):
+        shape = _state_of(model, wider, tap).shape
     if (shape[3] != third) == (shape[2] != second):
         raise EncoderError(
             f"{type(model).__name__} gives maps of shape {tuple(state.shape)}, which do not show which axis is the channels. "

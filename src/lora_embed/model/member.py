@@ -5,12 +5,10 @@ An encoder has one model, or, with `concat`, one for each adapter, whose vectors
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -18,7 +16,7 @@ from transformers import PreTrainedModel
 from lora_embed.config.models import Recipe
 from lora_embed.errors import AdapterMismatch, EncoderError
 from lora_embed.images.preprocess import Pixels
-from lora_embed.model import merge
+from lora_embed.model import golden, merge
 from lora_embed.model.adapter import PREFIX, WEIGHTS_NAME, read_adapter
 from lora_embed.model.base import load_headless, open_headless
 from lora_embed.model.base_files import Base
@@ -30,7 +28,7 @@ from lora_embed.model.match import Adapter, match_adapter, target_of
 from lora_embed.model.proof import Proof, prove
 from lora_embed.model.relate import Relations
 from lora_embed.model.space import space_id_of
-from lora_embed.model.unmerged import check_function
+from lora_embed.model.unmerged import Vectors, check_function
 from lora_embed.store import hub
 
 NOTHING = 1e-6  # a change below this share of the weights' norm is no larger than rounding
@@ -154,20 +152,23 @@ def prove_members(base: Base, members: list[Member], description: Description, f
         merges = [Merge(adapters=(adapter,), weights=(1.0,), options={}) for adapter in stored]
     original = load_headless(base.folder, base.uri)
     proofs = [prove(merged, original, model) for merged, model in zip(merges, saved, strict=True)]
-    del original
-    function = _function_of(base, description, pixels)
-    differences = [function(merged, model) for merged, model in zip(merges, saved, strict=True)]
-    return [Proven(weights=proof, vectors=moved) for proof, moved in zip(proofs, differences, strict=True)]
+    del saved  # memory for PEFT's layers
+    vectors = np.split(golden.load(folder)[1], len(merges), axis=1)
+    moved = [_check_function(merges[0], vectors[0], original, description, pixels)]
+    for merged, own in zip(merges[1:], vectors[1:], strict=True):
+        del original
+        original = load_headless(base.folder, base.uri)
+        moved.append(_check_function(merged, own, original, description, pixels))
+    return [Proven(weights=proof, vectors=difference) for proof, difference in zip(proofs, moved, strict=True)]
 
 
-def _function_of(base: Base, description: Description, pixels: Pixels) -> Callable[[Merge, PreTrainedModel], float]:
-    """`check_function` for this base and these golden images."""
-    alone = replace(description, normalize=False, members=description.members[:1])
-
-    def embed(model: PreTrainedModel) -> NDArray[np.float32]:
-        return Encoder([model], alone, device="cpu", precision="float32", batch_size=len(pixels)).embed_pixels(pixels)
-
-    return lambda merged, saved: check_function(merged, saved, lambda: load_headless(base.folder, base.uri), embed)
+def _check_function(merged: Merge, vectors: Vectors, base: PreTrainedModel, description: Description, pixels: Pixels) -> float:
+    """`check_function` on the golden images. `vectors` are one model's part of theirs, which may be of any length."""
+    alone = replace(description, members=description.members[:1])
+    encoder = Encoder([base], alone, device="cpu", precision="float32", batch_size=1)
+    if description.normalize:
+        vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return check_function(merged, vectors, base, lambda images: encoder.embed_pixels(pixels[:images]))
 
 
 def _weight_row(folded: Folded, shares: list[float]) -> WeightRow:

@@ -83,13 +83,14 @@ def change_of(adapter: Adapter, name: str, base_weight: Array) -> Array:
     """One adapter's change of one weight, from its file."""
     adapter_name, tensors = read_tensors(adapter, name)
     initial = initial_of(adapter, name, base_weight)
-    change: Array = np.zeros(base_weight.shape) if initial is None else initial
+    change: Array = np.zeros(1) if initial is None else initial
     if adapter_name.endswith(".bias") and "lora_B.bias" in tensors:
         return change + factors_of(adapter, adapter_name, tensors)[2] * tensors["lora_B.bias"]
     if "whole" in tensors:
         return change
     down, up, scale = factors_of(adapter, adapter_name, tensors)
-    change = change + (scale * (up @ down)).reshape(base_weight.shape)
+    product: Array = (scale * (up @ down)).reshape(base_weight.shape)
+    change = product if initial is None else initial + product
     if "lora_magnitude_vector" in tensors:
         moved = base_weight + change
         lengths = np.sqrt((moved.reshape(len(moved), -1) ** 2).sum(axis=1))

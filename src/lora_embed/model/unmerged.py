@@ -4,8 +4,9 @@
 assumption, and shares no code with the fold: PEFT puts the adapters beside the base's weights, as in training.
 """
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,45 +27,55 @@ from lora_embed.text import in_one_line
 BOUND = 1e-5  # relative L2 difference of a vector that rounding may cause
 SHARE = 1e-2  # a larger difference than `BOUND` is still rounding if it is below this share of the adapter's own effect
 
-Embed = Callable[[PreTrainedModel], NDArray[np.float32]]  # a model → the golden images' vectors
+Weights = dict[str, torch.Tensor]
+Vectors = NDArray[np.float32]
+Embed = Callable[[int], Vectors]  # a number of golden images → their vectors, by the model as it is now
+Parts = Sequence[tuple[Adapter, float]]  # adapters with their weights in the recipe
 
 
-def check_function(merged: Merge, saved: PreTrainedModel, open_base: Callable[[], PreTrainedModel], embed: Embed) -> float:
+def check_function(merged: Merge, vectors: Vectors, base: PreTrainedModel, embed: Embed) -> float:
     """Compare the golden vectors of a folded model with those of adapters that are not merged; returns the difference.
 
-    For a weighted sum, all adapters together are compared with the saved model. For a method whose merge is no sum of
-    what the adapters compute, each adapter is compared alone, folded by the change that the proof reads from its file.
-    Raises EncoderError for a layer that computes with another weight than its own, so that a fold is not the adapter.
+    `embed` runs `base`, which is changed. For a weighted sum, all adapters together are beside its weights. For a method
+    whose merge is no sum of what the adapters compute, each adapter is compared alone, on one image, with its fold by the
+    change that the proof reads from its file. Raises EncoderError for a layer that computes with another weight than its
+    own, so that a fold is not the adapter.
     """
-    is_sum = merged.method == "weighted_sum" and (len(merged.adapters) == 1 or not any(map(_has_dora, merged.adapters)))
-    if is_sum:
-        return _compare(merged, embed(saved), open_base, embed)
+    parts = list(zip(merged.adapters, merged.weights, strict=True))
+    weights = base.state_dict()  # by their names before PEFT's layers are put around them
+    if merged.method == "weighted_sum" and (len(parts) == 1 or not any(_has_dora(adapter) for adapter, _ in parts)):
+        return _compare(parts, vectors, base, weights, embed)
     differences = []
-    for adapter in merged.adapters:
-        alone = Merge(adapters=(adapter,), weights=(1.0,), options={})
-        folded = open_base()
-        _add_changes(folded, [(adapter, 1.0)], change_of)
-        differences.append(_compare(alone, embed(folded), open_base, embed))
+    for number, adapter in enumerate(merged.adapters):
+        with _changed(weights, [(adapter, 1.0)], change_of):
+            folded = embed(1)
+        differences.append(_compare([(adapter, 1.0)], folded, base, weights, embed, first=number))
     return max(differences, default=0.0)
 
 
-def _compare(merged: Merge, vectors: NDArray[np.float32], open_base: Callable[[], PreTrainedModel], embed: Embed) -> float:
-    model = open_base()
-    layers = {type(model.get_submodule(name.rpartition(".")[0])) for adapter in merged.adapters for name in adapter.changes}
-    parts = list(zip(merged.adapters, merged.weights, strict=True))
-    _add_changes(model, parts, initial_of)  # what is a change of weights for PEFT too
-    for number, (adapter, weight) in enumerate(parts):
-        _put_beside(model, adapter, weight, f"adapter{number}")
-    expected = embed(model)
+def _compare(parts: Parts, vectors: Vectors, base: PreTrainedModel, weights: Weights, embed: Embed, first: int = 0) -> float:
+    kinds = {type(base.get_submodule(name.rpartition(".")[0])) for adapter, _ in parts for name in adapter.changes}
+    with _changed(weights, parts, initial_of):  # these are changes of weights for PEFT too
+        names = [f"adapter{number}" for number in range(first, first + len(parts))]
+        for name, (adapter, weight) in zip(names, parts, strict=True):
+            _put_beside(base, adapter, weight, name)
+        layers = [module for module in base.modules() if isinstance(module, LoraLayer)]
+        for layer in layers:
+            own = [name for name in names if name in layer.scaling]
+            layer.enable_adapters(bool(own))
+            layer.set_adapter(own)
+        expected = embed(len(vectors))
+        for layer in layers:
+            layer.enable_adapters(False)
     difference = golden.relative_difference(vectors, expected)
-    if difference <= BOUND or difference <= SHARE * golden.relative_difference(embed(open_base()), expected):
+    if difference <= BOUND or difference <= SHARE * golden.relative_difference(embed(len(vectors)), expected):
         return difference
-    own = sorted(layer.__name__ for layer in layers if not layer.__module__.startswith("torch."))
-    reason = f" {type(model).__name__} has layers of its own kind, {', '.join(own)}, which may change a weight." if own else ""
+    odd = sorted(kind.__name__ for kind in kinds if not kind.__module__.startswith(("torch.", "peft.")))
+    reason = f" {type(base).__name__} has layers of its own kind, {', '.join(odd)}, which may change a weight." if odd else ""
     raise EncoderError(
-        f"{', '.join(adapter.uri for adapter in merged.adapters)}: cannot be folded into {type(model).__name__}: the vectors "
-        f"of the golden images then differ by {difference:.1e} (relative L2) from those with the adapter beside the weights, "
-        f"as it was trained; at most {BOUND:.0e} is allowed.{reason} Train the adapter on other layers, or name another base."
+        f"{', '.join(adapter.uri for adapter, _ in parts)}: cannot be folded into {type(base).__name__}: the vectors of the "
+        f"golden images then differ by {difference:.1e} (relative L2) from those with the adapter beside the weights, as it "
+        f"was trained; at most {BOUND:.0e} is allowed.{reason} Train the adapter on other layers, or name another base."
     )
 
 
@@ -72,17 +83,23 @@ def _has_dora(adapter: Adapter) -> bool:
     return bool(adapter.saved.config.get("use_dora"))
 
 
-def _add_changes(
-    model: PreTrainedModel, parts: list[tuple[Adapter, float]], change: Callable[[Adapter, str, Array], Array | None]
-) -> None:
-    """Add each adapter's change of each weight, times the adapter's weight in the recipe."""
-    weights = model.state_dict()
-    before = {name: weights[name].double().numpy() for adapter, _ in parts for name in adapter.changes}
-    for adapter, weight in parts:
-        for name in adapter.changes:
-            added = change(adapter, name, before[name])
-            if added is not None:
-                weights[name].copy_(weights[name].double() + weight * torch.from_numpy(added))
+@contextlib.contextmanager
+def _changed(weights: Weights, parts: Parts, change: Callable[[Adapter, str, Array], Array | None]) -> Iterator[None]:
+    """A context in which each adapter's change of each weight is added to it, times the adapter's weight in the recipe."""
+    kept = {}
+    for name in sorted({name for adapter, _ in parts for name in adapter.changes}):
+        before = weights[name].double().numpy()
+        added = [
+            (weight, added)
+            for adapter, weight in parts
+            if name in adapter.changes and (added := change(adapter, name, before)) is not None
+        ]
+        if added:
+            kept[name] = weights[name].clone()
+            weights[name].copy_(torch.from_numpy(before + sum(weight * one for weight, one in added)))
+    yield
+    for name, weight in kept.items():
+        weights[name].copy_(weight)
 
 
 def _put_beside(model: PreTrainedModel, adapter: Adapter, weight: float, name: str) -> None:
@@ -114,8 +131,6 @@ def _put_beside(model: PreTrainedModel, adapter: Adapter, weight: float, name: s
         assert isinstance(layer, LoraLayer), place
         layer.scaling[name] = weight * factors[place][2]
         _fill(layer, name, tensors)
-    for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
-        layer.set_adapter(list(layer.scaling))
 
 
 @torch.no_grad()
