@@ -61,6 +61,7 @@ class Row:
     effect: float = np.inf  # smallest difference that an adapter makes
     problems: list[str] = field(default_factory=list)
     hub: str = ""  # with the type's own processor: "yes", or why it is refused
+    repeat: int = 0  # how many seeds
     seconds: float = 0.0
 
 
@@ -165,7 +166,7 @@ def row_of(name: str, *, repeat: int, first_seed: int, hub: bool) -> Row:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    row, start = Row(name, SPECS[name]), time.monotonic()
+    row, start = Row(name, SPECS[name], repeat=repeat), time.monotonic()
     alone = [("mean", "first"), ("mean", "second")]
     attempt(row, functools.partial(measure, row, first_seed, [*((pooling, "both") for pooling in POOLINGS), *alone]))
     for number in range(1, repeat):
@@ -219,7 +220,7 @@ def main() -> int:
         print(family_page.line(row), flush=True)
         found.append(row)
     if options.write:
-        family_page.write(found, options.repeat)
+        family_page.write(found)
     bad = [row for row in found if row.problems]
     print(f"{len(found)} types, {sum(bool(row.figures) for row in found)} work, {len(bad)} with problems")
     return 1 if bad else 0

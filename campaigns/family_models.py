@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -32,8 +31,10 @@ def model_of(config: Any) -> Any:
 
 def body_of(model: Any, spec: Spec) -> Any:
     """The part whose hidden states are pooled: of AutoModel's class for the images' configuration, else the whole."""
+    if spec.body:
+        return model.get_submodule(spec.body)
     config = getattr(model.config, "vision_config", model.config)
-    found = getattr(transformers, spec.body) if spec.body else MODEL_MAPPING.get(type(config), type(model))
+    found = MODEL_MAPPING.get(type(config), type(model))
     classes = found if isinstance(found, tuple) else (found,)
     return next((module for module in model.modules() if type(module) in classes), model)
 

@@ -137,14 +137,15 @@ def others() -> str:
     )
 
 
-def write(found: list[Any], repeat: int) -> None:
+def write(found: list[Any]) -> None:
     """Write the figures between the marks of the page; the words before them stay."""
     before = DOCS.read_text(encoding="utf-8").partition(BEGIN)[0]
     families = [row for row in found if row.name in CLASSIFIED]
     works = [row for row in families if row.figures and not row.problems]
     counted = (
         f"{RELEASE} has {len(families)} families with a class for image classification: {len(works)} work, "
-        f"{len(families) - len(works)} are refused. Repetitions of each type: {repeat}.\n"
+        f"{len(families) - len(works)} are refused. Each was made {min(row.repeat for row in families)} times, each other type "
+        f"{min(row.repeat for row in found)} times, each time with other weights, adapters and images.\n"
     )
     body = (
         f"{counted}\n## Families for image classification\n\n{table(families)}\n"

@@ -31,7 +31,7 @@ class Spec:
     state: Form | None = TOKENS  # of hidden_states[-1]; None: the model gives none
     last: Form | None = None  # of last_hidden_state, where it differs
     has_last: bool = True  # whether the model gives a last_hidden_state
-    body: str = ""  # class of the images' part, where AutoModel has none for it
+    body: str = ""  # name of the images' part in the whole model, where its class is not AutoModel's
     by_hand: dict[str, Any] = field(default_factory=dict)  # of its config: without it the type masks random patches
     processor: dict[str, Any] | str = ""  # settings on the hub, or the class of another type, if its own needs torchvision
 
@@ -55,12 +55,6 @@ RESNET = {"embedding_size": 8, "hidden_sizes": [16, 32, 32, 48], "depths": [1, 1
 SAM = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 8,
     "output_channels": 24, "window_size": 4, "global_attn_indexes": [1], "mlp_dim": 64,
-}  # fmt: skip
-SAM2 = {
-    "hidden_size": 8, "num_attention_heads": 1, "image_size": [64, 64], "blocks_per_stage": [1, 1, 1, 1],
-    "embed_dim_per_stage": [8, 16, 24, 32], "num_attention_heads_per_stage": [1, 1, 2, 2],
-    "window_size_per_stage": [4, 4, 2, 2], "global_attention_blocks": [3],
-    "window_positional_embedding_background_size": [4, 4],
 }  # fmt: skip
 SAM3 = W | {"image_size": 64, "pretrain_image_size": 32, "window_size": 4, "global_attn_indexes": [1]}
 DETECTOR = {
@@ -133,7 +127,7 @@ CLASSIFIED = {
         },
         size=64,
     ),
-    "metaclip_2": Spec(config=dual(), state=CLASS, body="MetaClip2VisionModel"),
+    "metaclip_2": Spec(config=dual(), state=CLASS, body="vision_model"),
     "mobilenet_v1": Spec(config={"tf_padding": False, "depth_multiplier": 0.25}, size=64, state=MAP),
     "mobilenet_v2": Spec(
         config={"tf_padding": False, "depth_multiplier": 0.35, "finegrained_output": True}, size=64, state=MAP
@@ -206,7 +200,6 @@ OTHERS = {
     "pixtral": Spec(config=W),
     "qianfan_ocr_vision": Spec(config=W | {"image_size": [32, 32], "patch_size": [8, 8]}, state=CLASS),
     "radio": Spec(config=W, state=Form("tokens", 10)),
-    "sam2_hiera_det_model": Spec(config=SAM2, size=64, state=LAST_CHANNELS),
     "sam3_vit_model": Spec(config=SAM3, size=64, state=LAST_CHANNELS, last=TOKENS),
     "sam3_vision_model": Spec(
         config={
@@ -258,7 +251,7 @@ WRAPPERS = {
             "text_config": LANGUAGE | {"model_type": "gemma"}, "projection_dim": 32,
         }
     ),
-    "sam": Spec(config={"vision_config": SAM}, size=64, state=LAST_CHANNELS, last=MAP),
+    "sam": Spec(config={"vision_config": SAM}, size=64, state=LAST_CHANNELS, last=MAP, body="vision_encoder"),
     "vision-text-dual-encoder": Spec(
         config={"vision_config": W | {"model_type": "vit"}, "text_config": TEXT | {"model_type": "bert"}, "projection_dim": 16},
         state=CLASS,

@@ -1,5 +1,6 @@
 """Every model type of transformers for images, as docs/families.md lists it: right against PEFT's forward, or refused."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -25,6 +26,7 @@ KINDS = {
     "read as CLIP": ("metaclip_2", "patch_mean"),
     "the images' part of a language model": ("llava", "patch_mean"),
     "registers": ("dinov3_vit", "patch_mean"),
+    "tokens that are the pixels of a map, and their mean": ("dinov3_convnext", "last_patch_mean"),
 }
 PREFIXED = 1  # a seed of which the base's weights lie under a prefix
 
@@ -45,6 +47,19 @@ def test_a_convolution_that_changes_its_weight_is_refused(tmp_path: Path) -> Non
     measure(row, 0, [("mean", "both")], tmp_path)
     assert "WeightStandardizedConv2d, which may change a weight" in row.refused["mean"]
     assert not row.figures
+
+
+@pytest.mark.parametrize(("name", "package"), [("dinat", "natten"), ("timm_wrapper", "timm")])
+def test_a_type_that_needs_a_missing_package_is_refused_for_that(name: str, package: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    row = Row(name, SPECS[name])
+    measure(row, 0, [("mean", "both")], tmp_path)
+    message = (
+        f"base: is a model of type '{name}', which needs a package that is not installed: .* requires the {package} library"
+    )
+    assert re.match(message, row.refused["mean"])
+    assert row.refused["mean"].endswith("environment. Install it, also on the cluster, or name another base.")
 
 
 @pytest.mark.parametrize(

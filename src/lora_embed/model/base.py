@@ -120,7 +120,9 @@ def needs_package(model_type: str, error: ImportError, where: str) -> EncoderErr
 
 def _prefix_in(folder: Path, where: str, model: PreTrainedModel) -> str:
     """The prefix below which the files hold most of the model's weights by name; "" if no prefix does."""
-    expected, found = set(model.state_dict()), Counter[str]()
+    names = set(model.state_dict())
+    # transformers saves DINOv3 without the `model.` that the names of its weights begin with.
+    expected, found = names | {name.removeprefix("model.") for name in names}, Counter[str]()
     for file in weight_files(folder, where):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - no mapping
