@@ -33,10 +33,10 @@ KINDS: dict[str, Switches] = {
 NUMERIC = (
     "actors", "adapter", "all_families", "assess", "changes", "checks", "cka", "cost", "crooked", "decode", "demo_parts",
     "device", "digits", "drift", "encoder", "errors", "evaluate_command", "export", "families", "features", "figures",
-    "gpu_benchmark", "guard", "head", "health", "kept_encoders", "labelled", "merge", "nightly", "no_code", "parts", "plan",
-    "preprocess", "preview", "private", "processors", "proof", "propose", "rank", "real_gates", "real_merge", "real_vectors",
-    "resume", "rows", "search", "space", "stale", "strange_bases", "strange_encoders", "table_read", "trials", "tune",
-    "upgrades", "versions",
+    "gpu_benchmark", "guard", "head", "health", "image_processors", "kept_encoders", "labelled", "merge", "nightly",
+    "no_code", "parts", "plan", "preprocess", "preview", "private", "processors", "proof", "propose", "rank", "real_gates",
+    "real_merge", "real_vectors", "resume", "rows", "search", "space", "stale", "strange_bases", "strange_encoders",
+    "table_read", "trials", "tune", "upgrades", "versions",
 )  # fmt: skip
 
 

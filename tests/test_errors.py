@@ -80,6 +80,9 @@ class Setup:
     def text(self, name: str, text: str) -> None:
         (self.folder / name).write_text(text)
 
+    def processor(self, **settings: Any) -> None:
+        self.text("base/preprocessor_config.json", json.dumps(settings))
+
     def adapter_config(self, **changes: Any) -> None:
         path = self.folder / "ten" / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -257,6 +260,47 @@ RECIPE_CASES = [
         "a base without image preparation",
         lambda s: s.remove("base/preprocessor_config.json"),
         ["/base", "no preprocessor_config.json", "Save the image processor"],
+    ),
+    Case(
+        "a base in the form of timm",
+        lambda s: (s.remove("base/preprocessor_config.json"), s.text("base/config.json", '{"pretrained_cfg": {}}')),
+        ["/base", "form of the library timm", "form of transformers"],
+    ),
+    Case(
+        "an image processor that transformers does not know",
+        lambda s: s.processor(image_processor_type="MyImageProcessor"),
+        ["/base/preprocessor_config.json", "'MyImageProcessor', which this version of transformers", "name another base"],
+        builds=True,
+    ),
+    Case(
+        "an image processor that is not supported",
+        lambda s: s.processor(image_processor_type="VideoMAEImageProcessor"),
+        ["/base", "VideoMAEImageProcessor prepares videos", "Name another base"],
+        builds=True,
+    ),
+    Case(
+        "an image processor for torchvision alone",
+        lambda s: s.processor(image_processor_type="RfDetrImageProcessor"),
+        ["/base/preprocessor_config.json", "RfDetrImageProcessor", "torchvision alone", "Name another base"],
+        builds=True,
+    ),
+    Case(
+        "an image processor that gives images of different sizes",
+        lambda s: s.processor(image_processor_type="ViTImageProcessor", size={"shortest_edge": 32}),
+        ["/base", "images of different sizes", "Set image_size in the recipe"],
+        builds=True,
+    ),
+    Case(
+        "an image processor that rounds image_size",
+        lambda s: (s.processor(image_processor_type="DPTImageProcessor", ensure_multiple_of=14), s.recipe(image_size=32)),
+        ["/base", "image_size is 32", "28×28 pixels", "Set image_size: 28"],
+        builds=True,
+    ),
+    Case(
+        "an image processor with a wrong setting",
+        lambda s: s.processor(image_processor_type="ViTImageProcessor", image_mean=[0.5]),
+        ["/base", "image_mean (0.5,)", "one number or three", "Correct the image processor's file"],
+        builds=True,
     ),
     Case(
         "a base with pickled weights only",

@@ -23,7 +23,7 @@ from lora_embed.chain.items import Block, WorkItem
 from lora_embed.errors import ShardError
 from lora_embed.images import decode
 from lora_embed.images.decode import BadImage, decode_image
-from lora_embed.images.preprocess import Preprocessing
+from lora_embed.images.preprocess import Preprocessing, decoding
 from lora_embed.schema import REASONS, ChunkHead, Shard, from_ipc, to_ipc
 from samples import PREPROCESSING, encoded, layout, noise, parquet_of, png, shard_at, tar_of, tar_shard
 
@@ -243,12 +243,54 @@ def test_fast_never_decodes_below_twice_the_size_after_the_resize(
         assert image.size == whole
         return
     lengths = np.array([part[2] - part[0], part[3] - part[1]])
-    assert (lengths >= 2 * np.array(how.resized_size(*whole))).all()
+    assert (lengths >= 2 * np.array(how.resized_sizes(*whole)[0])).all()
     factors = np.array(whole) / lengths
     assert factors[0] in (2, 4, 8)
     assert factors[0] == factors[1]
     assert (lengths <= image.size).all()
     assert (lengths > np.array(image.size) - 1).all()
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"fit": "longest", "resize": 20, "pad": (20, 20)},
+        {"fit": "within", "resize": (16, 40), "pad": (40, 40)},
+        {"fit": "rounded", "resize": 12, "multiple": 4, "crop": (8, 8)},
+        {"fit": "thumbnail", "resize": (20, 16), "crop": None},
+        {"fit": "aligned_thumbnail", "resize": (20, 16), "crop": None, "channels": "BGR"},
+    ],
+    ids=lambda geometry: geometry["fit"],
+)
+@pytest.mark.parametrize("turn", [1, 4, 6, 7])
+@pytest.mark.parametrize("size", [(320, 240), (203, 331), (411, 163)])
+def test_fast_is_near_exact_pixels_with_every_geometry(geometry: dict[str, Any], turn: int, size: tuple[int, int]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    data = encoded(soft(*size), "JPEG", quality=95, exif=exif)
+    fast = replace(FAST, **{"crop": None} | geometry)
+    _, whole, part = decode._load(Image.open(io.BytesIO(data)), fast)
+    assert part is not None, "decoded smaller"
+    least = fast.resized_sizes(*whole)[0][:: -1 if fast.is_turned(*whole) else 1]
+    assert (np.array([part[2] - part[0], part[3] - part[1]]) >= 2 * np.array(least)).all()
+    exact = decode_image(data, replace(fast, decode="exact")).pixels.astype(int)
+    found = decode_image(data, fast).pixels.astype(int)
+    assert found.shape == fast.shape
+    assert 0 < np.abs(found - exact).mean() < 2
+    if fast.pad:
+        assert np.array_equal(found[:, :, 3], exact[:, :, 3])
+    assert decoding(fast) != decoding(FAST), "they decode to other sizes"
+
+
+def test_an_image_that_becomes_too_large_on_its_way_is_rejected() -> None:
+    """A thumbnail's first resize makes a long image far longer."""
+    for fit in ("thumbnail", "aligned_thumbnail"):
+        how = replace(FAST, decode="exact", fit=fit, resize=(40, 30), crop=None)
+        assert decode_image(encoded(noise(3, 90)), how, 100_000).pixels.shape == (40, 30, 3)
+        with pytest.raises(BadImage, match="would be resized to 30×9000 pixels, max_pixels allows 100000"):
+            decode_image(encoded(noise(1, 300)), how, 100_000)
+    with pytest.raises(BadImage, match="would be resized to 30×9000 pixels"):
+        decode_image(encoded(noise(300, 1)), how, 100_000)
 
 
 @pytest.mark.parametrize("turn", range(1, 9))

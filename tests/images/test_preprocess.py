@@ -13,7 +13,8 @@ from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImag
 
 from lora_embed.config.models import Recipe
 from lora_embed.errors import EncoderError
-from lora_embed.images.preprocess import Arithmetic, Preprocessing, from_processor
+from lora_embed.images.preprocess import Arithmetic, Preprocessing, check_geometry
+from lora_embed.images.processors import from_processor
 from lora_embed.model.build import build_encoder
 from lora_embed.model.description import read_description
 from lora_embed.model.encoder import load_encoder
@@ -106,12 +107,11 @@ def test_an_image_size_keeps_the_proportion_of_resize_and_crop() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"do_center_crop": False}, r"\(X, size {'shortest_edge': 256}\) gives images of different sizes\. Set image_size"),
+        ({"do_center_crop": False}, r"X, size {'shortest_edge': 256}, gives images of different sizes\. Set image_size"),
         ({"do_resize": False, "do_center_crop": False}, "gives images of different sizes"),
-        ({"do_pad": True}, r"\(X\) pads images, which is not supported"),
-        ({"size": {"shortest_edge": 256, "longest_edge": 512}}, "expected height and width, or shortest_edge alone"),
-        ({"size": {"longest_edge": 512}}, "expected height and width, or shortest_edge alone"),
-        ({"size": {"max_height": 9, "max_width": 9}}, "expected height and width, or shortest_edge alone"),
+        ({"size": {"shortest_edge": 256, "longest_edge": 512}, "do_center_crop": False, "do_pad": True}, "different sizes"),
+        ({"size": {"longest_edge": 512}}, "expected height and width, or shortest_edge, as image_size in the recipe would set"),
+        ({"size": {"max_height": 9, "max_width": 9}}, "expected height and width, or shortest_edge"),
     ],
 )
 def test_processors_that_no_fixed_size_follows_from(changes: dict[str, Any], message: str) -> None:
@@ -122,7 +122,11 @@ def test_processors_that_no_fixed_size_follows_from(changes: dict[str, Any], mes
 def test_what_was_usual_before_there_was_a_choice_is_not_said() -> None:
     """The gate `processor` compares what encoders say."""
     exact = Preprocessing(resize=256, resample=3, crop=(224, 224), multiply=(1.0, 2.0, 3.0), add=(0.0, 0.5, 1.0))
-    assert not {"decode", "arithmetic"} & exact.settings().keys()
+    assert exact.settings().keys() == {"resize", "resample", "crop", "multiply", "add"}
+    assert replace(exact, pad=(256, 256)).settings()["pad"] == (256, 256)
+    assert replace(exact, fit="rounded", multiple=8, channels="BGR").settings().keys() - exact.settings().keys() == {
+        "fit", "multiple", "channels",
+    }  # fmt: skip
     assert replace(exact, decode="fast").settings()["decode"] == "fast"
     assert replace(exact, arithmetic=Arithmetic(name="pixels-0")).settings()["arithmetic"] == "pixels-0"
 
@@ -161,3 +165,69 @@ def test_fast_is_refused_where_it_saves_nothing_or_is_far_off(tmp_path: Path) ->
         (base / "preprocessor_config.json").write_text(json.dumps(settings | changes))
         with pytest.raises(EncoderError, match=message):
             build_encoder(gather(recipe), tmp_path / "out", lambda line: None)
+
+
+LIKE = Preprocessing(resize=(40, 60), resample=3, crop=None, multiply=(1.0, 2.0, 3.0), add=(0.0, 0.5, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fit": "within"}, "images of different sizes"),
+        ({"fit": "longest"}, r"preprocessing.resize is \(40, 60\), which does not go with fit 'longest'"),
+        (
+            {"fit": "thumbnail", "resize": 40, "crop": (8, 8)},
+            "resize is 40, which does not go with fit 'thumbnail'",
+        ),
+        (
+            {"fit": "rounded", "resize": None, "crop": (8, 8)},
+            "resize is None, which does not go with fit 'rounded'",
+        ),
+        ({"pad": (40, 59)}, "pads images to 40×59 pixels, but some may be larger than that"),
+        ({"pad": (99, 99), "resize": 40}, "pads images to 99×99 pixels, but some may be larger than that"),
+        ({"pad": (99, 99), "fit": "longest", "resize": 40, "multiple": 7}, "multiples of 7, which needs a crop"),
+        ({"pad": (99, 99), "fit": "within", "resize": (40, 100)}, "but some may be larger than that"),
+        ({"pad": (40, 20_000)}, "an edge of 20000 pixels"),
+        ({"multiple": 0}, "an edge of 0 pixels"),
+        ({"multiple": 32}, "the edges after the resize"),
+        ({"resize": 0, "crop": (8, 8)}, "an edge of 0 pixels"),
+    ],
+)
+def test_a_geometry_that_no_processor_has_is_refused(changes: dict[str, Any], message: str) -> None:
+    """An encoder.json may come from a stranger: its images must have one size, and room in their padding."""
+    with pytest.raises(ValueError, match=message):
+        check_geometry(replace(LIKE, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"pad": (40, 60)}, {"pad": (99, 60)}, {"fit": "longest", "resize": 40, "pad": (40, 40)},
+        {"fit": "within", "resize": (40, 90), "pad": (90, 90)}, {"fit": "within", "resize": (40, 90), "crop": (8, 8)},
+        {"fit": "rounded", "resize": 40, "multiple": 8, "crop": (8, 8), "pad": (9, 8)}, {"fit": "aligned_thumbnail"},
+    ],
+)  # fmt: skip
+@settings(max_examples=30)
+@given(st.integers(1, 120), st.integers(1, 120))
+def test_every_image_has_the_shape_that_its_geometry_says(changes: dict[str, Any], width: int, height: int) -> None:
+    preprocessing = replace(LIKE, **changes)
+    check_geometry(preprocessing)
+    assert preprocessing.apply(noise(width, height)).shape == preprocessing.shape
+
+
+def test_no_edge_is_rounded_down_to_nothing() -> None:
+    """Where the processors of transformers fail: an edge of an image that is very long becomes one pixel."""
+    for fit, resize in (("longest", 40), ("within", (30, 40))):
+        preprocessing = replace(LIKE, fit=fit, resize=resize, pad=(40, 40))
+        assert preprocessing.resized_sizes(1000, 1) == [(40, 1)]
+        assert preprocessing.resized_sizes(1, 1000) == [(1, 40)]
+        assert preprocessing.apply(noise(1000, 1))[:, :, 3].sum() == 40
+
+
+def test_padding_is_marked_in_a_fourth_channel() -> None:
+    pixels = replace(LIKE, fit="longest", resize=8, pad=(8, 10)).apply(noise(20, 10))
+    assert pixels.shape == (8, 10, 4)
+    assert pixels[:4, :8, 3].all()
+    assert pixels[:4, :8, :3].any()
+    assert not pixels[4:].any()
+    assert not pixels[:, 8:].any()

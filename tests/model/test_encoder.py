@@ -271,3 +271,24 @@ def test_bytes_are_embedded_as_a_run_decodes_them_and_may_kill_their_decoder_alo
 def test_a_tap_that_the_model_does_not_have_is_refused(tap: str) -> None:
     with pytest.raises(EncoderError, match=f"encoder.json: tap is '{tap}', expected the name of a module of Linear"):
         HiddenState(torch.nn.Linear(1, 1), tap)
+
+
+def test_an_image_is_embedded_in_any_form(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    recipe = Recipe(base_model=str(base), adapters=(), merge_method="none")
+    build_encoder(gather(recipe), tmp_path / "encoder", lambda _line: None)
+    encoder = load_encoder(tmp_path / "encoder")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    path = tmp_path / "image.png"
+    Image.fromarray(pixels).save(path)
+    forms = encoder.embed([Image.fromarray(pixels), path.read_bytes(), path, str(path), pixels])
+    assert len(np.unique(forms, axis=0)) == 1
+    for one in (path, str(path), Image.fromarray(pixels), pixels, path.read_bytes()):
+        with pytest.raises(ConfigError, match=r"embed takes a list of images, found one \w+. Write embed\(\[image\]\)"):
+            encoder.embed(one)
+    with pytest.raises(ConfigError, match=r"found an array of float64, \(40, 50, 3\)"):
+        encoder.embed([pixels / 255.0])
+    with pytest.raises(ConfigError, match="found dict"):
+        encoder.embed([{}])
+    with pytest.raises(ConfigError, match=r"gone.png: cannot be read as an image file \(No such file"):
+        encoder.embed([tmp_path / "gone.png"])

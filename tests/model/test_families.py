@@ -25,13 +25,14 @@ from transformers.core_model_loading import Transpose, WeightConverter
 
 from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.errors import ConfigError, EncoderError
-from lora_embed.images.preprocess import from_processor
-from lora_embed.model.base import load_headless, read_model_config, read_processor
+from lora_embed.images.processors import from_processor
+from lora_embed.model.base import load_headless, read_model_config
 from lora_embed.model.build import build_encoder
 from lora_embed.model.encoder import Encoder, load_encoder
 from lora_embed.model.golden import relative_difference
 from lora_embed.model.ingredients import gather
 from lora_embed.model.locate import head_names, locate, weight_shapes
+from lora_embed.model.processor import read_processor
 from models import FAMILIES, SIZE, SMALL, Family, save_adapter_of, save_base, save_bases, v4_name, with_v4_names
 
 PLAIN, TRAINED = "headless", "classification"
@@ -83,7 +84,7 @@ def by_peft(built: Built, adapter: Path | None) -> NDArray[np.float32]:
     """The classification model's own last hidden states, the adapter beside its weights and not merged."""
     model = built.family.classifier.from_pretrained(built.bases[TRAINED])
     model = PeftModel.from_pretrained(model, adapter) if adapter else model
-    processor = read_processor(built.bases[PLAIN])
+    processor = read_processor(built.bases[PLAIN]).made
     pixels = torch.tensor(np.concatenate([processor(image)["pixel_values"] for image in images()]))
     return pooled(model.eval()(pixel_values=pixels, output_hidden_states=True).hidden_states[-1])
 
@@ -184,7 +185,7 @@ def test_adapter_of_a_dual_encoder_counts_for_its_images(family: str, tmp_path: 
     assert 0 < len(vision) < len(tensors)
     with torch.inference_mode():
         model = PeftModel.from_pretrained(AutoModel.from_pretrained(bases["dual"]), adapter).base_model.model.eval()
-        processor = read_processor(bases["dual"])
+        processor = read_processor(bases["dual"]).made
         pixels = torch.tensor(np.concatenate([processor(image)["pixel_values"] for image in images()]))
         expected = pooled(model.vision_model(pixel_values=pixels, output_hidden_states=True).hidden_states[-1])
     assert relative_difference(encoder.embed(images()), expected) <= 1e-5
@@ -312,7 +313,7 @@ def test_another_size_is_taken_where_the_model_takes_it(family: str, tmp_path: P
 @pytest.mark.parametrize(("edge", "size"), [(32, 32), (224, 224), (384, 384), (400, 400)])
 @pytest.mark.parametrize("override", [False, True])
 def test_convnext_crops_what_is_small_and_squares_what_is_large(edge: int, size: int, override: bool, tmp_path: Path) -> None:
-    processor = read_processor(save_base(tmp_path / "base", "convnext"))
+    processor = read_processor(save_base(tmp_path / "base", "convnext")).made
     settings = processor.to_dict() | ({} if override else {"size": {"shortest_edge": edge}})
     preprocessing, changed = from_processor(settings, edge if override else None)
     assert preprocessing.size == (size, size)

@@ -26,13 +26,13 @@ from transformers import PreTrainedModel
 from jobs import ROOT
 from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.model.adapter import read_adapter
-from lora_embed.model.base import read_processor
 from lora_embed.model.base_files import find_base
 from lora_embed.model.build import build_encoder
 from lora_embed.model.encoder import Encoder, load_encoder
 from lora_embed.model.golden import relative_difference
 from lora_embed.model.ingredients import gather
 from lora_embed.model.match import match_adapter, target_of
+from lora_embed.model.processor import read_processor
 from models import FAMILIES, edit_tensors, save_bases
 
 DOCS = ROOT / "docs" / "adapters.md"
@@ -230,7 +230,7 @@ def images() -> list[Image.Image]:
 @torch.inference_mode()
 def vectors(model: Any, made: Made, dtype: torch.dtype = torch.float32) -> Vectors:
     """The guide's vectors, of any classification model."""
-    processor = read_processor(made.bases["headless"])
+    processor = read_processor(made.bases["headless"]).made
     pixels = torch.tensor(np.concatenate([processor(image)["pixel_values"] for image in images()])).to(dtype)
     states = model.eval()(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
     return states.mean(dim=1).double().numpy()  # type: ignore[no-any-return]

@@ -1,10 +1,12 @@
 """What Prometheus gets from the metrics endpoint of a run's node."""
 
+import os
 import re
 import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import ray
@@ -119,3 +121,23 @@ def test_a_scrape_shows_what_a_run_did(tmp_path: Path) -> None:
     assert found["version", ""] == 1
     assert before <= found["run_start_timestamp_seconds", ""] <= found["last_chunk_timestamp_seconds", ""] <= time.time()
     assert [run_id for name, run_id in found if name == "run_info"] == [path.name for path in Path(job.table, "runs").iterdir()]
+
+
+@pytest.mark.parametrize("name", ["Löwen", "表", "\U0001f600", os.fsdecode(b"caf\xe9")])
+def test_a_tables_name_beyond_ascii_is_a_label_all_the_same(name: str) -> None:
+    table = f"/data/{name}"
+    meters = Meters(table, "1", 1.0)
+    meters.show(Effort(shards=3), None)
+    assert not meters._has_failed
+    assert meters._table == f"/data/{quote(os.fsencode(name))}"
+
+
+def test_metrics_that_ray_does_not_take_do_not_end_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken(Meters):
+        def _set(self, name: str, value: float, **tags: str) -> None:
+            raise UnicodeEncodeError("ascii", "é", 0, 1, "ordinal not in range(128)")
+
+    meters = Broken("table", "1", 1.0)
+    for _ in range(2):
+        meters.show(Effort(shards=3), None)
+    assert capsys.readouterr().err.count("metrics could not be recorded") == 1

@@ -179,3 +179,13 @@ def test_a_table_of_ten_thousand_files_opens_fast(tmp_path: Path) -> None:
     print(f"as a dataset in {dataset_s:.2f} s, first lookup {first_s:.2f} s, then {lookup_s * 1000:.1f} ms")
     assert open_s < 5
     assert lookup_s < 0.5
+
+
+def test_a_table_opens_by_a_path_and_shows_itself_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shards = {f"{number:06d}.tar": ([f"{number}"], noise_vectors(1)) for number in range(50)}
+    table = publish_vectors(tmp_path / "table", shards)
+    for place in (tmp_path / "table", str(tmp_path / "table"), "~/table", Path("~/table")):
+        assert open_table(place).manifest == table.manifest
+    line = f"<Table {tmp_path}/table: version 1, 50 vectors of {table.dimension} numbers, space {SPACE}>"
+    assert repr(open_table("~/table")) == line

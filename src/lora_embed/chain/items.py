@@ -96,7 +96,7 @@ class Pass:
         return self.preparations[0] if len(self.preparations) == 1 else Joint(parts=self.preparations)
 
     def split(self, prepared: Pixels) -> dict[Preprocessing, Pixels]:
-        """The output of `prepare` for n images → pixels (n, H, W, 3) for each preparation."""
+        """The output of `prepare` for n images → pixels of its `shape` for each preparation."""
         prepare = self.prepare
         parts = prepare.split(prepared) if isinstance(prepare, Joint) else [prepared]
         return dict(zip(self.preparations, parts, strict=True))

@@ -1,6 +1,5 @@
 """`lora-embed evaluate` and `jobs/evaluate.py`: make a request from options, evaluate it, print and write the result."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -8,6 +7,7 @@ import typer
 
 from lora_embed.cli.options import Group, Json, MessageLog, input_of, options_like, read_as
 from lora_embed.config.models import JobConfig
+from lora_embed.config.paths import absolute
 from lora_embed.config.values import PrecisionOrAuto
 from lora_embed.errors import ConfigError, StorageError
 from lora_embed.monitor.progress import LogFormat
@@ -48,8 +48,8 @@ def evaluate(
 
     job = input_of(data or [])
     request = Request(
-        recipes=tuple(_absolute(path) for path in recipe or ()),
-        inputs=tuple(_absolute(path) for path in data or ()) if job is None else job.input,
+        recipes=tuple(absolute(Path.cwd(), path) for path in recipe or ()),
+        inputs=tuple(absolute(Path.cwd(), path) for path in data or ()) if job is None else job.input,
         labels=tuple(label or ()),
         group=group,
         split=split,
@@ -61,7 +61,7 @@ def evaluate(
         heads=dict(_pair("--head", "ADAPTER=FIELD", text) for text in head or ()),
         head_classes=dict(_read_classes(text) for text in classes or ()),
         precision=precision,
-        work=None if work is None else _absolute(work),
+        work=None if work is None else absolute(Path.cwd(), work),
         shared_filesystem=shared_filesystem,
         **({} if job is None else _reached_as(job, work or "")),
     )
@@ -111,8 +111,3 @@ def _read_classes(text: str) -> tuple[str, tuple[str, ...]]:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise ConfigError(f"--classes {text}: {path} cannot be read: {reason}. Give a file with one class per line.") from None
     return name, tuple(line.strip() for line in lines if line.strip())
-
-
-def _absolute(path: str) -> str:
-    """Make a path absolute, since workers have other current folders."""
-    return path if "://" in path or not path else os.path.abspath(os.path.expanduser(path))

@@ -6,6 +6,7 @@ from typing import Any
 
 from lora_embed.errors import ConfigError
 from lora_embed.store import hub
+from lora_embed.store.place import check_uri
 
 
 def with_absolute_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -13,16 +14,18 @@ def with_absolute_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     data = dict(data)
     for key in ("recipe", "table"):
         if isinstance(data.get(key), str):
-            data[key] = _absolute(folder, data[key])
+            data[key] = absolute(folder, data[key])
     for key in ("input", "reference_roots"):
         if isinstance(data.get(key), str):
-            data[key] = _absolute(folder, data[key])
+            data[key] = absolute(folder, data[key])
         elif isinstance(data.get(key), list):
-            data[key] = [_absolute(folder, value) if isinstance(value, str) else value for value in data[key]]
+            data[key] = [absolute(folder, value) if isinstance(value, str) else value for value in data[key]]
     return data
 
 
-def _absolute(folder: Path, value: str) -> str:
+def absolute(folder: Path, value: str) -> str:
+    """A URI as it is, or a path from `folder` on. Raises ConfigError for what looks like a URI and is none."""
+    check_uri(value)
     return value if "://" in value or not value else os.path.normpath(folder / os.path.expanduser(value))
 
 
@@ -35,7 +38,7 @@ def base_place(folder: Path, value: str, where: str) -> str:
 
 def local_place(folder: Path, value: str, where: str) -> str:
     """An absolute path or a URI. A path that does not exist and could also name a repository of the hub is refused."""
-    path = _absolute(folder, value)
+    path = absolute(folder, value)
     if "/" in value and hub.may_be_repository(value) and not os.path.exists(path):
         raise ConfigError(f"{where} is {value}, but {hub.no_directory(value, folder)}")
     return path

@@ -88,9 +88,9 @@ def _decode(data: bytes, preprocessing: Prepare, max_pixels: int) -> Decoded:
         _check_passes(data, image, max_pixels)
         image, size, part = _load(image, preprocessing)
         for encoder_preprocessing in preprocessing.parts:
-            width, height = encoder_preprocessing.resized_size(*size)
-            _check_area(width, height, max_pixels, "would be resized to")
-            _check_area(width, image.height, max_pixels, "would be resized through")  # Pillow resizes the rows first
+            for width, height in encoder_preprocessing.resized_sizes(*size):
+                _check_area(width, height, max_pixels, "would be resized to")
+                _check_area(width, image.height, max_pixels, "would be resized through")  # Pillow resizes the rows first
         return Decoded(preprocessing.apply(image, size, part), *size)
     except (LoraEmbedError, BadImage, MemoryError):
         raise

@@ -1,7 +1,7 @@
-"""The image processor's resize and crop on uint8, by Pillow alone; its rescaling as one multiply-add for the device.
+"""The image processor's resize, crop and padding on uint8, by Pillow alone; its rescaling as one multiply-add for the device.
 
 So decode workers need neither torch nor transformers, and pixels travel as bytes. The pixels equal those of the Hugging Face
-PIL processor bit for bit: `build_encoder` checks that for every encoder.
+PIL processor bit for bit: `build_encoder` checks that for every encoder. `processors` reads a processor's settings.
 """
 
 import itertools
@@ -13,11 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lora_embed.errors import EncoderError
+from lora_embed.images import fit
+from lora_embed.images.fit import Fit, Resize
 
 Pixels = NDArray[np.uint8]
 Decoding = Literal["exact", "fast"]
+Channels = Literal["RGB", "BGR"]
 Box = tuple[float, float, float, float]
+MOST_PIXELS = 16_384  # along an edge of a prepared image
 PILLOW_13 = "pillow-13"  # decodes and resizes like Pillow 13.0.0; the arithmetic of encoders that do not name theirs
 
 
@@ -32,24 +35,27 @@ class Arithmetic:
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How an image becomes a model's input: resize, centre crop, then `pixel · multiply + add` for each channel."""
+    """How an image becomes a model's input: resize, centre crop, `pixel · multiply + add` for each channel, then padding."""
 
-    resize: tuple[int, int] | int | None  # (height, width), or the shorter edge
+    resize: Resize | None  # (height, width), or an edge: as `fit` says
     resample: int  # Pillow's filter number
     crop: tuple[int, int] | None  # (height, width)
     multiply: tuple[float, float, float]
     add: tuple[float, float, float]
     decode: Decoding = "exact"  # fast: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is still large enough
     arithmetic: Arithmetic = Arithmetic()
+    fit: Fit = "plain"  # the rule by which the size after the resize follows from `resize` and the image
+    multiple: int = 1  # the edges after the resize are rounded up to multiples of this
+    pad: tuple[int, int] | None = None  # (height, width); zeros on the right and at the bottom of the model's input
+    channels: Channels = "RGB"
 
     def settings(self) -> dict[str, Any]:
-        """The settings that are hashed and written. `decode` and `arithmetic` are left out at their oldest values.
+        """The settings that are hashed and written. Those that were added later are left out at their defaults.
 
-        Older encoders did not write these two, and must stay equal to newer ones with the same settings.
+        Older encoders did not write them, and must stay equal to newer ones with the same settings.
         """
         settings = asdict(self) | {"arithmetic": self.arithmetic.name}
-        usual = {"decode": "exact", "arithmetic": PILLOW_13}
-        return {key: value for key, value in settings.items() if key not in usual or value != usual[key]}
+        return {key: value for key, value in settings.items() if key not in _ADDED or value != _ADDED[key]}
 
     @property
     def parts(self) -> tuple["Preprocessing", ...]:
@@ -58,48 +64,64 @@ class Preprocessing:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(height, width, 3) of every prepared image."""
-        return (*self.size, 3)
+        """(height, width, channels) of every prepared image: 3 channels, or 4 with padding, where the last one marks it."""
+        return (*self.size, 3 if self.pad is None else 4)
+
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        """(height, width) of every prepared image; None if they have different sizes, which no encoder allows."""
+        stretched = self.resize if isinstance(self.resize, tuple) and self.fit != "within" else None
+        return self.pad or self.crop or stretched
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of every prepared image."""
-        if self.crop is not None:
-            return self.crop
-        assert isinstance(self.resize, tuple)
-        return self.resize
+        assert self.fixed_size is not None
+        return self.fixed_size
 
-    def resized_size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) after the resize, rounded like in the Hugging Face processors."""
-        if self.resize is None:
-            return width, height
-        if isinstance(self.resize, tuple):
-            return self.resize[1], self.resize[0]
-        short, long = min(width, height), max(width, height)
-        longer = int(self.resize * long / short)
-        return (self.resize, longer) if width <= height else (longer, self.resize)
+    def resized_sizes(self, width: int, height: int) -> list[tuple[int, int]]:
+        """(width, height) after each resize of an image of this size."""
+        return [] if self.resize is None else fit.sizes(self.fit, self.resize, self.multiple, width, height)
+
+    def is_turned(self, width: int, height: int) -> bool:
+        """True if an image of this size is turned by 90° before it is resized."""
+        return self.resize is not None and fit.is_turned(self.fit, self.resize, width, height)
 
     def least_size(self, width: int, height: int) -> tuple[int, int]:
         """The smallest (width, height) that `fast` may decode an image to: twice its size after the resize, turned or not."""
-        if isinstance(self.resize, tuple):
-            width = height = max(self.resize)
-        else:
-            width, height = self.resized_size(width, height)
-        return 2 * width, 2 * height
+        if self.resize is None:
+            return 2 * width, 2 * height
+        least = self.resized_sizes(width, height)[0]
+        if isinstance(self.resize, tuple) and self.fit == "plain":
+            least = (max(least), max(least))
+        elif self.is_turned(width, height):
+            least = least[::-1]
+        return 2 * least[0], 2 * least[1]
 
     def apply(self, image: Image.Image, size: tuple[int, int] | None = None, part: Box | None = None) -> Pixels:
-        """An RGB image → uint8 pixels (height, width, 3).
+        """An RGB image → uint8 pixels of `shape`.
 
         For an image that was decoded smaller, `size` is its whole (width, height) and `part` the box that it fills.
         """
+        size = size or image.size
+        if self.is_turned(*size):
+            part = part and (image.height - part[3], part[0], image.height - part[1], part[2])
+            image = image.transpose(Image.Transpose.ROTATE_270)
         # The whole image is resized, also the part that the crop removes: Pillow 13 orders its two passes by their cost, and
         # another order gives other bits. It is also resized to an equal size: like the processor, Pillow then copies it.
-        if self.resize is not None:
-            target = self.resized_size(*(size or image.size))
-            image = image.resize(target, Image.Resampling(self.resample), part)
-        if self.crop is None:
-            return np.asarray(image)
-        return _center_crop(np.asarray(image), self.crop)
+        for target in self.resized_sizes(*size):
+            image, part = image.resize(target, Image.Resampling(self.resample), part), None
+        pixels = np.asarray(image)
+        if self.crop is not None:
+            pixels = _center_crop(pixels, self.crop)
+        elif self.fit in fit.THUMBNAILS:
+            pixels = _centred(pixels, self.size)
+        if self.channels == "BGR":
+            pixels = np.ascontiguousarray(pixels[:, :, ::-1])
+        return pixels if self.pad is None else _padded(pixels, self.pad)
+
+
+_ADDED = {"decode": "exact", "arithmetic": PILLOW_13, "fit": "plain", "multiple": 1, "pad": None, "channels": "RGB"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +158,28 @@ class Joint:
 
 def decoding(preprocessing: Preprocessing) -> tuple[Any, ...]:
     """The settings that two preprocessings must share to use one decoded image: `fast` decodes for a certain resize."""
-    return (preprocessing.decode, preprocessing.resize if preprocessing.decode == "fast" else None)
+    resize = (preprocessing.resize, preprocessing.fit, preprocessing.multiple)
+    return (preprocessing.decode, resize if preprocessing.decode == "fast" else None)
+
+
+def check_geometry(preprocessing: Preprocessing) -> None:
+    """Raises ValueError for images of different sizes, too large ones, or a geometry that no processor has."""
+    rule, resize, crop, pad = preprocessing.fit, preprocessing.resize, preprocessing.crop, preprocessing.pad
+    edges = resize if isinstance(resize, tuple) else (resize if resize is not None else 1,)
+    lengths = [*(crop or ()), *(pad or ()), *edges, preprocessing.multiple]
+    wrong = [length for length in lengths if not 1 <= length <= MOST_PIXELS]
+    if wrong:
+        raise ValueError(f"preprocessing gives images with an edge of {wrong[0]} pixels, expected 1 to {MOST_PIXELS:,}")
+    if rule != "plain" and (resize is None or (len(edges) == 2) != (rule in fit.PAIRS)):
+        raise ValueError(f"preprocessing.resize is {resize}, which does not go with fit {rule!r}")
+    if preprocessing.fixed_size is None:
+        raise ValueError("preprocessing gives images of different sizes: resize has no height and width, and crop is null")
+    if preprocessing.multiple != 1 and crop is None:
+        raise ValueError(f"the edges after the resize are multiples of {preprocessing.multiple}, which needs a crop")
+    height, width = preprocessing.fixed_size
+    largest = crop or (fit.largest(rule, resize) if resize is not None and preprocessing.multiple == 1 else None)
+    if pad is not None and (largest is None or largest[0] > height or largest[1] > width):
+        raise ValueError(f"preprocessing pads images to {height}×{width} pixels, but some may be larger than that")
 
 
 def _center_crop(pixels: Pixels, crop: tuple[int, int]) -> Pixels:
@@ -154,101 +197,19 @@ def _center_crop(pixels: Pixels, crop: tuple[int, int]) -> Pixels:
     return pixels
 
 
-def from_processor(
-    processor: dict[str, Any], image_size: int | None, decode: Decoding = "exact"
-) -> tuple[Preprocessing, dict[str, Any]]:
-    """Read a Hugging Face processor's settings. Returns a `Preprocessing`, and the settings changed for `image_size`.
+def _centred(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """Pad with zeros on all sides; where that is uneven, the right and the bottom get one row more."""
+    room = [length - image_length for length, image_length in zip(size, pixels.shape, strict=False)]
+    return np.pad(pixels, [*((space // 2, space - space // 2) for space in room), (0, 0)])
 
-    `image_size` overrides the size of the model's input; a resize before a crop changes in proportion.
-    Raises EncoderError for settings that give images of different sizes, or that are not supported.
+
+def _padded(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """Pad on the right and at the bottom, and add a channel that is 1 for the image and 0 for the padding.
+
+    The padding is 0 after normalisation, which no pixel of 8 bits is. So the device multiplies the others by that channel.
     """
-    settings = dict(processor)
-    kind, size = settings.get("image_processor_type"), settings.get("size") or {}
-    if image_size is not None:
-        _set_image_size(settings, size, image_size)
-        size = settings["size"]
-    resize, crop = _resize_and_crop(settings, size)
-    if crop is None and not isinstance(resize, tuple):
-        raise EncoderError(
-            f"the image processor ({kind}, size {size}) gives images of different sizes. "
-            "Set image_size in the recipe, or use a processor with a square size or a centre crop."
-        )
-    if settings.get("do_pad"):
-        raise EncoderError(f"the image processor ({kind}) pads images, which is not supported. Use a processor that does not.")
-    multiply, add = _multiply_and_add(settings)
-    preprocessing = Preprocessing(
-        resize=resize,
-        resample=int(settings["resample"]) if settings.get("resample") is not None else 2,  # 0 is a filter: nearest
-        crop=crop,
-        multiply=multiply,
-        add=add,
-        decode=decode,
-    )
-    return preprocessing, settings
-
-
-def _multiply_and_add(settings: dict[str, Any]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    scale = float(settings["rescale_factor"]) if settings.get("do_rescale", True) else 1.0
-    normalise = settings.get("do_normalize", True)
-    mean = [float(value) for value in settings["image_mean"]] if normalise else [0.0] * 3
-    std = [float(value) for value in settings["image_std"]] if normalise else [1.0] * 3
-    if len(mean) != 3 or len(std) != 3 or 0 in std:
-        raise EncoderError(
-            f"the image processor has image_mean {mean} and image_std {std}; expected three numbers each, and no 0 in "
-            "image_std. Correct the base's preprocessor_config.json."
-        )
-    return (scale / std[0], scale / std[1], scale / std[2]), (-mean[0] / std[0], -mean[1] / std[1], -mean[2] / std[2])
-
-
-def _set_image_size(settings: dict[str, Any], size: dict[str, Any], image_size: int) -> None:
-    square = {"height": image_size, "width": image_size}
-    crop = settings.get("crop_size") if settings.get("do_center_crop") else None
-    if _is_convnext(settings):
-        settings["size"] = {"shortest_edge": image_size}
-    elif crop is None:
-        settings["size"] = square
-    else:
-        factor = image_size / min(int(crop["height"]), int(crop["width"]))
-        settings["size"] = {edge: round(int(length) * factor) for edge, length in size.items() if length}
-        settings["crop_size"] = square
-
-
-def _resize_and_crop(
-    settings: dict[str, Any], size: dict[str, Any]
-) -> tuple[tuple[int, int] | int | None, tuple[int, int] | None]:
-    if _is_convnext(settings) and settings.get("do_resize", True):
-        return _convnext_resize_and_crop(settings, size)
-    crop = settings.get("crop_size") if settings.get("do_center_crop") else None
-    return _resize_of(settings, size), (int(crop["height"]), int(crop["width"])) if crop else None
-
-
-def _is_convnext(settings: dict[str, Any]) -> bool:
-    return str(settings.get("image_processor_type")).startswith("ConvNext")
-
-
-def _convnext_resize_and_crop(
-    settings: dict[str, Any], size: dict[str, Any]
-) -> tuple[tuple[int, int] | int, tuple[int, int] | None]:
-    """ConvNeXT's `size` is the size of a centre crop below 384 pixels, and of a square resize without crop from 384 on."""
-    if not size.get("shortest_edge"):
-        raise EncoderError(
-            f"the image processor's size is {size}; expected a shortest_edge, as {settings['image_processor_type']} needs. "
-            "Correct the base's preprocessor_config.json."
-        )
-    edge = int(size["shortest_edge"])
-    if edge >= 384:
-        return (edge, edge), None
-    return int(edge / float(settings["crop_pct"])), (edge, edge)
-
-
-def _resize_of(settings: dict[str, Any], size: dict[str, Any]) -> tuple[int, int] | int | None:
-    if not settings.get("do_resize", True):
-        return None
-    if size.get("height") and size.get("width"):
-        return int(size["height"]), int(size["width"])
-    if size.get("shortest_edge") and not size.get("longest_edge"):
-        return int(size["shortest_edge"])
-    raise EncoderError(
-        f"the image processor's size is {size}; expected height and width, or shortest_edge alone. "
-        "Correct the base's preprocessor_config.json."
-    )
+    padded = np.zeros((*size, 4), np.uint8)
+    pixels = pixels[: size[0], : size[1]]  # the fit "within" leaves an image as it is that would shrink by less than a pixel
+    height, width = pixels.shape[:2]
+    padded[:height, :width, :3], padded[:height, :width, 3] = pixels, 1
+    return padded

@@ -13,18 +13,11 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoImageProcessor, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from lora_embed.errors import EncoderError
-from lora_embed.model.files import (
-    MODEL_CONFIG,
-    PROCESSOR_FILES,
-    own_file,
-    own_files,
-    read_json,
-    weight_files,
-)
+from lora_embed.model.files import MODEL_CONFIG, own_file, read_json, weight_files
 from lora_embed.text import in_one_line
 
 # Errors of transformers and torch for a damaged configuration or damaged weights.
@@ -253,18 +246,6 @@ def _check_takes_images(config: PretrainedConfig, where: str) -> None:
             f"{where}: {model.__name__} takes videos, but a base must take single images. Name a vision model such as ViT, "
             "DINOv2, CLIP or SigLIP."
         )
-
-
-def read_processor(folder: Path) -> Any:
-    """The image processor. Always the PIL one: where torchvision is installed, the default would make other pixels."""
-    own_files(folder, (MODEL_CONFIG, *PROCESSOR_FILES))
-    try:
-        return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-    except _LIBRARY_ERRORS as error:
-        reason = in_one_line(error)
-        raise EncoderError(
-            f"{folder}/preprocessor_config.json: is not that of a known image processor: {reason}. {_ANOTHER}"
-        ) from None
 
 
 def model_class(config: PretrainedConfig) -> Any:

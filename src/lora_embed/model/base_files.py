@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_embed.errors import ChangedMeanwhile, EncoderError
-from lora_embed.model.files import MODEL_CONFIG, MODEL_INDEX, PROCESSOR_FILES, model_files, own_file, own_files
+from lora_embed.model.files import MODEL_CONFIG, MODEL_INDEX, PROCESSOR_FILES, model_files, own_file, own_files, read_json
 from lora_embed.model.follow import ADVICE
 from lora_embed.store import hub
 from lora_embed.store.fetch import fetch_directory
@@ -33,10 +33,24 @@ def find_base(uri: str, revision: str | None, *, asks_hub: bool = True) -> Base:
     if own_file(folder, MODEL_CONFIG) is None:
         raise EncoderError(f"{uri}: is not a Hugging Face model directory: it has no config.json. Name the model's directory.")
     if not own_files(folder, PROCESSOR_FILES):
+        if _is_of_timm(folder):
+            raise EncoderError(
+                f"{uri}: is a model in the form of the library timm, which has other weights and no image processor. Name the "
+                "same model in the form of transformers, with a preprocessor_config.json."
+            )
         raise EncoderError(
             f"{uri}: has no preprocessor_config.json, which says how images are prepared. Save the image processor there."
         )
     return Base(uri=uri, folder=folder, content_hash=_hash(model_files(folder, uri)))
+
+
+def _is_of_timm(folder: Path) -> bool:
+    path = own_file(folder, MODEL_CONFIG)
+    try:
+        config = read_json(path) if path is not None else None
+    except ValueError:
+        return False
+    return isinstance(config, dict) and ("pretrained_cfg" in config or config.get("model_type") == "timm_wrapper")
 
 
 def _fetch(uri: str, revision: str | None, asks_hub: bool) -> Path:

@@ -13,12 +13,14 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from lora_embed.errors import ConfigError, EncoderError
+from lora_embed.config.models import Recipe
+from lora_embed.errors import ConfigError, EncoderError, StorageError
 from lora_embed.images.arithmetic import with_golden
-from lora_embed.images.preprocess import Preprocessing, from_processor
+from lora_embed.images.preprocess import Preprocessing
+from lora_embed.images.processors import from_processor
 from lora_embed.model import golden
-from lora_embed.model.adapter import PROCESSOR_NAME, check_adapter, first_names
-from lora_embed.model.base import load_headless, read_processor
+from lora_embed.model.adapter import PROCESSOR_NAME, SavedAdapter, check_adapter, first_names
+from lora_embed.model.base import load_headless
 from lora_embed.model.base_files import Base, check_base
 from lora_embed.model.description import BaseReference, Description, read_description, write_description
 from lora_embed.model.encoder import Encoder, golden_pixels
@@ -28,6 +30,7 @@ from lora_embed.model.ingredients import Ingredients, with_recipe
 from lora_embed.model.match import Adapter, match_adapter, target_of
 from lora_embed.model.member import Member, fold_members, prove_members, write_member
 from lora_embed.model.prepare import checked_preprocessing, golden_images
+from lora_embed.model.processor import read_processor
 from lora_embed.model.report import write_report
 from lora_embed.model.space import VERSION, space_id_of
 from lora_embed.store import hub
@@ -180,16 +183,23 @@ def _notes(ingredients: Ingredients, preprocessing: Preprocessing) -> list[str]:
             f"the adapters say that they were trained on {first_names(strangers)}, but are merged into {ingredients.base.uri}. "
             "That is right if both are the same model under two names; only the shapes could be compared"
         )
-    for saved in ingredients.adapters:
-        if (saved.folder / PROCESSOR_NAME).is_file():
-            settings = read_processor(saved.folder).to_dict()
-            adapter_preprocessing, _ = from_processor(settings, ingredients.recipe.image_size, ingredients.recipe.decode)
-            if replace(adapter_preprocessing, arithmetic=preprocessing.arithmetic) != preprocessing:
-                notes.append(
-                    f"{saved.uri} holds a {PROCESSOR_NAME} that prepares images in another way than the base's, which is used: "
-                    f"{adapter_preprocessing} instead of {preprocessing}"
-                )
+    notes += [note for saved in ingredients.adapters if (note := _processor_note(saved, preprocessing, ingredients.recipe))]
     return notes
+
+
+def _processor_note(saved: SavedAdapter, preprocessing: Preprocessing, recipe: Recipe) -> str | None:
+    """What differs between the image processor beside an adapter and the base's, which is used in any case."""
+    if not (saved.folder / PROCESSOR_NAME).exists():
+        return None
+    file = f"{saved.uri} holds a {PROCESSOR_NAME}"
+    try:
+        own, _ = from_processor(read_processor(saved.folder).settings, recipe.image_size, recipe.decode)
+    except (EncoderError, StorageError) as error:
+        reason = in_one_line(error, 300)
+        return f"{file}, which could not be compared with the base's. The build uses the base's and goes on. Reason: {reason}"
+    if replace(own, arithmetic=preprocessing.arithmetic) == preprocessing:
+        return None
+    return f"{file} that prepares images in another way than the base's, which is used: {own} instead of {preprocessing}"
 
 
 @torch.inference_mode()
@@ -201,7 +211,7 @@ def _describe(
     pixels: np.ndarray[Any, Any],
 ) -> Description:
     recipe, base, model = ingredients.recipe, ingredients.base, models[0]
-    values = torch.tensor(pixels[:2]).permute(0, 3, 1, 2).float() / 255  # two images show what differs between images
+    values = torch.tensor(pixels[:2, ..., :3]).permute(0, 3, 1, 2).float() / 255  # two images show what differs between images
     try:
         state = find_state(model, values, recipe.pooling)
     except ValueError as error:  # for example, the model takes images of another size

@@ -11,7 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from lora_embed.config.values import Pooling
 from lora_embed.errors import EncoderError
-from lora_embed.images.preprocess import Arithmetic, Preprocessing
+from lora_embed.images.preprocess import Arithmetic, Preprocessing, check_geometry
 from lora_embed.model import golden
 from lora_embed.model.files import (
     ADAPTER_CONFIG,
@@ -27,7 +27,6 @@ from lora_embed.model.files import (
 DESCRIPTION = "encoder.json"
 REPORT = "merge_report.json"
 FORMAT = 1
-MOST_PIXELS = 16_384  # along an edge of a prepared image
 _ABOUT = (
     DESCRIPTION, REPORT, "recipe.yaml", "README.md", *PROCESSOR_FILES,
     *(f"{golden.FOLDER}/{name}" for name in (golden.VECTORS, *golden.NAMES)),
@@ -136,11 +135,7 @@ def read_description(folder: Path) -> Description:
 def _check(description: Description) -> None:
     """Raises ValueError for values that have the right type, but that no encoder can have."""
     geometry = description.preprocessing
-    lengths = [*(geometry.crop or ()), *(geometry.resize if isinstance(geometry.resize, tuple) else [geometry.resize or 1])]
-    if not all(1 <= length <= MOST_PIXELS for length in lengths):
-        raise ValueError(f"preprocessing gives images with an edge of {max(lengths)} pixels, expected 1 to {MOST_PIXELS:,}")
-    if geometry.crop is None and not isinstance(geometry.resize, tuple):
-        raise ValueError("preprocessing gives images of different sizes: resize has no height and width, and crop is null")
+    check_geometry(geometry)
     if geometry.resample not in range(6):
         raise ValueError(f"preprocessing.resample is {geometry.resample}, expected one of Pillow's filters, 0 to 5")
     if not all(math.isfinite(number) for number in (*geometry.multiply, *geometry.add)):

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from lora_embed.errors import EncoderError, IncompleteRun
+from lora_embed.errors import ConfigError, EncoderError, IncompleteRun
 from lora_embed.images.arithmetic import check_arithmetic, check_golden_pixels
 from lora_embed.images.decode import BadImage, decode_image, to_rgb
 from lora_embed.images.isolate import IsolatedDecoder
@@ -70,25 +70,37 @@ class Encoder:
         """Length d of a vector."""
         return self.description.dimension
 
-    def embed(self, images: Sequence[Image.Image | bytes]) -> NDArray[np.float32]:
+    def embed(self, images: Sequence[Image.Image | bytes | str | Path | NDArray[np.uint8]]) -> NDArray[np.float32]:
         """Images of any size and mode → float32 (n, d).
 
-        Bytes of a file are decoded like in a run, in a child process that a hostile image may kill; each call starts a new
+        An image is a Pillow image, the bytes or the path of a file, or an array of pixels, uint8 (H, W) or (H, W, 3). Bytes of
+        a file are decoded like in a run, in a child process that a hostile image may kill; each call starts a new
         child. An opened Pillow image is decoded in this process. Raises BadImage, with a reason such as `decoder_crashed`,
-        for bytes that cannot be decoded.
+        for bytes that cannot be decoded, ConfigError for what is no list of images.
         """
+        if isinstance(images, Image.Image | bytes | str | Path | np.ndarray):
+            raise ConfigError(f"embed takes a list of images, found one {type(images).__name__}. Write embed([image]).")
         with IsolatedDecoder() as decode:
             prepared = [self._prepared(image, decode) for image in images]
-        height, width = self.description.preprocessing.size
-        return self.embed_pixels(np.stack(prepared) if prepared else np.empty((0, height, width, 3), np.uint8))
+        shape = self.description.preprocessing.shape
+        return self.embed_pixels(np.stack(prepared) if prepared else np.empty((0, *shape), np.uint8))
 
-    def _prepared(self, image: Image.Image | bytes, decode: IsolatedDecoder) -> Pixels:
+    def _prepared(self, image: Any, decode: IsolatedDecoder) -> Pixels:
         preprocessing = self.description.preprocessing
+        if isinstance(image, str | Path):
+            image = _bytes_of(image)
+        elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
+            image = Image.fromarray(image)
+        if not isinstance(image, Image.Image | bytes):
+            kind = f"an array of {image.dtype}, {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise ConfigError(
+                f"embed takes Pillow images, bytes or paths of image files, or uint8 arrays (H, W, 3); found {kind}."
+            )
         return decode(image, preprocessing).pixels if isinstance(image, bytes) else preprocessing.apply(to_rgb(image))
 
     @torch.inference_mode()
     def embed_pixels(self, pixels: Pixels) -> NDArray[np.float32]:
-        """Prepared uint8 pixels (n, H, W, 3) → float32 (n, d), on the host. Raises IncompleteRun if memory is too small."""
+        """Prepared uint8 pixels (n, *shape) → float32 (n, d), on the host. Raises IncompleteRun if memory is too small."""
         try:
             vectors = [self._forward(batch) for batch in self._batches(pixels)]
             return torch.cat(vectors)[: len(pixels)].cpu().numpy() if vectors else np.empty((0, self.dimension), np.float32)
@@ -138,15 +150,26 @@ class Encoder:
         return copied
 
     def _forward(self, batch: torch.Tensor) -> torch.Tensor:
-        """uint8 (b, H, W, 3) on the device → float32 (b, d) there."""
+        """uint8 pixels (b, *shape) on the device → float32 (b, d) there."""
         values = batch.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        values = torch.addcmul(self._add, values, self._multiply, out=values).to(self._dtype)
+        if self.description.preprocessing.pad is None:
+            values = torch.addcmul(self._add, values, self._multiply, out=values)
+        else:
+            values = torch.addcmul(self._add, values[:, :3], self._multiply) * values[:, 3:]  # 0 in the padding
+        values = values.to(self._dtype)
         vectors = torch.cat([self._pool(state(values).float()) for state in self._hidden_states], dim=1)
         return functional.normalize(vectors, dim=1) if self.description.normalize else vectors
 
 
+def _bytes_of(path: str | Path) -> bytes:
+    try:
+        return Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read as an image file ({error.strerror or error}). Correct the path.") from None
+
+
 def golden_pixels(images: dict[str, bytes], preprocessing: Preprocessing) -> Pixels:
-    """Golden images, decoded like in a run → uint8 (n, H, W, 3)."""
+    """Golden images, decoded like in a run → uint8 (n, *shape)."""
     return np.stack([decode_image(data, preprocessing).pixels for data in images.values()])
 
 

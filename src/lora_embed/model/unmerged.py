@@ -145,3 +145,5 @@ def _fill(layer: Any, name: str, tensors: dict[str, Array]) -> None:
             part, _, is_bias = kind.partition(".")
             target = getattr(getattr(layer, part)[name], is_bias or "weight")
         target.copy_(torch.from_numpy(values).reshape(target.shape))
+    if "lora_B.bias" not in tensors and name in layer.lora_B and layer.lora_B[name].bias is not None:
+        layer.lora_B[name].bias.zero_()  # other modules of the adapter have one

@@ -4,9 +4,11 @@ Every series has the label `table`. The run's id is only in `run_info`, so that 
 """
 
 from typing import Any
+from urllib.parse import quote
 
 from lora_embed.chain import cluster
 from lora_embed.monitor.effort import Effort
+from lora_embed.monitor.progress import say
 from lora_embed.monitor.stages import STAGES
 from lora_embed.text import without_secrets
 
@@ -35,13 +37,26 @@ class Meters:
     """The metrics of one run; `show` brings them up to date."""
 
     def __init__(self, table: str, run_id: str, started: float) -> None:
-        self._table, self._run_id, self._started = without_secrets(table), run_id, started
+        self._table, self._run_id, self._started = ascii_label(without_secrets(table)), run_id, started
         self._counters = {name: cluster.counter(f"{PREFIX}_{name}", *spec) for name, spec in _with_table(COUNTERS)}
         self._gauges = {name: cluster.gauge(f"{PREFIX}_{name}", *spec) for name, spec in _with_table(GAUGES)}
         self._shown: dict[tuple[str, str], float] = {}
+        self._has_failed = False
 
     def show(self, effort: Effort, version: int | None) -> None:
-        """Increase counters by what is new, and set gauges to the present values. Call it from one thread at a time."""
+        """Increase counters by what is new, and set gauges to the present values. Call it from one thread at a time.
+
+        Metrics never decide how a run ends: if Ray does not take one, that is logged once, and no more are given to it.
+        """
+        if self._has_failed:
+            return
+        try:
+            self._show(effort, version)
+        except (ValueError, TypeError, RuntimeError, LookupError, OSError) as error:
+            self._has_failed = True
+            say(f"metrics could not be recorded, so Prometheus does not get them; the run continues: {error}", level="warning")
+
+    def _show(self, effort: Effort, version: int | None) -> None:
         for name in ("samples", "vectors", "chunks", "image_bytes"):
             self._count(name, getattr(effort, name))
         self._count("storage_retries", effort.retries)
@@ -68,6 +83,11 @@ class Meters:
 
     def _set(self, name: str, value: float, **tags: str) -> None:
         self._gauges[name].set(value, tags={"table": self._table} | tags)
+
+
+def ascii_label(text: str) -> str:
+    """A label's text as Ray takes it, in ASCII: other letters as in a URI, `é` as `%C3%A9`."""
+    return "".join(letter if letter.isascii() else quote(letter, errors="surrogateescape") for letter in text)
 
 
 def _with_table(meters: dict[str, tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple[Any, ...]]]:

@@ -16,6 +16,7 @@ from typing import Any
 from lora_embed.entries import Entry
 from lora_embed.errors import ChangedMeanwhile, StorageError
 from lora_embed.store import hub
+from lora_embed.store.place import check_uri
 from lora_embed.store.store import Store
 
 KEPT_S = 7 * 86400.0  # a copy is removed when it was not used for so long: each retrained adapter makes another encoder
@@ -31,6 +32,7 @@ def fetch_directory(uri: str, revision: str | None, patterns: tuple[str, ...], o
         return hub.download(hub.parse(uri, revision), patterns, f"{uri}: this repository of the hub cannot be read")
     if "://" in uri:
         return _copy_to_cache(Store(uri, options or {}), patterns)
+    check_uri(uri)
     try:
         if Path(uri).is_dir():
             return Path(uri)

@@ -6,9 +6,31 @@ import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from lora_embed.errors import ConfigError
+
 WEB = ("http", "https")
 MOST_KEY, MOST_PART, MOST_PATH = 1024, 255, 4095  # bytes: of an S3 key, of a name on a local disk, and of a path there
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_ALMOST = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(?::/?|//)(?=[^/])(.*)", re.DOTALL)  # s3//bucket, s3:/bucket, s3:bucket
+_REMOTE = {
+    *WEB,
+    "s3",
+    "s3a",
+    "gs",
+    "gcs",
+    "az",
+    "abfs",
+    "abfss",
+    "adl",
+    "wasb",
+    "wasbs",
+    "oss",
+    "r2",
+    "hf",
+    "ftp",
+    "sftp",
+    "hdfs",
+}
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{3,255}")
 
 
@@ -47,6 +69,22 @@ def is_local(reference: str, folder: str) -> bool:
     if scheme is not None:
         return scheme[1].lower() in ("file", "local")
     return reference.startswith("/") or folder.startswith("/") or is_local(folder, "/")
+
+
+def check_uri(text: str) -> None:
+    """Raises ConfigError for a text that looks like a URI and would be taken for a local path, unless such a path exists."""
+    scheme, almost = _SCHEME.match(text), _ALMOST.match(text)
+    meant = ""
+    if scheme is not None and scheme[1].lower() in ("file", "local"):
+        rest = text[scheme.end() :]
+        meant = "" if rest.startswith("/") else f"{scheme[0]}/{rest.lstrip('./')}"
+    elif scheme is None and almost is not None and not os.path.lexists(text):
+        kind, is_here = almost[1].lower(), text.startswith(("file:", "local:", "memory:"))
+        slash = "/" if is_here and kind != "memory" else ""
+        meant = f"{almost[1]}://{slash}{almost[2]}" if kind in _REMOTE or is_here else ""
+    if meant:
+        advice = "an absolute path alone" if scheme else f"./{text} for a local path of that name"
+        raise ConfigError(f"{text}: looks like a URI, but would be taken for a local path. Write {meant}, or {advice}.")
 
 
 def locate(reference: str, folder: Place) -> Place:

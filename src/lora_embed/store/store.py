@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lora_embed.entries import Entries, Entry
 from lora_embed.errors import StorageError, StoreUnavailable
 from lora_embed.store import local, remote
+from lora_embed.store.place import check_uri
 from lora_embed.store.retry import LIBRARY_ERRORS, describe, explained, is_no_connection, is_refused_create, retried
 
 RETRY_S = 120.0  # how long a request is repeated after transient errors; the option `retry_s` changes it
@@ -42,6 +43,9 @@ class Store:
     options: dict[str, Any] = field(default_factory=dict, hash=False, repr=False)  # they may hold keys
     exclusive: bool | None = None  # True if it obeys conditional PUT; None until `claim` has tried
     follows_links: bool = False  # True for inputs, which a user names; tables hold no links
+
+    def __post_init__(self) -> None:
+        check_uri(self.uri)
 
     @property
     def is_local(self) -> bool:

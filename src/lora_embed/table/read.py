@@ -1,10 +1,12 @@
 """Read one version of a table: its rows, rejects and encoder."""
 
+import os
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -19,6 +21,7 @@ from lora_embed.store.store import Store
 from lora_embed.table.manifest import Manifest, prefix_of, prefixes_of_ids
 from lora_embed.table.parquet import BATCH_ROWS, file_batches, opened_file, read_rows, take_columns
 from lora_embed.table.versions import no_version, read_manifest
+from lora_embed.text import without_secrets
 
 if TYPE_CHECKING:
     from lora_embed.model.encoder import Encoder
@@ -39,12 +42,18 @@ def _rows_with(file: pq.ParquetFile, ids: set[str], schema: pa.Schema) -> list[p
     return tables
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
     """One version of an embedding table, open for reading; other versions may be published meanwhile."""
 
     store: Store
     manifest: Manifest
+
+    def __repr__(self) -> str:
+        return (
+            f"<Table {without_secrets(self.store.uri)}: version {self.version}, {self.count:,} vectors of {self.dimension} "
+            f"numbers, space {self.space_id}>"
+        )
 
     @property
     def version(self) -> int:
@@ -153,8 +162,9 @@ class Table:
         return encoder
 
 
-def open_table(uri: str, version: int | None = None, storage_options: dict[str, Any] | None = None) -> Table:
+def open_table(uri: str | Path, version: int | None = None, storage_options: dict[str, Any] | None = None) -> Table:
     """Open a version of a table, by default the current one. Raises TableError if it does not exist."""
+    uri = str(uri) if "://" in str(uri) else os.path.expanduser(uri)
     store = Store(uri, storage_options or {})
     manifest = read_manifest(store, version)
     if manifest is None:

@@ -116,7 +116,7 @@ class _Drawing:
     def __init__(self, selection: Wanted, preprocessing: Preprocessing, path: Path, decode: Decode) -> None:
         self._selection, self._preprocessing, self._decode = selection, preprocessing, decode
         path.parent.mkdir(parents=True, exist_ok=True)
-        shape = (selection.most, *preprocessing.size, 3)  # a sparse file: rows that are not written take no disk space
+        shape = (selection.most, *preprocessing.shape)  # a sparse file: rows that are not written take no disk space
         self._pixels: Pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
         self._heap: list[tuple[int, int]] = []  # (−hash, row) of those drawn so far, the largest hash first
         self._drawn = _Drawn()
