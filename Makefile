@@ -11,7 +11,7 @@ DAFT := $(LORA_EMBED_CACHE)/peers/daft/ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-slow test-long soak readers matrix errors processors versions shards faults lint policy hashes strangers bench quality map wheel clean
+.PHONY: setup demo test test-slow test-long soak readers matrix families errors processors versions shards faults lint policy hashes strangers bench quality map wheel clean
 
 setup: $(READY)
 
@@ -58,7 +58,10 @@ readers: setup
 	$(BIN)/python campaigns/readers.py --minutes 10 $(READERS)
 
 matrix: setup
-	LORA_EMBED_WRITE_DOCS=1 $(BIN)/python -m pytest tests/model/test_families.py tests/model/test_features.py
+	LORA_EMBED_WRITE_DOCS=1 $(BIN)/python -m pytest tests/model/test_features.py
+
+families: setup
+	$(BIN)/python campaigns/families.py --repeat 10 --processes 2 --write $(FAMILIES)
 
 errors: setup
 	LORA_EMBED_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_errors.py

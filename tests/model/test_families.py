@@ -1,8 +1,6 @@
 """Bases by family: what transformers and PEFT compute themselves, from the forms and names that users have."""
 
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +23,6 @@ from transformers import (
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import Transpose, WeightConverter
 
-from family_docs import DOCS, INTRODUCTION, cells, measures
 from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.images.processors import from_processor
@@ -64,16 +61,6 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Built(key=request.param, family=family, bases=bases, adapter=adapter, encoder=encoder, folder=folder)
 
 
-@pytest.fixture(scope="module")
-def figures(request: pytest.FixtureRequest) -> Iterator[dict[str, dict[str, float]]]:
-    """Measured by the tests of each family; written to the docs at the end when that is asked for and all passed."""
-    measured: dict[str, dict[str, float]] = {}
-    yield measured
-    if os.environ.get("LORA_EMBED_WRITE_DOCS") == "1" and not request.session.testsfailed:
-        rows = [f"{cells(key)} {measures(measured[key])}\n" for key in FAMILIES]
-        DOCS.write_text(INTRODUCTION + "".join(rows), encoding="utf-8")
-
-
 def build(base: Path, adapter: Path | None, out: Path, **settings: object) -> Encoder:
     specs = (AdapterSpec(path=str(adapter)),) if adapter else ()
     settings = settings if adapter else {"merge_method": "none"} | settings
@@ -102,16 +89,14 @@ def by_peft(built: Built, adapter: Path | None) -> NDArray[np.float32]:
     return pooled(model.eval()(pixel_values=pixels, output_hidden_states=True).hidden_states[-1])
 
 
-def test_vectors_are_those_of_the_adapter_that_is_not_merged(built: Built, figures: dict[str, dict[str, float]]) -> None:
+def test_vectors_are_those_of_the_adapter_that_is_not_merged(built: Built) -> None:
     found, expected, base = built.encoder.embed(images()), by_peft(built, built.adapter), by_peft(built, None)
-    difference = relative_difference(found, expected)
-    assert difference <= 1e-5
+    assert relative_difference(found, expected) <= 1e-5
     assert relative_difference(found, base) > 1e-2
-    figures.setdefault(built.key, {})["peft"] = difference
 
 
 @torch.inference_mode()
-def test_mean_is_that_of_the_literal_last_hidden_states(built: Built, figures: dict[str, dict[str, float]]) -> None:
+def test_mean_is_that_of_the_literal_last_hidden_states(built: Built) -> None:
     """What is saved is opened by AutoModel alone, and given the very pixels that the encoder gives its own model."""
     preprocessing = built.encoder.description.preprocessing
     pixels = torch.tensor(np.stack([preprocessing.apply(image) for image in images()])).permute(0, 3, 1, 2).float()
@@ -119,10 +104,8 @@ def test_mean_is_that_of_the_literal_last_hidden_states(built: Built, figures: d
     model = AutoModel.from_pretrained(built.folder / "encoder").eval()
     values = torch.addcmul(channels[0], pixels, channels[1]).contiguous()
     output = model(pixel_values=values, output_hidden_states=True)
-    difference = relative_difference(built.encoder.embed(images()), pooled(output.hidden_states[-1]))
-    assert difference <= 1e-6
+    assert relative_difference(built.encoder.embed(images()), pooled(output.hidden_states[-1])) <= 1e-6
     assert torch.equal(output.last_hidden_state, output.hidden_states[-1]) == (built.family.state == "final output")
-    figures.setdefault(built.key, {})["pooling"] = difference
 
 
 def test_what_mean_pools(built: Built) -> None:
@@ -155,9 +138,7 @@ def test_names_of_both_versions_fold_into_the_same_bits(built: Built) -> None:
 
 @pytest.mark.parametrize("version", [4, 5])
 @pytest.mark.parametrize("around", ["plain", "trained"])
-def test_every_weight_is_found_by_every_name_it_has(
-    built: Built, version: int, around: str, figures: dict[str, dict[str, float]]
-) -> None:
+def test_every_weight_is_found_by_every_name_it_has(built: Built, version: int, around: str) -> None:
     config = read_model_config(built.bases[PLAIN], "base")
     prefix = "vision_model." if built.family.dual else f"{built.family.classifier.base_model_prefix}."
     saved = {}
@@ -166,7 +147,6 @@ def test_every_weight_is_found_by_every_name_it_has(
         saved[weight] = v4_name(name, built.key) if version == 4 else name
     found = locate(config, {saved[weight]: shape for weight, shape in weight_shapes(config).items()})
     assert found == {saved[weight]: weight for weight in saved}
-    figures.setdefault(built.key, {})[f"weights of {version}"] = len(found)
 
 
 def test_heads_are_known_by_name(built: Built) -> None:
@@ -342,9 +322,3 @@ def test_convnext_crops_what_is_small_and_squares_what_is_large(edge: int, size:
         expected = np.asarray(again(image)["pixel_values"][0])
         ours = preprocessing.apply(image).transpose(2, 0, 1) * np.array(preprocessing.multiply).reshape(3, 1, 1)
         assert np.abs(expected - ours - np.array(preprocessing.add).reshape(3, 1, 1)).max() < 1e-5
-
-
-@pytest.mark.skipif(os.environ.get("LORA_EMBED_WRITE_DOCS") == "1", reason="it is written after the last test")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_docs_have_the_family_as_it_is(family: str) -> None:
-    assert cells(family) in DOCS.read_text(encoding="utf-8")

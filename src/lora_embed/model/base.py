@@ -94,7 +94,7 @@ def _load(folder: Path, where: str, config: PretrainedConfig, prefix: str = "") 
                 **without_pooler(config),
             )
     except ImportError as error:
-        raise _needs_package(config, error, where) from None
+        raise needs_package(config.model_type, error, where) from None
     except _LIBRARY_ERRORS as error:
         raise EncoderError(f"{where}: cannot be loaded: {in_one_line(error, 300)}. Copy or download the model again.") from None
     for name, value in fields.items():  # LeViT's class changes its configuration whenever a model is made
@@ -103,16 +103,19 @@ def _load(folder: Path, where: str, config: PretrainedConfig, prefix: str = "") 
     return model, sorted(info["missing_keys"])
 
 
-def _needs_package(config: PretrainedConfig, error: ImportError, where: str) -> EncoderError:
+def needs_package(model_type: str, error: ImportError, where: str) -> EncoderError:
+    """What to say when transformers cannot make models of this type, because a package of theirs is missing."""
     return EncoderError(
-        f"{where}: is a model of type {config.model_type!r}, which needs a package that is not installed: "
-        f"{in_one_line(error, 200)} Install it, also on the cluster, or name another base."
+        f"{where}: is a model of type {model_type!r}, which needs a package that is not installed: "
+        f"{in_one_line(error, 300).partition('. ')[0]}. Install it, also on the cluster, or name another base."
     )
 
 
 def _prefix_in(folder: Path, where: str, model: PreTrainedModel) -> str:
     """The prefix below which the files hold most of the model's weights by name; "" if no prefix does."""
-    expected, found = set(model.state_dict()), Counter[str]()
+    names = set(model.state_dict())
+    # transformers saves DINOv3 without the `model.` that the names of its weights begin with.
+    expected, found = names | {name.removeprefix("model.") for name in names}, Counter[str]()
     for file in weight_files(folder, where):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - no mapping
@@ -137,6 +140,9 @@ def read_model_config(folder: Path, where: str) -> PretrainedConfig:
     _check_config(folder, where)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # otherwise it asks at the terminal
+    except ImportError as error:
+        model_type = read_json(folder / MODEL_CONFIG).get("model_type")
+        raise needs_package(str(model_type), error, where) from None
     except _LIBRARY_ERRORS as error:
         raise EncoderError(f"{where}: config.json is not that of a known model: {in_one_line(error)}. {_ANOTHER}") from None
     vision = getattr(config, "vision_config", None)
@@ -220,7 +226,7 @@ def _check_takes_images(config: PretrainedConfig, where: str) -> None:
     try:
         parameters = inspect.signature(model.forward).parameters
     except ImportError as error:
-        raise _needs_package(config, error, where) from None
+        raise needs_package(config.model_type, error, where) from None
     ordinary, required = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
     inputs = [name for name, parameter in parameters.items() if parameter.kind is ordinary and parameter.default is required]
     others = [name for name in inputs if name not in ("self", "pixel_values")]

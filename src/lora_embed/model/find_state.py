@@ -57,7 +57,9 @@ def find_state(model: nn.Module, pixel_values: torch.Tensor, pooling: str) -> Fo
     if state.ndim == 4:
         form = StateForm(channels_last=_has_channels_last(model, pixel_values, tap, state))
         return FoundState(tap=tap, form=form, dimension=state.shape[3 if form.channels_last else 1])
-    return FoundState(tap=tap, form=_token_form(name, watched.tokens(state), pooling), dimension=state.shape[2])
+    first_tokens, maps = watched.tokens(state), (getattr(output, "hidden_states", None) or [None])[-1]
+    form = _map_among(first_tokens, maps) or _token_form(name, first_tokens, pooling)
+    return FoundState(tap=tap, form=form, dimension=state.shape[2])
 
 
 class _Watched:
@@ -116,6 +118,18 @@ def _last_of_hidden_states(name: str, states: Any, final: Any, watched: _Watched
         f"{name}: no block's output equals hidden_states[-1]; tried {watched.names}. Name another base, or a pooling that "
         "begins with last_."
     )
+
+
+def _map_among(tokens: torch.Tensor | None, maps: Any) -> StateForm | None:
+    """Where the pixels of the last map are among tokens, as in DINOv3-ConvNeXT, whose first token is the mean of them."""
+    if tokens is None or not isinstance(maps, torch.Tensor) or maps.ndim != 4:
+        return None
+    patches = maps.flatten(2).transpose(1, 2)
+    others = tokens.shape[1] - patches.shape[1]
+    for before in range(others + 1):
+        if torch.equal(tokens[:, before : before + patches.shape[1]], patches):
+            return StateForm(prefix_tokens=before, suffix_tokens=others - before)
+    return None
 
 
 def _token_form(name: str, first_tokens: torch.Tensor | None, pooling: str) -> StateForm:

@@ -1,10 +1,12 @@
 """Find which weight of a headless model a checkpoint's tensor belongs to, by transformers' own loader."""
 
+import contextlib
 import copy
 import math
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING, PretrainedConfig
 
@@ -81,8 +83,9 @@ def _trained_classes(config: PretrainedConfig) -> list[tuple[Any, PretrainedConf
     classes = [(model_class(config), whole_config)]
     outer = dual_encoder_of(config)
     if outer is not None:
-        whole_config = outer(vision_config=whole_config.to_dict())
-        classes.append((MODEL_MAPPING[outer], whole_config))
+        with contextlib.suppress(StrictDataclassError):  # TIPSv2's takes no vision part whose width its text part lacks
+            whole_config = outer(vision_config=whole_config.to_dict())
+            classes.append((MODEL_MAPPING[outer], whole_config))
     classifiers: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(whole_config), ())
     return classes + [
         (classifier, whole_config) for classifier in (classifiers if isinstance(classifiers, tuple) else (classifiers,))

@@ -11,7 +11,7 @@ import torch
 
 from lora_embed.errors import AdapterMismatch
 from lora_embed.model.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, SavedAdapter, residual_kind
-from lora_embed.model.base import read_model_config
+from lora_embed.model.base import needs_package, read_model_config
 from lora_embed.model.base_files import Base
 from lora_embed.model.change import Change, LowRank, Normed, Replaced, Residual, Shift
 from lora_embed.model.locate import family_names, grouped_weights, head_names, locate, weight_shapes
@@ -84,7 +84,10 @@ class _Module:
 def target_of(base: Base) -> Target:
     """The architecture of a base. Adapters with the same weight names share one answer of the checkpoint loader."""
     config = read_model_config(base.folder, base.uri)
-    weights = weight_shapes(config)
+    try:
+        weights = weight_shapes(config)
+    except ImportError as error:
+        raise needs_package(config.model_type, error, base.uri) from None
     sizes = set(weights.values())
     places_of_shapes: dict[frozenset[tuple[str, torch.Size]], dict[str, str | None]] = {}
 
