@@ -163,6 +163,39 @@ def other_base(setup: Setup) -> None:
     setup.recipe(adapters=[{"path": "./wide"}])
 
 
+def folder_of_adapters(setup: Setup) -> None:
+    setup.move("ten", "all/ten")
+    setup.recipe(adapters=[{"path": "./all"}])
+
+
+def in_parts(setup: Setup) -> None:
+    for number in (1, 2):
+        name = f"ten/adapter_model-0000{number}-of-00002.safetensors"
+        shutil.copy(setup.folder / "ten" / "adapter_model.safetensors", setup.folder / name)
+    setup.remove("ten/adapter_model.safetensors")
+
+
+def with_second(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return tensors | {n.replace("lora_A", "lora_A.more"): t.clone() for n, t in tensors.items() if "lora_A" in n}
+
+
+def emptied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.empty(0) if "lora_" in name else tensor for name, tensor in tensors.items()}
+
+
+def with_fc(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return tensors | {"base_model.model.fc.weight": torch.ones(10, 32)}
+
+
+def of_two_models(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n.replace("vit.", "teacher." if "layers.0" in n else "student."): t for n, t in tensors.items()}
+
+
+def language_model(setup: Setup) -> None:
+    setup.adapter_config(task_type="CAUSAL_LM", base_model_name_or_path="somebody/words-7b")
+    setup.tensors(lambda found: {n.replace("vit.layers", "model.blocks"): t for n, t in found.items()})
+
+
 def ranks_differ(setup: Setup) -> None:
     save_adapter(setup.folder / "rank8", setup.folder / "base", r=8)
     setup.recipe(adapters=[{"path": "./ten"}, {"path": "./rank8"}], merge_method="linear")
@@ -356,12 +389,51 @@ ADAPTER_CASES = [
         lambda s: s.recipe(adapters=[{"path": "./ten"}, {"path": "./ten"}]),
         ["/ten", "the same adapter", "Name it once"],
     ),
+    Case(
+        "a folder of adapters",
+        folder_of_adapters,
+        ["/all", "no adapter_config.json", "Its folders ten are", "Name one of them"],
+    ),
+    Case("an adapter in several files", in_parts, ["/ten", "adapter_model-00001-of-00002", "in several files", "in one file"]),
+    Case(
+        "an adapter of another method",
+        lambda s: s.adapter_config(peft_type="LOHA"),
+        ["/ten", "expected a LoRA adapter", "found LOHA", "merge_and_unload"],
+    ),
+    Case(
+        "tensors of two adapters",
+        lambda s: s.tensors(with_second),
+        ["/ten", "several adapter names", "Save each adapter alone"],
+    ),
+    Case("empty tensors", lambda s: s.tensors(emptied), ["/ten", "is empty (shape 0)", "DeepSpeed", "save the adapter again"]),
+    Case(
+        "a quantised adapter",
+        lambda s: s.tensors(lambda found: {n: t.to(torch.int8) for n, t in found.items()}),
+        ["/ten", "type int8", "expected float64", "without quantisation"],
+    ),
+    Case(
+        "a head of an unusual name",
+        lambda s: s.tensors(with_fc),
+        ["/ten", "fc.weight", "If they are a task's head, remove them"],
+    ),
+    Case(
+        "an adapter of a text model around the base",
+        lambda s: s.tensors(lambda found: {n.replace("vit.", "text_encoder."): t for n, t in found.items()}),
+        ["/ten", "'text_encoder' before them is another part of a model"],
+    ),
+    Case("an adapter of two models", lambda s: s.tensors(of_two_models), ["/ten", "begin differently", "several models"]),
+    Case("an adapter of a language model", language_model, ["/ten", "CAUSAL_LM", "language model", "Leave it out"]),
+    Case(
+        "an adapter without its trained norm",
+        lambda s: s.adapter_config(modules_to_save=["layernorm_after"]),
+        ["/ten", "names layernorm_after", "no weights of layers.0.layernorm_after", "Save the adapter again"],
+    ),
     Case("half of a LoRA pair", lambda s: s.tensors(without_half), ["/ten", "q_proj has no lora_B", "Save the adapter again"]),
-    Case("an adapter of another base", other_base, ["/wide", "match no weight of", "/base", "name that base"]),
+    Case("an adapter of another base", other_base, ["/wide", "no weight of", "/base", "the shape 32×32", "name that base"]),
     Case(
         "tensors that match nothing",
         lambda s: s.tensors(renamed),
-        ["/ten", "2 of the 6 weights that it changes match no weight", "wrong_name", "name that base"],
+        ["/ten", "2 of the 6 weights that it changes match no weight", "wrong_name", "names this base", "Save it again from"],
     ),
     Case("an untrained adapter", lambda s: s.tensors(untrained), ["/ten", "change nothing", "leave it out"]),
     Case("a linear merge of unequal ranks", ranks_differ, ["'linear'", "[4, 8]", "Use 'weighted_sum'"], builds=True),

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import RegNetConfig, RegNetModel, ViTImageProcessor
 
 from lora_embed.errors import AdapterMismatch, StorageError
 from lora_embed.model.adapter import read_adapter
 from lora_embed.model.base_files import find_base
 from lora_embed.model.change import LowRank
 from lora_embed.model.match import Adapter, match_adapter, target_of
-from models import edit_tensors, save_adapter, save_base, with_v4_names
+from lora_embed.model.remarks import remarks
+from lora_embed.model.whole import Target
+from models import edit_tensors, save_adapter, save_adapter_of, save_base, with_v4_names
 
 
 def matched(adapter: Path, base: Path) -> Adapter:
@@ -98,6 +101,60 @@ def test_missing_half_is_refused(tmp_path: Path) -> None:
     edit_tensors(folder, lambda tensors: {n: v for n, v in tensors.items() if "layers.1.mlp.fc1.lora_B" not in n})
     with pytest.raises(AdapterMismatch, match=r"layers\.1\.mlp\.fc1 has no lora_B"):
         matched(folder, base)
+
+
+def test_modules_that_the_configuration_does_not_name_are_folded_and_said(
+    tmp_path: Path, real_adapters: dict[str, Path], target: Target
+) -> None:
+    """PEFT passes over such tensors when it loads the file, such as layers that only one of two merged adapters has."""
+    base = save_base(tmp_path / "base")
+    folder = save_adapter(tmp_path / "adapter", base)
+    path = folder / "adapter_config.json"
+    for change in ({"layers_to_transform": [0]}, {"exclude_modules": r".*layers\.1\..*"}):
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps(config | change))
+        adapter = matched(folder, base)
+        assert [module for module in adapter.untargeted if "layers.0" in module] == []
+        assert len(adapter.untargeted) == 3
+        assert any(
+            "holds tensors for 3 modules that adapter_config.json does not target" in note for note in notes(base, adapter)
+        )
+        path.write_text(json.dumps(config))
+    assert list(notes(base, matched(folder, base))) == []
+    assert list(notes(base, matched(with_v4_names(folder, "vit"), base))) == []
+    assert all(match_adapter(read_adapter(str(real)), target).untargeted == () for real in real_adapters.values())
+
+
+def notes(base: Path, adapter: Adapter) -> list[str]:
+    return list(remarks(find_base(str(base), None), [adapter]))
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_a_convolution_in_groups_is_named_where_it_is_one(tmp_path: Path, rank: int) -> None:
+    """PEFT trains it with two factors of different ranks, and does not merge it either; older files have equal ranks."""
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    config = RegNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=4)
+    RegNetModel(config).save_pretrained(base)
+    ViTImageProcessor().save_pretrained(base)
+    grouped = "encoder.stages.1.layers.0.layer.1.convolution"
+    folder = save_adapter_of(
+        RegNetModel(config), tmp_path / "adapter", r=rank, target_modules=r".*stages.1.layers.0.layer.1.convolution",
+        modules_to_save=None,
+    )  # fmt: skip
+    says = rf"{grouped}\.weight is the weight of a convolution in groups, for which LoRA cannot be folded: it mixes channels"
+    with pytest.raises(AdapterMismatch, match=says):
+        matched(folder, base)
+    whole = {"lora_A.weight": torch.ones(rank, 16, 3, 3), "lora_B.weight": torch.ones(16, rank, 1, 1)}
+    edit_tensors(folder, lambda _: {f"base_model.model.{grouped}.{kind}": tensor for kind, tensor in whole.items()})
+    with pytest.raises(AdapterMismatch, match=says):
+        matched(folder, base)
+    edit_tensors(
+        folder, lambda tensors: {n.replace("layer.1.conv", "layer.0.conv"): t[:, :8].clone() for n, t in tensors.items()}
+    )
+    with pytest.raises(AdapterMismatch) as caught:
+        matched(folder, base)
+    assert "convolution in groups" not in str(caught.value)
 
 
 def test_nan_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from crooked import BODY, CASES, LATE, SAME, A, B, Case, Tensors, mapped, tensors
+from crooked_names import NAMES
 from jobs import ROOT
 from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.errors import AdapterMismatch, ConfigError, StorageError
@@ -39,7 +40,7 @@ def folder(tmp_path: Path, real_adapters: dict[str, Path]) -> Path:
     return Path(shutil.copytree(real_adapters["category10"], tmp_path / "ten"))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)
+@pytest.mark.parametrize("case", [*CASES, *NAMES], ids=lambda case: case.what)
 def test_crooked_adapters_are_refused_or_right(case: Case, folder: Path, target: Target, good: Adapter) -> None:
     case.edit(folder)
     if case.says is not SAME:
@@ -73,10 +74,10 @@ def documented() -> dict[str, str]:
 
 
 def test_the_docs_list_nothing_but_these_cases() -> None:
-    names = {case.what for case in CASES if case.says is not SAME} | {case.what for case in LATE}
+    names = {case.what for case in [*CASES, *NAMES] if case.says is not SAME} | {case.what for case in LATE}
     assert len(documented()) >= 25
     assert documented().keys() <= names
-    assert len({case.what for case in CASES}) == len(CASES)
+    assert len({case.what for case in [*CASES, *NAMES]}) == len(CASES) + len(NAMES) >= 200
 
 
 @pytest.mark.parametrize("case", LATE, ids=lambda case: case.what)

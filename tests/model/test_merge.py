@@ -32,7 +32,7 @@ def adapter(seed: int, **changes: LowRank) -> Adapter:
     saved = SavedAdapter(uri=str(seed), folder=Path(), config={}, content_hash=f"{seed:012d}")
     changes = changes or {"a": low_rank(seed), "b": low_rank(seed + 1)}
     named = {f"{name}.weight": change for name, change in changes.items()}
-    return Adapter(saved=saved, changes=dict(named), places={}, head_keys=())
+    return Adapter(saved=saved, changes=dict(named), places={})
 
 
 def merged(adapters: list[Adapter], weights: list[float], method: str, **options: Any) -> dict[str, torch.Tensor]:

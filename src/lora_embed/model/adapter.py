@@ -6,6 +6,7 @@ module decides by name what each field means for the merge.
 
 import hashlib
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import safetensors
 from lora_embed.errors import AdapterMismatch, ChangedMeanwhile, LoraEmbedError, StorageError
 from lora_embed.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROCESSOR_FILES, own_file, read_json
 from lora_embed.store.fetch import fetch_directory
+from lora_embed.store.hub import SCHEME
 
 if TYPE_CHECKING:
     import torch
@@ -37,15 +39,17 @@ _SHOWN_BY_TENSORS = {"target_modules", "exclude_modules", "modules_to_save", "la
 _IRRELEVANT = {
     "lora_dropout", "task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
     "inference_mode", "runtime_config", "megatron_core", "ensure_weight_tying", "qalora_group_size", "eva_config",
-    "corda_config", "lora_ga_config", "loftq_config", "fan_in_fan_out",
+    "corda_config", "lora_ga_config", "loftq_config", "fan_in_fan_out", "merge_weights",
 }  # fmt: skip
 # Initialisations that do not change the base, and two whose change of the base can be computed from the base alone.
 _HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _RESIDUAL_INITIALISATIONS = ("pissa", "olora")
+_PART = re.compile(r"adapter_model.*-of-\d+\.safetensors|.*\.index\.json")  # of weights in several files
 _BLOCK = 2**20  # bytes that are read at a time
 MOST_NAMED = 1000  # characters in the name of a tensor, a module or a base
-# Types of numbers that an adapter may hold, as safetensors names them, and as torch does in content hashes.
+# Types of numbers, as safetensors names them, and as content hashes do. Others than floats can be part of a head only.
 _DTYPES = {"F64": "torch.float64", "F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
+_DTYPES |= {name: name for name in ("I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "C64")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +72,7 @@ class SavedAdapter:
         except (safetensors.SafetensorError, ValueError, OSError) as error:  # it was readable when it was hashed
             raise ChangedMeanwhile(f"{self.uri}: changed while it was read ({error}). Run the same command again.") from None
         for name, tensor in tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
+            if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(torch.isfinite(tensor).all()):
                 raise AdapterMismatch(
                     f"{self.uri}: {name} holds NaN or infinity. The training diverged; use another checkpoint."
                 )
@@ -126,6 +130,11 @@ def _describe_other_files(folder: Path) -> str:
     if (folder / WEIGHTS_NAME).exists():
         return "found a directory of that name. Copy or save the adapter again."
     weight_files = sorted(path.name for path in folder.glob("*.safetensors*"))
+    if any(_PART.fullmatch(name) for name in weight_files):
+        return (
+            f"found {first_names(weight_files)}. Neither PEFT nor lora-embed reads an adapter in several files. Save it again "
+            "in one file, with PEFT's save_pretrained."
+        )
     if weight_files:
         return (
             f"found {first_names(weight_files)}. If these are its weights, rename the file, or save the adapter again in one "
@@ -134,10 +143,20 @@ def _describe_other_files(folder: Path) -> str:
     return "found no weights. Copy or save the adapter again."
 
 
+def _other_places(uri: str, folder: Path) -> str:
+    """Where an adapter may lie instead, for a message: PEFT saves adapters with names in folders of their own."""
+    inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+    if inner:
+        return f"Its folders {first_names(inner)} are adapters. Name one of them."
+    if uri.startswith(SCHEME):
+        return f"Name the adapter's own folder in the repository, as {SCHEME}owner/name/folder."
+    return "Name the adapter's own directory."
+
+
 def _read_config(uri: str, folder: Path) -> dict[str, Any]:
     path = own_file(folder, CONFIG_NAME)
     if path is None:
-        raise AdapterMismatch(f"{uri}: is not a PEFT adapter: it has no {CONFIG_NAME}. Name the adapter's own directory.")
+        raise AdapterMismatch(f"{uri}: is not a PEFT adapter: it has no {CONFIG_NAME}. {_other_places(uri, folder)}")
     try:
         config = read_json(path)
     except OSError as error:
@@ -147,7 +166,8 @@ def _read_config(uri: str, folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise AdapterMismatch(
-            f"{uri}: expected a LoRA adapter (peft_type LORA), found {kind}. Name an adapter that was trained with LoRA."
+            f"{uri}: expected a LoRA adapter (peft_type LORA), found {kind}. Name an adapter that was trained with LoRA. Or "
+            "merge this one into its base by PEFT's merge_and_unload, if its kind has that, and name the result as the base."
         )
     return config
 
@@ -240,10 +260,14 @@ def _content_hash(uri: str, config: dict[str, Any], path: Path) -> str:
             for name, described, data in _tensors_of(path, file):
                 if len(name) > MOST_NAMED:
                     raise AdapterMismatch(f"{uri}: the name of a tensor has {len(name):,} characters. Save the adapter again.")
+                if not name.isprintable():
+                    raise AdapterMismatch(
+                        f"{uri}: the name {name[:100]!r} of a tensor cannot be printed. Save the adapter again."
+                    )
                 if described["dtype"] not in _DTYPES:
                     raise AdapterMismatch(
-                        f"{uri}: {name} holds numbers of type {described['dtype']}, expected {', '.join(_DTYPES)}. Save the "
-                        "adapter without quantisation."
+                        f"{uri}: {name} holds numbers of type {described['dtype']}, which cannot be read. Save the adapter "
+                        "without quantisation."
                     )
                 digest.update(f"{name} {_DTYPES[described['dtype']]} {tuple(described['shape'])}\n".encode())
                 for block in data:

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_embed.errors import ChangedMeanwhile, EncoderError
-from lora_embed.model.files import MODEL_CONFIG, MODEL_INDEX, PROCESSOR_FILES, model_files, own_file, own_files, read_json
+from lora_embed.model.files import (
+    ADAPTER_WEIGHTS,
+    MODEL_CONFIG,
+    MODEL_INDEX,
+    PROCESSOR_FILES,
+    model_files,
+    own_file,
+    own_files,
+    read_json,
+)
 from lora_embed.model.follow import ADVICE
 from lora_embed.store import hub
 from lora_embed.store.fetch import fetch_directory
@@ -30,6 +39,8 @@ def find_base(uri: str, revision: str | None, *, asks_hub: bool = True) -> Base:
     they are not those of a model.
     """
     folder = _fetch(uri, revision, asks_hub)
+    if own_file(folder, MODEL_CONFIG) is None and (folder / ADAPTER_WEIGHTS).is_file():
+        raise EncoderError(f"{uri}: is an adapter, not a model. Name it under adapters, and the model it was trained on here.")
     if own_file(folder, MODEL_CONFIG) is None:
         raise EncoderError(f"{uri}: is not a Hugging Face model directory: it has no config.json. Name the model's directory.")
     if not own_files(folder, PROCESSOR_FILES):

@@ -31,6 +31,7 @@ from lora_embed.model.match import Adapter, match_adapter, target_of
 from lora_embed.model.member import Member, fold_members, prove_members, write_member
 from lora_embed.model.prepare import checked_preprocessing, golden_images
 from lora_embed.model.processor import read_processor
+from lora_embed.model.remarks import remarks
 from lora_embed.model.report import write_report
 from lora_embed.model.space import VERSION, space_id_of
 from lora_embed.store import hub
@@ -91,7 +92,7 @@ def _build(ingredients: Ingredients, folder: Path, say: Say, limit: Limit | None
         )
     adapters = match_adapters(ingredients)
     preprocessing, processor = checked_preprocessing(base, recipe)
-    notes = _notes(ingredients, preprocessing)
+    notes = [*_notes(ingredients, preprocessing), *remarks(base, adapters)]
     for note in notes:
         say(f"note: {note}")
     images = golden_images(preprocessing, base)

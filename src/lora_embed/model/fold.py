@@ -11,6 +11,8 @@ from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.model import merge
 from lora_embed.model.change import LowRank
 from lora_embed.model.match import Adapter
+from lora_embed.model.statistics import check_variance
+from lora_embed.model.weights import weights_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ def fold(model: PreTrainedModel, merged: Merge, limit: Limit | None = None) -> I
     Under a limit, the change is cut to low rank: exactly the change that `load_encoder` will add on any machine. Raises
     EncoderError for a weight that is not finite afterwards, and ConfigError for one whose change cannot be cut.
     """
-    parameters = dict(model.named_parameters())
+    parameters = weights_of(model)
     before = {name: parameter.data for name, parameter in parameters.items()}
     for name, delta in merge.merge(list(merged.adapters), list(merged.weights), merged.method, merged.options, before):
         parameter, base_weight, low_rank = parameters[name], before.pop(name), None
@@ -63,6 +65,7 @@ def fold(model: PreTrainedModel, merged: Merge, limit: Limit | None = None) -> I
                 f"{name} is not finite after the merge: the base's own weights are not finite, or an adapter's values times "
                 "its weight in the recipe are too large for float32. Make that weight smaller, or leave the adapter out."
             )
+        check_variance(name, parameter)
         yield Folded(name=name, before=base_weight, delta=delta, kept=low_rank)
 
 

@@ -22,6 +22,7 @@ from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING, 
 from lora_embed.model.base import read_model_config
 from lora_embed.model.base_files import Base
 from lora_embed.model.files import MODEL_CONFIG, own_file, read_json
+from lora_embed.model.whole import TYPES
 
 if TYPE_CHECKING:
     from lora_embed.model.match import Adapter
@@ -51,23 +52,30 @@ class SavedHead:
 
 def find_head(base: Base, adapter: "Adapter") -> SavedHead | str:
     """The head that an adapter was saved with, or a text that says why none can be used with an encoder."""
-    from lora_embed.model.adapter import PREFIX  # imports peft, which workers do not need
-
     config = read_model_config(base.folder, base.uri)
     if MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None) is None:
         return f"transformers has no image classification model of type {config.model_type!r}"
-    tensors = {key: adapter.saved.tensors[f"{PREFIX}{key}"].float().contiguous() for key in adapter.head_keys}
+    tensors = {name: adapter.saved.tensors[key] for name, key in adapter.heads.items()}
     if not tensors:
         return "the adapter was saved without a head (modules_to_save)"
-    for classes in sorted({len(tensor) for tensor in tensors.values()}):
+    if adapter.own_head:
+        return "the head belongs to a class of its own around the base, so nobody can know what it reads"
+    types = {str(tensor.dtype) for tensor in tensors.values() if tensor.ndim and tensor.dtype not in TYPES}
+    if types:
+        return f"the head is saved as {', '.join(sorted(types))}, which only the library that quantised it can read"
+    tensors = {name: tensor.float() if tensor.ndim else tensor for name, tensor in tensors.items()}
+    for classes in sorted({len(tensor) for tensor in tensors.values() if tensor.ndim}):
         labelled = copy.deepcopy(config)
         labelled.num_labels = classes
         model, body = _classifier(labelled)
         if _reads_own_pooler(getattr(model, body)):
             return f"the head of {type(model).__name__} reads a pooled output, which an encoder does not compute"
         delattr(model, body)
-        if {name: tensor.shape for name, tensor in tensors.items()} == {n: p.shape for n, p in model.named_parameters()}:
-            return SavedHead(config=json.loads(labelled.to_json_string(use_diff=False)), weights=save(tensors))
+        if {name: tensor.shape for name, tensor in tensors.items()} == {n: p.shape for n, p in model.state_dict().items()}:
+            return SavedHead(
+                config=json.loads(labelled.to_json_string(use_diff=False)),
+                weights=save({name: tensor.contiguous() for name, tensor in tensors.items()}),
+            )
     return f"the tensors saved with the adapter are not the head of {type(model).__name__}: {', '.join(sorted(tensors))}"
 
 

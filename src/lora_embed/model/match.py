@@ -5,7 +5,7 @@ pattern rules decide its rank and alpha.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,14 +14,24 @@ from lora_embed.model.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, SavedAda
 from lora_embed.model.base import needs_package, read_model_config
 from lora_embed.model.base_files import Base
 from lora_embed.model.change import Change, LowRank, Normed, Replaced, Residual, Shift
-from lora_embed.model.locate import head_names, locate, weight_shapes
+from lora_embed.model.locate import family_names, grouped_weights, head_names, locate, weight_shapes
+from lora_embed.model.mismatch import explain_ranks
+from lora_embed.model.names import COMPUTED, Names, read_names
 from lora_embed.model.peft_private import expressions_of_names, named_by
-from lora_embed.model.whole import Target, check_biases, check_effect, check_patterns, check_places, check_whole, shape_of
-
-_HALVES = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
-# With bias="all", PEFT saves the bias of a module in modules_to_save three times: the trained one, and two of its wrapper.
-_COPIES = (".modules_to_save.", ".original_module.")
-_KINDS = (*_HALVES, "lora_B.bias", "lora_magnitude_vector", "lora_magnitude_vector.weight")
+from lora_embed.model.placing import Placing, place
+from lora_embed.model.statistics import check_statistics, lost_statistics
+from lora_embed.model.whole import (
+    Target,
+    check_biases,
+    check_effect,
+    check_not_empty,
+    check_patterns,
+    check_saved_modules,
+    check_types,
+    check_whole,
+    shape_of,
+    untargeted,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +41,13 @@ class Adapter:
     saved: SavedAdapter
     changes: dict[str, Change]
     places: dict[str, str]  # the adapter's names of weights → the base's names
-    head_keys: tuple[str, ...]  # tensors of the task's head, which are not folded
+    heads: dict[str, str] = field(default_factory=dict)  # tensors of the task's head, which are not folded: name → key
+    own_head: bool = False  # the head is that of somebody's own class around the base
+    front: str = PREFIX  # before the names of the model that PEFT adapted
+    left_out: tuple[str, ...] = ()  # parts of the names in the file that the base's names do not have, such as `backbone.`
+    adapter_name: str = ""  # within PEFT, where the keys hold it
+    lost_statistics: tuple[str, ...] = ()  # batch normalisations whose statistics the file does not hold
+    untargeted: tuple[str, ...] = ()  # modules that the configuration does not name, though the file holds their tensors
 
     @property
     def uri(self) -> str:
@@ -42,6 +58,11 @@ class Adapter:
     def content_hash(self) -> str:
         """A hash over all tensors, and the fields of the configuration that change the result."""
         return self.saved.content_hash
+
+    @property
+    def head_keys(self) -> tuple[str, ...]:
+        """Names of the head's tensors in the file, without PEFT's prefix."""
+        return tuple(sorted(key.removeprefix(PREFIX) for key in self.heads.values()))
 
     @property
     def trained_on(self) -> str | None:
@@ -79,7 +100,14 @@ def target_of(base: Base) -> Target:
             places_of_shapes[key] = {name: places.get(name) for name in shapes}
         return places_of_shapes[key]
 
-    return Target(uri=base.uri, locate=locate_once, head_names=head_names(config), shapes=weights)
+    return Target(
+        uri=base.uri,
+        locate=locate_once,
+        head_names=head_names(config),
+        shapes=weights,
+        grouped=grouped_weights(config),
+        families=family_names(config),
+    )
 
 
 def match_adapter(saved: SavedAdapter, target: Target) -> Adapter:
@@ -88,66 +116,90 @@ def match_adapter(saved: SavedAdapter, target: Target) -> Adapter:
     Raises AdapterMismatch if a tensor matches no weight, the file is incomplete, ranks disagree, or the adapter would
     change nothing.
     """
-    modules, plain = _split(saved)
+    names = read_names(saved)
+    if not names.lora:
+        raise AdapterMismatch(
+            f"{saved.uri}: {WEIGHTS_NAME} holds no LoRA tensors, so it would change nothing. Leave the adapter out."
+        )
+    patterns = [expressions_of_names(saved.config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern")]
+    check_patterns(saved, patterns, list(names.lora))
+    modules = [_module(saved, target, name, keys) for name, keys in names.lora.items()]
+    whole = {name: key for name, key in names.whole.items() if name.rpartition(".")[2] not in COMPUTED}
+    placing = place(saved, target, _shapes(saved, modules, whole), frozenset(whole))
+    places, heads = placing.places, placing.heads
+    _check_numbers(saved, names, placing)
+    adapted = {name: places[name] for name in (f"{module.name}.weight" for module in modules) if name in places}
+    check_whole(saved, target, adapted)
+    trained = {name: saved.tensors[key] for name, key in whole.items() if name in places}
+    check_saved_modules(saved, target, {places[name] for name in trained})
+    check_biases(saved, target, set(adapted.values()), {places[name] for name in trained})
+    changes: dict[str, Change] = {places[name]: Replaced(trained=tensor) for name, tensor in trained.items()}
+    for module in modules:
+        if f"{module.name}.weight" in places:
+            changes[places[f"{module.name}.weight"]] = _weight_change(saved, module)
+        if module.bias is not None and f"{module.name}.bias" in places:
+            trained_bias = trained.get(f"{module.name}.bias")
+            changes[places[f"{module.name}.bias"]] = _bias_change(module.lora.scale, module.bias, trained_bias)
+    check_statistics(saved, changes)
+    check_effect(saved, changes, heads)
+    return Adapter(
+        saved=saved,
+        changes=changes,
+        places=places,
+        heads=_head_tensors(names, placing),
+        own_head=any(name not in placing.inner for name in heads),
+        front=names.front,
+        left_out=placing.left_out(names.front.removesuffix(PREFIX)),
+        adapter_name=names.adapter_name,
+        lost_statistics=lost_statistics(target, changes),
+        untargeted=untargeted(saved, adapted),
+    )
+
+
+def _check_numbers(saved: SavedAdapter, names: Names, placing: Placing) -> None:
+    """Raises AdapterMismatch if what is folded is no float numbers, or a counter stands alone. A head may hold anything."""
+    modules = {name.rpartition(".")[0] for name in (*placing.places, *placing.heads)}
+    for name, key in names.whole.items():
+        module, _, kind = name.rpartition(".")
+        if kind in COMPUTED and module not in modules:
+            raise AdapterMismatch(
+                f"{saved.uri}: has {key}, but no weights of {module}, so the file is incomplete. Save the adapter again."
+            )
+    folded = {name.rpartition(".")[0] for name in placing.places}
+    factors = [key for module, by_kind in names.lora.items() if module in folded for key in by_kind.values()]
+    check_types(saved, [*factors, *(key for name, key in names.whole.items() if name in placing.places)])
+
+
+def _head_tensors(names: Names, placing: Placing) -> dict[str, str]:
+    """The tensors of a head, by their names in a classification model, each with its key in the file."""
+    heads = {placing.heads[name]: key for name, key in names.whole.items() if name in placing.heads}
+    modules = {name.rpartition(".")[0]: inner.rpartition(".")[0] for name, inner in placing.heads.items()}
+    for module, key_of_kind in names.lora.items():
+        if f"{module}.weight" in placing.heads:
+            heads |= {f"{modules[module]}.{kind}": key for kind, key in key_of_kind.items()}
+    for name, key in names.whole.items():
+        module, _, kind = name.rpartition(".")
+        if kind in COMPUTED and module in modules:
+            heads[f"{modules[module]}.{kind}"] = key
+    return heads
+
+
+def _shapes(saved: SavedAdapter, modules: list[_Module], whole: dict[str, str]) -> dict[str, torch.Size]:
+    """The shapes of all weights that an adapter changes, by their names in its file."""
     shapes = {f"{module.name}.weight": module.lora.shape for module in modules}
-    clash = sorted(set(shapes) & set(plain))
+    clash = sorted(set(shapes) & set(whole))
     if clash:
         raise AdapterMismatch(
             f"{saved.uri}: {clash[0]} is saved as a whole weight and also changed by LoRA. Save the adapter again with "
             "save_embedding_layers=False."
         )
     shapes |= {f"{module.name}.bias": module.bias.shape for module in modules if module.bias is not None}
-    shapes |= {name: tensor.shape for name, tensor in plain.items()}
-    located = target.locate(shapes)
-    heads = {name for name, place in located.items() if place is None and _is_of_head(name, target)}
-    check_places(saved, target, shapes, {name: place for name, place in located.items() if name not in heads})
-    places = {name: place for name, place in located.items() if place is not None}
-    adapted = {name: places[name] for name in (f"{module.name}.weight" for module in modules) if name in places}
-    check_whole(saved, target, adapted)
-    check_biases(saved, target, set(adapted.values()), {places[name] for name in plain if name in places})
-    changes: dict[str, Change] = {places[name]: Replaced(trained=plain[name]) for name in plain if name in places}
-    for module in modules:
-        if f"{module.name}.weight" in places:
-            changes[places[f"{module.name}.weight"]] = _weight_change(saved, module)
-        if module.bias is not None and f"{module.name}.bias" in places:
-            trained_bias = plain.get(f"{module.name}.bias")
-            changes[places[f"{module.name}.bias"]] = _bias_change(module.lora.scale, module.bias, trained_bias)
-    check_effect(saved, changes, heads)
-    keys = sorted(key.removeprefix(PREFIX) for key in saved.tensors)
-    dropped = tuple(key for key in keys if _is_below(key, heads))
-    return Adapter(saved=saved, changes=changes, places=places, head_keys=dropped)
+    return shapes | {name: saved.tensors[key].shape for name, key in whole.items()}
 
 
-def _split(saved: SavedAdapter) -> tuple[list[_Module], dict[str, torch.Tensor]]:
-    """The LoRA modules of an adapter, and all its other tensors by their names."""
-    by_module: dict[str, dict[str, torch.Tensor]] = {}
-    plain: dict[str, torch.Tensor] = {}
-    for key, tensor in saved.tensors.items():
-        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        if any(part in key and key.replace(part, ".") in saved.tensors for part in _COPIES):
-            continue
-        kind = next((kind for kind in _KINDS if name.endswith(f".{kind}")), None)
-        if kind is None and "lora_" in name:
-            raise AdapterMismatch(
-                f"{saved.uri}: {key} is a kind of LoRA tensor that cannot be folded exactly. "
-                "Merge this adapter into its base with PEFT first, or train it without such tensors."
-            )
-        module, short = (name.removesuffix(f".{kind}"), kind.removesuffix(".weight")) if kind else (name, "")
-        tensors = by_module.setdefault(module, {}) if kind else plain
-        if (short or name) in tensors:
-            raise AdapterMismatch(f"{saved.uri}: {name} is saved twice, under two names. Save the adapter again.")
-        tensors[short or name] = tensor
-    if not by_module:
-        raise AdapterMismatch(
-            f"{saved.uri}: {WEIGHTS_NAME} holds no LoRA tensors, so it would change nothing. Leave the adapter out."
-        )
-    patterns = [expressions_of_names(saved.config.get(field) or {}) for field in ("rank_pattern", "alpha_pattern")]
-    check_patterns(saved, patterns, list(by_module))
-    return [_module(saved, name, tensors) for name, tensors in by_module.items()], plain
-
-
-def _module(saved: SavedAdapter, name: str, tensors: dict[str, torch.Tensor]) -> _Module:
+def _module(saved: SavedAdapter, target: Target, name: str, keys: dict[str, str]) -> _Module:
     """Check that all tensors of a module exist and fit together."""
+    tensors = {kind: saved.tensors[key] for kind, key in keys.items()}
     kind = "lora_embedding" if any(key.startswith("lora_embedding") for key in tensors) else "lora"
     expected = [f"{kind}_A", f"{kind}_B"]
     if saved.config.get("use_dora"):
@@ -164,6 +216,7 @@ def _module(saved: SavedAdapter, name: str, tensors: dict[str, torch.Tensor]) ->
             "different adapters. Copy both files of one adapter."
         )
     down, up = tensors[expected[0]], tensors[expected[1]]
+    check_not_empty(saved, {key: saved.tensors[key] for key in keys.values()})
     embedding = kind == "lora_embedding"
     if not (down.ndim == up.ndim >= 2 and all(size == 1 for size in up.shape[2:])) or (embedding and down.ndim > 2):
         raise AdapterMismatch(
@@ -172,11 +225,9 @@ def _module(saved: SavedAdapter, name: str, tensors: dict[str, torch.Tensor]) ->
         )
     if embedding:
         down, up = up.T, down.T
-    if down.shape[0] != up.shape[1] or not down.shape[0]:
-        raise AdapterMismatch(
-            f"{saved.uri}: {name} has rank {down.shape[0]} in {expected[0]} but {up.shape[1]} in {expected[1]}. Either the "
-            "file is damaged: save it again. Or the layer is a grouped convolution, for which LoRA cannot be folded."
-        )
+    if down.shape[0] != up.shape[1]:
+        ranks = {expected[0]: down.shape[0], expected[1]: up.shape[1]}
+        raise explain_ranks(saved, target, name, (down.shape, up.shape), ranks)
     shape = torch.Size((up.shape[0], *down.shape[1:]))
     lora = LowRank(down=down.flatten(1), up=up.flatten(1), scale=_scale(saved, name, down.shape[0]), shape=shape)
     bias, magnitude = tensors.get("lora_B.bias"), tensors.get("lora_magnitude_vector")
@@ -211,16 +262,6 @@ def _weight_change(saved: SavedAdapter, module: _Module) -> Change:
 def _bias_change(scale: float, bias: torch.Tensor, trained: torch.Tensor | None) -> Change:
     """The change of a bias by `lora_bias`: it is added to the layer's bias, or to the trained one that the adapter holds."""
     return Shift(bias=bias, scale=scale) if trained is None else Replaced(trained=trained.double() + scale * bias.double())
-
-
-def _is_of_head(name: str, target: Target) -> bool:
-    """True for a weight of a head, which is beside the body (`classifier.…`) or at its end (`vit.pooler.…`)."""
-    return bool(set(name.split(".")[:2]) & target.head_names)
-
-
-def _is_below(key: str, heads: set[str]) -> bool:
-    modules = {name.removesuffix(".weight").removesuffix(".bias") for name in heads}
-    return any(key.replace(".base_layer.", ".").startswith(f"{module}.") for module in modules) or key in heads
 
 
 def _scale(saved: SavedAdapter, module: str, rank: int) -> float:

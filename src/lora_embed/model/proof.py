@@ -12,10 +12,11 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from lora_embed.errors import EncoderError
-from lora_embed.model.adapter import PREFIX, WEIGHTS_NAME
+from lora_embed.model.adapter import WEIGHTS_NAME
 from lora_embed.model.anew import Array, merge_anew
 from lora_embed.model.fold import Merge
 from lora_embed.model.match import Adapter
+from lora_embed.model.weights import weights_of
 
 Proof = dict[str, dict[str, float]]  # by weight: `error` and `rounding`
 # The largest error of a weight's change, relative to the change, in addition to the rounding of the weight to float32.
@@ -30,7 +31,7 @@ def prove(merged: Merge, base: PreTrainedModel, saved: PreTrainedModel) -> Proof
     Returns for each changed weight `error`, ‖saved − base − expected‖ / ‖expected‖, and `rounding`, the part of it that
     float32 rounding may cause. Raises EncoderError if a weight differs by more, or changed although no adapter changes it.
     """
-    before, after = dict(base.named_parameters()), dict(saved.named_parameters())
+    before, after = weights_of(base), weights_of(saved)
     changed = {name for adapter in merged.adapters for name in adapter.changes}
     strays = [name for name in before if name not in changed and not torch.equal(before[name], after[name])]
     if strays or set(before) != set(after):
@@ -125,12 +126,14 @@ def read_tensors(adapter: Adapter, name: str) -> tuple[str, dict[str, Array]]:
     tensors = {}
     with safe_open(adapter.saved.folder / WEIGHTS_NAME, "pt") as file:
         for key in file.keys():  # noqa: SIM118 - no mapping
-            tensor_name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            tensor_name = key.removeprefix(adapter.front).replace(".base_layer.", ".")
+            tensor_name = tensor_name.replace(f".modules_to_save.{adapter.adapter_name}.", ".")
             if tensor_name == adapter_name:
                 tensors["whole"] = file.get_tensor(key).double().numpy()
             elif tensor_name.startswith(f"{module}.lora_"):
-                kind = tensor_name.removeprefix(f"{module}.").removesuffix(".weight")
-                tensors[kind] = file.get_tensor(key).double().numpy()
+                kind = tensor_name.removeprefix(f"{module}.").partition(".")[0]
+                is_bias = tensor_name.endswith(".bias")
+                tensors[f"{kind}.bias" if is_bias else kind] = file.get_tensor(key).double().numpy()
     return adapter_name, tensors
 
 

@@ -14,6 +14,7 @@ from lora_embed.model.encoder import Encoder
 from lora_embed.model.fold import Merge, fold
 from lora_embed.model.ingredients import Ingredients, with_recipe
 from lora_embed.model.space import space_id_of
+from lora_embed.model.weights import weights_of
 
 BLOCK = 1024  # images that are copied from a mapped file at a time
 # Images a second of a ViT-S/14 at 56 pixels, 2 cores: 153 on two threads, 157 to 167 in batches of 64 to 128, 179 by two
@@ -31,7 +32,7 @@ class Refolder:
         self.ingredients = ingredients
         self.adapters = {adapter.uri: adapter for adapter in match_adapters(ingredients)}  # by the path in the recipe
         self._model, description = open_base(ingredients)
-        self._weights = {name: parameter.data for name, parameter in self._model.named_parameters()}
+        self._weights = {name: parameter.data for name, parameter in weights_of(self._model).items()}
         self._encoder = Encoder([self._model], description, device=device, precision="float32", batch_size=BATCH[device])
 
     @property
@@ -51,7 +52,7 @@ class Refolder:
     @one_thread()
     def fold(self, recipe: Recipe) -> None:
         """Fold a recipe into the model. Raises like `fold.fold` and the methods of `merge`."""
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in weights_of(self._model).items():
             parameter.data = self._weights[name]
         for _ in self._folded(recipe):
             pass

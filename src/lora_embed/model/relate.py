@@ -14,6 +14,7 @@ from lora_embed.model.base_files import Base
 from lora_embed.model.change import LowRank
 from lora_embed.model.fold import Merge
 from lora_embed.model.match import Adapter
+from lora_embed.model.weights import weights_of
 
 Square = NDArray[np.float64]
 Kind = Literal["cosine", "sign_conflicts", "subspace_overlap"]
@@ -92,7 +93,7 @@ def relate_adapters(base: Base, adapters: list[Adapter]) -> Iterator[tuple[Kind,
     whole = Relations.of(len(adapters))
     merged = Merge(adapters=tuple(adapters), weights=(1.0,) * len(adapters), options={})
     by_layer: list[tuple[str | None, Relations]] = [(None, whole)]
-    for name, before in load_headless(base.folder, base.uri).named_parameters():
+    for name, before in weights_of(load_headless(base.folder, base.uri)).items():
         if sum(name in adapter.changes for adapter in adapters) > 1:
             by_layer.append((name, Relations.of(len(adapters))))
             by_layer[-1][1].add(merged, name, before.detach())

@@ -1,7 +1,7 @@
 """Checks of an adapter: its file is complete, every tensor belongs to a weight of the base, and it changes something."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from lora_embed.model.peft_private import expressions_of_targets, targeting
 
 # Shapes of tensors by name → for each name, the weight of the base that it belongs to, or None: see `locate.locate`.
 Locate = Callable[[dict[str, torch.Size]], dict[str, str | None]]
+TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of tensors that are folded
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer
 
 
@@ -26,32 +27,14 @@ class Target:
     locate: Locate
     head_names: frozenset[str]  # modules of a task's head, which an encoder does not have
     shapes: dict[str, torch.Size]  # of all weights of the headless model
+    grouped: frozenset[str]  # weights of convolutions in groups
+    families: frozenset[str]  # names of the model's type, and of the dual encoder that it may be a part of
 
 
 def check_patterns(saved: SavedAdapter, patterns: list[list[Expression]], names: list[str]) -> None:
     """Raises AdapterMismatch for a stranger's regular expression that cannot be read, or whose matching may never end."""
     if (problem := problem_with(patterns, names)) is not None:
         raise AdapterMismatch(f"{saved.uri}: a pattern of {CONFIG_NAME} cannot be used: {problem}. Save the adapter again.")
-
-
-def check_places(saved: SavedAdapter, target: Target, shapes: dict[str, torch.Size], places: dict[str, str | None]) -> None:
-    unused = [name for name in places if places[name] is None]
-    if not unused:
-        return
-    places_alone = target.locate({name: shapes[name] for name in unused})
-    for name, place in places_alone.items():
-        if place is not None and place in places.values():
-            first_name = next(adapter_name for adapter_name, first_place in places.items() if first_place == place)
-            raise AdapterMismatch(
-                f"{saved.uri}: {first_name} and {name} are both names of {place}, so it is saved twice. Save the adapter again."
-            )
-    kernels = any(len(shapes[name]) > 2 for name in unused)
-    hint = " A grouped convolution cannot be folded: its LoRA mixes channels that its weight keeps apart." if kernels else ""
-    raise AdapterMismatch(
-        f"{saved.uri}: {len(unused)} of the {len(places)} weights that it changes match no weight of {target.uri}: "
-        f"{first_names([f'{name} {shape_of(shapes[name])}' for name in unused])}. "
-        f"It was trained on {saved.config.get('base_model_name_or_path')!r}; name that base in the recipe.{hint}"
-    )
 
 
 def check_whole(saved: SavedAdapter, target: Target, adapted: dict[str, str]) -> None:
@@ -69,6 +52,37 @@ def check_whole(saved: SavedAdapter, target: Target, adapted: dict[str, str]) ->
             f"{saved.uri}: {CONFIG_NAME} targets {first_names(sorted([targets] if isinstance(targets, str) else targets), 6)}, "
             f"but {WEIGHTS_NAME} has no tensors for {first_names(missing)}, so the file is incomplete. Save the adapter again."
         )
+
+
+def untargeted(saved: SavedAdapter, adapted: dict[str, str]) -> tuple[str, ...]:
+    """Modules with tensors in the file that the configuration does not target, by the adapter's names; PEFT passes over them.
+
+    Names of transformers 4 and 5 are tried. The configuration's patterns must have been tried on both.
+    """
+    targets = saved.config.get("target_modules")
+    if not targets or targets == "all-linear":  # PEFT writes a list of names in place of that word
+        return ()
+    names = {name.removesuffix(".weight"): place.removesuffix(".weight") for name, place in adapted.items()}
+    check_patterns(saved, expressions_of_targets(saved.config), [*names, *names.values()])
+    is_targeted = targeting(saved.config)
+    return tuple(name for name, place in names.items() if not is_targeted(name) and not is_targeted(place))
+
+
+def check_saved_modules(saved: SavedAdapter, target: Target, trained: set[str]) -> None:
+    """Raises AdapterMismatch if a module of the body that `modules_to_save` names has no weights in the file."""
+    modules_of_end: dict[str, list[str]] = {}  # `norm1`, `0.norm1` … → modules whose names end so
+    for module in sorted({name.rpartition(".")[0] for name in target.shapes}):
+        parts = module.split(".")
+        for first in range(len(parts)):
+            modules_of_end.setdefault(".".join(parts[first:]), []).append(module)
+    saved_modules = {name.rpartition(".")[0] for name in trained}
+    for named in saved.config.get("modules_to_save") or ():
+        for module in modules_of_end.get(named, ()):
+            if module not in saved_modules:
+                raise AdapterMismatch(
+                    f"{saved.uri}: modules_to_save of {CONFIG_NAME} names {named}, but {WEIGHTS_NAME} has no weights of "
+                    f"{module}, so the file is incomplete. Save the adapter again."
+                )
 
 
 def _adapter_names(target: Target, adapted: dict[str, str]) -> dict[str, str]:
@@ -99,11 +113,11 @@ def check_biases(saved: SavedAdapter, target: Target, adapted: set[str], trained
         )
 
 
-def check_effect(saved: SavedAdapter, changes: dict[str, Change], heads: set[str]) -> None:
+def check_effect(saved: SavedAdapter, changes: dict[str, Change], heads: Iterable[str]) -> None:
     if not changes:
         raise AdapterMismatch(
-            f"{saved.uri}: changes only {first_names(sorted(heads))}, the head of a task, which an encoder does not have. "
-            "Leave it out of the recipe."
+            f"{saved.uri}: changes only {first_names(sorted(heads))}, which an encoder does not have: it is a task's head, or "
+            "the other part of a model of images and text. Leave it out of the recipe."
         )
     if all(isinstance(change, LowRank) and not change.norm() for change in changes.values()):
         raise AdapterMismatch(
@@ -114,3 +128,24 @@ def check_effect(saved: SavedAdapter, changes: dict[str, Change], heads: set[str
 
 def shape_of(shape: Any) -> str:
     return "×".join(map(str, shape)) or "scalar"
+
+
+def check_not_empty(saved: SavedAdapter, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises AdapterMismatch for a tensor without numbers."""
+    empty = next((key for key, tensor in sorted(tensors.items()) if not tensor.numel()), None)
+    if empty is not None:
+        raise AdapterMismatch(
+            f"{saved.uri}: {empty} is empty (shape {shape_of(tensors[empty].shape)}). DeepSpeed (ZeRO 3) and FSDP leave such "
+            "tensors, if the weights are not gathered before they are saved. Gather them, and save the adapter again."
+        )
+
+
+def check_types(saved: SavedAdapter, keys: Iterable[str]) -> None:
+    """Raises AdapterMismatch for tensors that are no float numbers, such as quantised ones."""
+    for key in sorted(keys):
+        if saved.tensors[key].dtype not in TYPES:
+            found, *expected = (str(dtype).removeprefix("torch.") for dtype in (saved.tensors[key].dtype, *TYPES))
+            raise AdapterMismatch(
+                f"{saved.uri}: {key} holds numbers of type {found}, expected {', '.join(expected)}. Save the adapter without "
+                "quantisation."
+            )
