@@ -85,12 +85,11 @@ def image_types() -> list[str]:
     classified = [config.model_type for config in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING]
     others = []
     for config in MODEL_MAPPING:
-        found = MODEL_MAPPING[config]
-        model = found[0] if isinstance(found, tuple) else found
         try:
-            taken = inspect.signature(model.forward).parameters
-        except ImportError:  # its package is not installed
-            taken = {}
+            found = MODEL_MAPPING[config]
+            taken = inspect.signature((found[0] if isinstance(found, tuple) else found).forward).parameters
+        except (ImportError, ValueError):  # its package is not installed, or transformers names a class that it does not have
+            continue
         if {"pixel_values", "pixel_values_videos"} & set(taken):
             others.append(config.model_type)
     return [*classified, *(name for name in others if name not in classified)]
