@@ -31,12 +31,12 @@ KINDS: dict[str, Switches] = {
 }
 # What computes with torch or numpy, without a whole cluster.
 NUMERIC = (
-    "actors", "adapter", "all_families", "assess", "changes", "checks", "cka", "cost", "crooked", "decode", "demo_parts",
-    "device", "digits", "drift", "encoder", "errors", "evaluate_command", "export", "families", "features", "figures",
-    "gpu_benchmark", "guard", "head", "health", "image_processors", "kept_encoders", "labelled", "merge", "nightly",
-    "no_code", "parts", "plan", "preprocess", "preview", "private", "processors", "proof", "propose", "rank", "real_gates",
-    "real_merge", "real_vectors", "resume", "rows", "search", "space", "stale", "strange_bases", "strange_encoders",
-    "table_read", "trials", "tune", "upgrades", "versions",
+    "actors", "adapter", "adapter_places", "all_families", "assess", "batch_norm", "changes", "checks", "cka", "cost",
+    "crooked", "decode", "demo_parts", "device", "digits", "drift", "encoder", "errors", "evaluate_command", "export",
+    "families", "features", "figures", "gpu_benchmark", "guard", "head", "health", "image_processors", "kept_encoders",
+    "labelled", "locate", "merge", "nightly", "no_code", "parts", "plan", "preprocess", "preview", "private", "processors",
+    "proof", "propose", "rank", "real_gates", "real_merge", "real_vectors", "resume", "rows", "search", "space", "stale",
+    "strange_bases", "strange_encoders", "table_read", "trials", "tune", "upgrades", "versions", "wrapped",
 )  # fmt: skip
 
 

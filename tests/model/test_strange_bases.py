@@ -21,7 +21,7 @@ from lora_embed.model.encoder import Encoder, load_encoder
 from lora_embed.model.find_state import find_state
 from lora_embed.model.golden import relative_difference
 from lora_embed.model.ingredients import gather
-from models import SIZE, SMALL, save_adapter, save_base
+from models import SIZE, SMALL, save_adapter, save_base, v4_name
 
 WIDE = SMALL | {"intermediate_size": 64}
 SAM = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 8}
@@ -220,6 +220,16 @@ def test_a_prefix_before_every_weight_is_left_out_and_said(prefix: str, tmp_path
     recipe = Recipe(base_model=str(base), adapters=(), merge_method="none")
     assert build_encoder(gather(recipe), tmp_path / "encoder", lines.append).space_id == space_id
     assert any(f"in its files below {prefix!r}" in line for line in lines)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.base."])
+def test_older_names_of_weights_are_known_below_a_prefix(prefix: str, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    space_id = build(base, tmp_path / "plain").space_id
+    file = base / "model.safetensors"
+    weights = {f"{prefix}vit.{v4_name(name, 'vit')}": weight for name, weight in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    assert build(base, tmp_path / "encoder").space_id == space_id
 
 
 def test_the_images_part_of_a_language_model_is_taken(tmp_path: Path) -> None:

@@ -60,8 +60,12 @@ def open_headless(folder: Path, where: str) -> tuple[PreTrainedModel, str]:
     config, prefix = read_model_config(folder, where), ""
     model, missing = _load(folder, where, config)
     if missing:
-        prefix = _prefix_in(folder, where, model)
-        model, missing = _load(folder, where, config, prefix) if prefix else (model, missing)
+        found = _prefix_in(folder, where, model)
+        # Transformers knows other names of the weights only with the family's own prefix, such as `vit.`, before them.
+        for tried in dict.fromkeys([found, found.removesuffix(f"{model.base_model_prefix}.")]):
+            if tried and missing:
+                prefix = tried
+                model, missing = _load(folder, where, config, prefix)
     if missing and all(name.endswith("mask_token") for name in missing) and getattr(config, "use_mask_token", False):
         config.use_mask_token = False  # used in pretraining only; since it is not in the files, it would be random
         model, missing = _load(folder, where, config, prefix)

@@ -114,10 +114,8 @@ def _last_of_hidden_states(name: str, states: Any, final: Any, watched: _Watched
     for block in watched.names:
         if isinstance(watched.blocks.get(block), torch.Tensor) and torch.equal(watched.blocks[block], states[-1]):
             return block, states[-1]
-    raise EncoderError(
-        f"{name}: no block's output equals hidden_states[-1]; tried {watched.names}. Name another base, or a pooling that "
-        "begins with last_."
-    )
+    advice = ", or a pooling that begins with last_" if isinstance(final, torch.Tensor) else ""
+    raise EncoderError(f"{name}: no block's output equals hidden_states[-1]; tried {watched.names}. Name another base{advice}.")
 
 
 def _map_among(tokens: torch.Tensor | None, maps: Any) -> StateForm | None:

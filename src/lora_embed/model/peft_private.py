@@ -14,6 +14,8 @@ _PURPOSE = "find the modules that an adapter changes, and their ranks, as PEFT i
 _matches = part("peft", "peft.tuners.tuners_utils:check_target_module_exists", _PURPOSE, takes=("config", "key"))
 _pattern_key = part("peft", "peft.utils.other:get_pattern_key", _PURPOSE, takes=("pattern_keys", "key_to_match"))
 
+LoraLayer: Any = part("peft", "peft.tuners.lora:LoraLayer", "compare a merge with the adapters before it")
+
 defaults = dataclasses.asdict(LoraConfig())  # of all fields of an adapter's configuration
 
 

@@ -6,6 +6,7 @@ assumption, and shares no code with the fold: PEFT puts the adapters beside the 
 
 import contextlib
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from lora_embed.errors import AdapterMismatch, EncoderError
@@ -21,6 +21,7 @@ from lora_embed.model import golden
 from lora_embed.model.anew import Array
 from lora_embed.model.fold import Merge
 from lora_embed.model.match import Adapter
+from lora_embed.model.peft_private import LoraLayer
 from lora_embed.model.proof import change_of, factors_of, initial_of, read_tensors
 from lora_embed.text import in_one_line
 
@@ -120,7 +121,8 @@ def _put_beside(model: PreTrainedModel, adapter: Adapter, weight: float, name: s
         lora_bias=biased,
     )
     try:
-        inject_adapter_in_model(config, model, name)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there are several adapters
+            inject_adapter_in_model(config, model, name)
     except (ValueError, TypeError) as error:  # PEFT has no layer for one of these modules, so it was not trained by PEFT
         raise AdapterMismatch(
             f"{adapter.uri}: PEFT cannot put it beside the weights of {type(model).__name__} ({in_one_line(error, 200)}), so "
