@@ -12,6 +12,7 @@ import families
 from families import Row, measure, row_of
 from family_page import BEGIN, DOCS, image_types
 from family_specs import CLASSIFIED, SPECS, Form, Spec
+from short import slow_but
 
 # One type of each kind, with a pooling that reads it wrong if the kind is not known.
 KINDS = {
@@ -31,7 +32,9 @@ KINDS = {
 PREFIXED = 1  # a seed of which the base's weights lie under a prefix
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", slow_but(KINDS, ["registers", "tokens that are the pixels of a map, and their mean"].__contains__)
+)
 def test_a_type_of_each_kind_gives_the_vectors_of_peft(kind: str, tmp_path: Path) -> None:
     name, pooling = KINDS[kind]
     row = Row(name, SPECS[name])
@@ -42,6 +45,7 @@ def test_a_type_of_each_kind_gives_the_vectors_of_peft(kind: str, tmp_path: Path
     assert row.effect >= families.LEAST
 
 
+@pytest.mark.slow
 def test_a_convolution_that_changes_its_weight_is_refused(tmp_path: Path) -> None:
     row = Row("bit", SPECS["bit"])
     measure(row, 0, [("mean", "both")], tmp_path)

@@ -26,6 +26,7 @@ from lora_embed.model.ingredients import gather
 from lora_embed.model.match import Adapter, match_adapter, target_of
 from lora_embed.model.member import fold_members
 from lora_embed.model.whole import Target
+from short import slow_but_every
 
 DOCS = ROOT / "docs" / "adapters.md"
 
@@ -40,7 +41,7 @@ def folder(tmp_path: Path, real_adapters: dict[str, Path]) -> Path:
     return Path(shutil.copytree(real_adapters["category10"], tmp_path / "ten"))
 
 
-@pytest.mark.parametrize("case", [*CASES, *NAMES], ids=lambda case: case.what)
+@pytest.mark.parametrize("case", [*CASES, *slow_but_every(6, NAMES)], ids=lambda case: case.what)
 def test_crooked_adapters_are_refused_or_right(case: Case, folder: Path, target: Target, good: Adapter) -> None:
     case.edit(folder)
     if case.says is not SAME:

@@ -33,6 +33,7 @@ from lora_embed.model.transformers_private import processor_name_of
 from models import SIZE, save_base
 from processor_folders import compare, folder_of, made_by
 from samples import encoded, noise
+from short import slow_but, slow_but_every
 
 MODES = ("RGB", "L", "LA", "P", "RGBA", "CMYK", "I;16", "1")
 SIZES = (
@@ -43,6 +44,7 @@ FAMILIES = {
     name for model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES if (name := processor_name_of(model_type)) is not None
 }
 EVERY = {names.get("torchvision") or names["pil"] for names in IMAGE_PROCESSOR_MAPPING_NAMES.values()}
+QUICK = {f"{kind}ImageProcessor" for kind in ("ViT", "Levit", "MobileViT", "EfficientNet", "PoolFormer", "ImageGPT", "TextNet")}
 # The processors of classification families that are not supported; their models take no images alone, or need timm.
 NOT_SUPPORTED = {"ImageGPTImageProcessor", "PerceiverImageProcessor", "Siglip2ImageProcessor", "TimmWrapperImageProcessor"}
 DIFFERENT_SIZES = {"TextNetImageProcessor"}  # supported with image_size
@@ -111,7 +113,7 @@ def images() -> list[Image.Image]:
     return made
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", slow_but(sorted(FAMILIES), QUICK.__contains__))
 def test_the_processor_of_each_classification_family(name: str, images: list[Image.Image], tmp_path: Path) -> None:
     """With the defaults of its class. A new family of transformers is equal, or fails here until it is refused by name."""
     base = folder_of(tmp_path / "base", {"image_processor_type": name})
@@ -131,12 +133,12 @@ def test_the_processor_of_each_classification_family(name: str, images: list[Ima
         compare(base, images, most=3 if name == "DonutImageProcessor" else 60)  # of 2560×1920 pixels
 
 
-@pytest.mark.parametrize("name", HUB)
+@pytest.mark.parametrize("name", slow_but_every(4, HUB))
 def test_settings_of_the_hub(name: str, images: list[Image.Image], tmp_path: Path) -> None:
     compare(folder_of(tmp_path / "base", HUB[name]), images)
 
 
-@pytest.mark.parametrize("name", HUB)
+@pytest.mark.parametrize("name", slow_but_every(4, HUB))
 def test_an_image_size_gives_images_of_that_size(name: str, images: list[Image.Image], tmp_path: Path) -> None:
     base = folder_of(tmp_path / "base", HUB[name])
     image_size = 96 if name == "maskformer" else 84

@@ -19,6 +19,7 @@ from lora_embed.model.build import build_encoder
 from lora_embed.model.head import find_head
 from lora_embed.model.ingredients import gather
 from models import FAMILIES, edit_tensors, save_adapter, save_adapter_of, save_bases
+from short import slow_but, slow_but_every
 from trained import Own, difference, folded, states, train
 
 Bases = dict[str, Path]
@@ -93,7 +94,7 @@ WRAPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WRAPS)
+@pytest.mark.parametrize("name", slow_but_every(3, WRAPS))
 def test_an_adapter_of_a_model_around_the_base_is_folded_and_said(name: str, vit: Bases, tmp_path: Path) -> None:
     case, body = WRAPS[name], headless(vit["headless"].parent)
     before = states(body)
@@ -105,7 +106,7 @@ def test_an_adapter_of_a_model_around_the_base_is_folded_and_said(name: str, vit
     assert {name.partition(".")[0] for name in adapter.heads} <= {"classifier", "head", "pooler"}
 
 
-@pytest.mark.parametrize("name", ["default", "flowers", "my.adapter", "Blumen-ä"])
+@pytest.mark.parametrize("name", slow_but(["default", "flowers", "my.adapter", "Blumen-ä"], ["my.adapter"].__contains__))
 @pytest.mark.parametrize("kind", ["plain", "dora", "biases", "embedding"])
 def test_keys_of_a_state_dict_hold_the_adapters_name(name: str, kind: str, vit: Bases, clip: Bases, tmp_path: Path) -> None:
     """What `state_dict` of a PEFT model holds of the adapter, saved by hand. PEFT refuses a dot; other tools do not."""
@@ -226,6 +227,7 @@ def test_what_was_left_out_is_said_by_the_build_and_in_its_report(vit: Bases, tm
     assert sum(note.startswith(said) for note in report["notes"]) == 1
 
 
+@pytest.mark.slow
 def test_every_family_is_found_within_another_class(tmp_path: Path) -> None:
     """Names of transformers 5, as a class around the headless model has them."""
     for family in FAMILIES:
