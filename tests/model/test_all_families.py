@@ -90,13 +90,13 @@ def test_the_page_has_every_family_for_classification() -> None:
     assert known <= set(re.findall(r"^\| ([\w-]+) \|", figures(), flags=re.MULTILINE))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_page_has_every_other_type_for_images() -> None:
     page = set(re.findall(r"[\w.-]+", figures()))
     assert {name for name in image_types() if name not in page and f"{name}." not in page} == set()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", SPECS)
 def test_every_type_is_right_or_refused_as_the_page_says(name: str) -> None:
     row = row_of(name, repeat=1, first_seed=PREFIXED, hub=False)
