@@ -144,7 +144,7 @@ CLASSIFIED = {
         }
     ),
     "poolformer": Spec(config={"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32]}, size=64, state=MAP),
-    "pp_lcnet": Spec(config={"scale": 0.25}, size=64, state=MAP),
+    "pp_lcnet": Spec(config={"scale": 0.25}, size=64, state=MAP, has_last=False, body="encoder"),
     "pvt": Spec(config=FOUR, size=64, state=CLASS),
     "pvt_v2": Spec(config=FOUR, size=64, state=MAP),
     "regnet": Spec(config=RESNET | {"groups_width": 8}, size=64, state=MAP),

@@ -587,13 +587,6 @@ TABLE_CASES = [
         arguments=with_set("precision=bfloat16"),
         published=True,
     ),
-    Case(
-        "other carried fields than the table's",
-        nothing,
-        ["/table", "carry []", "label", "set them back, or name another table"],
-        arguments=with_set("carry=[label]"),
-        published=True,
-    ),
     Case("no table there", nothing, ["shards", "is not a table"], arguments=["status", "shards"]),
     Case(
         "no such version",

@@ -23,6 +23,7 @@ FORGOTTEN: Reason = "forgotten"
 ShardKind = Literal["tar", "parquet", "images", "references"]
 MAX_BYTES = 2**30  # of an encoded image: 100 megapixels with 16 bits of red, green, blue and alpha have 0.8 GB
 MOST_KINDS, OTHER_KINDS = 20, "others"
+TAKEN = "lora_embed.taken"  # a column of samples on their way: the vector that a version has of the same image
 _PART = re.compile(r"([0-9a-f]+)-([0-9]{8})(-last)?\.parquet")
 VECTOR_TYPES = {"float32": pa.float32(), "float16": pa.float16()}
 CARRY_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
@@ -118,8 +119,13 @@ class Layout:
 
     @property
     def pins(self) -> dict[str, Any]:
-        """The settings that all versions of a table share. To change one is to embed all images again."""
-        return {"precision": self.precision, "vector_type": self.vector_type, "carry": [list(pair) for pair in self.carry]}
+        """The settings that all rows of a version share."""
+        return self.numeric | {"carry": [list(pair) for pair in self.carry]}
+
+    @property
+    def numeric(self) -> dict[str, str]:
+        """Those of `pins` that shape a vector: with another carried field, the vectors are the same."""
+        return {"precision": self.precision, "vector_type": self.vector_type}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +157,7 @@ class ChunkHead:
     chunk: int = 0
     last: bool = False  # this chunk ends where the shard ends, and that end was checked
     good: int = 0  # samples with pixels
+    taken: int = 0  # samples whose vectors are taken over from a version
     decoded: int = 0  # images given to the decoder, good or bad
     begin: int | None = None  # bytes [begin, end) of the chunk in a tar, if a reader can begin there
     end: int | None = None
@@ -211,7 +218,10 @@ def carry_fields(carry: tuple[tuple[str, str], ...]) -> list[pa.Field]:
 
 
 def sample_schema(carry: tuple[tuple[str, str], ...]) -> pa.Schema:
-    """A chunk's samples between decoding and writing. `reason` is null for a sample with pixels."""
+    """A chunk's samples between decoding and writing.
+
+    `reason` is null for a sample that is no reject: it has pixels, or `TAKEN` holds the vector that a version has of its image.
+    """
     return pa.schema(
         [
             pa.field("key", pa.string(), nullable=False),
@@ -221,6 +231,7 @@ def sample_schema(carry: tuple[tuple[str, str], ...]) -> pa.Schema:
             *carry_fields(carry),
             pa.field("reason", pa.string()),
             pa.field("detail", pa.string()),
+            pa.field(TAKEN, pa.binary()),
         ]
     )
 

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,13 @@ from lora_embed.images.decode import BadImage, Decode, Prepare, decode_image
 from lora_embed.images.isolate import IsolatedDecoder, decode_or_die, keep_freed_memory
 from lora_embed.images.preprocess import Pixels
 from lora_embed.monitor.stages import Stopwatch
-from lora_embed.schema import ChunkHead, Layout, Sample, Shard, add_kinds, sample_schema, to_ipc
+from lora_embed.schema import TAKEN, ChunkHead, Layout, Sample, Shard, add_kinds, sample_schema, to_ipc
 from lora_embed.shards.columns import NUMBERED
 from lora_embed.shards.fields import typed
 from lora_embed.shards.isolated import read_isolated, read_or_die
 from lora_embed.shards.read import ReadSamples, read_samples
 from lora_embed.store.retry import take_retries
+from lora_embed.table.known import KnownImage, KnownReject, KnownVectors
 
 MOST_TEXT = 2**29  # characters of a chunk's keys and carried fields; an Arrow column holds up to 2 GiB
 
@@ -106,25 +107,71 @@ def decode_shard(
     """Yield a shard's chunks except those that are done; each call yields the same bytes.
 
     A chunk is yielded once the sample after it was read or the shard's end is proven. Rejects count as samples of a chunk.
-    Raises ShardError if the shard cannot be read further.
+    An image that is among the item's known rows is not decoded: its vector is taken from there. If a version has the same
+    shard, the images are not even read. Raises ShardError if the shard cannot be read further.
     """
+    with KnownVectors(item.known) if item.known is not None else contextlib.nullcontext() as known:
+        way = _Way(preprocessing, read, decode, known)
+        if item.known is not None and item.known.is_same_shard:
+            followed: set[int] = set()
+            try:
+                for chunk in _chunks(replace(item, staged=None), layout, replace(way, follows=True), options):
+                    followed.add(chunk.head.chunk)
+                    yield chunk
+                return
+            except _Differs:
+                item = replace(item, done=item.done | followed, staged=None)
+        yield from _chunks(item, layout, way, options)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a shard's samples are read, and what happens to their images."""
+
+    preprocessing: Prepare
+    read: ReadSamples
+    decode: Decode
+    known: KnownVectors | None
+    follows: bool = False  # all samples are taken from the same shard in a version, and only their fields are read
+
+    def follow(self, sample: Sample, layout: Layout) -> KnownImage | KnownReject:
+        """What the version has of a sample. Raises _Differs if that is another sample, or one that the limits now forbid."""
+        assert self.known is not None
+        found = self.known.follow(sample.key)
+        if found is None or sample.excess > layout.max_bytes:
+            raise _Differs
+        if isinstance(found, KnownImage) and found.width * found.height > layout.max_pixels:
+            raise _Differs
+        return found
+
+
+class _Differs(Exception):
+    """A shard has other samples than the version has of it, so its images must be read."""
+
+
+def _chunks(item: WorkItem, layout: Layout, way: _Way, options: dict[str, Any]) -> Iterator[DecodedChunk]:
     shard, done, size = item.shard, item.done, layout.chunk_size
     keys: set[str] = set()
     clock = Stopwatch()
     for stretch in find_stretches(item, layout):
-        span, open_chunk = stretch.span, _Chunk(stretch.span.first // size, layout, preprocessing, decode)
+        span, open_chunk = stretch.span, _Chunk(stretch.span.first // size, layout, way)
         keys |= stretch.skipped_keys
-        samples = read(shard, layout, options, _Missing(done, size), span)
+        of_reading = replace(layout, max_bytes=0) if way.follows else layout
+        samples = way.read(shard, of_reading, options, _Missing(done, size), span)
         for number, sample in enumerate(clock.timed("read", samples), span.first):
             if item.limit is not None and number >= item.limit:
                 break
             if number // size != open_chunk.chunk:
                 if open_chunk.chunk not in done:
                     yield open_chunk.finish(shard, clock.take(), last=False)
-                open_chunk = _Chunk(number // size, layout, preprocessing, decode)
+                open_chunk = _Chunk(number // size, layout, way)
+            followed = way.follow(sample, layout) if way.follows else None
             if open_chunk.chunk not in done:
                 with clock.timing("decode"):
-                    open_chunk.add(sample, twice=_twice(shard) if sample.key in keys else "")
+                    if followed is not None:
+                        open_chunk.copy(sample, followed)
+                    else:
+                        open_chunk.add(sample, twice=_twice(shard) if sample.key in keys else "")
                 if open_chunk.text > MOST_TEXT:
                     raise ShardError(
                         f"{shard.root}/{shard.name}: the keys and carried fields of chunk {open_chunk.chunk} have more than "
@@ -157,11 +204,10 @@ class _Missing:
 class _Chunk:
     """A chunk that is being filled; pixels are written directly into one array, so that they are never copied."""
 
-    def __init__(self, chunk: int, layout: Layout, preprocessing: Prepare, decode: Decode) -> None:
+    def __init__(self, chunk: int, layout: Layout, way: _Way) -> None:
         self.chunk = chunk
         self._layout = layout
-        self._preprocessing = preprocessing
-        self._decode = decode
+        self._way = way
         self._pixels: Pixels | None = None
         self._begin: int | None = None
         self._end: int | None = None
@@ -169,14 +215,33 @@ class _Chunk:
         self._passed: dict[str, int] = {}
         self.text = 0  # characters of keys and carried fields
         self._rows: list[dict[str, Any]] = []
+        self._taken: list[tuple[dict[str, Any], KnownImage]] = []  # rows of which a version has the vector
 
-    def add(self, sample: Sample, *, twice: str = "") -> None:
-        """Decode a sample's image; `twice` is the detail of the reject if its key is not its own."""
+    def _add_row(self, sample: Sample) -> dict[str, Any]:
+        """Begin a sample's row with its key and carried fields."""
         self._begin, self._end = self._begin if self._rows else sample.begin, sample.end
         self._passed = add_kinds(self._passed, sample.passed)
         carried = {name: typed(sample.fields.get(name), kind) for name, kind in self._layout.carry}
         self.text += len(sample.key) + sum(len(value) for value in carried.values() if isinstance(value, str))
-        row = {"key": sample.key, "width": None, "height": None, "sha256": None, "reason": None, "detail": None} | carried
+        row = dict.fromkeys(("width", "height", "sha256", "reason", "detail", TAKEN)) | {"key": sample.key} | carried
+        self._rows.append(row)
+        return row
+
+    def copy(self, sample: Sample, known: KnownImage | KnownReject) -> None:
+        """Take over what a version has of a sample, with its fields as they are now."""
+        row = self._add_row(sample)
+        if isinstance(known, KnownReject):
+            row |= {"reason": known.reason, "detail": known.detail}
+        else:
+            self._take(row, known)
+
+    def _take(self, row: dict[str, Any], image: KnownImage) -> None:
+        row |= {"width": image.width, "height": image.height, "sha256": image.digest}
+        self._taken.append((row, image))
+
+    def add(self, sample: Sample, *, twice: str = "") -> None:
+        """Decode a sample's image; `twice` is the detail of the reject if its key is not its own."""
+        row = self._add_row(sample)
         try:
             if sample.excess:
                 raise BadImage("too_many_bytes", f"{sample.excess} bytes, max_bytes allows {self._layout.max_bytes}")
@@ -188,16 +253,22 @@ class _Chunk:
             self._image_bytes += len(sample.data)
             if twice:
                 raise BadImage("duplicate_id", twice)
-            self._decoded += 1
-            decoded = self._decode(sample.data, self._preprocessing, self._layout.max_pixels)
-            row |= {"width": decoded.width, "height": decoded.height}
-            self._keep(decoded.pixels)
+            known = self._way.known.find(row["sha256"]) if self._way.known is not None else None
+            if known is not None and known.width * known.height <= self._layout.max_pixels:
+                self._take(row, known)
+            else:
+                self._decoded += 1
+                decoded = self._way.decode(sample.data, self._way.preprocessing, self._layout.max_pixels)
+                row |= {"width": decoded.width, "height": decoded.height}
+                self._keep(decoded.pixels)
         except BadImage as bad:
             row |= {"reason": bad.reason, "detail": str(bad)}
-        self._rows.append(row)
 
     def finish(self, shard: Shard, seconds: dict[str, float], *, last: bool) -> DecodedChunk:
-        pixels = np.empty((0, *self._preprocessing.shape), np.uint8) if self._pixels is None else self._pixels[: self._good]
+        pixels = np.empty((0, *self._way.preprocessing.shape), np.uint8) if self._pixels is None else self._pixels[: self._good]
+        if self._way.known is not None:
+            for (row, _), vector in zip(self._taken, self._way.known.vectors([image for _, image in self._taken]), strict=True):
+                row[TAKEN] = vector
         samples = pa.RecordBatch.from_pylist(self._rows, schema=sample_schema(self._layout.carry))
         head = ChunkHead(
             shard_id=shard.id,
@@ -206,6 +277,7 @@ class _Chunk:
             chunk=self.chunk,
             last=last,
             good=self._good,
+            taken=len(self._taken),
             decoded=self._decoded,
             begin=self._begin,
             end=self._end,

@@ -11,6 +11,7 @@ from lora_embed.images.preprocess import Joint, Pixels, Preprocessing
 from lora_embed.model.description import Description
 from lora_embed.schema import Layout, Shard, encoder_path, part_schema
 from lora_embed.store.store import Store
+from lora_embed.table.known import KnownRows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +22,7 @@ class WorkItem:
     done: frozenset[int] = frozenset()
     limit: int | None = None
     staged: "Staged | None" = None  # None: reading begins at the shard's start
+    known: KnownRows | None = None  # rows of a version that may be of the same images
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from lora_embed.config.values import (
 from lora_embed.config.yaml import Loader, read_yaml, yaml_problem
 from lora_embed.errors import ConfigError
 
-OWN_COLUMNS = ("id", "embedding", "shard", "key", "width", "height", "sha256", "reason", "detail")
+OWN_COLUMNS = ("id", "embedding", "shard", "key", "width", "height", "sha256", "reason", "detail", "lora_embed.taken")
 
 
 class AdapterSpec(Section):

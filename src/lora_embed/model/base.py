@@ -13,7 +13,14 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_BACKBONE_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from lora_embed.errors import EncoderError
@@ -35,6 +42,7 @@ _OF_VIDEO = ("num_frames", "tubelet_size", "frames_per_clip")
 # Model types whose layers, weights and names of weights are those of another one, which AutoModel opens for images alone.
 # ViT-MAE's own class masks random patches; for MetaCLIP 2's vision part, AutoModel has no class.
 _READ_AS = {"vit_mae": "vit", "metaclip_2_vision_model": "clip_vision_model"}
+_HEADLESS = (MODEL_MAPPING, MODEL_FOR_BACKBONE_MAPPING)
 MOST_COUNTED = 100_000  # labels, layers and similar counts of any model
 MOST_LAYERS = 1000  # layers of a model whose files hold fewer tensors than that
 MOST_BUFFERS = 2**28  # numbers that a model computes for itself when it is created
@@ -46,7 +54,8 @@ logging.disable_progress_bar()
 def load_headless(folder: Path, where: str) -> PreTrainedModel:
     """Load the model without head and pooler, in float32, for inference. Every weight must be in the files.
 
-    Raises EncoderError, naming `where`, for a model type that AutoModel does not know, and for missing weights.
+    Raises EncoderError, naming `where`, for a model type that transformers opens by itself with a head only, and for missing
+    weights.
     """
     return open_headless(folder, where)[0]
 
@@ -139,7 +148,7 @@ def _prefix_in(folder: Path, where: str, model: PreTrainedModel) -> str:
 def read_model_config(folder: Path, where: str) -> PretrainedConfig:
     """The configuration of the headless image model; for a dual encoder (CLIP, SigLIP), that of its vision part.
 
-    Raises EncoderError if AutoModel cannot make a model from it.
+    Raises EncoderError if transformers has no headless model for it.
     """
     _check_config(folder, where)
     try:
@@ -156,10 +165,10 @@ def read_model_config(folder: Path, where: str) -> PretrainedConfig:
         read_as = CONFIG_MAPPING[_READ_AS[config.model_type]]
         known = read_as().to_dict()
         config = read_as(**{name: value for name, value in config.to_dict().items() if name in known and name != "model_type"})
-    if type(config) not in MODEL_MAPPING:
+    if all(type(config) not in mapping for mapping in _HEADLESS):
         raise EncoderError(
-            f"{where}: AutoModel of transformers {transformers.__version__} has no model of type {config.model_type!r}, but it "
-            "must be able to open an encoder. Install a newer transformers that does, or name another base."
+            f"{where}: transformers {transformers.__version__} has no model without a head for the type {config.model_type!r}, "
+            "neither AutoModel nor AutoBackbone. Install a newer transformers that has one, or name another base."
         )
     _check_takes_images(config, where)
     if config.model_type.startswith("siglip"):  # no attention pooling; older versions than 5.22 obey this field too
@@ -253,8 +262,11 @@ def _check_takes_images(config: PretrainedConfig, where: str) -> None:
 
 
 def model_class(config: PretrainedConfig) -> Any:
-    """The class of the headless model; of several, the first, which is AutoModel's choice without further names."""
-    classes = MODEL_MAPPING[type(config)]
+    """The class of the headless model: AutoModel's, or AutoBackbone's for a type (PP-LCNet) that AutoModel does not know.
+
+    Of several, it is the first, which is AutoModel's choice without further names.
+    """
+    classes = next(mapping[type(config)] for mapping in _HEADLESS if type(config) in mapping)
     return classes[0] if isinstance(classes, tuple) else classes
 
 

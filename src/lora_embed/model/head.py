@@ -68,6 +68,8 @@ def find_head(base: Base, adapter: "Adapter") -> SavedHead | str:
         labelled = copy.deepcopy(config)
         labelled.num_labels = classes
         model, body = _classifier(labelled)
+        if body is None:
+            return f"{type(model).__name__} does not hold the headless model as a part"
         if _reads_own_pooler(getattr(model, body)):
             return f"the head of {type(model).__name__} reads a pooled output, which an encoder does not compute"
         delattr(model, body)
@@ -98,6 +100,7 @@ class HeadOnBody:
     def __init__(self, head: SavedHead, body: PreTrainedModel) -> None:
         config = AutoConfig.for_model(**head.config)
         self._model, name = _classifier(config)
+        assert name is not None, "find_head gives no head of such a model"
         self._body = _Computed()
         setattr(self._model, name, self._body)
         self._model.load_state_dict(load(head.weights), strict=True, assign=True)
@@ -125,13 +128,13 @@ class _Computed(nn.Module):
         return self.output
 
 
-def _classifier(config: PretrainedConfig) -> tuple[PreTrainedModel, str]:
-    """The classification model without memory for its weights, and the name of its body in it."""
+def _classifier(config: PretrainedConfig) -> tuple[PreTrainedModel, str | None]:
+    """The classification model without memory for its weights, and the name of its body in it, if it has one."""
     classes: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
     classifier = classes[0] if isinstance(classes, tuple) else classes
     with torch.device("meta"):
         model = classifier(config)
-    return model, next(_bodies(model, MODEL_MAPPING[type(config)]))
+    return model, next(_bodies(model, MODEL_MAPPING.get(type(config), ())), None)
 
 
 def _bodies(model: PreTrainedModel, kind: Any) -> Iterator[str]:

@@ -27,6 +27,7 @@ class Effort:
     passed: dict[str, int] = field(default_factory=dict)  # images in tars that were passed over, by kind
     lacking: Counter[str] = field(default_factory=Counter)  # carried field → samples that do not have it in its type
     image_bytes: int = 0  # bytes of encoded images read
+    taken: int = 0  # samples whose vectors were taken over from a version
     retries: int = 0  # requests to a store that were tried again
     bound: Bound | None = None
     timeline: Timeline = field(default_factory=Timeline)
@@ -36,6 +37,11 @@ class Effort:
     @property
     def samples(self) -> int:
         return self.timeline.now.samples
+
+    @property
+    def embedded(self) -> int:
+        """Samples that were decoded, rejects included, without those whose vectors were taken over."""
+        return self.samples - self.taken
 
     @property
     def vectors(self) -> int:
@@ -76,6 +82,7 @@ class Effort:
             self.lacking = self.lacking + Counter(chunk.lacking)
             self.examples = _joined(self.examples, chunk.examples)
             self.image_bytes += chunk.image_bytes
+            self.taken += chunk.taken
             self.shards_done += chunk.last
 
     def add_retries(self, times: int) -> None:

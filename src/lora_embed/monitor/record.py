@@ -39,6 +39,7 @@ class RunSummary:
     outcome: Outcome = "running"
     error: str = ""  # why the run failed
     embedded: int = 0  # samples that this run decoded, rejects included
+    taken: int = 0  # samples whose vectors it took over from a version, since their images have the same bytes
     rejected: int = 0  # rejects among the embedded samples
     version: int | None = None
     rejects: dict[str, int] = field(default_factory=dict)  # reason → samples; in a record, of the version if there is one

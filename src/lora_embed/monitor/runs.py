@@ -82,7 +82,8 @@ class Run:
     def describe(self) -> str:
         """For a person, in a line."""
         state = self.state
-        done = f"{state.embedded:,} embedded, {state.shards_done:,} of {state.shards:,} shards"
+        embedded = f"{state.embedded:,} embedded" + (f", {state.taken:,} vectors taken over" if state.taken else "")
+        done = f"{embedded}, {state.shards_done:,} of {state.shards:,} shards"
         done += f", {state.shards_failed:,} failed" if state.shards_failed else ""
         heard = f"last heard of {span(self.silent_s)} ago"
         if self.status == "running":
@@ -93,17 +94,13 @@ class Run:
         duration = f"in {span(state.seconds)}"
         reasons = f" ({', '.join(f'{count:,} {reason}' for reason, count in state.rejects.items())})" if state.rejects else ""
         if state.outcome == "current":
-            return f"version {state.version} stayed current, {duration}: {state.embedded:,} embedded"
+            return f"version {state.version} stayed current, {duration}: {embedded}"
         if state.outcome == "published":
-            counts = f"{state.embedded:,} embedded, {state.rejected:,} rejects{reasons}"
+            counts = f"{embedded}, {state.rejected:,} rejects{reasons}"
             return f"published version {state.version} {duration}: {counts}"
         if state.outcome == "failed":
             return f"failed after {span(state.seconds)}, {done}: {gist(state.error)[:MOST_OF_CAUSE]}"
-        return (
-            f"embedded {state.embedded:,} {duration}, not published"
-            + (f", {state.rejected:,} rejects" if reasons else "")
-            + reasons
-        )
+        return f"{embedded} {duration}, not published" + (f", {state.rejected:,} rejects" if reasons else "") + reasons
 
 
 def read_runs(store: Store, most: int = SHOWN) -> list[Run]:

@@ -36,6 +36,7 @@ class RunResult:
     table: str
     space_id: str
     embedded: int  # samples that this run decoded, rejects included
+    taken: int = 0  # samples whose vectors it took over from a version
     version: int | None = None
     published: bool = False  # by this run
     counts: dict[str, int] = field(default_factory=dict)
@@ -48,7 +49,14 @@ class RunResult:
     def of(cls, table: str, space_id: str, effort: Effort) -> "RunResult":
         """The result of embedding; nothing is published yet."""
         bound = effort.bound.by if effort.bound else None
-        return cls(table=table, space_id=space_id, embedded=effort.samples, stages=effort.rounded_seconds, bound=bound)
+        return cls(
+            table=table,
+            space_id=space_id,
+            embedded=effort.embedded,
+            taken=effort.taken,
+            stages=effort.rounded_seconds,
+            bound=bound,
+        )
 
     def at(self, manifest: Manifest, *, published: bool = False) -> "RunResult":
         """The same result, with this version as the table's current one."""
@@ -56,7 +64,8 @@ class RunResult:
 
     def describe(self) -> str:
         """For a person, in a line."""
-        done = f"embedded {self.embedded:,} samples in {self.seconds:.0f} s"
+        taken = f", took over {self.taken:,} vectors" if self.taken else ""
+        done = f"embedded {self.embedded:,} samples{taken} in {self.seconds:.0f} s"
         if self.version is None:
             return f"{self.table}: {done}; not published"
         became = "published" if self.published else "is current"
@@ -135,7 +144,8 @@ def _carry_out(
     assert shared is not None
     store, space_id = shared.store, shared.encoder.space_id
     recording.before = current.version if current is not None else None
-    if current is not None and job.limit is None and versions.newest_of(store, space_id, shared.layout.pins, current) is None:
+    replaces_space = current is not None and current.space_id != space_id and job.limit is None
+    if current is not None and replaces_space and versions.newest_of(store, space_id, shared.layout.pins, current) is None:
         recording.doing = "embedding a sample"
         if not preview.embed_sample(job, shared, current, shards, topology, recording.effort):
             return RunResult.of(job.table, current.space_id, recording.effort).at(current)
@@ -178,7 +188,9 @@ def _is_current(opened: OpenJob) -> bool:
     if current is None or encoder is None or current.space_id != encoder.space_id:
         return False
     layout = opened.known_layout()
-    if layout is None or opened.job.limit is not None or set(current.shards) != {shard.id for shard in opened.shards}:
+    if layout is None or opened.job.limit is not None or current.pins != layout.pins:
+        return False
+    if set(current.shards) != {shard.id for shard in opened.shards}:
         return False
     staging.clear_absorbed(opened.store, current, layout)
     return True

@@ -19,7 +19,7 @@ def resolve_layout(
 ) -> Layout:
     """The layout of a job. `auto` has the value that the table recorded before, or else is resolved by the device.
 
-    Raises TableError if the current version was made with other values of settings that all rows of a table share.
+    Raises TableError if the current version's vectors were made with other settings.
     """
     if (layout := known_layout(job, store, encoder, current)) is not None:
         return layout
@@ -38,12 +38,12 @@ def known_layout(job: JobConfig, store: Store, encoder: Description, current: Ma
             return None
         resolved = asdict(device)
     layout = layout_of(job, resolved)
-    if current is not None and current.pins != layout.pins:
-        differing = [name for name, value in layout.pins.items() if current.pins[name] != value]
+    differing = [name for name, value in layout.numeric.items() if current is not None and current.pins[name] != value]
+    if current is not None and differing:
         raise TableError(
             f"{store.uri}: version {current.version} was made with other settings than this job has: "
-            + "; ".join(f"{name} {current.pins[name]!r}, now {layout.pins[name]!r}" for name in differing)
-            + ". All rows of a table must have the same: set them back, or name another table."
+            + "; ".join(f"{name} {current.pins[name]!r}, now {layout.numeric[name]!r}" for name in differing)
+            + ". All vectors of a table must have the same: set them back, or name another table."
         )
     return layout
 

@@ -46,7 +46,7 @@ def publish(
         current = versions.manifest_to_follow(store)
         versions.refuse_held(current, shared.encoder.space_id, releases=releases)
         _refuse_backwards(store, current, shared.encoder.space_id, replaces)
-        if current is not None and current.space_id == shared.encoder.space_id and set(current.shards) == set(by_id):
+        if current is not None and _holds(current, shared, set(by_id)):
             staging.clear_absorbed(store, current, shared.layout)
             return current, False
         try:
@@ -61,6 +61,12 @@ def publish(
             _clear(shared, manifest)
             return manifest, True
         say(f"another run published version {manifest.version} meanwhile; planning the next version from it")
+
+
+def _holds(version: Manifest, shared: Pass, shard_ids: set[str]) -> bool:
+    """Does a version hold exactly these shards, with this pass's encoder and columns?"""
+    is_same = (version.space_id, version.pins) == (shared.encoder.space_id, shared.layout.pins)
+    return is_same and set(version.shards) == shard_ids
 
 
 def _clear(shared: Pass, manifest: Manifest) -> None:

@@ -10,10 +10,12 @@ from lora_embed.errors import IncompleteRun, WorkersLost
 from lora_embed.model.description import Description
 from lora_embed.monitor.effort import Effort
 from lora_embed.monitor.progress import Progress, say
+from lora_embed.run import take_over
 from lora_embed.schema import ChunkHead, Layout, Part, Shard
 from lora_embed.shards.read import count_samples
 from lora_embed.store.store import Store
 from lora_embed.table import staging, versions
+from lora_embed.table.known import KnownRows
 from lora_embed.table.manifest import Manifest, prefixes_of_ids
 from lora_embed.vectors.health import seeded_sample
 
@@ -22,25 +24,27 @@ MOST_IN_A_ROW = 8  # shards in a row that fail because a store does not answer, 
 
 
 def find_work(job: JobConfig, store: Store, encoder: Description, layout: Layout, shards: list[Shard]) -> list[WorkItem]:
-    """The listed shards without those that are published or staged; for a trial run only the first `limit` samples."""
+    """The listed shards without those that are published or staged; for a trial run only the first `limit` samples.
+
+    Each has the rows whose vectors may be taken over, of a version of the same space.
+    """
     staged = staging.staged_parts(store, encoder.space_id, layout.layout_id)
     current = versions.read_manifest(store)  # read after the listing, since another run may publish and remove parts
     before = versions.newest_of(store, encoder.space_id, layout.pins, current)
     published = set(before.shards) if before is not None else set()
-    items = [
-        _what_is_left(shard, staged.get(shard.id, []), store, encoder)
-        for shard in shards
-        if shard.id not in published and not staging.is_complete(staged.get(shard.id, []))
-    ]
+    missing = [shard for shard in shards if shard.id not in published and not staging.is_complete(staged.get(shard.id, []))]
+    donor = before or take_over.find_donor(store, encoder, layout, current)
+    known = take_over.known_rows(store, donor, layout, shards) if donor is not None and missing else lambda _: None
+    items = [_what_is_left(shard, staged.get(shard.id, []), store, encoder, known(shard)) for shard in missing]
     if job.limit is not None:
         items = _first_samples(items, job.limit, layout, job.input_storage_options)
     return items
 
 
-def _what_is_left(shard: Shard, parts: list[Part], store: Store, encoder: Description) -> WorkItem:
+def _what_is_left(shard: Shard, parts: list[Part], store: Store, encoder: Description, known: KnownRows | None) -> WorkItem:
     last = next((part.chunk for part in parts if part.last), None)
     staged = Staged(store=store, space_id=encoder.space_id, last=last) if parts else None
-    return WorkItem(shard=shard, done=frozenset(part.chunk for part in parts), staged=staged)
+    return WorkItem(shard=shard, done=frozenset(part.chunk for part in parts), staged=staged, known=known)
 
 
 def _first_samples(items: list[WorkItem], limit: int, layout: Layout, options: dict[str, Any]) -> list[WorkItem]:

@@ -34,6 +34,18 @@ def divided_groups(names: Iterable[str]) -> dict[str, set[Group]]:
     return {place: divided[place] for place, groups in named.items() if groups.isdisjoint(divided[place])}
 
 
+def may_share(name: str, other: str) -> bool:
+    """Whether a folder's groups of these names, or a group and an older one, may hold images of the same names.
+
+    True for shards that are no groups of loose images.
+    """
+    first, second = _NAME.fullmatch(name), _NAME.fullmatch(other)
+    if first is None or second is None:
+        return True
+    fewer = min(int(first[3]), int(second[3]))
+    return int(first[2]) % fewer == int(second[2]) % fewer
+
+
 def image_groups(
     root: str, folders: dict[str, Entries], beside: FilesBeside, divided: dict[str, set[Group]]
 ) -> Iterator[Shard]:

@@ -19,7 +19,10 @@ HELD = 2**28  # bytes of objects that are fetched before their turn; one for whi
 
 
 def read_references(shard: Shard, options: dict[str, Any], wanted: Wanted, max_bytes: int) -> Iterator[Sample]:
-    """Yield each row as a sample. Only the objects of wanted rows are fetched, up to `AT_ONCE` at the same time."""
+    """Yield each row as a sample. Only the objects of wanted rows are fetched, up to `AT_ONCE` at the same time.
+
+    If `max_bytes` is 0, the fields alone are read.
+    """
     assert shard.rows is not None
     batch, repeated = from_ipc(shard.rows.packed), shard.rows.repeated
     references, keys = (batch.column(name).to_pylist() for name in (REFERENCE, KEY))
@@ -30,7 +33,7 @@ def read_references(shard: Shard, options: dict[str, Any], wanted: Wanted, max_b
     try:
         for number, key in enumerate(keys):
             for row in range(number + len(ahead), min(number + AT_ONCE, len(keys))):
-                is_fetched = wanted(row) and row not in repeated and references[row] is not None
+                is_fetched = max_bytes and wanted(row) and row not in repeated and references[row] is not None
                 ahead.append(fetching.begin(references[row], etags[row]) if is_fetched else None)
             sample, on_its_way = Sample(key), ahead.popleft()
             if wanted(number):

@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from lora_embed.config.foreign import Count
-from lora_embed.schema import NON_FINITE, ChunkHead, Layout, Part, part_schema
+from lora_embed.schema import NON_FINITE, TAKEN, ChunkHead, Layout, Part, part_schema
 from lora_embed.store.store import Store
 from lora_embed.table.parquet import damage_named
 
@@ -41,15 +41,18 @@ def part_path(space_id: str, layout_id: str, part: Part | None = None) -> str:
 
 
 def make_part(head: ChunkHead, samples: pa.RecordBatch, vectors: NDArray[np.float32], layout: Layout) -> pa.Table:
-    """Join samples (n rows) with the vectors (head.good, d) of the samples without a reject reason.
+    """Join samples (n rows) with the vectors (head.good, d) of those that have neither a reject reason nor a vector in `TAKEN`.
 
     A vector that is not finite becomes a reject. Rejects have zeros for a vector; only the reason marks a reject.
     """
     good = np.array(pc.is_null(samples.column("reason")).to_numpy(zero_copy_only=False), dtype=bool)
-    assert int(good.sum()) == head.good, (int(good.sum()), head)
+    taken = np.array(pc.is_valid(samples.column(TAKEN)).to_numpy(zero_copy_only=False), dtype=bool)
+    assert (int(good.sum()), int(taken.sum())) == (head.good + head.taken, head.taken), head
     embedding = np.zeros((len(good), vectors.shape[1]), dtype=layout.vector_type)
     with np.errstate(over="ignore"):  # beyond float16's range a value becomes infinite, and so a reject
-        embedding[good] = vectors[: head.good]
+        embedding[good & ~taken] = vectors[: head.good]
+    stored = b"".join(samples.column(TAKEN).drop_null().to_pylist())
+    embedding[taken] = np.frombuffer(stored, layout.vector_type).reshape(-1, vectors.shape[1])
     unsound = good & ~np.isfinite(embedding).all(axis=1)
     embedding[unsound] = 0
     keys = samples.column("key").to_pylist()

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -147,9 +147,14 @@ def newest_first(store: Store) -> Iterator[Manifest]:
 
 def newest_of(store: Store, space_id: str, pins: dict[str, Any], current: Manifest | None) -> Manifest | None:
     """The newest retained version whose rows a new version of this space can reuse: usually the current version."""
-    if current is None or (current.space_id, current.pins) == (space_id, pins):
+    return newest_with(store, current, lambda manifest: (manifest.space_id, manifest.pins) == (space_id, pins))
+
+
+def newest_with(store: Store, current: Manifest | None, fits: Callable[[Manifest], bool]) -> Manifest | None:
+    """The newest retained version that fits; the others are read only if `current` does not."""
+    if current is None or fits(current):
         return current
-    return next((m for m in newest_first(store) if (m.space_id, m.pins) == (space_id, pins)), None)
+    return next(filter(fits, newest_first(store)), None)
 
 
 def refuse_held(current: Manifest | None, space_id: str, *, releases: bool) -> None:

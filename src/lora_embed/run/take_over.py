@@ -1,0 +1,84 @@
+"""Find, for each shard to embed, the rows of a version that may be of the same images, so that their vectors are taken over."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from lora_embed.model.description import Description
+from lora_embed.schema import Layout, Shard
+from lora_embed.shards.image_groups import may_share
+from lora_embed.store.store import Store
+from lora_embed.table import versions
+from lora_embed.table.known import Files, KnownRows
+from lora_embed.table.manifest import FileEntry, Manifest, ShardCounts, place_of
+
+_READING = ("image_column", "key_column", "image_member")  # settings that choose the images and keys of a shard
+Known = Callable[[Shard], KnownRows | None]
+
+
+def find_donor(store: Store, encoder: Description, layout: Layout, current: Manifest | None) -> Manifest | None:
+    """The newest version whose vectors are of the same space, precision and type; its other columns do not matter."""
+    return versions.newest_with(
+        store, current, lambda m: m.space_id == encoder.space_id and layout.numeric.items() <= m.pins.items()
+    )
+
+
+def known_rows(store: Store, donor: Manifest, layout: Layout, shards: list[Shard]) -> Known:
+    """A function of a shard → the rows of `donor` that may be of its images; None if there are none.
+
+    These are the rows of the same shard, if the donor has it (with other columns), or else of the shards at its place that
+    are gone: the tar or Parquet file of its name, the groups of its folder, the ranges of its list.
+    """
+    listed = {shard.id for shard in shards}
+    gone: dict[str, list[ShardCounts]] = defaultdict(list)
+    for shard in donor.shards.values():
+        if shard.id not in listed and shard.vectors:
+            gone[place_of(shard.name)].append(shard)
+    paths, of_rejects = _paths_by_shard(donor.files), _paths_by_shard(donor.rejects)
+
+    def of(shard: Shard) -> KnownRows | None:
+        same = donor.shards.get(shard.id)
+        if same is not None:
+            old, is_same = [same], _reads_the_same(donor, layout)
+        else:
+            old, is_same = [before for before in gone[place_of(shard.name)] if may_share(shard.name, before.name)], False
+        if not old:
+            return None
+        return KnownRows(
+            store=store,
+            dimension=donor.dimension,
+            vector_type=donor.pins["vector_type"],
+            files=_files_of(old, paths),
+            rejects=_files_of(old, of_rejects) if is_same else (),
+            is_same_shard=is_same,
+        )
+
+    return of
+
+
+def _reads_the_same(donor: Manifest, layout: Layout) -> bool:
+    """Whether the donor's job took the same images and keys from a shard as this job does."""
+    settings = donor.lineage.get("layout") or {}
+    return all(_plain(settings.get(name)) == _plain(getattr(layout, name)) for name in _READING)
+
+
+def _plain(setting: Any) -> Any:
+    """A setting of a layout as JSON has it; one that is not set is null or left out."""
+    return (list(setting) if isinstance(setting, tuple) else setting) or None
+
+
+def _paths_by_shard(files: tuple[FileEntry, ...]) -> dict[str, list[str]]:
+    """Paths of the files that hold a shard's rows, in the order of these, by the shard's id."""
+    records = sorted((shard.start, shard.id, entry.path) for entry in files for shard in entry.shards)
+    paths: dict[str, list[str]] = defaultdict(list)
+    for _, shard_id, path in records:
+        paths[shard_id].append(path)
+    return paths
+
+
+def _files_of(shards: list[ShardCounts], paths: dict[str, list[str]]) -> Files:
+    names: dict[str, set[str]] = defaultdict(set)
+    for shard in shards:
+        for path in paths.get(shard.id, ()):
+            names[path].add(shard.name)
+    return tuple((path, frozenset(of_file)) for path, of_file in names.items())
