@@ -144,7 +144,14 @@ CLASSIFIED = {
         }
     ),
     "poolformer": Spec(config={"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32]}, size=64, state=MAP),
-    "pp_lcnet": Spec(config={"scale": 0.25}, size=64, state=MAP, has_last=False, body="encoder"),
+    "pp_lcnet": Spec(
+        config={"scale": 0.25}, size=64, state=MAP, has_last=False, body="encoder",
+        processor={
+            "image_processor_type": "PPLCNetImageProcessor", "do_resize": True, "do_center_crop": True, "do_rescale": True,
+            "do_normalize": True, "resize_short": 256, "size_divisor": 1, "crop_size": 224, "resample": 2,
+            "image_mean": [0.406, 0.456, 0.485], "image_std": [0.225, 0.224, 0.229], "rescale_factor": 1 / 255,
+        },
+    ),
     "pvt": Spec(config=FOUR, size=64, state=CLASS),
     "pvt_v2": Spec(config=FOUR, size=64, state=MAP),
     "regnet": Spec(config=RESNET | {"groups_width": 8}, size=64, state=MAP),

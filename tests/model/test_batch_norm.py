@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
 
@@ -15,6 +16,7 @@ from lora_embed.errors import AdapterMismatch, ConfigError, EncoderError
 from lora_embed.model import build as building
 from lora_embed.model import member as members
 from lora_embed.model.adapter import find_adapter, read_adapter
+from lora_embed.model.base import load_headless
 from lora_embed.model.base_files import find_base
 from lora_embed.model.build import build_encoder, match_adapters
 from lora_embed.model.fold import Limit
@@ -66,6 +68,25 @@ def trained(base: Path, folder: Path, scale: float = 3.0, **config: Any) -> torc
 def recipe(base: Path, *adapters: tuple[Path, float], **settings: Any) -> Recipe:
     specs = tuple(AdapterSpec(path=str(path), weight=weight) for path, weight in adapters)
     return Recipe(base_model=str(base), adapters=specs, **settings)
+
+
+@pytest.mark.parametrize("family", ["MobileNetV1", "MobileNetV2"])
+def test_mobilenets_as_on_the_hub_take_trained_normalisation(family: str, tmp_path: Path) -> None:
+    """PEFT cannot train their convolutions, whose padding reads the layer itself; LoRA is on the head alone."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(depth_multiplier=0.35, num_labels=10)
+    assert config.tf_padding
+    look(model := getattr(transformers, f"{family}ForImageClassification")(config), 1.0)
+    model.save_pretrained(tmp_path / "base")
+    ConvNextImageProcessor(size={"shortest_edge": SIZE}, crop_pct=0.875).save_pretrained(tmp_path / "base")
+    adapted = train(model, tmp_path / "adapter", target_modules=["classifier"], modules_to_save=["normalization"])
+    look(adapted, 3.0)
+    adapted.save_pretrained(tmp_path / "adapter")
+    found, adapter = folded(tmp_path / "adapter", tmp_path / "base")
+    body = next(part for name, part in model.named_modules() if name.endswith(model.base_model_prefix))
+    assert difference(found, states(body)) <= 1e-5
+    assert difference(found, states(load_headless(tmp_path / "base", "base"))) > 0.1
+    assert adapter.lost_statistics == ()
 
 
 def test_saved_statistics_are_folded(base: Path, tmp_path: Path) -> None:
