@@ -15,7 +15,7 @@ def with_absolute_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     for key in ("recipe", "table"):
         if isinstance(data.get(key), str):
             data[key] = absolute(folder, data[key])
-    for key in ("input", "reference_roots"):
+    for key in ("input", "reference_roots", "leave_out"):
         if isinstance(data.get(key), str):
             data[key] = absolute(folder, data[key])
         elif isinstance(data.get(key), list):

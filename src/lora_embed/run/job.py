@@ -10,11 +10,20 @@ from typing import cast
 from lora_embed.chain import cluster
 from lora_embed.chain.items import Pass
 from lora_embed.config.models import JobConfig
-from lora_embed.errors import GateFailed, IncompleteRun, TableError, VerificationFailed, once_started
+from lora_embed.errors import (
+    GateFailed,
+    IncompleteRun,
+    StorageError,
+    StoreUnavailable,
+    TableError,
+    VerificationFailed,
+    once_started,
+)
 from lora_embed.gates import judge
 from lora_embed.model.description import read_description
 from lora_embed.model.keep import keep_id
 from lora_embed.monitor.effort import Effort
+from lora_embed.monitor.progress import say
 from lora_embed.monitor.runs import Beginning, impatient
 from lora_embed.run import journal, preview, publish, work
 from lora_embed.run.encoders import prepare_encoder, renew_encoder, store_encoder
@@ -142,12 +151,22 @@ def _carry_out(
     recording.doing = "embedding"
     effort = work.embed_missing(job, shared, shards, topology, recording.effort)
     result = RunResult.of(job.table, space_id, effort)
-    if publishes and job.limit is None:
+    if job.limit is not None:
+        _clear_trial(shared)
+    elif publishes:
         recording.doing = "publishing"
         before = current.space_id if current is not None else None
         manifest, is_new = publish.publish(job, shared, listing, replaces=before, releases=releases)
         result = result.at(manifest, published=is_new)
     return result
+
+
+def _clear_trial(shared: Pass) -> None:
+    """Remove the parts of a trial run that has ended: `status` would show them for days. If that fails, it is only logged."""
+    try:
+        staging.clear_layout(shared.store, shared.encoder.space_id, shared.layout)
+    except (StorageError, StoreUnavailable) as error:
+        say(f"the trial's staged parts could not be removed: {error}. A later run removes them.")
 
 
 def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, str] | None = None) -> RunResult:

@@ -5,6 +5,7 @@ import http.client
 import itertools
 import logging
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,11 +14,12 @@ from typing import Any, TypeVar
 import aiohttp
 import botocore.exceptions as boto  # type: ignore[import-untyped]
 
-from lora_embed.errors import StorageError, StoreUnavailable
-from lora_embed.text import in_one_line, redacted
+from lora_embed.errors import StorageError, StoreUnavailable, with_remedy
+from lora_embed.text import redacted, whole_sentences
 
 LONGEST_PAUSE_S = 15.0
 SAY_AFTER_S = 3.0  # shorter waits are not logged
+NO_NAME_S = 5.0  # how long a request is repeated to a host whose name has no address, which is mostly a typing error
 PRECONDITION_FAILED = 412  # HTTP
 R = TypeVar("R")
 _counting = threading.Lock()
@@ -30,6 +32,10 @@ _TRANSIENT = (
     ConnectionError, TimeoutError, boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError,
     boto.ResponseStreamingError, aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, http.client.IncompleteRead,
 )  # fmt: skip
+# The hub's library raises this ConnectionError where HF_HUB_OFFLINE is set. It is known by its name, since importing that
+# library takes long.
+_REFUSED_HERE = "OfflineModeIsEnabled"
+_NO_NAME = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}  # not EAI_AGAIN: no name server answered
 # Answers with a status 4xx that may not come again: the upload arrived damaged, or two conditional PUTs met.
 _TRANSIENT_CODES = {
     "BadDigest", "ConditionalRequestConflict", "IncompleteBody", "OperationAborted", "RequestTimeout", "SlowDown",
@@ -40,9 +46,10 @@ _TRANSIENT_CODES = {
 def retried(operation: Callable[[], R], where: str, limit_s: float) -> R:
     """The operation's result. It is repeated for up to `limit_s` seconds as long as its errors are transient.
 
-    Raises StoreUnavailable when the time is over, and every permanent error immediately.
+    An error is logged once, however often it comes. Raises StoreUnavailable when the time is over, and every permanent error
+    immediately.
     """
-    started = time.monotonic()
+    started, logged = time.monotonic(), ""
     for tries in itertools.count(1):
         try:
             return operation()
@@ -50,18 +57,18 @@ def retried(operation: Callable[[], R], where: str, limit_s: float) -> R:
             waited = time.monotonic() - started
             if not is_transient(error):
                 raise
-            if waited >= limit_s:
+            most_s = min(limit_s, NO_NAME_S) if has_no_address(error) else limit_s
+            if waited >= most_s:
                 raise StoreUnavailable(
                     f"{where}: no usable answer in {waited:.0f} s and {tries} tries; last error: {describe(error)}. What was "
                     "committed is kept. Run the same command again when the store answers."
                 ) from error
             _count_retry()
             pause = min(LONGEST_PAUSE_S, 0.1 * 2**tries) * random.uniform(0.5, 1.0)
-            if waited + pause > SAY_AFTER_S:
-                logging.getLogger(__name__).warning(
-                    "%s: %s; trying again for up to %g s", redacted(where), describe(error), limit_s
-                )
-            time.sleep(min(pause, max(0.0, limit_s - waited)))
+            if waited + pause > SAY_AFTER_S and (reason := describe(error)) != logged:
+                logged = reason
+                logging.getLogger(__name__).warning("%s: %s; trying again for up to %g s", redacted(where), reason, most_s)
+            time.sleep(min(pause, max(0.0, most_s - waited)))
     raise AssertionError("unreachable")
 
 
@@ -81,7 +88,10 @@ def take_retries() -> int:
 
 def is_transient(error: BaseException) -> bool:
     """True if the next try may succeed: connection lost, time-out, body cut short, too many requests, or a server error."""
-    return any(_is_transient(cause) for cause in _causes(error))
+    causes = list(_causes(error))
+    if any(type(cause).__name__ == _REFUSED_HERE for cause in causes):
+        return False
+    return any(_is_transient(cause) for cause in causes)
 
 
 def _is_transient(error: BaseException) -> bool:
@@ -100,6 +110,23 @@ def is_refused_create(error: BaseException) -> bool:
 def is_no_connection(error: BaseException) -> bool:
     """True if no server listens at the endpoint, or the name has no address: a wrong setting, or an outage."""
     return any(isinstance(cause, CONNECTION_ERRORS) for cause in _causes(error))
+
+
+def has_no_address(error: BaseException) -> bool:
+    """True if the name of the host has no address. That does not pass by itself, or only after minutes."""
+    return any(isinstance(cause, socket.gaierror) and cause.errno in _NO_NAME for cause in _all_causes(error))
+
+
+def _all_causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what led to it, also where a library does not say so, as botocore."""
+    waiting: list[Any] = [error]
+    seen = set[int]()
+    while waiting:
+        cause = waiting.pop()
+        if isinstance(cause, BaseException) and id(cause) not in seen:
+            seen.add(id(cause))
+            yield cause
+            waiting += [cause.__cause__, cause.__context__, getattr(cause, "kwargs", {}).get("error")]
 
 
 def _status(error: BaseException) -> int:
@@ -124,8 +151,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line."""
-    return in_one_line(redacted(str(error))) or type(error).__name__
+    """An error in one line, which is cut only after a sentence or a word."""
+    return whole_sentences(redacted(str(error))) or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -149,7 +176,8 @@ def explained(where: str, options: dict[str, Any], *, writes: bool = False) -> I
             f"{where}: cannot be written, since its bucket or folder does not exist ({error}). Create it, or correct the path."
         ) from None
     except OSError as error:
-        raise StorageError(f"{where}: {error.strerror or error}") from None
+        reason = with_remedy(str(error.strerror or error), error.errno)
+        raise StorageError(f"{where}: {reason}") from None
     except LIBRARY_ERRORS as error:
         raise StorageError(f"{where}: cannot be reached: {error}. Check network, endpoint and keys.") from None
     except TypeError as error:  # file systems look at their options late, and raise this for an unknown one
