@@ -1,4 +1,4 @@
-"""Jobs and recipes that are wrong in thousands of ways: mutations of right ones, by seed, each of which `lora-embed plan` reads.
+"""Jobs and recipes that are wrong in thousands of ways: seeded mutations of right ones, each read by `lora-embed plan`.
 
     python campaigns/wrong_files.py --seed 0 --count 2000
 
@@ -74,18 +74,22 @@ VALUES: list[Any] = [
     "nowhere", "./nowhere/x", "/nowhere/x.tar", "/dev/null", "recipe.yaml", "job.yaml", "base", "./ten", "shards", "shards/*",
     "shards/0000.tar", "shards/{0..3}.tar", "{0..99999999}.tar", "{a,b", "[", "[z-a]", "**", "***/x", "~nobody/x", "\0", "a\0b",
     "é" * 300, "x" * 5000, "\u202egnp.tar", "\u200b", "😀", "a\nb", "a\tb", "s3://", "s3:bucket", "s3//bucket/x", "s3://b/x",
-    "s3://products/table", "s4://bucket/x", "file://x", "file:///nowhere", "memory://x", "http://[", "https://user:pw@host/x",
+    "s3://products/table", "s4://bucket/x", "file://x", "file:///nowhere", "memory://x", "http://[", "http://a:b/c",
+    "https://", "https:///x.tar", "https://user:pw@host/x",
     "hf://", "hf://a", "hf://datasets/a/b", "owner/name", "../..", "zip://x::s3://b/y.zip", "::", "://", "C:\\images\\x.tar",
-    "%s %d {0} {path}", "<b>&amp;</b>", "${HOME}", "$(touch /tmp/x)", "!!python/object:os.system", "float33", "meann", "gpuu",
+    "%s %d {0} {path}", "<b>&amp;</b>",
+    "${HOME}", "$(touch /tmp/x)", "!!python/object:os.system", "float33", "meann", "gpuu",
     "dare_tie", [], [[]], [None], [1, 2], ["a", 1], ["shards", "shards"], [["shards"]], {}, {"a": {}}, {"path": "./ten"},
     {"device": "cpu"}, {1: 2}, {None: None}, {"": ""}, {"x" * 3000: 1}, [{"path": "./ten"}] * 3, [{"name": "label"}] * 2,
     [{"path": "./ten", "weight": "half"}], ["label:int65"], ["id"], ["label", "label"],
 ]  # fmt: skip
 # Lines that YAML reads in another way than they look.
 LINES = [
-    "? {a: b}\n: c", "<<: {chunk_size: 1}", "<<: *nowhere", "x: &x [*x]", "&a a: *a", "- a", "a b c", "key: 'open", 'key: "\\q"',
+    "? {a: b}\n: c",
+    "<<: {chunk_size: 1}", "<<: *nowhere", "x: &x [*x]", "&a a: *a", "- a", "a b c", "key: 'open", 'key: "\\q"',
     "key: !!python/object/apply:os.system [id]", "key: !!binary '***'", "key: !!timestamp tomorrow", "key: !!set {a, a}",
-    "key: !!int x", "key: !!float .x", "key: !unknown x", "key: 2024-01-01", "key: 2024-13-41", "key: 0o17", "key: 0b2", "key: ~",
+    "key: !!int x", "key: !!float .x", "key: !unknown x", "key: 2024-01-01", "key: 2024-13-41",
+    "key: 0o17", "key: 0b2", "key: ~",
     "---\nsecond: document", "...", "%YAML 9.9", "%TAG ! x", "@at", "`tick", "key: |\n text", "key: >-", "table: twice",
     "Table: other", "input:", "recipe", "limit: yes", "chunk_size: 1:30", "precision: off", "{", "}", "]", ",", ":", "-", "#",
     "key: " + "[" * 3000, "key: " + "{a: " * 400, "!!map [a]", "? ", "no: yes", "on: off", "5: five", "[a, b]: c", "1.5: x",
@@ -180,7 +184,9 @@ def bend_text(rng: random.Random, text: str) -> tuple[str, bytes]:
         encoding = rng.choice(["utf-8-sig", "utf-16", "utf-32", "latin-1", "cp1252", "utf-7"])
         return f"{how} {encoding}", f"# é\n{text}".encode(encoding)
     if how == "bytes":
-        return how, rng.choice([rng.randbytes(400), b"", b"\xff\xfe", b"PK\3\4" + rng.randbytes(60), b"\0" * 50, b"\x80abc: 1\n"])
+        return how, rng.choice(
+            [rng.randbytes(400), b"", b"\xff\xfe", b"PK\3\4" + rng.randbytes(60), b"\0" * 50, b"\x80abc: 1\n"]
+        )
     return how, b"" if how == "nothing" else text.encode("utf-8", "surrogatepass")
 
 
@@ -263,7 +269,7 @@ def judge(code: int, said: str) -> str:
     beside = [line for line in lines[: lines.index(errors[0])] if not line.startswith(" ")]
     if beside:
         return f"said before the message: {beside[0][:200]}"
-    return "a message that says nothing" if len(errors[0]) < 30 else ""
+    return "a message that says nothing" if len(said) < 40 else ""
 
 
 def run_all(place: Place, seed: int, numbers: range | list[int], show: Callable[[str], None] | None = None) -> Findings:
@@ -278,7 +284,7 @@ def run_all(place: Place, seed: int, numbers: range | list[int], show: Callable[
                 code = run_command(command)
         except TooLong:
             problem = f"longer than {LIMIT_S:g} s"
-        except BaseException:  # whatever gets out of a command is a bug
+        except BaseException:  # noqa: BLE001 (whatever gets out of a command is a bug)
             problem = f"a traceback: {traceback.format_exc()}"
         seconds = time.monotonic() - began
         said = errors.getvalue()

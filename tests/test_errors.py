@@ -245,6 +245,7 @@ def index_of_another_space(setup: Setup) -> None:
 
 
 def damaged_index(setup: Setup) -> None:
+    photo(setup)
     (setup.folder / "index").mkdir()
     setup.text("index/index.json", "{")
 
@@ -818,24 +819,24 @@ SEARCH_CASES = [
     ),
     Case(
         "a query that is no image",
-        nothing,
-        ["recipe.yaml", "not_an_image", "Give another"],
-        arguments=["search", "table", "recipe.yaml"],
+        lambda s: s.text("notes.txt", "a text\n"),
+        ["notes.txt", "not_an_image", "Give another"],
+        arguments=["search", "table", "notes.txt"],
         published=True,
         builds=True,
     ),
     Case(
         "no index there",
-        nothing,
-        ["shards", "no index.json", "lora-embed export"],
-        arguments=["search", "table", "recipe.yaml", "--index", "shards"],
+        photo,
+        ["nowhere", "no index.json", "lora-embed export"],
+        arguments=["search", "table", "photo.png", "--index", "nowhere"],
         published=True,
     ),
     Case(
         "a damaged index",
         damaged_index,
         ["index/index.json", "is damaged", "Export the index again"],
-        arguments=["search", "table", "recipe.yaml", "--index", "index"],
+        arguments=["search", "table", "photo.png", "--index", "index"],
         published=True,
     ),
     Case(

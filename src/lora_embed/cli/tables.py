@@ -156,7 +156,8 @@ def _refuse_swapped(table: str, image: str) -> None:
     """Raises ConfigError for TABLE and IMAGE in the wrong order, and for an image that is something else."""
     thing, other = recognise(image), recognise(table)
     if thing is TABLE and other is not TABLE:
-        raise ConfigError(f"{image} is a table, and stands in the place of the image. Write: lora-embed search {image} {table}")
+        first = f"{table} is {other.name}, and " if other is not None else ""
+        raise ConfigError(f"{first}{image} is a table, but TABLE comes first. Write: lora-embed search {image} {table}")
     if thing is not None and thing is not IMAGE:
         raise ConfigError(thing.instead_of(image, image, "an image"))
 

@@ -42,8 +42,7 @@ def _explain(model: type[BaseModel], keys: Keys, items: list[Any]) -> str:
     kind, message = item["type"], str(item["msg"]).removeprefix("Value error, ")
     if kind == "extra_forbidden":
         known_keys = list(_section_at(model, keys[:-1]).model_fields)
-        close = difflib.get_close_matches(str(keys[-1]), known_keys, n=1)
-        return f"unknown key {key!r}. " + (f"Did you mean {close[0]!r}?" if close else f"Known keys: {', '.join(known_keys)}.")
+        return f"unknown key {key!r}" + (meant(keys[-1], known_keys) or f". Known keys: {', '.join(known_keys)}.")
     if kind == "missing":
         return f"key {key!r} is missing. Add it."
     if kind == "value_error" and not message.startswith("expected"):
@@ -57,9 +56,9 @@ def _explain(model: type[BaseModel], keys: Keys, items: list[Any]) -> str:
     return f"{key} is {shown_value}, expected {expected}"
 
 
-def meant(value: Any, known: list[str]) -> str:
+def meant(value: object, known: list[str]) -> str:
     """`. Did you mean 'x'?` where a value that is not known is almost a known one; else empty."""
-    close = difflib.get_close_matches(str(value), known, n=1)
+    close = difflib.get_close_matches(str(value).strip().lower().replace("-", "_"), known, n=1)
     return f". Did you mean {close[0]!r}?" if close else ""
 
 

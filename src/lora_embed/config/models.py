@@ -23,7 +23,7 @@ from lora_embed.config.values import (
     check_method,
     not_empty,
 )
-from lora_embed.config.yaml import Loader, read_yaml, yaml_problem
+from lora_embed.config.yaml import load_yaml, read_yaml, yaml_problem
 from lora_embed.errors import ConfigError
 
 OWN_COLUMNS = ("id", "embedding", "shard", "key", "width", "height", "sha256", "reason", "detail")
@@ -259,12 +259,12 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> JobConfig:
 
     Raises ConfigError naming the file or the override, the key, what was found and what is allowed.
     """
-    data = with_absolute_paths(read_yaml(Path(path), "a job file (YAML)", JOB), Path(path).resolve().parent)
+    data = with_absolute_paths(read_yaml(Path(path), "a job file (YAML)", JOB), Path(path).resolve().parent, str(path))
     overridden: dict[Keys, str] = {}
     for text in overrides or []:
         keys, value = _parse_override(text)
         if len(keys) == 1:
-            value = with_absolute_paths({keys[0]: value}, Path.cwd())[keys[0]]
+            value = with_absolute_paths({keys[0]: value}, Path.cwd(), "--set")[keys[0]]
         _section_for(data, keys, text)[keys[-1]] = value
         overridden[tuple(keys)] = _without_secret(text)
     return checked(JobConfig, data, str(path), overridden)
@@ -281,8 +281,8 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
     if not separator or not key:
         raise ConfigError(f"--set {text}: expected KEY=VALUE, for example --set chunk_size=256")
     try:
-        return key.split("."), yaml.load(raw, Loader)
-    except (yaml.YAMLError, ValueError) as error:
+        return key.split("."), load_yaml(raw)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = f"--set {_without_secret(text)}"
         raise ConfigError(f"{where}: the value is not valid YAML: {yaml_problem(error)}. Put quotes around it.") from None
 

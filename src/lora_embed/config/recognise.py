@@ -94,6 +94,6 @@ def _file(path: str) -> Thing | None:
     if name.endswith((".yaml", ".yml")) and os.path.getsize(path) <= MOST_BYTES:
         try:
             return by_keys(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-        except (yaml.YAMLError, ValueError, RecursionError):
+        except (yaml.YAMLError, ValueError, RecursionError, AttributeError, IndexError, KeyError, TypeError):
             return None
     return None

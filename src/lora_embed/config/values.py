@@ -81,7 +81,8 @@ def check_method(method: str, settings: dict[str, Any]) -> None:
     """Raises ValueError for a merge method that is not known, or an option that it does not have. Imports no torch."""
     if method not in MERGE_OPTIONS:
         *names, last = MERGE_OPTIONS
-        expected = f"{', '.join(names)} or {last}{meant(method, [*names, last])}"
+        of_peft = ". What PEFT calls cat is weighted_sum here" if method == "cat" else ""
+        expected = f"{', '.join(names)} or {last}{of_peft or meant(method, [*names, last])}"
         raise ValueError(f"merge_method is {method!r}, expected {expected}.".replace("?.", "?"))
     known = MERGE_OPTIONS[method]
     if settings and not known:

@@ -28,13 +28,21 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def load_yaml(text: str) -> Any:
+    """The values of a YAML text. Raises YAMLError or ValueError for text that is none."""
+    try:
+        return yaml.load(text, Loader)
+    except (AttributeError, IndexError, KeyError, TypeError):  # PyYAML, for example for `!!timestamp tomorrow`
+        raise ValueError("a value does not have the form that its tag, such as !!int or !!timestamp, says") from None
+
+
 def read_yaml(path: Path, kind: str, wanted: Thing | None = None) -> dict[str, Any]:
     """The keys and values of a file. `kind` says in messages what was expected, `wanted` what the keys must not belie.
 
     Raises ConfigError for a path that cannot be read, and for other content.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        data = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file, expected {kind}. Correct the path.") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -94,9 +94,8 @@ def list_input(
     for pattern in patterns:
         files = find_files(pattern, options, follows=follows)
         if leave_out:
-            listed, (files, used) = len(files.entries), without(files, leave_out)
+            files, used = without(files, leave_out)
             unused -= used
-            passed[kinds.LEFT_OUT] += listed - len(files.entries)
         select = without_metadata if references is None else without_listed
         files = select(files, passed)
         grouped = _group(files, options, fields, passed, divided, are_lists=references is not None)
@@ -106,7 +105,7 @@ def list_input(
     _refuse_shared_names(shards, inputs)
     if references is not None:
         shards = expand_lists(shards, references, options, patterns[0])
-    return Listing(shards=shards, passed_over=add_kinds({}, _most_first(+passed)), unused=tuple(sorted(unused)))
+    return Listing(shards=shards, passed_over=add_kinds({}, _most_first(passed)), unused=tuple(sorted(unused)))
 
 
 def _most_first(passed: Counter[str]) -> dict[str, int]:
@@ -140,6 +139,8 @@ def _group(
     tables = Entries()  # that may be metadata of images
     if files.linked_folders:
         here[kinds.FOLDER] += files.linked_folders
+    if files.left_out:
+        here[kinds.LEFT_OUT] += files.left_out
     for state in files.entries.states():
         path, *_, broken = state
         if kinds.is_hidden(path) and path not in files.named and path not in files.shown:

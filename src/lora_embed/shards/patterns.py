@@ -33,6 +33,7 @@ class Files:
     named: frozenset[str] = frozenset()  # paths of files that are named outright, not by a folder or a wildcard
     shown: frozenset[str] = frozenset()  # hidden files that a wildcard names with their dot or underscore
     linked_folders: int = 0  # links to folders elsewhere that were not followed
+    left_out: int = 0  # files that the job leaves out
     looked_at: int  # files among which they were searched
     others: Entries = field(default_factory=Entries)  # the rest of these files
 
@@ -96,7 +97,7 @@ def leave_out(files: Files, patterns: Collection[str]) -> tuple[Files, set[str]]
         used |= {plain[name] for name in naming}
         if not naming:
             entries.add(*state)
-    return replace(files, entries=entries), used
+    return replace(files, entries=entries, left_out=len(files.entries) - len(entries)), used
 
 
 def _read_names(names: list[str], listed: Entries) -> tuple[set[str], set[str], list[list[str]]]:
