@@ -3,7 +3,7 @@
     python campaigns/mistakes.py --write     # into docs/mistakes.md; make mistakes
 
 The mistakes are cases of tests/test_errors.py. Exit code 1 if one ends otherwise than its case says, or takes more than three
-seconds of CPU although nothing has to be built for it.
+seconds of CPU although no weights have to be read for it.
 """
 
 import argparse
@@ -46,6 +46,7 @@ FORTY = (
     "a dataset of the hub where HF_HUB_OFFLINE is set", "a folder of adapters", "an adapter of another base",
     "a table in its own input", "nothing to publish", "an encoder's directory that is not empty",
 )  # fmt: skip
+READ_WEIGHTS = ("an adapter of another base",)  # what is wrong shows only in their names and shapes, so torch is imported
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Outcome:
             return f"exit code {self.code}, expected {self.case.code}"
         if missing := [part for part in self.case.says if part not in self.message]:
             return f"the message lacks {missing}"
-        if self.cpu_s > MOST_CPU_S and not self.case.builds:
+        if self.cpu_s > MOST_CPU_S and self.case.what not in READ_WEIGHTS:
             return f"{self.cpu_s:.1f} s of CPU, expected at most {MOST_CPU_S:g}"
         return ""
 
@@ -117,7 +118,10 @@ def main() -> int:
         for name in FORTY:
             outcomes.append(make(by_name[name], good, published, scratch))
             said = re.sub(r"\s+", " ", outcomes[-1].message)[:150]
-            print(f"{name}: exit {outcomes[-1].code}, {outcomes[-1].cpu_s:.2f} s of CPU: {said} {outcomes[-1].problem}", flush=True)
+            print(
+                f"{name}: exit {outcomes[-1].code}, {outcomes[-1].cpu_s:.2f} s of CPU: {said} {outcomes[-1].problem}",
+                flush=True,
+            )
     if arguments.write:
         write_page(outcomes)
     broken = [outcome.case.what for outcome in outcomes if outcome.problem]

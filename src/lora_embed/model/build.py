@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from lora_embed.model import golden
 from lora_embed.model.adapter import PROCESSOR_NAME, SavedAdapter, check_adapter, first_names
 from lora_embed.model.base import load_headless
 from lora_embed.model.base_files import Base, check_base
-from lora_embed.model.description import BaseReference, Description, read_description, write_description
+from lora_embed.model.description import BaseReference, Description, check_out, read_description, write_description
 from lora_embed.model.encoder import Encoder, golden_pixels
 from lora_embed.model.find_state import find_state
 from lora_embed.model.fold import Limit
@@ -76,7 +75,7 @@ def build_encoder(ingredients: Ingredients, out: Path, say: Say, limit: Limit | 
     With a `limit`, the encoder is written as one LoRA adapter, the merged change cut to the limit, and a reference to the
     base. Raises AdapterMismatch, EncoderError, ConfigError, or ChangedMeanwhile.
     """
-    _check_out(out)
+    check_out(out)
     with folder_aside(out) as folder, _unchanged(ingredients):
         _build(ingredients, folder, say, limit)
     description = read_description(out)
@@ -132,16 +131,6 @@ def open_base(ingredients: Ingredients) -> tuple[PreTrainedModel, Description]:
     pixels = golden_pixels(golden_images(preprocessing, base), preprocessing)
     model = load_headless(base.folder, base.uri)
     return model, _describe([model], preprocessing, with_recipe(ingredients, base_alone), None, pixels)
-
-
-def _check_out(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: exists and is not empty; an encoder is never overwritten. Name another directory.")
-    nearest = next(parent for parent in out.absolute().parents if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(
-            f"{out}: cannot be written: {nearest} is not a directory that this user may write to. Name another directory."
-        )
 
 
 def _vectors(

@@ -81,6 +81,12 @@ def stored_encoder(store: Store, space_id: str) -> Description | None:
     return description
 
 
+def has_encoders(store: Store) -> bool:
+    """Does the table's storage hold any encoder? If not, no recipe has to be read to know that it lacks the recipe's."""
+    store.check_reachable()
+    return bool(store.list_files("recipes"))
+
+
 def record_path(recipe_id: str) -> str:
     return f"recipes/{recipe_id}.json"
 

@@ -26,12 +26,13 @@ from lora_embed.monitor.effort import Effort
 from lora_embed.monitor.progress import say
 from lora_embed.monitor.runs import Beginning, impatient
 from lora_embed.run import journal, preview, publish, work
-from lora_embed.run.encoders import prepare_encoder, renew_encoder, store_encoder
+from lora_embed.run.encoders import has_encoders, prepare_encoder, renew_encoder, store_encoder
 from lora_embed.run.layout import resolve_layout
 from lora_embed.run.open import OpenJob, open_job
 from lora_embed.run.refuse import refuse_absent_fields, refuse_local_paths, refuse_space
 from lora_embed.schema import Shard, encoder_path
 from lora_embed.shards.listing import Listing
+from lora_embed.store.store import Store
 from lora_embed.table import retention, staging, versions
 from lora_embed.table.manifest import Manifest
 from lora_embed.table.parts import part_path
@@ -175,10 +176,13 @@ def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, s
     Raises ConfigError if nothing was embedded for this recipe yet; IncompleteRun, VerificationFailed or GateFailed.
     """
     beginning = Beginning.now()
+    nothing = TableError(f"{job.table}: nothing was embedded with this recipe yet. Run `lora-embed run` first.")
+    if not has_encoders(Store(job.table, job.table_storage_options)):
+        raise nothing
     opened = open_job(job)
     current, encoder, layout = opened.current, opened.encoder, opened.known_layout()
     if encoder is None or layout is None:
-        raise TableError(f"{job.table}: nothing was embedded with this recipe yet. Run `lora-embed run` first.")
+        raise nothing
     cluster.connect()
     before = current.space_id if current is not None else None
     with once_started(), versions.writing(opened.store, "publishing", encoder.space_id) as store:
