@@ -67,6 +67,9 @@ JOB: dict[str, Any] = {
     "input_storage_options": {"retry_s": 0},
     "table_storage_options": {"retry_s": 0} | NO_STORE,
 }
+S3 = NO_STORE | {"retry_s": 0, "anon": False, "client_kwargs": {"region_name": "us-east-1"}, "use_ssl": False}
+REMOTE = JOB | {"input": "s3://products/shards/*.tar", "table": "s3://products/table", "limit": None, "leave_out": []}
+REMOTE |= {"input_storage_options": S3, "table_storage_options": S3}
 # Values that are right nowhere, or in another place only.
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 7, 0.5, 1e308, -1e-320, 2**31, 2**63, 10**40, float("nan"), float("inf"), -float("inf"),
@@ -221,7 +224,7 @@ class Place:
         for name, right in (("job.yaml", JOB), ("recipe.yaml", RECIPE)):
             (self.folder / name).write_text(yaml.safe_dump(right, sort_keys=False))
         more = overrides(rng)
-        name, right = rng.choice([("job.yaml", JOB), ("job.yaml", JOB), ("recipe.yaml", RECIPE)])
+        name, right = rng.choice([*[("job.yaml", JOB)] * 3, *[("recipe.yaml", RECIPE)] * 2, ("job.yaml", REMOTE)])
         says, content = bent(rng, right) if not more or rng.random() < 0.3 else ("nothing", None)
         if content is not None:
             (self.folder / name).write_bytes(content)

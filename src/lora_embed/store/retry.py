@@ -43,21 +43,36 @@ _TRANSIENT_CODES = {
 }  # fmt: skip
 
 
+_learnt: list[type[Exception]] = []
+
+
+def learn(errors: type[Exception]) -> None:
+    """Count these errors of another library too as errors of a store. Those without an answer are transient."""
+    if errors not in _learnt:
+        _learnt.append(errors)
+
+
 def retried(operation: Callable[[], R], where: str, limit_s: float) -> R:
     """The operation's result. It is repeated for up to `limit_s` seconds as long as its errors are transient.
 
-    An error is logged once, however often it comes. Raises StoreUnavailable when the time is over, and every permanent error
-    immediately.
+    An error is logged once, however often it comes. Raises StoreUnavailable when the time is over, StorageError for a host
+    whose name has no address, and every permanent error immediately.
     """
     started, logged = time.monotonic(), ""
     for tries in itertools.count(1):
         try:
             return operation()
-        except (OSError, *LIBRARY_ERRORS) as error:
+        except (OSError, *LIBRARY_ERRORS, *_learnt) as error:
             waited = time.monotonic() - started
             if not is_transient(error):
                 raise
-            most_s = min(limit_s, NO_NAME_S) if has_no_address(error) else limit_s
+            is_unknown = has_no_address(error)
+            most_s = min(limit_s, NO_NAME_S) if is_unknown else limit_s
+            if waited >= most_s and is_unknown:
+                raise StorageError(
+                    f"{where}: no address is known for the name of its host ({describe(error)}). Correct the name, or check "
+                    "this machine's name server."
+                ) from error
             if waited >= most_s:
                 raise StoreUnavailable(
                     f"{where}: no usable answer in {waited:.0f} s and {tries} tries; last error: {describe(error)}. What was "
@@ -95,7 +110,10 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _is_transient(error: BaseException) -> bool:
-    return isinstance(error, _TRANSIENT) or _is_transient_status(_status(error)) or _code(error) in _TRANSIENT_CODES
+    is_learnt = isinstance(error, tuple(_learnt)) and not hasattr(error, "response")
+    return (
+        is_learnt or isinstance(error, _TRANSIENT) or _is_transient_status(_status(error)) or _code(error) in _TRANSIENT_CODES
+    )
 
 
 def _is_transient_status(status: int) -> bool:
@@ -134,7 +152,7 @@ def _status(error: BaseException) -> int:
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # a botocore ClientError
         return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
-    status = getattr(error, "status", getattr(error, "code", None))  # aiohttp's and gcsfs's
+    status = getattr(error, "status", getattr(error, "code", getattr(response, "status_code", None)))  # aiohttp, gcsfs, the hub
     return status if isinstance(status, int) else 0
 
 
@@ -178,8 +196,13 @@ def explained(where: str, options: dict[str, Any], *, writes: bool = False) -> I
     except OSError as error:
         reason = with_remedy(str(error.strerror or error), error.errno)
         raise StorageError(f"{where}: {reason}") from None
-    except LIBRARY_ERRORS as error:
+    except (*LIBRARY_ERRORS, *_learnt) as error:
         raise StorageError(f"{where}: cannot be reached: {error}. Check network, endpoint and keys.") from None
+    except ValueError as error:  # of the libraries, for example for an endpoint that is no URL
+        if "://" not in where:
+            raise
+        given = ", ".join(sorted(options)) or "none"
+        raise StorageError(f"{where}: cannot be reached: {error}. Correct the URI, or its storage options: {given}.") from None
     except TypeError as error:  # file systems look at their options late, and raise this for an unknown one
         if not options or not is_unknown_option(error):
             raise
