@@ -269,7 +269,7 @@ def judge(code: int, said: str) -> str:
         return f"exit code {code}"
     if len(errors) != 1:
         return f"{len(errors)} messages, expected one"
-    beside = [line for line in lines[: lines.index(errors[0])] if not line.startswith(" ")]
+    beside = [line for line in lines[: lines.index(errors[0])] if not line.startswith(" ") and "; trying again for" not in line]
     if beside:
         return f"said before the message: {beside[0][:200]}"
     return "a message that says nothing" if len(said) < 40 else ""

@@ -104,7 +104,8 @@ def take_retries() -> int:
 def is_transient(error: BaseException) -> bool:
     """True if the next try may succeed: connection lost, time-out, body cut short, too many requests, or a server error."""
     causes = list(_causes(error))
-    if any(type(cause).__name__ == _REFUSED_HERE for cause in causes):
+    within = [cause.kwargs.get("error") for cause in causes if isinstance(cause, boto.HTTPClientError)]
+    if any(type(cause).__name__ == _REFUSED_HERE for cause in causes) or any(isinstance(e, TypeError) for e in within):
         return False
     return any(_is_transient(cause) for cause in causes)
 
@@ -201,14 +202,21 @@ def explained(where: str, options: dict[str, Any], *, writes: bool = False) -> I
     except ValueError as error:  # of the libraries, for example for an endpoint that is no URL
         if "://" not in where:
             raise
-        given = ", ".join(sorted(options)) or "none"
-        raise StorageError(f"{where}: cannot be reached: {error}. Correct the URI, or its storage options: {given}.") from None
+        raise unfit_options(where, options, error) from None
     except TypeError as error:  # file systems look at their options late, and raise this for an unknown one
         if not options or not is_unknown_option(error):
             raise
         raise StorageError(
             f"{where}: unknown storage option: {error}. Options given: {sorted(options)}. Correct them."
         ) from None
+
+
+def unfit_options(where: str, options: dict[str, Any], error: Exception) -> StorageError:
+    """The error for a URI or storage options that a library could not use. The options are named without their values."""
+    given = ", ".join(sorted(map(str, options))) or "none"
+    return StorageError(
+        f"{where}: cannot be reached with this URI and these storage options ({given}): {describe(error)}. Correct them."
+    )
 
 
 def is_unknown_option(error: TypeError) -> bool:
