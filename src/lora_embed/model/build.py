@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from lora_embed.config.models import Recipe
@@ -68,6 +71,17 @@ def _unchanged(ingredients: Ingredients) -> Iterator[None]:
             check_adapter(adapter)
 
 
+@contextlib.contextmanager
+def _errors_of_disk(out: Path) -> Iterator[None]:
+    """safetensors raises an error of its own where a disk is full. As OSError it is known for what it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(out)) from None
+
+
 @one_thread()
 def build_encoder(ingredients: Ingredients, out: Path, say: Say, limit: Limit | None = None) -> Description:
     """Fold, write, check and prove an encoder at `out`, which must not exist. Nothing is left there if a check fails.
@@ -76,7 +90,7 @@ def build_encoder(ingredients: Ingredients, out: Path, say: Say, limit: Limit | 
     base. Raises AdapterMismatch, EncoderError, ConfigError, or ChangedMeanwhile.
     """
     check_out(out)
-    with folder_aside(out) as folder, _unchanged(ingredients):
+    with folder_aside(out) as folder, _unchanged(ingredients), _errors_of_disk(out):
         _build(ingredients, folder, say, limit)
     description = read_description(out)
     say(f"encoder {description.space_id}: {description.dimension}-d vectors, pooling {description.pooling}")

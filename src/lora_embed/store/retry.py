@@ -20,7 +20,8 @@ from lora_embed.text import redacted, whole_sentences
 LONGEST_PAUSE_S = 15.0
 SAY_AFTER_S = 3.0  # shorter waits are not logged
 NO_NAME_S = 5.0  # how long a request is repeated to a host whose name has no address, which is mostly a typing error
-PRECONDITION_FAILED = 412  # HTTP
+PRECONDITION_FAILED, STORE_IS_FULL = 412, 507  # HTTP
+_MAKE_ROOM = "Free space in that store, or have its quota raised."
 R = TypeVar("R")
 _counting = threading.Lock()
 _retries = 0  # of this process, since the last `take_retries`
@@ -118,7 +119,7 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _is_transient_status(status: int) -> bool:
-    return status == 429 or (status >= 500 and status not in (501, 507))  # 501: not implemented; 507: storage is full
+    return status == 429 or (status >= 500 and status not in (501, STORE_IS_FULL))  # 501: not implemented
 
 
 def is_refused_create(error: BaseException) -> bool:
@@ -146,6 +147,11 @@ def _all_causes(error: BaseException) -> Iterator[BaseException]:
             seen.add(id(cause))
             yield cause
             waiting += [cause.__cause__, cause.__context__, getattr(cause, "kwargs", {}).get("error")]
+
+
+def is_full(error: BaseException) -> bool:
+    """True if an object store refused to write since it, or a quota, is full: MinIO with status 507, Ceph with 403."""
+    return any(_status(cause) == STORE_IS_FULL or "quota" in _code(cause).lower() for cause in _causes(error))
 
 
 def _status(error: BaseException) -> int:
@@ -183,6 +189,8 @@ def explained(where: str, options: dict[str, Any], *, writes: bool = False) -> I
     try:
         yield
     except PermissionError as error:
+        if is_full(error):
+            raise StorageError(f"{where}: {error.strerror or error}. {_MAKE_ROOM}") from None
         raise StorageError(f"{where}: access denied ({error.strerror or error}). Check its permissions or keys.") from None
     except (NotADirectoryError, FileExistsError):
         raise StorageError(f"{where}: expected a directory, found a file. Remove it, or use another path.") from None
@@ -195,14 +203,16 @@ def explained(where: str, options: dict[str, Any], *, writes: bool = False) -> I
             f"{where}: cannot be written, since its bucket or folder does not exist ({error}). Create it, or correct the path."
         ) from None
     except OSError as error:
-        reason = with_remedy(str(error.strerror or error), error.errno)
-        raise StorageError(f"{where}: {reason}") from None
+        reason = str(error.strerror or error)
+        if is_full(error):
+            raise StorageError(f"{where}: {reason.rstrip('.')}. {_MAKE_ROOM}") from None
+        raise StorageError(f"{where}: {reason if '://' in where else with_remedy(reason, error.errno)}") from None
     except (*LIBRARY_ERRORS, *_learnt) as error:
         raise StorageError(f"{where}: cannot be reached: {error}. Check network, endpoint and keys.") from None
     except ValueError as error:  # of the libraries, for example for an endpoint that is no URL
         if "://" not in where:
             raise
-        raise unfit_options(where, options, error) from None
+        raise _unfit(where, options, error) from None
     except TypeError as error:  # file systems look at their options late, and raise this for an unknown one
         if not options or not is_unknown_option(error):
             raise
@@ -211,7 +221,26 @@ def explained(where: str, options: dict[str, Any], *, writes: bool = False) -> I
         ) from None
 
 
-def unfit_options(where: str, options: dict[str, Any], error: Exception) -> StorageError:
+@contextlib.contextmanager
+def first_contact(where: str, options: dict[str, Any]) -> Iterator[None]:
+    """For the first contact with a store: an endpoint where no server listens, and what libraries raise for an option of
+    another type, become StorageError.
+    """
+    try:
+        yield
+    except StoreUnavailable as error:
+        if error.__cause__ is None or not is_no_connection(error.__cause__):
+            raise
+        raise StorageError(
+            f"{where}: cannot be reached: {describe(error.__cause__)}. Check network, endpoint and keys."
+        ) from None
+    except (TypeError, AttributeError, KeyError) as error:
+        if not options:
+            raise
+        raise _unfit(where, options, error) from None
+
+
+def _unfit(where: str, options: dict[str, Any], error: Exception) -> StorageError:
     """The error for a URI or storage options that a library could not use. The options are named without their values."""
     given = ", ".join(sorted(map(str, options))) or "none"
     return StorageError(
