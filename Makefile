@@ -11,7 +11,7 @@ DAFT := $(LORA_EMBED_CACHE)/peers/daft/ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-slow test-long soak readers matrix families errors processors versions shards faults lint policy hashes strangers bench quality map wheel clean
+.PHONY: setup demo test test-slow test-long soak readers matrix families errors mistakes processors versions shards faults lint policy hashes strangers bench quality map wheel clean
 
 setup: $(READY)
 
@@ -65,6 +65,10 @@ families: setup
 
 errors: setup
 	LORA_EMBED_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_errors.py
+
+mistakes: setup
+	$(BIN)/python campaigns/mistakes.py --write
+	$(BIN)/python campaigns/wrong_files.py $(MISTAKES)
 
 processors: setup
 	$(BIN)/python tests/processors.py $(PROCESSORS)

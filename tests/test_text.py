@@ -23,7 +23,7 @@ from lora_embed.monitor.record import RunState
 from lora_embed.monitor.runs import Run, describe_runs, to_prometheus
 from lora_embed.store.store import Store
 from lora_embed.table.versions import highest_version
-from lora_embed.text import holds_secret, in_lines, may_hold_secret, redacted
+from lora_embed.text import holds_secret, in_lines, may_hold_secret, redacted, whole_sentences
 from tables import noise_vectors, publish_vectors, spread
 
 STATE = RunState(run_id="20260101T000000Z-000000", host="node", started="2026-01-01T00:00:00+00:00")
@@ -230,3 +230,18 @@ def test_json_that_no_reader_agrees_on_is_refused(data: bytes) -> None:
         parse_json(data)
     with pytest.raises(ValueError, match=r"\w"):
         parse_record(RunState, data)
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "cut"),
+    [
+        ("One. Two.", 300, "One. Two."),
+        ("The first sentence is here.\nThe second one is cut.", 40, "The first sentence is here."),
+        ("A sentence without an end in reach", 20, "A sentence without …"),
+        ("x" * 30, 10, "x" * 10 + " …"),
+        ("See https://hub.example/api. Then set X=0.", 30, "See https://hub.example/api."),
+        ("No. " + "word " * 20, 40, "No. word word word word word word word …"),
+    ],
+)
+def test_a_librarys_message_is_cut_after_a_sentence_or_a_word(text: str, most: int, cut: str) -> None:
+    assert whole_sentences(text, most) == cut

@@ -14,9 +14,15 @@ from lora_embed.text import redacted
 
 # What helps with a file of an input that is damaged, be it on its way or where it was made.
 MAKE_AGAIN = "Upload it again, or make it again if the original has the same fault"
-_MACHINE_ERRNOS = {  # errors of the machine, not of the program
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
-}  # fmt: skip
+_REMEDIES = {  # what helps with errors of the machine, which are none of the program
+    errno.ENOSPC: "Free space there",
+    errno.EDQUOT: "Free space there, or have your quota raised",
+    errno.EROFS: "It is mounted for reading only: name another folder",
+    errno.EIO: "Check that disk or its connection",
+    errno.EMFILE: "Raise this process's limit of open files (ulimit -n)",
+    errno.ENFILE: "Close programs that hold many files open, or raise the machine's limit (fs.file-max)",
+    errno.ENOMEM: "Free memory on this machine, or use fewer actors",
+}
 
 
 class LoraEmbedError(Exception):
@@ -99,16 +105,22 @@ class GateFailed(LoraEmbedError):
         self.gates = gates or {}
 
 
+def with_remedy(reason: str, number: int | None) -> str:
+    """An error's reason, and what to do about it if its errno is one of the machine."""
+    remedy = _REMEDIES.get(number or 0)
+    return f"{reason.rstrip('.')}. {remedy}." if remedy else reason
+
+
 def lack_of_machine(error: OSError | MemoryError) -> str | None:
-    """What this machine ran out of or cannot do any more, as text for a message. None for an error that is a bug."""
+    """What this machine ran out of or cannot do any more, and what helps, as text for a message. None for a bug."""
     if isinstance(error, MemoryError):
-        return "this machine has no memory left"
+        return f"this machine has no memory left. {_REMEDIES[errno.ENOMEM]}."
     if isinstance(error, ChildProcessError):
         return str(error)
-    if error.errno not in _MACHINE_ERRNOS:
+    if error.errno not in _REMEDIES:
         return None
     where = error.filename or f"a file on this machine, for example in {tempfile.gettempdir()}"
-    return f"{where}: {error.strerror}"
+    return with_remedy(f"{where}: {error.strerror}", error.errno)
 
 
 @contextmanager

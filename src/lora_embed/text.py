@@ -33,6 +33,7 @@ _BUCKETS = {
     "oss",
 }  # their URIs begin with a bucket, without a port
 _CONTAINERS = {"abfs", "abfss"}  # their URIs have a container before `@`
+_SENTENCE_END = re.compile(r"[.!?](?= )")
 _MOST_ENCODED = 4  # how often text is percent-decoded in the search for a secret
 
 
@@ -53,6 +54,17 @@ def in_lines(lines: Iterable[str]) -> str:
 def in_one_line(text: object, most: int = 200) -> str:
     """The text of an object, such as a library's error, without line breaks and cut to `most` characters."""
     return " ".join(str(text).split())[:most]
+
+
+def whole_sentences(text: object, most: int = 300) -> str:
+    """The text of a library's error in one line, cut after a sentence; `…` marks a first sentence that is too long."""
+    line = " ".join(str(text).split())
+    if len(line) <= most:
+        return line
+    ends = [end.end() for end in _SENTENCE_END.finditer(line, 0, most + 1)]
+    if ends and ends[-1] >= most // 4:
+        return line[: ends[-1]]
+    return f"{line[:most].rpartition(' ')[0] or line[:most]} …"
 
 
 def counted(counts: Mapping[str, int]) -> str:

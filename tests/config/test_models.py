@@ -1,5 +1,6 @@
 """Recipes and jobs as they are read: paths, shorthands, overrides, and what is refused in which words."""
 
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -385,3 +386,46 @@ def test_members_of_tars_that_are_images(tmp_path: Path) -> None:
     for wrong in (["jpg", "JPG"], "", "jpg;", ["jpg", 3]):
         with pytest.raises(ValueError, match="image_member"):
             members(wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("merge_method: dare_tie", "Did you mean 'dare_ties'?"),
+        ("merge_method: TIES", "Did you mean 'ties'?"),
+        ("merge_method: ties-svd", "Did you mean 'ties'?"),
+        ("merge_method: cat", "What PEFT calls cat is weighted_sum here."),
+        ("pooling: Patch-Mean", "Did you mean 'patch_mean'?"),
+        ("POOLING: mean", "unknown key 'POOLING'. Did you mean 'pooling'?"),
+        ("merge_method: svd\nmerge_options: {rnak: 3}", "merge_options of svd: unknown key 'rnak'. Did you mean 'rank'?"),
+        ("merge_method: svd\nmerge_options: {x: 3}", "unknown key 'x'. Known keys: rank, energy."),
+        ("merge_method: linear\nmerge_options: {rank: 3}", "merge_method 'linear' takes no options. Remove them."),
+        ("recipe: r\ninput: i\ntable: t", None),
+    ],
+)
+def test_typing_errors_of_a_recipe_are_met_with_what_was_meant(tmp_path: Path, text: str, says: str | None) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path}/recipe.yaml: ")) as caught:
+        recipe_of(tmp_path, f"{RECIPE}{text}\n" if says else f"{text}\n")
+    assert (says or "is a job, expected a recipe") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value", ["!!timestamp tomorrow", "!!int x", "!!int ''", "!!float ''", "!!binary '*'", "!!set [a]", "[" * 9999]
+)
+def test_a_value_that_belies_its_tag_is_refused(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"job.yaml: (is not valid YAML|its values are nested too deeply)"):
+        job_of(tmp_path, f"{JOB}limit: {value}\n")
+    with pytest.raises(ConfigError, match=r"--set limit=.*not valid YAML"):
+        job_of(tmp_path, JOB, f"limit={value}")
+
+
+@pytest.mark.parametrize("key", ["recipe", "table", "input", "reference_roots", "leave_out"])
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [("a\0b", "holds a NUL"), ("http://[", "is no URL (Invalid IPv6 URL)"), ("https:///x.tar", "is no URL (has no host)")],
+)
+def test_a_place_that_can_be_none_is_refused_with_its_key(tmp_path: Path, key: str, value: str, says: str) -> None:
+    (tmp_path / "job.yaml").write_text(JOB)
+    with pytest.raises(ConfigError, match=f"^--set: {key}: ") as caught:
+        load_job(tmp_path / "job.yaml", [f'{key}="{value}"'.replace("\0", "\\0")])
+    assert says in str(caught.value)

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils import merge_utils
 
+from lora_embed.config.values import MERGE_OPTIONS
 from lora_embed.errors import AdapterMismatch, ConfigError
 from lora_embed.model.adapter import SavedAdapter
 from lora_embed.model.change import LowRank, Shift
 from lora_embed.model.match import Adapter
-from lora_embed.model.merge import METHODS, Weighted, linear, merge, options_of, svd, truncate, weighted_sum
+from lora_embed.model.merge import CONCAT, METHODS, Weighted, linear, merge, options_of, svd, truncate, weighted_sum
 
 SHAPE = torch.Size((16, 24))
 BEFORE = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
@@ -223,3 +224,11 @@ def test_options_are_checked_by_name(method: str, options: dict[str, Any], messa
 def test_options_that_are_not_given_have_defaults() -> None:
     assert options_of("ties", {"density": 0.4}) == {"density": 0.4, "majority_sign": "total"}
     assert options_of("concat", {}) == {}
+
+
+def test_the_options_that_recipes_may_name_are_those_of_the_methods() -> None:
+    """They are listed once more where reading a recipe imports no torch."""
+    assert list(MERGE_OPTIONS) == [*METHODS, CONCAT, "none"]
+    assert {name: sorted(names) for name, names in MERGE_OPTIONS.items()} == {
+        name: sorted(options_of(name, {})) for name in MERGE_OPTIONS
+    }

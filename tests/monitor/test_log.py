@@ -15,7 +15,7 @@ import pytest
 
 from jobs import ROOT, run_here, tiny_recipe, write_job, write_tars
 from lora_embed.cli.main import nightly_job, run_command
-from lora_embed.monitor.ending import MOST_CHARACTERS, Ending, gist
+from lora_embed.monitor.ending import MOST_CHARACTERS, Ending, exit_code_of, gist
 from s3 import free_ports
 from samples import png, tar_of
 
@@ -128,3 +128,10 @@ def test_a_last_line_fits_a_message(cause: str) -> None:
 )
 def test_a_message_is_summed_up_by_its_first_cause(message: str, summary: str) -> None:
     assert gist(message) == summary
+
+
+def test_a_full_disk_says_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code_of(lambda: Path("/dev/full").write_text("x")) == 1
+    said = capsys.readouterr().err
+    assert "No space left on device. Free space there. What is committed stays." in said
+    assert "Traceback" not in said

@@ -1,15 +1,18 @@
 """Which answers of a store are tried again, and which end a request at once."""
 
 import http.client
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import aiohttp
 import botocore.exceptions as boto
 import pytest
 
 from lora_embed.errors import StorageError
+from lora_embed.store import retry
 from lora_embed.store.retry import is_transient, take_retries
 from lora_embed.store.store import Store
 from s3 import Faults, Proxy, Refusal, S3Server
@@ -120,3 +123,56 @@ def test_an_object_that_could_not_be_removed_is_removed_again() -> None:
         server.shutdown()
         server.server_close()
     assert Busy.asked == 2
+
+
+def unknown_host() -> None:
+    """A real request for an address. No name of a host holds a space, so every name server says that there is none."""
+    try:
+        socket.getaddrinfo("no such host", 80)
+    except OSError as error:
+        raise boto.EndpointConnectionError(endpoint_url="https://no such host", error=error) from None
+
+
+def test_a_host_whose_name_has_no_address_is_told_after_seconds_and_the_line_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(retry, "NO_NAME_S", 1.0)
+    monkeypatch.setattr(retry, "SAY_AFTER_S", 0.0)
+    started = time.monotonic()
+    with pytest.raises(StorageError, match=r"s3://b/x: no address is known for the name of its host \(.+\)\. Correct the name"):
+        retry.retried(unknown_host, "s3://b/x", 60.0)
+    assert time.monotonic() - started < 10  # of 60
+    assert len(caplog.records) == 1
+    assert take_retries() > 1
+
+
+def test_another_error_gets_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(retry, "SAY_AFTER_S", 0.0)
+    errors = iter([TimeoutError("slow"), TimeoutError("slow"), ConnectionResetError("reset"), TimeoutError("slow")])
+
+    def fails() -> str:
+        if (error := next(errors, None)) is not None:
+            raise error
+        return "here"
+
+    assert retry.retried(fails, "s3://b/x", 60.0) == "here"
+    assert [record.args[1] for record in caplog.records] == ["slow", "reset", "slow"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"endpoint_url": 0.5}, r"with this URI and these storage options \(endpoint_url, key, secret\): .+\. Correct them"),
+        ({"endpoint_url": "products"}, "storage options .*Invalid endpoint: products"),
+        ({"client_kwargs": {"region_name": {"a": 1}}}, "storage options"),
+        ({"client_kwargs": "x"}, "storage options"),
+        ({"config_kwargs": {"connect_timeout": "x"}}, "cannot be reached"),
+    ],
+)
+def test_storage_options_of_another_type_are_refused_at_once(options: dict[str, Any], says: str) -> None:
+    store = Store("s3://products/table", {"key": "k", "secret": "hidden"} | {"endpoint_url": "http://127.0.0.1:9"} | options)
+    started = time.monotonic()
+    with pytest.raises(StorageError, match=says) as caught:
+        store.check_reachable()
+    assert "hidden" not in str(caught.value)
+    assert time.monotonic() - started < 4

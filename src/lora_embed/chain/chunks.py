@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from lora_embed.chain.items import WorkItem
 from lora_embed.chain.resume import find_stretches
-from lora_embed.errors import ShardError, StorageError, StoreUnavailable
+from lora_embed.errors import ShardError, StorageError, StoreUnavailable, lack_of_machine
 from lora_embed.images.arithmetic import check_once
 from lora_embed.images.decode import BadImage, Decode, Prepare, decode_image
 from lora_embed.images.isolate import IsolatedDecoder, decode_or_die, keep_freed_memory
@@ -77,7 +77,7 @@ def decode_items(
                 shard_id=shard.id,
                 shard_name=shard.name,
                 prefix=shard.prefix,
-                error=str(error),
+                error=(lack_of_machine(error) if isinstance(error, OSError) else None) or str(error),
                 may_pass=isinstance(error, StoreUnavailable | OSError),
                 retries=take_retries(),
             )

@@ -51,16 +51,20 @@ def build(
     log_format: Log = LogFormat.TEXT,
 ) -> None:
     """Merge a recipe's adapters into an encoder directory, with its merge report."""
-    from lora_embed.model.build import build_encoder
-    from lora_embed.model.fold import Limit
-    from lora_embed.model.ingredients import gather
+    from lora_embed.model.description import check_out
 
     if store is Store.MODEL and (rank is not None or energy != 1.0):
         raise ConfigError("--rank and --energy limit the adapter that --store adapter writes. Add --store adapter.")
     if not 0 < energy <= 1:
         raise ConfigError(f"--energy is {energy:g}, expected more than 0 and at most 1")
+    loaded = load_recipe(recipe)
+    check_out(out)
+    from lora_embed.model.build import build_encoder  # imports torch, which takes seconds
+    from lora_embed.model.fold import Limit
+    from lora_embed.model.ingredients import gather
+
     limit = Limit(rank=rank, energy=energy) if store is Store.ADAPTER else None
-    description = build_encoder(gather(load_recipe(recipe)), out, say, limit)
+    description = build_encoder(gather(loaded), out, say, limit)
     result = {"encoder": str(out), "space_id": description.space_id, "dimension": description.dimension}
     print_result(result, as_json, f"{out}: encoder of space {description.space_id}, {description.dimension} dimensions")
 

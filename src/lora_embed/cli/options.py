@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_embed.config.models import JobConfig, load_job
-from lora_embed.errors import ConfigError
+from lora_embed.config.recognise import TABLE, refuse_other
+from lora_embed.errors import ConfigError, TableError
 from lora_embed.monitor.progress import LogFormat, log_as, shown
 from lora_embed.text import without_secrets
 
@@ -101,8 +102,13 @@ def find_table(argument: str, overrides: list[str] | None) -> Named:
     from lora_embed.store.store import Store
 
     job = job_of(argument, overrides)
+    if job is None:
+        refuse_other(argument, TABLE, "a table, or a job file")
     store = Store(argument) if job is None else Store(job.table, job.table_storage_options)
     store.check_reachable()
+    if store.is_local and not Path(store.full_path("")).exists():
+        remedy = "Correct the path." if job is None else f"`lora-embed run {argument}` makes it."
+        raise TableError(f"{store.uri}: there is no table yet. {remedy}")
     return Named(store=store, job=job)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lora_embed.cli.options import Json, Set, TableOrJob, Version, find_table, print_result
+from lora_embed.config.recognise import IMAGE, TABLE, recognise
 from lora_embed.errors import ConfigError
 from lora_embed.text import counted
 
@@ -135,6 +136,7 @@ def search(
     """Find the images of a table that are nearest to an image, which the table's own encoder embeds."""
     from lora_embed.search.search import find_pictures, search_image
 
+    _refuse_swapped(table, image)
     target = find_table(table, set_)
     opened = target.open(version)
     result = search_image(opened, image, k, index, target.options_of(image))
@@ -148,6 +150,16 @@ def search(
     names = ("image", "table", "version", "space_id", "method", "count")
     fields = {name: getattr(result, name) for name in names} | {"hits": [asdict(hit) for hit in result.hits]}
     print_result(fields, as_json, text)
+
+
+def _refuse_swapped(table: str, image: str) -> None:
+    """Raises ConfigError for TABLE and IMAGE in the wrong order, and for an image that is something else."""
+    thing, other = recognise(image), recognise(table)
+    if thing is TABLE and other is not TABLE:
+        first = f"{table} is {other.name}, and " if other is not None else ""
+        raise ConfigError(f"{first}{image} is a table, but TABLE comes first. Write: lora-embed search {image} {table}")
+    if thing is not None and thing is not IMAGE:
+        raise ConfigError(thing.instead_of(image, image, "an image"))
 
 
 def _reason(why: str) -> str:

@@ -46,15 +46,16 @@ def tune(
 ) -> None:
     """Search the weights and method of a merge on labelled images; test the winner on images that the search did not use."""
     from lora_embed.config.models import load_recipe
-    from lora_embed.tune.goal import Budget, Search, read_label
-    from lora_embed.tune.tune import tune as tune_recipe
 
-    job = input_of(data)
+    loaded, job = load_recipe(recipe), input_of(data)
     names = tuple(name.strip() for name in (methods or "").split(",") if name.strip())
     if methods is not None and not names:
         raise ConfigError(f"--methods is {methods!r}, which names no method. Name one or more, or omit the option for all.")
+    from lora_embed.tune.goal import Budget, Search, read_label  # imports torch, which takes seconds
+    from lora_embed.tune.tune import tune as tune_recipe
+
     search = Search(
-        recipe=load_recipe(recipe),
+        recipe=loaded,
         inputs=tuple(data) if job is None else job.input,
         tasks=tuple(map(read_label, label)),
         out=out,

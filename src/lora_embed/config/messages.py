@@ -42,8 +42,7 @@ def _explain(model: type[BaseModel], keys: Keys, items: list[Any]) -> str:
     kind, message = item["type"], str(item["msg"]).removeprefix("Value error, ")
     if kind == "extra_forbidden":
         known_keys = list(_section_at(model, keys[:-1]).model_fields)
-        close = difflib.get_close_matches(str(keys[-1]), known_keys, n=1)
-        return f"unknown key {key!r}. " + (f"Did you mean {close[0]!r}?" if close else f"Known keys: {', '.join(known_keys)}.")
+        return f"unknown key {key!r}" + (meant(keys[-1], known_keys) or f". Known keys: {', '.join(known_keys)}.")
     if kind == "missing":
         return f"key {key!r} is missing. Add it."
     if kind == "value_error" and not message.startswith("expected"):
@@ -51,8 +50,21 @@ def _explain(model: type[BaseModel], keys: Keys, items: list[Any]) -> str:
     expected = message.removeprefix("expected ") if kind == "value_error" else " or ".join(_expected(item) for item in items)
     if kind in ("model_type", "dict_type") and (section := _section_at(model, keys)) is not model:
         expected += f": {', '.join(section.model_fields)}"
+    if kind == "literal_error" and len(items) == 1:
+        expected += meant(item["input"], _choices(expected))
     shown_value = type(item["input"]).__name__ if key.endswith("_storage_options") else shown(item["input"])  # may hold secrets
     return f"{key} is {shown_value}, expected {expected}"
+
+
+def meant(value: object, known: list[str]) -> str:
+    """`. Did you mean 'x'?` where a value that is not known is almost a known one; else empty."""
+    close = difflib.get_close_matches(str(value).strip().lower().replace("-", "_"), known, n=1)
+    return f". Did you mean {close[0]!r}?" if close else ""
+
+
+def _choices(expected: str) -> list[str]:
+    """`a, b or c` → its words."""
+    return expected.replace(" or ", ", ").split(", ")
 
 
 def _expected(item: Any) -> str:

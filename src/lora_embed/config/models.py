@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, create_model, model_validator
 
 from lora_embed.config.messages import Keys, checked, shown
 from lora_embed.config.paths import base_place, local_place, with_absolute_paths
+from lora_embed.config.recognise import JOB, RECIPE
 from lora_embed.config.values import (
     Number,
     Pooling,
@@ -19,9 +20,10 @@ from lora_embed.config.values import (
     Uri,
     VectorType,
     as_members,
+    check_method,
     not_empty,
 )
-from lora_embed.config.yaml import Loader, read_yaml, yaml_problem
+from lora_embed.config.yaml import load_yaml, read_yaml, yaml_problem
 from lora_embed.errors import ConfigError
 
 OWN_COLUMNS = ("id", "embedding", "shard", "key", "width", "height", "sha256", "reason", "detail", "lora_embed.taken")
@@ -52,6 +54,11 @@ class Recipe(Section):
     def adapter_names(self) -> list[str]:
         """Names of the adapters: the last part of each path, or more parts where the last ones are not distinct."""
         return distinct_names([spec.path.rstrip("/") for spec in self.adapters])
+
+    @model_validator(mode="after")
+    def _method_is_known(self) -> "Recipe":
+        check_method(self.merge_method, self.merge_options)
+        return self
 
     @model_validator(mode="after")
     def _method_fits_adapters(self) -> "Recipe":
@@ -161,6 +168,7 @@ class JobConfig(Section):
     check_references: bool = False
     reject_unreachable: bool = False  # web servers that do not answer make rejects, not an incomplete run
     image_member: Annotated[tuple[Text, ...], Field(strict=False), AfterValidator(as_members)] = ()
+    leave_out: tuple[Uri, ...] = Field(default=(), strict=False)  # files, folders or patterns of the input
     limit: int | None = Field(default=None, ge=1)
     vector_type: VectorType = "float32"
     resources: Resources = Resources()
@@ -177,7 +185,7 @@ class JobConfig(Section):
     @classmethod
     def _widen_shorthands(cls, data: dict[str, Any]) -> dict[str, Any]:
         data = dict(data)
-        shorthands = ("input", "image_member", "reference_roots")
+        shorthands = ("input", "image_member", "reference_roots", "leave_out")
         data |= {key: [data[key]] for key in shorthands if isinstance(data.get(key), str)}
         if isinstance(data.get("carry"), list):
             data["carry"] = [_carry_field(value) for value in data["carry"]]
@@ -220,7 +228,7 @@ def load_recipe(path: str | Path) -> Recipe:
 
     Raises ConfigError naming the file, the key, what was found and what is allowed.
     """
-    data = read_yaml(Path(path), "a recipe (YAML)")
+    data = read_yaml(Path(path), "a recipe (YAML)", RECIPE)
     folder = Path(path).resolve().parent
     if isinstance(data.get("base_model"), str):
         data["base_model"] = base_place(folder, data["base_model"], f"{path}: base_model")
@@ -251,12 +259,12 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> JobConfig:
 
     Raises ConfigError naming the file or the override, the key, what was found and what is allowed.
     """
-    data = with_absolute_paths(read_yaml(Path(path), "a job file (YAML)"), Path(path).resolve().parent)
+    data = with_absolute_paths(read_yaml(Path(path), "a job file (YAML)", JOB), Path(path).resolve().parent, str(path))
     overridden: dict[Keys, str] = {}
     for text in overrides or []:
         keys, value = _parse_override(text)
         if len(keys) == 1:
-            value = with_absolute_paths({keys[0]: value}, Path.cwd())[keys[0]]
+            value = with_absolute_paths({keys[0]: value}, Path.cwd(), "--set")[keys[0]]
         _section_for(data, keys, text)[keys[-1]] = value
         overridden[tuple(keys)] = _without_secret(text)
     return checked(JobConfig, data, str(path), overridden)
@@ -273,8 +281,8 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
     if not separator or not key:
         raise ConfigError(f"--set {text}: expected KEY=VALUE, for example --set chunk_size=256")
     try:
-        return key.split("."), yaml.load(raw, Loader)
-    except (yaml.YAMLError, ValueError) as error:
+        return key.split("."), load_yaml(raw)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = f"--set {_without_secret(text)}"
         raise ConfigError(f"{where}: the value is not valid YAML: {yaml_problem(error)}. Put quotes around it.") from None
 

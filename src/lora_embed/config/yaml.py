@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from lora_embed.config.messages import shown
+from lora_embed.config.recognise import Thing, by_keys, recognise
 from lora_embed.errors import ConfigError
 from lora_embed.text import in_one_line
 
@@ -27,12 +28,26 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path, kind: str) -> dict[str, Any]:
+def load_yaml(text: str) -> Any:
+    """The values of a YAML text. Raises YAMLError or ValueError for text that is none."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        return yaml.load(text, Loader)
+    except (AttributeError, IndexError, KeyError, TypeError):  # PyYAML, for example for `!!timestamp tomorrow`
+        raise ValueError("a value does not have the form that its tag, such as !!int or !!timestamp, says") from None
+
+
+def read_yaml(path: Path, kind: str, wanted: Thing | None = None) -> dict[str, Any]:
+    """The keys and values of a file. `kind` says in messages what was expected, `wanted` what the keys must not belie.
+
+    Raises ConfigError for a path that cannot be read, and for other content.
+    """
+    try:
+        data = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file, expected {kind}. Correct the path.") from None
     except (OSError, UnicodeDecodeError) as error:
+        if (thing := recognise(path)) is not None:
+            raise ConfigError(thing.instead_of(str(path), path, kind)) from None
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise ConfigError(
             f"{path}: cannot be read as a text file: {reason}. Name a file in UTF-8 that this user may read."
@@ -47,6 +62,9 @@ def read_yaml(path: Path, kind: str) -> dict[str, Any]:
         )
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: is {shown(data)}, expected one `key: value` on each line")
+    thing = by_keys(data)
+    if wanted is not None and thing is not None and thing is not wanted:
+        raise ConfigError(thing.instead_of(str(path), path, kind))
     return data
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_embed.chain.items import EncoderSource
 from lora_embed.config.foreign import read_record
@@ -14,17 +15,17 @@ from lora_embed.config.models import Recipe, distinct_names, load_recipe, record
 from lora_embed.errors import AdapterMismatch, ConfigError, EncoderError, StorageError
 from lora_embed.evaluate.collect import Wanted
 from lora_embed.evaluate.records import Candidate
-from lora_embed.model.build import match_adapters
 from lora_embed.model.description import Description, read_description
 from lora_embed.model.follow import refuse_elsewhere
-from lora_embed.model.head import SavedHead, class_names, find_head
 from lora_embed.model.ingredients import Ingredients, gather
-from lora_embed.model.match import Adapter
-from lora_embed.model.merge import CONCAT
 from lora_embed.monitor.progress import say
 from lora_embed.run.encoders import find_encoder, named_base, prepare_encoder, store_encoder
 from lora_embed.schema import encoder_path
 from lora_embed.store.store import Store
+
+if TYPE_CHECKING:
+    from lora_embed.model.head import SavedHead
+    from lora_embed.model.match import Adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Entrant:
     name: str
     recipe: Recipe
     ingredients: Ingredients | None  # None if an encoder's recipe names files that no longer exist
-    adapters: tuple[Adapter, ...] = ()  # the recipe's adapters, matched to the base
+    adapters: "tuple[Adapter, ...]" = ()  # the recipe's adapters, matched to the base
     folder: Path | None = None  # directory of an encoder built before
 
 
@@ -54,7 +55,7 @@ class AdapterHead:
 
     adapter: str  # its name
     head_id: str
-    head: SavedHead
+    head: "SavedHead"
     names: dict[int, str]  # class names of its outputs, if the adapter has them
     entrant: Entrant  # the adapter alone, at weight 1
 
@@ -95,6 +96,8 @@ def _read(name: str, path: str) -> Entrant:
 
 
 def _entrant(name: str, recipe: Recipe) -> Entrant:
+    from lora_embed.model.build import match_adapters  # imports torch and peft, which takes seconds
+
     ingredients = gather(recipe)
     return Entrant(name=name, recipe=recipe, ingredients=ingredients, adapters=tuple(match_adapters(ingredients)))
 
@@ -145,6 +148,8 @@ def build(entrant: Entrant, store: Store) -> Built:
 
 def find_heads(entrants: Sequence[Entrant]) -> tuple[list[AdapterHead], list[str]]:
     """The heads of all adapters that entrants name, each once, and a note for each adapter without a usable head."""
+    from lora_embed.model.head import class_names, find_head
+
     heads: dict[str, AdapterHead] = {}
     notes: dict[str, str] = {}
     for entrant in entrants:
@@ -198,7 +203,7 @@ def _model_of(entrant: Entrant, head: AdapterHead, base: str | None) -> int | No
         or entrant.recipe.image_size != head.entrant.recipe.image_size
     ):
         return None
-    if entrant.recipe.merge_method != CONCAT:
+    if entrant.recipe.merge_method != "concat":
         return 0
     hashes = sorted(adapter.content_hash for adapter in entrant.ingredients.adapters)
     return hashes.index(of_head.adapters[0].content_hash) if of_head.adapters[0].content_hash in hashes else None
@@ -221,7 +226,7 @@ def candidate_of(built: Built, forward_s: float) -> Candidate:
     )
 
 
-def related(entrants: Sequence[Entrant]) -> dict[str, tuple[Ingredients, dict[str, Adapter]]]:
+def related(entrants: Sequence[Entrant]) -> "dict[str, tuple[Ingredients, dict[str, Adapter]]]":
     """Bases with several adapters: content hash → one recipe's ingredients, and all adapters of the base by name."""
     by_base: dict[str, tuple[Ingredients, dict[str, Adapter]]] = {}
     for entrant in entrants:

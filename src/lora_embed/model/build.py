@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from lora_embed.config.models import Recipe
@@ -22,7 +24,7 @@ from lora_embed.model import golden
 from lora_embed.model.adapter import PROCESSOR_NAME, SavedAdapter, check_adapter, first_names
 from lora_embed.model.base import load_headless
 from lora_embed.model.base_files import Base, check_base
-from lora_embed.model.description import BaseReference, Description, read_description, write_description
+from lora_embed.model.description import BaseReference, Description, check_out, read_description, write_description
 from lora_embed.model.encoder import Encoder, golden_pixels
 from lora_embed.model.find_state import find_state
 from lora_embed.model.fold import Limit
@@ -69,6 +71,17 @@ def _unchanged(ingredients: Ingredients) -> Iterator[None]:
             check_adapter(adapter)
 
 
+@contextlib.contextmanager
+def _errors_of_disk(out: Path) -> Iterator[None]:
+    """safetensors raises an error of its own where a disk is full. As OSError it is known for what it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(out)) from None
+
+
 @one_thread()
 def build_encoder(ingredients: Ingredients, out: Path, say: Say, limit: Limit | None = None) -> Description:
     """Fold, write, check and prove an encoder at `out`, which must not exist. Nothing is left there if a check fails.
@@ -76,8 +89,8 @@ def build_encoder(ingredients: Ingredients, out: Path, say: Say, limit: Limit | 
     With a `limit`, the encoder is written as one LoRA adapter, the merged change cut to the limit, and a reference to the
     base. Raises AdapterMismatch, EncoderError, ConfigError, or ChangedMeanwhile.
     """
-    _check_out(out)
-    with folder_aside(out) as folder, _unchanged(ingredients):
+    check_out(out)
+    with folder_aside(out) as folder, _unchanged(ingredients), _errors_of_disk(out):
         _build(ingredients, folder, say, limit)
     description = read_description(out)
     say(f"encoder {description.space_id}: {description.dimension}-d vectors, pooling {description.pooling}")
@@ -132,16 +145,6 @@ def open_base(ingredients: Ingredients) -> tuple[PreTrainedModel, Description]:
     pixels = golden_pixels(golden_images(preprocessing, base), preprocessing)
     model = load_headless(base.folder, base.uri)
     return model, _describe([model], preprocessing, with_recipe(ingredients, base_alone), None, pixels)
-
-
-def _check_out(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: exists and is not empty; an encoder is never overwritten. Name another directory.")
-    nearest = next(parent for parent in out.absolute().parents if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(
-            f"{out}: cannot be written: {nearest} is not a directory that this user may write to. Name another directory."
-        )
 
 
 def _vectors(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from lora_embed.config.values import Pooling
-from lora_embed.errors import EncoderError
+from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.images.preprocess import Arithmetic, Preprocessing, check_geometry
 from lora_embed.model import golden
 from lora_embed.model.files import (
@@ -156,6 +157,17 @@ def files_of(folder: Path, description: Description, where: str) -> list[Path]:
         else:
             files += own_files(folder, tuple(f"{member}/{name}" for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)))
     return list(dict.fromkeys(files))
+
+
+def check_out(out: Path) -> None:
+    """Raises ConfigError if an encoder cannot be written to a new folder `out`."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: exists and is not empty; an encoder is never overwritten. Name another directory.")
+    nearest = next(parent for parent in out.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(
+            f"{out}: cannot be written: {nearest} is not a directory that this user may write to. Name another directory."
+        )
 
 
 def write_description(folder: Path, description: Description) -> None:

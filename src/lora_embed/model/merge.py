@@ -18,6 +18,7 @@ from peft.utils import merge_utils
 from pydantic import Field
 
 from lora_embed.config.models import check_options
+from lora_embed.config.values import check_method
 from lora_embed.errors import AdapterMismatch, ConfigError
 from lora_embed.model.change import LowRank, multiply
 from lora_embed.model.match import Adapter
@@ -167,15 +168,12 @@ def options_of(method: str, settings: Options) -> Options:
 
     Raises ConfigError for an unknown method, an unknown option, or a value that the option cannot have.
     """
-    names = [*METHODS, CONCAT, "none"]
-    if method not in names:
-        raise ConfigError(f"merge_method is {method!r}, expected {', '.join(names[:-1])} or {names[-1]}.")
+    try:
+        check_method(method, settings)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     parameters = inspect.signature(METHODS[method]).parameters.values() if method in METHODS else ()
     types_and_defaults = {p.name: (p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
-    if settings and not types_and_defaults:
-        raise ConfigError(
-            f"merge_options sets {', '.join(settings)}, but merge_method {method!r} takes no options. Remove them."
-        )
     return check_options(f"merge_options of {method}", types_and_defaults, settings)
 
 

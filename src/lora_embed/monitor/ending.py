@@ -76,7 +76,7 @@ def exit_code_of(command: Callable[[], Any]) -> int:
             _say_end(_ending_of_a_bug(error, started))
             raise
         code, cause, advice = 1, lack, LoraEmbedError.advice
-        say(f"error: {lack}. {KEPT}", level="error", event="error")
+        say(f"error: {lack.rstrip('.')}. {KEPT}", level="error", event="error")
     except KeyboardInterrupt:
         code, cause, advice = 1, "interrupted", LoraEmbedError.advice
         say(f"interrupted. {KEPT}", level="error", event="error")

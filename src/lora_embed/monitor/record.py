@@ -12,7 +12,7 @@ FORMAT = 1
 OPTIONS = (  # keys of a job that a record holds; no storage options, because they may hold secrets
     "recipe", "input", "table", "precision", "chunk_size", "batch_size", "max_rejects", "max_removed", "max_pixels",
     "max_bytes", "carry", "image_column", "key_column", "image_member", "reference_column", "reference_roots",
-    "check_references", "reject_unreachable", "limit", "vector_type", "resources", "reembed",
+    "check_references", "reject_unreachable", "leave_out", "limit", "vector_type", "resources", "reembed",
     "gates", "prices", "retain", "shared_filesystem", "follow_folder_links",
 )  # fmt: skip
 MOST_BINS = 48

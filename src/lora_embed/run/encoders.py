@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_embed.config.foreign import RecipeRecord, read_record
 from lora_embed.config.models import load_recipe
+from lora_embed.config.recognise import ENCODER, recognise
 from lora_embed.errors import EncoderError, IncompleteRun
 from lora_embed.model.description import DESCRIPTION, Description, files_of, read_description
 from lora_embed.model.follow import refuse_elsewhere
@@ -19,6 +20,12 @@ from lora_embed.table import retention
 def find_source(uri: str) -> Ingredients | Path:
     """The files that a recipe names, found and hashed, or the directory of an encoder built before."""
     if Path(uri).is_dir():
+        thing = recognise(uri)
+        if thing not in (None, ENCODER):
+            raise EncoderError(
+                f"{uri}: is {thing.name}, expected a recipe or an encoder, but it has no encoder.json. {thing.use.format(uri)} "
+                "`lora-embed build` makes encoders from recipes."
+            )
         read_description(Path(uri))
         return Path(uri)
     return find_ingredients(load_recipe(uri))
@@ -72,6 +79,12 @@ def stored_encoder(store: Store, space_id: str) -> Description | None:
             "files were changed: restore them from a copy, or remove the directory."
         )
     return description
+
+
+def has_encoders(store: Store) -> bool:
+    """Does the table's storage hold any encoder? If not, no recipe has to be read to know that it lacks the recipe's."""
+    store.check_reachable()
+    return bool(store.list_files("recipes"))
 
 
 def record_path(recipe_id: str) -> str:

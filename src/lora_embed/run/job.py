@@ -10,19 +10,29 @@ from typing import cast
 from lora_embed.chain import cluster
 from lora_embed.chain.items import Pass
 from lora_embed.config.models import JobConfig
-from lora_embed.errors import GateFailed, IncompleteRun, TableError, VerificationFailed, once_started
+from lora_embed.errors import (
+    GateFailed,
+    IncompleteRun,
+    StorageError,
+    StoreUnavailable,
+    TableError,
+    VerificationFailed,
+    once_started,
+)
 from lora_embed.gates import judge
 from lora_embed.model.description import read_description
 from lora_embed.model.keep import keep_id
 from lora_embed.monitor.effort import Effort
+from lora_embed.monitor.progress import say
 from lora_embed.monitor.runs import Beginning, impatient
 from lora_embed.run import journal, preview, publish, work
-from lora_embed.run.encoders import prepare_encoder, renew_encoder, store_encoder
+from lora_embed.run.encoders import has_encoders, prepare_encoder, renew_encoder, store_encoder
 from lora_embed.run.layout import resolve_layout
 from lora_embed.run.open import OpenJob, open_job
 from lora_embed.run.refuse import refuse_absent_fields, refuse_local_paths, refuse_space
 from lora_embed.schema import Shard, encoder_path
 from lora_embed.shards.listing import Listing
+from lora_embed.store.store import Store
 from lora_embed.table import retention, staging, versions
 from lora_embed.table.manifest import Manifest
 from lora_embed.table.parts import part_path
@@ -152,12 +162,22 @@ def _carry_out(
     recording.doing = "embedding"
     effort = work.embed_missing(job, shared, shards, topology, recording.effort)
     result = RunResult.of(job.table, space_id, effort)
-    if publishes and job.limit is None:
+    if job.limit is not None:
+        _clear_trial(shared)
+    elif publishes:
         recording.doing = "publishing"
         before = current.space_id if current is not None else None
         manifest, is_new = publish.publish(job, shared, listing, replaces=before, releases=releases)
         result = result.at(manifest, published=is_new)
     return result
+
+
+def _clear_trial(shared: Pass) -> None:
+    """Remove the parts of a trial run that has ended: `status` would show them for days. If that fails, it is only logged."""
+    try:
+        staging.clear_layout(shared.store, shared.encoder.space_id, shared.layout)
+    except (StorageError, StoreUnavailable) as error:
+        say(f"the trial's staged parts could not be removed: {error}. A later run removes them.")
 
 
 def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, str] | None = None) -> RunResult:
@@ -166,10 +186,13 @@ def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, s
     Raises ConfigError if nothing was embedded for this recipe yet; IncompleteRun, VerificationFailed or GateFailed.
     """
     beginning = Beginning.now()
+    nothing = TableError(f"{job.table}: nothing was embedded with this recipe yet. Run `lora-embed run` first.")
+    if not has_encoders(Store(job.table, job.table_storage_options)):
+        raise nothing
     opened = open_job(job)
     current, encoder, layout = opened.current, opened.encoder, opened.known_layout()
     if encoder is None or layout is None:
-        raise TableError(f"{job.table}: nothing was embedded with this recipe yet. Run `lora-embed run` first.")
+        raise nothing
     cluster.connect()
     before = current.space_id if current is not None else None
     with once_started(), versions.writing(opened.store, "publishing", encoder.space_id) as store:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_embed.config.models import JobConfig
+from lora_embed.config.recognise import INPUT, TABLE, recognise, refuse_other
+from lora_embed.errors import ConfigError
 from lora_embed.model.description import Description
 from lora_embed.model.ingredients import Ingredients
 from lora_embed.run.encoders import find_encoder, find_source, named_base
@@ -55,12 +57,22 @@ def references_of(job: JobConfig) -> References | None:
     )
 
 
+def _refuse_mixed_up(job: JobConfig) -> None:
+    """Raises ConfigError where the job's table is something else, or its input is a table."""
+    if recognise(job.table) is not INPUT:
+        refuse_other(job.table, TABLE, "a table, or a folder for a new one", f"table {job.table}")
+    for place in job.input:
+        if recognise(place) is TABLE:
+            raise ConfigError(TABLE.instead_of(f"input {place}", place, "tars, Parquet files or images"))
+
+
 def open_job(job: JobConfig, *, writes: bool = True) -> OpenJob:
     """List the job's input, read its recipe and find its table's current version.
 
     With `writes`, also says what the listing passes over, and checks that the table can be written to. Raises ConfigError
     and StorageError.
     """
+    _refuse_mixed_up(job)
     store = Store(job.table, job.table_storage_options)
     store.check_reachable()
     if writes:
@@ -72,6 +84,7 @@ def open_job(job: JobConfig, *, writes: bool = True) -> OpenJob:
         fields=[carried.name for carried in job.carry],
         follows=job.follow_folder_links,
         references=references_of(job),
+        leave_out=job.leave_out,
         known=[shard.name for shard in current.shards.values()] if current is not None else (),
     )
     source = find_source(job.recipe)

@@ -20,6 +20,7 @@ from lora_embed.table.manifest import Manifest, prefixes_of_ids
 from lora_embed.vectors.health import seeded_sample
 
 ATTEMPTS = 3
+NAMED = 10  # shards that failed, which a message names
 MOST_IN_A_ROW = 8  # shards in a row that fail because a store does not answer, before the run is given up
 
 
@@ -138,7 +139,7 @@ def embed_missing(
             say_lacking(effort)
             break
         if attempt == ATTEMPTS or not all(failure.may_pass for failure in failures.values()):
-            raise _incomplete(failures, len(work))
+            raise _incomplete(failures, work, len(shards))
         say(f"{len(failures)} shards could not be read; trying again to read them")
     return effort
 
@@ -178,12 +179,40 @@ def _embed(
         if stats.error:
             failures[stats.shard_id] = stats
         if in_a_row >= MOST_IN_A_ROW:
-            raise _incomplete(failures, len(work))
+            raise _incomplete(failures, work)
 
 
-def _incomplete(failures: dict[str, ChunkHead], shards: int) -> IncompleteRun:
-    first = "\n".join(f"  {message}" for message in sorted(failure.error for failure in failures.values())[:10])
-    return IncompleteRun(
-        f"{len(failures)} of {shards} shards are not complete, so nothing was published. What was embedded is kept. Run the "
-        f"same command again to continue:\n{first}"
+def _incomplete(failures: dict[str, ChunkHead], work: list[WorkItem], shards: int = 0) -> IncompleteRun:
+    """The error that names the shards that failed, and says how to go on without those that will fail again.
+
+    Where most of an input's `shards` fail, the cause is a permission or a disk, and leaving them out does not help.
+    """
+    first = "\n".join(f"  {message}" for message in sorted(failure.error for failure in failures.values())[:NAMED])
+    lasting = sorted(places_to_leave_out(failures, work))
+    lasting = lasting if len(lasting) <= NAMED and 2 * len(lasting) <= shards else []
+    go_on = "Run the same command again to continue"
+    if lasting:
+        go_on += (
+            " once the files below can be read. Or publish the others without them: with leave_out: "
+            f"[{', '.join(lasting)}] in the job, they are counted as passed over"
+        )
+    error = IncompleteRun(
+        f"{len(failures)} of {len(work)} shards are not complete, so nothing was published. What was embedded is kept. {go_on}:"
+        f"\n{first}"
     )
+    error.advice = "correct or leave out what it names, then run it again" if lasting else error.advice
+    return error
+
+
+def places_to_leave_out(failures: dict[str, ChunkHead], work: list[WorkItem]) -> set[str]:
+    """The files that can be left out of the input, of shards that failed for another reason than a store's silence.
+
+    Of loose images, this is the file that the error names. A list of references is no such file: its rows name the images.
+    """
+    places = set()
+    for shard in (item.shard for item in work if item.shard.id in failures):
+        failure = failures[shard.id]
+        named = failure.error.partition(": ")[0]
+        if not failure.may_pass and shard.kind != "references" and named.startswith(shard.root):
+            places.add(named if shard.kind == "images" else f"{shard.root.rstrip('/')}/{shard.name}")
+    return places

@@ -21,7 +21,8 @@ OTHER_IMAGES = (
     ".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".rwl", ".raf", ".pef",
     ".srw", ".x3f", ".3fr", ".fff", ".iiq", ".erf", ".mef", ".mos", ".mrw", ".kdc", ".dcr",
 )  # fmt: skip
-HIDDEN, MACOS, BROKEN, FOLDER = "hidden ", "macOS ._", "broken link", "linked folder"  # kinds of files that are passed over
+# Kinds of files that are passed over.
+HIDDEN, MACOS, BROKEN, FOLDER, LEFT_OUT = "hidden ", "macOS ._", "broken link", "linked folder", "left out"
 # What holds other files, or one: a kind of input, or what has to be unpacked first.
 PACKED = (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma", ".z", ".cpio", ".zipx")
 ARCHIVES = TAR + COMPRESSED_TAR + PARQUET + PACKED

@@ -22,6 +22,7 @@ from lora_embed.shards.list_rows import LISTS, References
 from lora_embed.shards.lists import expand_lists, hint, without_listed
 from lora_embed.shards.metadata import is_metadata
 from lora_embed.shards.patterns import Files, find_files
+from lora_embed.shards.patterns import leave_out as without
 from lora_embed.store.store import Store
 
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python holds bytes of a local name that are not UTF-8
@@ -33,6 +34,7 @@ class Listing:
 
     shards: list[Shard]
     passed_over: dict[str, int] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()  # of `leave_out`, what names no file
 
     @property
     def hidden_share(self) -> float:
@@ -45,7 +47,9 @@ class Listing:
         return sum(number for kind, number in self.passed_over.items() if kind.startswith(kinds.HIDDEN))
 
     def say_passed(self) -> None:
-        """Say what the listing passes over, if anything."""
+        """Say what the listing passes over, if anything, and what of `leave_out` names no file."""
+        for name in self.unused:
+            say(f"leave_out names {name}, but the input holds no such file", level="warning")
         if self.passed_over:
             say(f"Passed over: {self.describe()}")
 
@@ -68,6 +72,7 @@ def list_input(
     fields: Collection[str] = (),
     follows: bool = False,
     references: References | None = None,
+    leave_out: Collection[str] = (),
     known: Iterable[str] = (),
 ) -> Listing:
     """All shards of the inputs, sorted by name, and a count of the files that are passed over.
@@ -75,19 +80,24 @@ def list_input(
     A pattern is a file, a directory (searched to any depth), a glob or a brace range such as `{00..41}` or `{a,b}`. Links
     to folders outside of an input are followed only if `follows`; otherwise a message says that they are ignored. Files that
     may hold one of the `fields` of loose images beside them are a part of their shards. With `references`, tables are lists
-    of references, each of which gives several shards. `known`: names of the shards that a table holds; their groups of loose
-    images are kept, so that a folder that grows past some number does not become new as a whole.
+    of references, each of which gives several shards. Files that `leave_out` names are passed over. `known`: names of the
+    shards that a table holds; their groups of loose images are kept, so that a folder that grows past some number does not
+    become new as a whole.
     Raises ConfigError for a pattern that matches nothing, for a file that the user named and that
     cannot be read, and for inputs whose samples could get equal ids.
     """
     shards: list[Shard] = []
     passed: Counter[str] = Counter()
+    unused = set(leave_out)
     divided = divided_groups(known)
     inputs = Counter[str]()  # that hold loose images of a folder
     for pattern in patterns:
         files = find_files(pattern, options, follows=follows)
-        leave_out = without_metadata if references is None else without_listed
-        files = leave_out(files, passed)
+        if leave_out:
+            files, used = without(files, leave_out)
+            unused -= used
+        select = without_metadata if references is None else without_listed
+        files = select(files, passed)
         grouped = _group(files, options, fields, passed, divided, are_lists=references is not None)
         inputs.update({shard.prefix for shard in grouped if shard.kind == "images"})
         shards += grouped
@@ -95,7 +105,7 @@ def list_input(
     _refuse_shared_names(shards, inputs)
     if references is not None:
         shards = expand_lists(shards, references, options, patterns[0])
-    return Listing(shards=shards, passed_over=add_kinds({}, _most_first(passed)))
+    return Listing(shards=shards, passed_over=add_kinds({}, _most_first(passed)), unused=tuple(sorted(unused)))
 
 
 def _most_first(passed: Counter[str]) -> dict[str, int]:
@@ -129,6 +139,8 @@ def _group(
     tables = Entries()  # that may be metadata of images
     if files.linked_folders:
         here[kinds.FOLDER] += files.linked_folders
+    if files.left_out:
+        here[kinds.LEFT_OUT] += files.left_out
     for state in files.entries.states():
         path, *_, broken = state
         if kinds.is_hidden(path) and path not in files.named and path not in files.shown:

@@ -4,8 +4,8 @@ import fnmatch
 import math
 import posixpath
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from glob import escape
 from typing import Any
 
@@ -33,6 +33,7 @@ class Files:
     named: frozenset[str] = frozenset()  # paths of files that are named outright, not by a folder or a wildcard
     shown: frozenset[str] = frozenset()  # hidden files that a wildcard names with their dot or underscore
     linked_folders: int = 0  # links to folders elsewhere that were not followed
+    left_out: int = 0  # files that the job leaves out
     looked_at: int  # files among which they were searched
     others: Entries = field(default_factory=Entries)  # the rest of these files
 
@@ -76,6 +77,27 @@ def find_files(pattern: str, options: dict[str, Any], *, follows: bool) -> Files
         looked_at=len(listed),
         others=others,
     )
+
+
+def leave_out(files: Files, patterns: Collection[str]) -> tuple[Files, set[str]]:
+    """The files without those that a pattern names, by its file, its folder or its wildcards; and the patterns that name any.
+
+    A pattern is a whole path or URI, as messages show it.
+    """
+    plain = {pattern.removeprefix("file://").rstrip("/"): pattern for pattern in patterns}
+    globs = {name: name.split("/") for name in plain if _WILD.search(name)}
+    root = files.root.removeprefix("file://")
+    root += "" if root.endswith("/") else "/"
+    entries, used = Entries(), set[str]()
+    for state in files.entries.states():
+        path = root + state[0]
+        naming = {path, *_folders_above(path)}.intersection(plain) | {
+            name for name, glob in globs.items() if _fits(path.split("/"), glob)
+        }
+        used |= {plain[name] for name in naming}
+        if not naming:
+            entries.add(*state)
+    return replace(files, entries=entries, left_out=len(files.entries) - len(entries)), used
 
 
 def _read_names(names: list[str], listed: Entries) -> tuple[set[str], set[str], list[list[str]]]:

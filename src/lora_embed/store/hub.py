@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from lora_embed.errors import StorageError
-from lora_embed.text import in_one_line
+from lora_embed.text import whole_sentences
 
 SCHEME = "hf://"
 _OTHER_KINDS = ("hf://datasets/", "hf://spaces/", "hf://buckets/")  # fsspec reads these
@@ -71,6 +71,6 @@ def download(repository: Repository, patterns: tuple[str, ...], refusal: str, *,
             repository.name, revision=repository.revision, allow_patterns=within, local_files_only=not asks_hub
         )
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = in_one_line(error)
+        reason = whole_sentences(error).rstrip(".")
         raise StorageError(f"{refusal} ({reason}). Check the name, log in, or name a directory or URI.") from None
     return Path(copied, repository.folder)

@@ -72,8 +72,15 @@ def is_local(reference: str, folder: str) -> bool:
 
 
 def check_uri(text: str) -> None:
-    """Raises ConfigError for a text that looks like a URI and would be taken for a local path, unless such a path exists."""
+    """Raises ConfigError for what names nothing: a wrong URL, or a text with a NUL.
+
+    Also for a text that looks like a URI and would be taken for a local path, unless such a path exists.
+    """
+    if "\0" in text:
+        raise ConfigError(f"{text!r}: holds a NUL, which no path or URI does. Remove it.")
     scheme, almost = _SCHEME.match(text), _ALMOST.match(text)
+    if scheme is not None and scheme[1].lower() in WEB:
+        _check_url(text)
     meant = ""
     if scheme is not None and scheme[1].lower() in ("file", "local"):
         rest = text[scheme.end() :]
@@ -85,6 +92,17 @@ def check_uri(text: str) -> None:
     if meant:
         advice = "an absolute path alone" if scheme else f"./{text} for a local path of that name"
         raise ConfigError(f"{text}: looks like a URI, but would be taken for a local path. Write {meant}, or {advice}.")
+
+
+def _check_url(text: str) -> None:
+    problem = "has no host"
+    try:
+        parts = urlsplit(text)
+        if parts.hostname and parts.port != 0:
+            return
+    except ValueError as error:
+        problem = str(error)
+    raise ConfigError(f"{text}: is no URL ({problem}), expected https://host/path. Correct it.")
 
 
 def locate(reference: str, folder: Place) -> Place:

@@ -20,6 +20,7 @@ from fsspec.spec import AbstractFileSystem
 from lora_embed.entries import Entry
 from lora_embed.errors import StorageError
 from lora_embed.libraries import part
+from lora_embed.store.retry import learn
 
 SILENCE_S = 15.0  # how long a store may send no byte, unless `read_timeout` is set; s3fs's own limit for reading
 MOST_PAGES_IN_VAIN = 10  # pages of a listing, in a row, without a new key
@@ -61,7 +62,16 @@ def _connect_anew(uri: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, 
     if is_s3(uri):
         _check_s3fs()
         fs.retries = 1
+    if "hf://" in uri:
+        _learn_errors_of_hub()
     return fs, root
+
+
+def _learn_errors_of_hub() -> None:
+    """The hub's library lets errors of its HTTP library through, which are no OSError. Which library that is has changed."""
+    from huggingface_hub.errors import HfHubHTTPError  # imported by fsspec for this kind of storage
+
+    learn(next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"))
 
 
 def _is_chain(uri: str) -> bool:

@@ -21,7 +21,7 @@ from lora_embed.entries import Entries, Entry
 from lora_embed.errors import StorageError, StoreUnavailable
 from lora_embed.store import local, remote
 from lora_embed.store.place import check_uri
-from lora_embed.store.retry import LIBRARY_ERRORS, describe, explained, is_no_connection, is_refused_create, retried
+from lora_embed.store.retry import LIBRARY_ERRORS, explained, first_contact, is_refused_create, retried
 
 RETRY_S = 120.0  # how long a request is repeated after transient errors; the option `retry_s` changes it
 FIRST_CONTACT_S = 5.0
@@ -102,14 +102,10 @@ class Store:
         if self.is_local:
             return
         try:
-            self._list_one(first_s)
-        except StoreUnavailable as error:
-            if error.__cause__ is None or not is_no_connection(error.__cause__):
-                self._list_one(self.retry_s)  # a server is there, and may answer later
-                return
-            raise StorageError(
-                f"{self.uri}: cannot be reached: {describe(error.__cause__)}. Check network, endpoint and keys."
-            ) from None
+            with first_contact(self.uri, self.options):
+                self._list_one(first_s)
+        except StoreUnavailable:
+            self._list_one(self.retry_s)  # a server is there, and may answer later
 
     def list_files(self, prefix: str = "") -> list[Entry]:
         """All objects below a folder, sorted by path; none for a folder that does not exist. Never from a cache."""

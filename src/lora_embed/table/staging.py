@@ -89,6 +89,12 @@ def verify_parts(store: Store, space_id: str, layout: Layout, parts: list[Part])
     return VerifiedShard(shard_id=parts[0].shard_id, samples_of_parts=tuple(samples), vectors_of_parts=tuple(vectors))
 
 
+def clear_layout(store: Store, space_id: str, layout: Layout) -> None:
+    """Remove all staged parts of a layout: those of a trial run, which no version will hold."""
+    for parts in staged_parts(store, space_id, layout.layout_id).values():
+        store.delete(list(part_paths(space_id, layout, parts)))
+
+
 def clear_absorbed(store: Store, manifest: Manifest, layout: Layout) -> None:
     """Remove the staged parts of shards that a version holds, also those that a run left which died after its commit."""
     staged = staged_parts(store, manifest.space_id, layout.layout_id)
