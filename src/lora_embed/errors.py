@@ -65,6 +65,10 @@ class ShardError(LoraEmbedError):
     """A shard cannot be read to its end, or changed during the run. Not all of its images are embedded."""
 
 
+class ColumnError(ShardError):
+    """A Parquet file does not have the columns that the job asks for, or the usual ones."""
+
+
 class ChangedMeanwhile(LoraEmbedError):
     """Files of a base, an adapter or an encoder changed while they were read. The same command reads them again."""
 

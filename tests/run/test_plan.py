@@ -1,16 +1,24 @@
 """What a run would do and how long it would take, without doing it."""
 
+import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs import job_of, run_here, snapshot, tiny_recipe, write_tars
+from lora_embed.chain import cluster
 from lora_embed.config.models import JobConfig
-from lora_embed.errors import IncompleteRun
+from lora_embed.errors import ConfigError, IncompleteRun, TableError
 from lora_embed.monitor.stages import Workers
+from lora_embed.run import count
+from lora_embed.run.count import Images
 from lora_embed.run.job import run_job
 from lora_embed.run.plan import Forecast, plan_job, reckon
 from lora_embed.schema import ChunkHead
+from models import save_adapter
+from samples import png
 
 
 @pytest.fixture
@@ -73,3 +81,77 @@ def test_the_reckoning(job: JobConfig) -> None:
 def test_nothing_is_reckoned_from_nothing(job: JobConfig) -> None:
     with pytest.raises(IncompleteRun, match="no image of the forecast's sample could be read"):
         reckon(job, [], 10, 1.0, Workers(actors=1))
+
+
+def test_plan_refuses_what_a_run_refuses(job: JobConfig, tmp_path: Path) -> None:
+    """An adapter that was trained again makes another space, which is known only once the encoder is built."""
+    assert run_job(job).published
+    shutil.rmtree(tmp_path / "ten")
+    save_adapter(tmp_path / "ten", tmp_path / "base", 10, seed=9)
+    before = snapshot(tmp_path)
+    with pytest.raises(TableError, match=r"holds vectors of space .*, and vectors of two spaces must never mix") as planned:
+        plan_job(job)
+    assert snapshot(tmp_path) == before
+    with pytest.raises(TableError) as refused:
+        run_job(job)
+    assert str(planned.value) == str(refused.value)
+    outlook = plan_job(job, replaces=True)
+    assert (outlook.to_embed, outlook.may_take_over, outlook.replaced_space is not None) == (7, 0, True)
+    assert f"replaces space {outlook.replaced_space}" in outlook.describe()
+
+
+WRONG: dict[str, tuple[dict[str, object], str]] = {
+    "another column of images": ({"image_column": "picture"}, "has no image column 'picture', found .*Correct image_column"),
+    "another column of keys": ({"key_column": "name"}, "has no key column 'name', found .*Correct key_column"),
+    "a member that no sample has": ({"image_member": "left.png"}, "0000.tar: sample '000000': "),
+    "a field that no sample has": ({"carry": ["lable"]}, "carry names lable"),
+    "a table that cannot be written": ({"table": "recipe.yaml/table"}, "is a file, so nothing can be written below it"),
+    "another precision": ({"precision": "bfloat16"}, "precision 'float32', now 'bfloat16'"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_plan_and_run_say_the_same_before_anything_starts(
+    what: str, job: JobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, message = WRONG[what]
+    if "column" in what:
+        folder = tmp_path / "parquet"
+        folder.mkdir()
+        for number in range(3):
+            pq.write_table(pa.table({"image": [png(number)]}), folder / f"{number}.parquet")
+        job = job_of(tmp_path, tmp_path / "recipe.yaml", folder)
+    if what == "another precision":
+        run_job(job)
+    job = job_of(tmp_path, tmp_path / "recipe.yaml", Path(job.input[0]), **options)
+    monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("Ray was started"))
+    with pytest.raises(ConfigError, match=message) as planned:
+        plan_job(job)
+    with pytest.raises(ConfigError) as refused:
+        run_job(job)
+    assert str(planned.value) == str(refused.value)
+    assert str(planned.value).count("Correct") <= 1
+
+
+def test_images_are_counted_exactly_or_estimated(job: JobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outlook = plan_job(job)
+    assert (outlook.images, outlook.to_embed_images) == (Images(number=280), Images(number=280))
+    assert "input     7 shards, 0.6 MB: 280 images" in outlook.describe()
+    monkeypatch.setattr(count, "FILES", 2)
+    (tmp_path / "shards/0001.tar").write_bytes(b"no tar")
+    outlook = plan_job(job)
+    assert abs(outlook.images.number - 240) <= 10
+    assert outlook.images.estimated_from in (1, 2)
+    assert "about 2" in outlook.describe()
+
+
+def test_a_plan_says_which_columns_come_and_go(job: JobConfig, tmp_path: Path) -> None:
+    run_job(job)
+    changed = job_of(tmp_path, tmp_path / "recipe.yaml", Path(job.input[0]), carry=["label"])
+    outlook = plan_job(changed)
+    assert (outlook.to_embed, outlook.may_take_over, outlook.added_columns) == (7, 7, ("label",))
+    assert "columns   adds label" in outlook.describe()
+    assert "of all of these, the vectors of images that version 1 has are taken over" in outlook.describe()
+    run_job(changed)
+    assert plan_job(changed).to_embed == 0
+    assert plan_job(job).removed_columns == ("label",)

@@ -74,12 +74,15 @@ def plan(
     job: JobFile,
     set_: Set = None,
     forecast: Annotated[bool, typer.Option("--forecast", help="Embed a few images to estimate the time.")] = False,
+    nightly: Annotated[
+        bool, typer.Option("--nightly", help="What the nightly job would do: it may replace all vectors.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a run would do, from listings alone; write nothing."""
+    """Show what a run would do, or why it would refuse; write nothing."""
     from lora_embed.run.plan import plan_job
 
-    outlook = plan_job(load_job(job, set_), forecasts=forecast)
+    outlook = plan_job(load_job(job, set_), forecasts=forecast, replaces=nightly)
     print_result(asdict(outlook), as_json, outlook.describe())
 
 

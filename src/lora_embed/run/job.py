@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
 
 from lora_embed.chain import cluster
 from lora_embed.chain.items import Pass
@@ -19,18 +18,16 @@ from lora_embed.errors import (
     VerificationFailed,
     once_started,
 )
-from lora_embed.gates import judge
-from lora_embed.model.description import read_description
-from lora_embed.model.keep import keep_id
 from lora_embed.monitor.effort import Effort
 from lora_embed.monitor.progress import say
 from lora_embed.monitor.runs import Beginning, impatient
 from lora_embed.run import journal, preview, publish, work
-from lora_embed.run.encoders import has_encoders, prepare_encoder, renew_encoder, store_encoder
+from lora_embed.run.decide import decide
+from lora_embed.run.encoders import has_encoders, renew_encoder, store_encoder
 from lora_embed.run.layout import resolve_layout
 from lora_embed.run.open import OpenJob, open_job
-from lora_embed.run.refuse import refuse_absent_fields, refuse_local_paths, refuse_space
-from lora_embed.schema import Shard, encoder_path
+from lora_embed.run.refuse import refuse_local_paths
+from lora_embed.schema import Shard
 from lora_embed.shards.listing import Listing
 from lora_embed.store.store import Store
 from lora_embed.table import retention, staging, versions
@@ -91,43 +88,29 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
     the same call continues.
     """
     beginning = journal.begin(job)
-    judge.limits_of(job)
-    opened = open_job(job)
-    current, stored_encoder, base = opened.current, opened.encoder, opened.base
-    if stored_encoder is not None:
-        refuse_space(opened, stored_encoder, replaces=replaces, releases=releases)
-        if _is_current(opened):
-            return _leave_as_it_is(beginning, opened)
-
-    refuse_absent_fields(opened)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = _build_or_take(opened, Path(scratch)) if stored_encoder is None else None
-        encoder = stored_encoder or read_description(cast(Path, folder))
-        refuse_space(opened, encoder, replaces=replaces, releases=releases)
+        decision = decide(job, Path(scratch), replaces=replaces, releases=releases)
+        opened, encoder = decision.opened, decision.encoder
+        opened.listing.say_passed()
+        if decision.is_current:
+            return _leave_as_it_is(beginning, opened)
+        assert encoder is not None, "it was built"
         cluster.connect()
         topology = cluster.choose_topology(job.resources)
         refuse_local_paths(opened, encoder.base)
         store = versions.claim(opened.store)  # the last check, and the first write
         with once_started(), journal.recorded(beginning, job, store, encoder.space_id, topology) as recording:
             recording.passed_over = opened.listing.passed_over
-            if folder is None:
+            if decision.folder is None:
                 renew_encoder(encoder, store, job.retain.grace_days)
             else:
-                encoder = store_encoder(folder, store)
-            layout = resolve_layout(job, store, encoder, current, topology)
-            recording.shared = shared = Pass.of(job, store, encoder, layout, base)
+                encoder = store_encoder(decision.folder, store)
+            layout = resolve_layout(job, store, encoder, opened.current, topology)
+            recording.shared = shared = Pass.of(job, store, encoder, layout, opened.base)
             with _retaining(shared, job, opened.shards, beginning.run_id):
-                result = _carry_out(recording, current, opened.listing, publishes=publishes, releases=releases)
+                result = _carry_out(recording, opened.current, opened.listing, publishes=publishes, releases=releases)
             recording.version, recording.published = result.version, result.published
     return replace(result, seconds=beginning.seconds, passed_over=opened.listing.passed_over)
-
-
-def _build_or_take(opened: OpenJob, scratch: Path) -> Path:
-    """Build or take the directory of an encoder that the table does not have; it keeps the id that an older release gave."""
-    folder, current, store = prepare_encoder(opened.source, scratch / "encoder"), opened.current, opened.store
-    if current is None:
-        return folder
-    return keep_id(folder, scratch / "kept", f"{store.uri}/{encoder_path(current.space_id)}", store.options, opened.base)
 
 
 @contextmanager
@@ -190,6 +173,7 @@ def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, s
     if not has_encoders(Store(job.table, job.table_storage_options)):
         raise nothing
     opened = open_job(job)
+    opened.listing.say_passed()
     current, encoder, layout = opened.current, opened.encoder, opened.known_layout()
     if encoder is None or layout is None:
         raise nothing
@@ -205,24 +189,12 @@ def publish_job(job: JobConfig, *, releases: bool = False, accepted: dict[str, s
     return result.at(manifest, published=is_new)
 
 
-def _is_current(opened: OpenJob) -> bool:
-    """Does the current version hold exactly these shards, with this job's encoder and settings? Then no cluster is needed."""
-    current, encoder = opened.current, opened.encoder
-    if current is None or encoder is None or current.space_id != encoder.space_id:
-        return False
-    layout = opened.known_layout()
-    if layout is None or opened.job.limit is not None or current.pins != layout.pins:
-        return False
-    if set(current.shards) != {shard.id for shard in opened.shards}:
-        return False
-    staging.clear_absorbed(opened.store, current, layout)
-    return True
-
-
 def _leave_as_it_is(beginning: Beginning, opened: OpenJob) -> RunResult:
     """End a run that has nothing to embed or publish: it is recorded, and retention is enforced."""
-    current, job, store = opened.current, opened.job, opened.store
+    current, job, store, layout = opened.current, opened.job, opened.store, opened.known_layout()
     assert current is not None
+    assert layout is not None
+    staging.clear_absorbed(store, current, layout)
     journal.leave_quiet(beginning, opened, current)
     retention.enforce(impatient(store), job.retain, retention.Needs(shards=frozenset(current.shards)))
     result = RunResult(

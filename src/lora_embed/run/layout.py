@@ -76,5 +76,10 @@ def layout_of(job: JobConfig, resolved: dict[str, Any]) -> Layout:
     )
 
 
+def any_layout(job: JobConfig) -> Layout:
+    """How the job reads samples; precision and batch size do not matter for that."""
+    return layout_of(job, {"precision": "float32", "batch_size": 1})
+
+
 def resolved_path(space_id: str) -> str:
     return f"staging/{space_id}/resolved.json"

@@ -66,17 +66,15 @@ def _refuse_mixed_up(job: JobConfig) -> None:
             raise ConfigError(TABLE.instead_of(f"input {place}", place, "tars, Parquet files or images"))
 
 
-def open_job(job: JobConfig, *, writes: bool = True) -> OpenJob:
+def open_job(job: JobConfig) -> OpenJob:
     """List the job's input, read its recipe and find its table's current version.
 
-    With `writes`, also says what the listing passes over, and checks that the table can be written to. Raises ConfigError
-    and StorageError.
+    Raises ConfigError and StorageError, also for a table that cannot be written to.
     """
     _refuse_mixed_up(job)
     store = Store(job.table, job.table_storage_options)
     store.check_reachable()
-    if writes:
-        store.check_writable()
+    store.check_writable()
     current = versions.manifest_to_follow(store)
     listing = list_input(
         job.input,
@@ -88,6 +86,4 @@ def open_job(job: JobConfig, *, writes: bool = True) -> OpenJob:
         known=[shard.name for shard in current.shards.values()] if current is not None else (),
     )
     source = find_source(job.recipe)
-    if writes:
-        listing.say_passed()
     return OpenJob(job=job, store=store, listing=listing, source=source, current=current, encoder=find_encoder(source, store))

@@ -10,14 +10,12 @@ from lora_embed.chain import cluster, pipeline
 from lora_embed.chain.items import EncoderSource, Pass, WorkItem
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import ConfigError, IncompleteRun
-from lora_embed.model.description import Description, read_description
-from lora_embed.model.ingredients import Ingredients
+from lora_embed.model.description import Description
 from lora_embed.monitor.stages import Workers, add_seconds, find_bound, seconds_an_image
 from lora_embed.run import work
-from lora_embed.run.encoders import find_encoder, named_base, prepare_encoder
-from lora_embed.run.layout import ask_device, known_layout, layout_of, leaves_open
-from lora_embed.run.open import open_job
-from lora_embed.run.refuse import refuse_absent_fields, refuse_other_space
+from lora_embed.run.count import Images, count_images
+from lora_embed.run.decide import Decision, decide
+from lora_embed.run.layout import any_layout, ask_device, layout_of, leaves_open
 from lora_embed.schema import ChunkHead, Layout, encoder_path
 from lora_embed.shards.listing import describe_passed
 from lora_embed.shards.read import count_samples
@@ -57,93 +55,124 @@ class Outlook:
     version: int | None  # current
     shards: int
     bytes: int
+    images: Images  # of the input
     done: int  # shards published or complete in staging
     partly_done: int
     to_embed: int
     to_embed_bytes: int
+    to_embed_images: Images
+    may_take_over: int  # those of the shards to embed of whose images the table has vectors, if their bytes are the same
     removed: int  # shards of the current version that the input no longer holds
+    added_columns: tuple[str, ...] = ()  # that the next version has, and the current one has not
+    removed_columns: tuple[str, ...] = ()
+    replaced_space: str | None = None  # the space whose vectors a nightly run would replace
     passed_over: dict[str, int] = field(default_factory=dict)  # files of the input that are no shards, by kind
     forecast: Forecast | None = None
 
     def describe(self) -> str:
         """For a person."""
         encoder = f"space {self.space_id}" if self.space_id else "not built yet"
-        passed = f"passed    {describe_passed(self.passed_over)} passed over\n" if self.passed_over else ""
-        lines = (
-            f"table     {self.table}, {f'version {self.version}' if self.version else 'nothing published'}\n"
-            f"encoder   {encoder}\n"
-            f"input     {self.shards:,} shards, {self.bytes / 1e6:,.1f} MB\n"
-            f"{passed}"
-            f"done      {self.done:,} shards, and {self.partly_done:,} in part\n"
-            f"to embed  {self.to_embed:,} shards, {self.to_embed_bytes / 1e6:,.1f} MB\n"
-            f"removed   {self.removed:,} shards of the current version are not in the input"
-        )
-        return lines if self.forecast is None else f"{lines}\n{self.forecast.describe()}"
+        lines = [
+            f"table     {self.table}, {f'version {self.version}' if self.version else 'nothing published'}",
+            f"encoder   {encoder}" + (f", replaces space {self.replaced_space}" if self.replaced_space else ""),
+            f"input     {self.shards:,} shards, {self.bytes / 1e6:,.1f} MB: {self.images.describe()}",
+            *([f"passed    {describe_passed(self.passed_over)} passed over"] if self.passed_over else []),
+            f"done      {self.done:,} shards, and {self.partly_done:,} in part",
+            f"to embed  {self.to_embed:,} shards, {self.to_embed_bytes / 1e6:,.1f} MB: {self.to_embed_images.describe()}",
+            *self._says_of_columns(),
+            f"removed   {self.removed:,} shards of the current version are not in the input",
+            *([self.forecast.describe()] if self.forecast is not None else []),
+        ]
+        return "\n".join(lines)
+
+    def _says_of_columns(self) -> list[str]:
+        changes = [f"{change} {', '.join(names)}" for change, names in self._columns if names]
+        lines = [f"columns   {'; '.join(changes)}"] if changes else []
+        if self.may_take_over:
+            which = "all of these" if self.may_take_over == self.to_embed else f"{self.may_take_over:,} of these"
+            lines.append(f"          of {which}, the vectors of images that version {self.version} has are taken over")
+        return lines
+
+    @property
+    def _columns(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        return ("adds", self.added_columns), ("removes", self.removed_columns)
 
 
-def plan_job(job: JobConfig, *, forecasts: bool = False) -> Outlook:
+def plan_job(job: JobConfig, *, forecasts: bool = False, replaces: bool = False) -> Outlook:
     """List input and table and find what a run would do. Writes nothing; starts no cluster unless `forecasts` is set.
 
-    Raises the same ConfigErrors as `run_job`, as far as they can be found by reading.
+    `replaces`: what a nightly run would do. The encoder is built in a temporary folder, unless the table has it or is new.
+    Raises the same errors as `run_job`, as far as they can be found by reading.
     """
-    opened = open_job(job, writes=False)
-    store, shards, current, source = opened.store, opened.shards, opened.current, opened.source
-    encoder = read_description(source) if isinstance(source, Path) else opened.encoder
-    if encoder is None and not isinstance(source, Path):
-        from lora_embed.model.build import match_adapters
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        decision = decide(job, Path(scratch), replaces=replaces, builds=forecasts)
+        opened, encoder, layout = decision.opened, decision.encoder, decision.layout
+        store, shards, current = opened.store, opened.shards, opened.current
+        if encoder is not None and layout is not None:
+            items = work.find_work(job, store, encoder, layout, shards)
+        else:
+            items = [WorkItem(shard=shard) for shard in shards]
+        prepare_s = time.monotonic() - began
+        images = count_images(shards, any_layout(job), job.input_storage_options)
+        published = set(current.shards) if current is not None else set()
+        columns = [name for name, _ in current.carry] if current is not None else []
+        carried = [carried.name for carried in job.carry]
+        return Outlook(
+            table=job.table,
+            space_id=encoder.space_id if encoder else None,
+            version=current.version if current else None,
+            shards=len(shards),
+            bytes=sum(shard.size for shard in shards),
+            images=images,
+            done=len(shards) - len(items),
+            partly_done=sum(1 for item in items if item.done),
+            to_embed=len(items),
+            to_embed_bytes=sum(item.shard.size for item in items),
+            to_embed_images=_left(job, images, len(shards), items),
+            may_take_over=sum(1 for item in items if item.known is not None),
+            removed=len(published - {shard.id for shard in shards}),
+            added_columns=tuple(name for name in carried if current is not None and name not in columns),
+            removed_columns=tuple(name for name in columns if name not in carried),
+            replaced_space=current.space_id if current and encoder and current.space_id != encoder.space_id else None,
+            passed_over=opened.listing.passed_over,
+            forecast=forecast(decision, items, prepare_s) if forecasts and items else None,
+        )
 
-        match_adapters(source)
-    if encoder is not None:
-        refuse_other_space(opened, encoder)
-    layout = known_layout(job, store, encoder, current) if encoder is not None else None
-    if encoder is not None and layout is not None:
-        items = work.find_work(job, store, encoder, layout, shards)
-    else:
-        items = [WorkItem(shard=shard) for shard in shards]
-    if items:
-        refuse_absent_fields(opened)
-    published = set(current.shards) if current is not None else set()
-    return Outlook(
-        table=job.table,
-        space_id=encoder.space_id if encoder else None,
-        version=current.version if current else None,
-        shards=len(shards),
-        bytes=sum(shard.size for shard in shards),
-        done=len(shards) - len(items),
-        partly_done=sum(1 for item in items if item.done),
-        to_embed=len(items),
-        to_embed_bytes=sum(item.shard.size for item in items),
-        removed=len(published - {shard.id for shard in shards}),
-        passed_over=opened.listing.passed_over,
-        forecast=forecast(job, store, source, layout, items) if forecasts and items else None,
-    )
+
+def _left(job: JobConfig, of_all: Images, shards: int, items: list[WorkItem]) -> Images:
+    """The images of the work items without those of chunks that are done; `of_all` are the images of all shards."""
+    counted = of_all
+    if len(items) < shards:
+        counted = count_images([item.shard for item in items], any_layout(job), job.input_storage_options)
+    left = max(0, counted.number - sum(len(item.done) for item in items) * job.chunk_size)
+    return replace(counted, number=left if job.limit is None else min(left, job.limit))
 
 
-def forecast(
-    job: JobConfig, store: Store, source: Ingredients | Path, layout: Layout | None, items: list[WorkItem]
-) -> Forecast:
+def forecast(decision: Decision, items: list[WorkItem], prepare_s: float) -> Forecast:
     """Embed the first images of a few shards on the cluster, discard the vectors, and estimate the time of a run.
 
-    Raises ConfigError if the encoder is not on the table's storage and other nodes cannot reach it on this machine;
+    `prepare_s` are the seconds that were needed to list the input and build the encoder, which a run needs too. Raises ConfigError if the encoder is not on the table's storage and other nodes cannot reach it on this machine;
     IncompleteRun if no image of the sample can be read.
     """
-    started = time.monotonic()
+    started = time.monotonic() - prepare_s
+    job, store, encoder = decision.opened.job, decision.opened.store, decision.encoder
+    assert encoder is not None, "it was built"
     cluster.connect()
     topology = cluster.choose_topology(job.resources)
-    with tempfile.TemporaryDirectory() as scratch:
-        encoder, uri = _find_or_build(job, store, source, Path(scratch) / "encoder")
-        layout = layout or layout_of(job, ask_device(topology) if leaves_open(job) else {})
-        limit = max(IMAGES_A_SHARD, 2 * layout.batch_size)  # batches that are mostly padding would give a wrong estimate
-        layout = replace(layout, limit=limit)
-        sample = _sample(items, SHARDS_AN_ACTOR * topology.workers.actors, limit)
-        options = job.table_storage_options if uri.startswith(store.uri) else {}
-        place = EncoderSource(uri=uri, options=options, description=encoder, base=named_base(source))
-        shared = replace(Pass.of(job, Store("memory://forecast"), encoder, layout), encoders=(place,))
-        chunks, first = [], 0.0
-        for stats in pipeline.embed_items(sample, shared, topology):
-            first = first or time.monotonic() - started - sum(stats.seconds.values())
-            if not stats.error:
-                chunks.append(stats)
+    uri = _place_of(decision, encoder)
+    layout = decision.layout or layout_of(job, ask_device(topology) if leaves_open(job) else {})
+    limit = max(IMAGES_A_SHARD, 2 * layout.batch_size)  # batches that are mostly padding would give a wrong estimate
+    layout = replace(layout, limit=limit)
+    sample = _sample(items, SHARDS_AN_ACTOR * topology.workers.actors, limit)
+    options = job.table_storage_options if uri.startswith(store.uri) else {}
+    place = EncoderSource(uri=uri, options=options, description=encoder, base=decision.opened.base)
+    shared = replace(Pass.of(job, Store("memory://forecast"), encoder, layout), encoders=(place,))
+    chunks, first = [], 0.0
+    for stats in pipeline.embed_items(sample, shared, topology):
+        first = first or time.monotonic() - started - sum(stats.seconds.values())
+        if not stats.error:
+            chunks.append(stats)
     images = _count_images(job, layout, items, sample)
     return reckon(job, chunks, images, first, topology.workers)
 
@@ -175,17 +204,17 @@ def reckon(job: JobConfig, chunks: list[ChunkHead], images: int, start_seconds: 
     )
 
 
-def _find_or_build(job: JobConfig, store: Store, source: Ingredients | Path, out: Path) -> tuple[Description, str]:
-    """The encoder, and where actors load it: from the table's storage, or from this machine if it is the only node."""
-    if (known := find_encoder(source, store)) is not None:
-        return known, f"{store.uri}/{encoder_path(known.space_id)}"
+def _place_of(decision: Decision, encoder: Description) -> str:
+    """Where actors load the encoder: from the table's storage, or from this machine if it is the only node."""
+    job, store = decision.opened.job, decision.opened.store
+    if decision.folder is None:
+        return f"{store.uri}/{encoder_path(encoder.space_id)}"
     if cluster.count_nodes() > 1 and not job.shared_filesystem:
         raise ConfigError(
             f"{job.table}: does not hold the encoder yet, and other nodes cannot reach it on this machine. Run the job once "
             "with --set limit=1, which stores the encoder, then ask for the forecast again."
         )
-    folder = prepare_encoder(source, out)
-    return read_description(folder), str(folder)
+    return str(decision.folder)
 
 
 def _sample(items: list[WorkItem], count: int, limit: int) -> list[WorkItem]:

@@ -10,10 +10,10 @@ from lora_embed.chain import cluster
 from lora_embed.errors import ConfigError, TableError
 from lora_embed.model.description import BaseReference, Description
 from lora_embed.monitor.progress import say
-from lora_embed.run.layout import layout_of
+from lora_embed.run.layout import any_layout
 from lora_embed.run.open import OpenJob
 from lora_embed.schema import Shard
-from lora_embed.shards.look import absent_fields
+from lora_embed.shards.look import absent_fields, unusable
 from lora_embed.store.store import Store
 from lora_embed.table import versions
 
@@ -38,11 +38,18 @@ def refuse_local_paths(opened: OpenJob, base: BaseReference | None) -> None:
         )
 
 
+def refuse_unusable(opened: OpenJob) -> None:
+    """Raises ConfigError if no image can be read from the first shards, because the job names other columns or members."""
+    problem = unusable(opened.shards, any_layout(opened.job), opened.job.input_storage_options)
+    if problem is not None:
+        raise ConfigError(problem)
+
+
 def refuse_absent_fields(opened: OpenJob) -> None:
     """Raises ConfigError for a carried field that no sample seems to have; if the table has the column, that is only said."""
     job, current = opened.job, opened.current
-    layout = layout_of(job, {"precision": "float32", "batch_size": 1})
-    layout = replace(layout, carry=tuple((carried.name, carried.type) for carried in job.carry if not carried.optional))
+    needed = tuple((carried.name, carried.type) for carried in job.carry if not carried.optional)
+    layout = replace(any_layout(job), carry=needed)
     absent = absent_fields(opened.shards, layout, job.input_storage_options)
     if not absent:
         return

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from lora_embed.errors import ShardError
+from lora_embed.errors import ColumnError, ShardError
 from lora_embed.schema import Layout
 from lora_embed.shards.checked_parquet import MOST_REPEATED, extensions
 
@@ -31,7 +31,8 @@ class Columns:
 
 
 def choose_columns(schema: pa.Schema, layout: Layout, where: str) -> Columns:
-    """The configured columns, or those with usual names. Raises ShardError for a file that lacks one, or has it twice."""
+    """The configured columns, or those with usual names. Raises ColumnError for a file that lacks one, and ShardError
+    for one that has it twice."""
     image, key = _image_of(schema, layout, where), _key_of(schema, layout, where)
     carried = [name for name, _ in layout.carry if name in schema.names]
     for name in filter(None, (image, key, *carried)):
@@ -48,7 +49,7 @@ def _is_list(kind: pa.DataType) -> bool:
 def _image_of(schema: pa.Schema, layout: Layout, where: str) -> str:
     if layout.image_column is not None:
         if layout.image_column not in schema.names:
-            raise ShardError(
+            raise ColumnError(
                 f"{where}: has no image column {layout.image_column!r}, found {_listed(schema)}. Correct image_column in the "
                 "job."
             )
@@ -58,7 +59,7 @@ def _image_of(schema: pa.Schema, layout: Layout, where: str) -> str:
     usable = [name for name in names if _can_hold_image(schema.field(schema.names.index(name)).type)]
     plain = [name for name in usable if _is_plain(schema.field(schema.names.index(name)).type)]
     if not usable:
-        raise ShardError(f"{where}: {_no_image(schema, names, is_named=layout.image_column is not None)}")
+        raise ColumnError(f"{where}: {_no_image(schema, names, is_named=layout.image_column is not None)}")
     return (plain or usable)[0]
 
 
@@ -88,7 +89,7 @@ def _key_of(schema: pa.Schema, layout: Layout, where: str) -> str | None:
         return key
     if key == NUMBERED:
         return None
-    raise ShardError(
+    raise ColumnError(
         f"{where}: has no key column {key!r}, found {_listed(schema)}. Correct key_column in the job, or set it to {NUMBERED} "
         "to number the rows."
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lora_embed.errors import ShardError, StorageError, StoreUnavailable
+from lora_embed.errors import ColumnError, ShardError, StorageError, StoreUnavailable
 from lora_embed.schema import Layout, Shard
 from lora_embed.shards.fields import typed
 from lora_embed.shards.known_fields import known_fields
@@ -15,6 +15,7 @@ from lora_embed.shards.read import read_samples
 from lora_embed.text import in_one_line
 
 SHARDS, SAMPLES, SECONDS = 16, 200, 20.0  # at most; mostly the first sample has all fields
+FEW = 20  # samples of a shard that show whether it is usable
 NAMED = 20  # fields that a message names
 EXAMPLES = 3  # values of another type that a message shows
 
@@ -49,12 +50,40 @@ class Absence:
         )
 
 
+def unusable(shards: Sequence[Shard], layout: Layout, options: dict[str, Any]) -> str | None:
+    """Why no image can be read from some of the shards: their columns, or that no sample has the members `image_member`.
+
+    None as soon as one shard is usable; a shard that cannot be read for another reason says nothing of the job.
+    """
+    without_images, problems = replace(layout, max_bytes=0), list[str]()
+    until = time.monotonic() + SECONDS
+    for shard in _some(shards):
+        try:
+            samples = list(itertools.islice(read_samples(shard, without_images, options, _first_of_all), FEW))
+        except ColumnError as error:
+            problems.append(str(error))
+            continue
+        except (ShardError, StorageError, StoreUnavailable, OSError):
+            continue  # the run says so, and which shard it is
+        if not layout.image_member or any(not sample.missing for sample in samples):
+            return None
+        problems += [f"{shard.root}/{shard.name}: sample {samples[0].key!r}: {samples[0].missing}"] if samples else []
+        if time.monotonic() > until:
+            break
+    others = f" The same holds for {len(problems) - 1} of the other files that were looked at." if len(problems) > 1 else ""
+    return f"{problems[0]}{others}" if problems else None
+
+
+def _some(shards: Sequence[Shard]) -> Sequence[Shard]:
+    return shards[:: max(1, len(shards) // SHARDS)][:SHARDS]
+
+
 def absent_fields(shards: Sequence[Shard], layout: Layout, options: dict[str, Any]) -> list[Absence]:
     """The fields of `layout.carry` that none of some samples has in its type. Shards that cannot be read are left out."""
     left, others = dict(layout.carry), dict[str, list[str]]()
     until, seen, read = time.monotonic() + SECONDS, 0, 0
     without_images = replace(layout, max_bytes=0)
-    for shard in shards[:: max(1, len(shards) // SHARDS)][:SHARDS] if left else []:
+    for shard in _some(shards) if left else []:
         read += 1
         try:
             for sample in itertools.islice(read_samples(shard, without_images, options, _first_of_all), SAMPLES):
