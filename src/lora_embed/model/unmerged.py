@@ -38,19 +38,22 @@ def check_function(merged: Merge, vectors: Vectors, base: PreTrainedModel, embed
     """Compare the golden vectors of a folded model with those of adapters that are not merged; returns the difference.
 
     `embed` runs `base`, which is changed. For a weighted sum, all adapters together are beside its weights. For a method
-    whose merge is no sum of what the adapters compute, each adapter is compared alone, on one image, with its fold by the
-    change that the proof reads from its file. Raises EncoderError for a layer that computes with another weight than its
+    whose merge is no sum of what the adapters compute, the mean of their changes is compared on one image, folded by what the
+    proof reads from their files; with DoRA, whose changes cannot be added, each adapter alone. Raises EncoderError for a layer that computes with another weight than its
     own, so that a fold is not the adapter.
     """
     parts = list(zip(merged.adapters, merged.weights, strict=True))
     weights = base.state_dict()  # by their names before PEFT's layers are put around them
     if merged.method == "weighted_sum" and (len(parts) == 1 or not any(_has_dora(adapter) for adapter, _ in parts)):
         return _compare(parts, vectors, base, weights, embed)
+    has_dora = any(_has_dora(adapter) for adapter in merged.adapters)
+    groups = [[adapter] for adapter in merged.adapters] if has_dora else [list(merged.adapters)]
     differences = []
-    for number, adapter in enumerate(merged.adapters):
-        with _changed(weights, [(adapter, 1.0)], change_of):
+    for number, adapters in enumerate(groups):
+        mean = [(adapter, 1 / len(adapters)) for adapter in adapters]
+        with _changed(weights, mean, change_of):
             folded = embed(1)
-        differences.append(_compare([(adapter, 1.0)], folded, base, weights, embed, first=number))
+        differences.append(_compare(mean, folded, base, weights, embed, first=number))
     return max(differences, default=0.0)
 
 
@@ -90,14 +93,14 @@ def _changed(weights: Weights, parts: Parts, change: Callable[[Adapter, str, Arr
     kept = {}
     for name in sorted({name for adapter, _ in parts for name in adapter.changes}):
         before = weights[name].double().numpy()
-        added = [
-            (weight, added)
+        changes = [
+            weight * of_adapter
             for adapter, weight in parts
-            if name in adapter.changes and (added := change(adapter, name, before)) is not None
+            if name in adapter.changes and (of_adapter := change(adapter, name, before)) is not None
         ]
-        if added:
+        if changes:
             kept[name] = weights[name].clone()
-            weights[name].copy_(torch.from_numpy(before + sum(weight * one for weight, one in added)))
+            weights[name].add_(torch.from_numpy(sum(changes[1:], changes[0])))
     yield
     for name, weight in kept.items():
         weights[name].copy_(weight)
