@@ -21,6 +21,7 @@ KINDS = {
     "tokens behind the patches": ("yolos", "patch_mean"),
     "a class token that joins in a later stage": ("pvt", "patch_mean"),
     "no last_hidden_state": ("hgnet_v2", "mean"),
+    "older names of all weights, below a prefix": ("segformer", "mean"),
     "BatchNorm": ("resnet", "mean"),
     "a class that changes its configuration": ("levit", "mean"),
     "read as a ViT": ("vit_mae", "cls"),

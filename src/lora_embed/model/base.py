@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import inspect
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -69,9 +70,11 @@ def open_headless(folder: Path, where: str) -> tuple[PreTrainedModel, str]:
     config, prefix = read_model_config(folder, where), ""
     model, missing = _load(folder, where, config)
     if missing:
-        found = _prefix_in(folder, where, model)
-        # Transformers knows other names of the weights only with the family's own prefix, such as `vit.`, before them.
-        for tried in dict.fromkeys([found, found.removesuffix(f"{model.base_model_prefix}.")]):
+        names = _tensor_names(folder, where)
+        found = _prefix_in(names, where, model)
+        # Transformers knows other names of the weights only with the family's own prefix, such as `vit.`, before them; and
+        # where it knows all of them by other names, only what stands before all of them can be the prefix.
+        for tried in dict.fromkeys([found, found.removesuffix(f"{model.base_model_prefix}."), *_common_prefixes(names)]):
             if tried and missing:
                 prefix = tried
                 model, missing = _load(folder, where, config, prefix)
@@ -124,17 +127,29 @@ def needs_package(model_type: str, error: ImportError, where: str) -> EncoderErr
     )
 
 
-def _prefix_in(folder: Path, where: str, model: PreTrainedModel) -> str:
-    """The prefix below which the files hold most of the model's weights by name; "" if no prefix does."""
-    names = set(model.state_dict())
-    # transformers saves DINOv3 without the `model.` that the names of its weights begin with.
-    expected, found = names | {name.removeprefix("model.") for name in names}, Counter[str]()
+def _tensor_names(folder: Path, where: str) -> list[str]:
+    names: list[str] = []
     for file in weight_files(folder, where):
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - no mapping
-                parts = name.split(".")
-                tails = (".".join(parts[number:]) for number in range(1, len(parts)))
-                found.update(name.removesuffix(tail) for tail in tails if tail in expected)
+            names += tensors.keys()
+    return names
+
+
+def _common_prefixes(names: list[str]) -> list[str]:
+    """The parts of names that stand before every tensor's name, the shortest first: `module.`, `module._orig_mod.`."""
+    common = list(os.path.commonprefix([name.split(".")[:-1] for name in names]))
+    return [".".join(common[: number + 1]) + "." for number in range(len(common))]
+
+
+def _prefix_in(names: list[str], where: str, model: PreTrainedModel) -> str:
+    """The prefix below which the files hold most of the model's weights by name; "" if no prefix does."""
+    weights = set(model.state_dict())
+    # transformers saves DINOv3 without the `model.` that the names of its weights begin with.
+    expected, found = weights | {name.removeprefix("model.") for name in weights}, Counter[str]()
+    for name in names:
+        parts = name.split(".")
+        tails = (".".join(parts[number:]) for number in range(1, len(parts)))
+        found.update(name.removesuffix(tail) for tail in tails if tail in expected)
     most = max(found.values(), default=0)
     prefixes = sorted(prefix for prefix, count in found.items() if count == most)
     if len(prefixes) > 1:
@@ -167,8 +182,8 @@ def read_model_config(folder: Path, where: str) -> PretrainedConfig:
         config = read_as(**{name: value for name, value in config.to_dict().items() if name in known and name != "model_type"})
     if all(type(config) not in mapping for mapping in _HEADLESS):
         raise EncoderError(
-            f"{where}: transformers {transformers.__version__} has no model without a head for the type {config.model_type!r}, "
-            "neither AutoModel nor AutoBackbone. Install a newer transformers that has one, or name another base."
+            f"{where}: transformers {transformers.__version__} has no headless model of type {config.model_type!r}: neither "
+            "AutoModel nor AutoBackbone opens it. Install a newer transformers that has one, or name another base."
         )
     _check_takes_images(config, where)
     if config.model_type.startswith("siglip"):  # no attention pooling; older versions than 5.22 obey this field too
