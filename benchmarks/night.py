@@ -10,6 +10,7 @@ named at the end.
 
 import argparse
 import cProfile
+import hashlib
 import json
 import os
 import pstats
@@ -133,7 +134,7 @@ def step(folder: Path, arguments: list[str], *, profiles: bool = False) -> dict[
     return found
 
 
-def measure(folder: Path, content: Input, *, profiles: bool) -> dict[str, Any]:
+def measure(folder: Path, content: Input, *, profiles: bool, adds_column: bool) -> dict[str, Any]:
     """All steps at one size."""
     images = content.count * content.images_each
     content.write()
@@ -155,6 +156,13 @@ def measure(folder: Path, content: Input, *, profiles: bool) -> dict[str, Any]:
     found["touched bytes"] = sum(touched.values())
     found["state"] = _last_state(folder)
     found["quiet night"] = step(folder, ["nightly", "--config", str(job)], profiles=profiles)
+    if adds_column:
+        vectors = _hash_of_vectors(folder)
+        job.write_text(job.read_text() + "carry: [folder]\n")
+        found["column added"] = step(folder, ["nightly", "--config", str(job)], profiles=profiles)
+        found["column added"]["state"] = _last_state(folder)
+        found["column added"]["vectors are equal"] = _hash_of_vectors(folder) == vectors
+        now = open_table(str(folder / "table"))
     vector = now.rows([content.added], ["embedding"]).to_pylist()[0]["embedding"]
     found["forget"] = step(folder, ["forget", str(folder / "table"), content.added, "--why", "asked"], profiles=profiles)
     found["files with the vector"] = {"before": holders_of(folder / "table", vector)}
@@ -163,6 +171,16 @@ def measure(folder: Path, content: Input, *, profiles: bool) -> dict[str, Any]:
     found["files with the vector"]["after gc"] = holders_of(folder / "table", vector)
     verify_table(open_table(str(folder / "table")))
     return found
+
+
+def _hash_of_vectors(folder: Path) -> str:
+    """SHA-256 of all vectors, in the order of the files and their rows."""
+    opened = open_table(str(folder / "table"))
+    digest = hashlib.sha256()
+    for entry in opened.manifest.files:
+        for batch in pq.ParquetFile(folder / "table" / entry.path).iter_batches(columns=["embedding"]):
+            digest.update(batch["embedding"].flatten().to_numpy().tobytes())
+    return digest.hexdigest()
 
 
 def age(folder: Path, days: float) -> None:
@@ -214,6 +232,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--kind", choices=KINDS, default="tars", help="what is counted: tars, loose images or references")
+    parser.add_argument("--new", type=int, default=2, help="loose images that come in the night")
+    parser.add_argument("--column", action="store_true", help="also add a carried field to the table")
     parser.add_argument("--place", help="where the input lies, for example s3://bucket/night, for references only")
     parser.add_argument("--profile", action="store_true", help="seconds by function, which slows the whole by a tenth or more")
     parser.add_argument("--keep", type=Path, help="leave input and table of the last size in this folder")
@@ -226,8 +246,9 @@ def main() -> None:
     for count in arguments.count:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            content = KINDS[arguments.kind](arguments.place or str(folder), count)
-            results.append(measure(folder, content, profiles=arguments.profile))
+            options = {"new": arguments.new} if arguments.kind == "loose" else {}
+            content = KINDS[arguments.kind](arguments.place or str(folder), count, **options)
+            results.append(measure(folder, content, profiles=arguments.profile, adds_column=arguments.column))
             print(json.dumps(results[-1], indent=1), file=sys.stderr)
             if arguments.keep is not None and count == arguments.count[-1]:
                 shutil.copytree(folder, arguments.keep)

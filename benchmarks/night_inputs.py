@@ -70,13 +70,17 @@ class Tars:
 
 @dataclass(frozen=True)
 class Loose:
-    """Loose images in one folder; one comes in the middle of the order of names, one at its end, and one goes."""
+    """Loose images in one folder; some come in the middle of the order of names, one at its end, and one goes."""
 
     place: str
     count: int
     images_each: int = 1
-    grows: int = 1
+    new: int = 2  # images that come
     settings: dict[str, Any] = field(default_factory=lambda: dict(WHOLE_SHARDS))
+
+    @property
+    def grows(self) -> int:
+        return self.new - 1
 
     @property
     def input(self) -> str:
@@ -103,7 +107,8 @@ class Loose:
     def change(self) -> None:
         images = Path(self.input)
         (images / f"{2 * self.count // 3:08d}.png").unlink()
-        (images / f"{self.count // 3:08d}a.png").write_bytes(png(10**6))
+        for number in range(self.new - 1):
+            (images / f"{self.count // 3 + number:08d}a.png").write_bytes(png(10**6 + number))
         (images / self.added).write_bytes(png(ADDED))
 
 
