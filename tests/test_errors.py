@@ -812,9 +812,9 @@ SEARCH_CASES = [
     ),
     Case(
         "a query that is no image",
-        lambda s: s.text("notes.txt", "a text\n"),
-        ["notes.txt", "not_an_image", "Give another"],
-        arguments=["search", "table", "notes.txt"],
+        lambda s: s.text("notes", "a text\n"),
+        ["notes", "not_an_image", "Give another"],
+        arguments=["search", "table", "notes"],
         published=True,
         builds=True,
     ),

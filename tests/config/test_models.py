@@ -409,9 +409,7 @@ def test_typing_errors_of_a_recipe_are_met_with_what_was_meant(tmp_path: Path, t
     assert (says or "is a job, expected a recipe") in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "value", ["!!timestamp tomorrow", "!!int x", "!!int ''", "!!float ''", "!!binary '*'", "!!set [a]", "[" * 9999]
-)
+@pytest.mark.parametrize("value", ["!!timestamp tomorrow", "!!int x", "!!int ''", "!!float ''", "!!set [a]", "[" * 9999])
 def test_a_value_that_belies_its_tag_is_refused(tmp_path: Path, value: str) -> None:
     with pytest.raises(ConfigError, match=r"job.yaml: (is not valid YAML|its values are nested too deeply)"):
         job_of(tmp_path, f"{JOB}limit: {value}\n")

@@ -22,8 +22,8 @@ def rollback(
     """Publish an earlier version's content as the next version, and hold back the space that it replaces."""
     from lora_embed.table.versions import roll_back
 
-    store = find_table(table, set_).store
-    manifest = roll_back(store, to, _reason(why))
+    reason, store = _reason(why), find_table(table, set_).store
+    manifest = roll_back(store, to, reason)
     held_back = f"; held back: {', '.join(manifest.held)}" if manifest.held else ""
     result = {"table": store.uri, "version": manifest.version, "space_id": manifest.space_id, "held": manifest.held}
     print_result(
@@ -55,7 +55,8 @@ def forget(
     """Publish a version without these images, keep them out of later versions, and retire the versions that hold them."""
     from lora_embed.table.lineage import forget as forget_images
 
-    forgotten = forget_images(find_table(table, set_).store, ids, _reason(why))
+    reason = _reason(why)
+    forgotten = forget_images(find_table(table, set_).store, ids, reason)
     print_result(asdict(forgotten), as_json, forgotten.describe())
 
 
