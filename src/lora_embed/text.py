@@ -55,9 +55,20 @@ def in_one_line(text: object, most: int = 200) -> str:
     return " ".join(str(text).split())[:most]
 
 
+def number_of(count: int, noun: str, plural: str = "") -> str:
+    """A number with its noun: `1 shard`, `1,000 shards`, `2 classes`, `2 queries`; `plural` is for nouns of other forms."""
+    return f"{count:,} {noun if count == 1 else plural or plural_of(noun)}"
+
+
+def plural_of(noun: str) -> str:
+    if noun.endswith(("s", "x", "ch", "sh")):
+        return f"{noun}es"
+    return f"{noun[:-1]}ies" if noun[-1] == "y" and noun[-2] not in "aeiou" else f"{noun}s"
+
+
 def counted(counts: Mapping[str, int]) -> str:
-    """`1,000 samples, 2 rejects`."""
-    return ", ".join(f"{number:,} {name}" for name, number in counts.items())
+    """`1,000 samples, 1 reject`, from counts by nouns in the plural that end in `s`."""
+    return ", ".join(number_of(number, name.removesuffix("s")) for name, number in counts.items())
 
 
 def utc(moment: float | None = None) -> str:
@@ -76,7 +87,7 @@ def rough_span(seconds: float) -> str:
     """An estimated duration in seconds, minutes or hours."""
     if seconds < 90:
         return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
+    return f"about {number_of(round(seconds / 60), 'minute')}" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
 
 
 def redacted(text: str) -> str:

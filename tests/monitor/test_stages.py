@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from lora_embed.monitor.stages import MOST_READINGS, Bound, Reading, Stopwatch, Timeline, Workers, find_bound, seconds_an_image
+from lora_embed.monitor.stages import Bound, Stopwatch, Workers, find_bound, seconds_an_image
 
 TOGETHER, APART = Workers(actors=2), Workers(actors=2, decoders=8, cpus_per_decoder=1.0)
 

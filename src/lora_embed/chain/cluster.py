@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def connect(num_cpus: int | None = None, num_gpus: int | None = None) -> None:
             "(RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH), or unset RAY_ADDRESS to run on this machine alone."
         ) from None
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # else it prints tracebacks of errors that are raised anyway
+    warnings.filterwarnings("ignore", r"The (minimum|maximum) number of concurrent")  # of Ray Data, where shards are few
     ray_private.log_messages()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
