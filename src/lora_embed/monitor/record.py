@@ -146,7 +146,8 @@ def _fits(before: Reading, after: Reading, workers: Workers) -> bool:
 
 
 def _spent(before: Reading, after: Reading) -> dict[str, float]:
-    return {stage: seconds - before.seconds.get(stage, 0.0) for stage, seconds in after.seconds.items()}
+    """Seconds by stage of a period; sums that differ by a rounding only are none."""
+    return {stage: max(0.0, seconds - before.seconds.get(stage, 0.0)) for stage, seconds in after.seconds.items()}
 
 
 def _busy_bin(before: Reading, after: Reading, workers: Workers) -> Bin:
