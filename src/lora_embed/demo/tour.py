@@ -10,7 +10,7 @@ from lora_embed.demo import parts
 from lora_embed.evaluate.assess import assess
 from lora_embed.evaluate.page.evaluation import write_report
 from lora_embed.evaluate.request import Request
-from lora_embed.evaluate.show import to_markdown
+from lora_embed.evaluate.show import print_evaluation
 from lora_embed.run.job import run_job
 from lora_embed.search.page import write_page
 from lora_embed.search.search import find_pictures, search_image
@@ -53,7 +53,7 @@ def run_demo(folder: Path, say: Say) -> None:
     )
     evaluation = assess(compared)
     write_report(evaluation, folder / "comparison.html")
-    print(to_markdown(evaluation))
+    print_evaluation(evaluation)
 
     table, query = open_table(result.table), folder / "query.png"
     say(f"\nSearching for {query}, an apple by another artist than the table's images")

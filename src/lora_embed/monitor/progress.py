@@ -166,7 +166,7 @@ class Progress:
             self._logger.join()
         if self._relays:
             _OTHERS.__exit__()
-        self._show(self.line())
+        self._show(self.line(self._console.width if self._is_live else None))
         if self.here.seconds and not logs_json():
             self._console.print(self.bound().says)
 
@@ -197,8 +197,8 @@ class Progress:
         say(text, level="debug", event="rejects", shard=chunk.shard_name, chunk=chunk.chunk, rejects=chunk.reasons)
 
     def bound(self) -> Bound:
-        """What limits the run's speed, measured since its first worker began."""
-        return find_bound(self.here.seconds, self._working_s(), self._workers)
+        """What limits the run's speed, measured from when the first worker began to when the last one ended."""
+        return find_bound(self.here.seconds, self.here.timeline.worked_s, self._workers)
 
     def _working_s(self) -> float:
         """Seconds since the first worker began."""

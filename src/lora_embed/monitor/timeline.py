@@ -55,11 +55,13 @@ class Timeline:
         self._periods: list[dict[str, float]] = []
         self.now = Reading(elapsed_s=0.0, samples=0)
         self.began_s: float | None = None  # when the first worker began
+        self._ended_s = 0.0  # when the last one ended
 
     def copy(self) -> "Timeline":
         """A timeline that does not change when this one does."""
         copied = Timeline(self._clock, self._wall)
-        copied._zero, copied._period_s, copied.now, copied.began_s = self._zero, self._period_s, self.now, self.began_s
+        copied._zero, copied._period_s, copied.now = self._zero, self._period_s, self.now
+        copied.began_s, copied._ended_s = self.began_s, self._ended_s
         copied._periods = [dict(period) for period in self._periods]
         return copied
 
@@ -76,9 +78,15 @@ class Timeline:
         spent = add_seconds(dict(self.now.seconds), seconds)
         self.now = Reading(elapsed_s=now_s, samples=self.now.samples + samples, seconds=spent)
         self.began_s = began_s if self.began_s is None else min(self.began_s, began_s)
+        self._ended_s = max(self._ended_s, ended_s)
         for work in works:
             self._spread(work.seconds, work.began_s, work.ended_s)
         self._spread({SAMPLES: samples}, began_s, ended_s)
+
+    @property
+    def worked_s(self) -> float:
+        """Seconds from when the first worker began to when the last one ended."""
+        return self._ended_s - (self.began_s or 0.0)
 
     def readings(self) -> tuple[Reading, ...]:
         """The progress at the beginning, when the first worker began, at the end of each period, and at the latest chunk."""
