@@ -55,12 +55,17 @@ def in_one_line(text: object, most: int = 200) -> str:
     return " ".join(str(text).split())[:most]
 
 
-def number_of(count: int, noun: str, plural: str = "") -> str:
-    """A number with its noun: `1 shard`, `1,000 shards`, `2 classes`, `2 queries`; `plural` is for nouns of other forms."""
-    return f"{count:,} {noun if count == 1 else plural or plural_of(noun)}"
+def number_of(count: float, noun: str) -> str:
+    """A number with its noun: `1 shard`, `1,000 shards`, `0.5 days`, `2 classes`, `2 queries`."""
+    return f"{count:,g} {agree(count, noun)}" if isinstance(count, float) else f"{count:,} {agree(count, noun)}"
 
 
-def plural_of(noun: str) -> str:
+def agree(count: float, one: str, many: str = "") -> str:
+    """The word that stands with a number, such as `is` or `are`; of a noun, the plural need not be given."""
+    return one if count == 1 else many or _plural_of(one)
+
+
+def _plural_of(noun: str) -> str:
     if noun.endswith(("s", "x", "ch", "sh")):
         return f"{noun}es"
     return f"{noun[:-1]}ies" if noun[-1] == "y" and noun[-2] not in "aeiou" else f"{noun}s"

@@ -17,6 +17,7 @@ from lora_embed.search.search import find_pictures, search_image
 from lora_embed.store.aside import folder_aside
 from lora_embed.store.fetch import cache_root
 from lora_embed.table.read import open_table
+from lora_embed.text import number_of
 
 ADAPTERS = Path(__file__).parent / "adapters"
 WEIGHTS = {"category10": 0.5, "group27": 0.5}
@@ -64,7 +65,9 @@ def run_demo(folder: Path, say: Say) -> None:
     print(result_of_search.describe())
 
     say(f"\nlora_embed.open_table({str(folder / 'table')!r})")
-    say(f"  version {table.version}, space {table.space_id}, {table.count:,} vectors of {table.dimension} dimensions")
+    say(
+        f"  version {table.version}, space {table.space_id}, {number_of(table.count, 'vector')} of {table.dimension} dimensions"
+    )
     say(f"comparison: {folder / 'comparison.html'}\nnearest images: {folder / 'nearest.html'}")
 
 
@@ -73,7 +76,7 @@ def _write_shards(images: list[parts.LabelledImage], folder: Path, say: Say) -> 
     if not folder.is_dir():
         with folder_aside(folder) as aside:
             parts.write_shards(images, aside, per_shard=128)
-    say(f"{len(images):,} images in {len(list(folder.iterdir()))} tar shards: {folder}")
+    say(f"{number_of(len(images), 'image')} in {number_of(len(list(folder.iterdir())), 'tar shard')}: {folder}")
 
 
 def _write_yaml(path: Path, **settings: object) -> None:

@@ -214,7 +214,7 @@ class Progress:
         parts = {
             "samples": number_of(figures["samples"], "sample"),
             "rate": f"{figures['images_per_s']:,.1f} images/s",
-            "shards": f"{figures['shards_done']:,}/{figures['shards']:,} shards{failed}",
+            "shards": f"{figures['shards_done']:,}/{number_of(figures['shards'], 'shard')}{failed}",
             "rejects": number_of(figures["rejects"], "reject"),
             "elapsed": f"{span(figures['elapsed_s'])} elapsed",
             "left": time_left,

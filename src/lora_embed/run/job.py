@@ -26,7 +26,7 @@ from lora_embed.shards.listing import Listing
 from lora_embed.table import retention, staging, versions
 from lora_embed.table.manifest import Manifest
 from lora_embed.table.parts import part_path
-from lora_embed.text import counted
+from lora_embed.text import counted, number_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class RunResult:
 
     def describe(self) -> str:
         """For a person, in a line."""
-        done = f"embedded {self.embedded:,} samples in {self.seconds:.0f} s"
+        done = f"embedded {number_of(self.embedded, 'sample')} in {self.seconds:.0f} s"
         if self.version is None:
             return f"{self.table}: {done}; not published"
         became = "published" if self.published else "is current"

@@ -14,7 +14,7 @@ import aiohttp
 import botocore.exceptions as boto  # type: ignore[import-untyped]
 
 from lora_embed.errors import StorageError, StoreUnavailable
-from lora_embed.text import in_one_line, redacted
+from lora_embed.text import in_one_line, number_of, redacted
 
 LONGEST_PAUSE_S = 15.0
 SAY_AFTER_S = 3.0  # shorter waits are not logged
@@ -52,7 +52,8 @@ def retried(operation: Callable[[], R], where: str, limit_s: float) -> R:
                 raise
             if waited >= limit_s:
                 raise StoreUnavailable(
-                    f"{where}: no usable answer in {waited:.0f} s and {tries} tries; last error: {describe(error)}. What was "
+                    f"{where}: no usable answer in {waited:.0f} s and {number_of(tries, 'try')}; last error: "
+                    f"{describe(error)}. What was "
                     "committed is kept. Run the same command again when the store answers."
                 ) from error
             _count_retry()
