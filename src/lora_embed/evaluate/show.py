@@ -168,7 +168,8 @@ def _rich_table(part: Part, write: Callable[[Cell], str]) -> "Table":
         if number < part.words:
             table.add_column(title, overflow="fold")
         else:
-            widest = max(len(line) for row in rows for line in row[number].plain.split("\n"))
+            figures = [line for row in rows for line in row[number].plain.split("\n")]
+            widest = max(map(len, [*figures, *title.plain.split()]))
             table.add_column(title, justify="right", min_width=widest)
     for row in rows:
         table.add_row(*row)
