@@ -118,12 +118,22 @@ def bins_of(record: RunRecord) -> list[Bin]:
     the list is empty: figures of a very short run, or of workers whose clocks differ by much, would mislead.
     """
     readings, workers = record.readings, workers_of(record)
-    began = max((number for number, reading in enumerate(readings) if reading.is_zero), default=0)
-    marks = _marks(readings[began:], workers)
+    marks = _marks(readings[_began(readings) :], workers)
     if len(marks) < 2:
         return []
     before = [_bin(readings[0], marks[0], workers)] if marks[0].elapsed_s > 0 else []
     return [*before, *(_busy_bin(*pair, workers) for pair in pairwise(marks))]
+
+
+def starting_s(record: RunRecord) -> float:
+    """Seconds until the first worker began to work; 0 if none did."""
+    began = _began(record.readings)
+    return record.readings[began].elapsed_s if began < len(record.readings) - 1 else 0.0
+
+
+def _began(readings: tuple[Reading, ...]) -> int:
+    """The number of the last reading before the first worker began."""
+    return max((number for number, reading in enumerate(readings) if reading.is_zero), default=0)
 
 
 def _marks(readings: tuple[Reading, ...], workers: Workers) -> list[Reading]:

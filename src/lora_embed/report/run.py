@@ -4,7 +4,7 @@ import json
 from itertools import groupby
 from typing import Any
 
-from lora_embed.monitor.record import Bin, RunRecord, bins_of, workers_of
+from lora_embed.monitor.record import Bin, RunRecord, bins_of, starting_s, workers_of
 from lora_embed.monitor.stages import STAGES
 from lora_embed.report.charts import Axis, Chart, Point, Series, Stack, StackedChart
 from lora_embed.report.page import moment, page
@@ -32,6 +32,7 @@ LEAST_PHASE = 0.05  # of the run's time
 def run_page(record: RunRecord) -> str:
     """The page's HTML. All text of the record is escaped on its way in."""
     bins = bins_of(record)
+    busy = [period for period in bins if period.bound.by != "start"]
     lead = [record.job.get("table", ""), moment(record.started)]
     return page(
         f"Run {record.run_id}",
@@ -43,9 +44,9 @@ def run_page(record: RunRecord) -> str:
         elapsed_s=record.readings[-1].elapsed_s if record.readings else 0.0,
         layout={key: setting(value) for key, value in record.layout.items() if key != "format"},
         workers=workers_of(record),
-        phases=phases([period for period in bins if period.bound.by != "start"]),
-        starting_s=next((period.end_s for period in bins if period.bound.by == "start"), 0.0),
-        charts=[rate_chart(bins), busy_chart(bins)] if len(bins) >= LEAST_BINS else None,
+        phases=phases(busy),
+        starting_s=starting_s(record),
+        charts=[rate_chart(busy), busy_chart(bins)] if len(busy) >= LEAST_BINS else None,
     )
 
 
@@ -71,11 +72,11 @@ def phases(bins: list[Bin]) -> list[tuple[str, float]]:
 
 
 def rate_chart(bins: list[Bin]) -> Chart:
-    """Images per second over the run."""
+    """Images per second since the first worker began."""
     axis, seconds = time_axis(bins)
     rates = [period.samples / (period.end_s - period.start_s) for period in bins]
     marks = tuple(
-        Point(x=(period.start_s + period.end_s) / 2 / seconds, y=rate, says=f"{rate:,.1f} images/s, {about(period.bound.by)}")
+        Point(x=(period.start_s + period.end_s) / 2 / seconds, y=rate, says=f"{rate:,.1f} images/s, bound by {period.bound.by}")
         for period, rate in zip(bins, rates, strict=True)
     )
     return Chart(
@@ -85,11 +86,6 @@ def rate_chart(bins: list[Bin]) -> Chart:
         y=Axis(name="images/s", from_zero=True),
         series=(Series(name="images/s", points=marks, is_joined=True),),
     )
-
-
-def about(bound: str) -> str:
-    """What a period was bound by, in words."""
-    return "workers were starting" if bound == "start" else f"bound by {bound}"
 
 
 def busy_chart(bins: list[Bin]) -> StackedChart:
