@@ -36,7 +36,7 @@ def re_embed_decision(compared: Comparison | None, policy: Policy, hours: float,
     `hours` is the time that all other images would take; `extra` are further gates of the sample (`health_gates`,
     `processor`), and the only ones if the sample is too small to compare.
     """
-    cost = rough_span(max(hours * 3600, 60.0))
+    cost = rough_span(hours * 3600) if hours * 3600 >= 90 else "about 1 minute"
     gates = [*extra, *(comparison_gates(compared, policy.limits) if compared is not None else [])]
     if failed := [gate for gate in gates if not gate.holds]:
         reasons = "; ".join(f"{gate.name}: {gate.says}" for gate in failed)
