@@ -874,7 +874,7 @@ CLUSTER_CASES = [
     Case(
         "more actors than there is room for",
         nothing,
-        ["resources.actors", "at least 4096", "Set resources.actors.min lower"],
+        ["resources.actors", "at least 4,096 actors", "Set resources.actors.min lower"],
         arguments=with_set("resources.actors={min: 4096}"),
         starts=True,
     ),

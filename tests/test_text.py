@@ -23,7 +23,17 @@ from lora_embed.monitor.record import RunState
 from lora_embed.monitor.runs import Run, describe_runs, to_prometheus
 from lora_embed.store.store import Store
 from lora_embed.table.versions import highest_version
-from lora_embed.text import holds_secret, in_lines, may_hold_secret, redacted, whole_sentences
+from lora_embed.text import (
+    agree,
+    counted,
+    holds_secret,
+    in_lines,
+    may_hold_secret,
+    number_of,
+    redacted,
+    rough_span,
+    whole_sentences,
+)
 from tables import noise_vectors, publish_vectors, spread
 
 STATE = RunState(run_id="20260101T000000Z-000000", host="node", started="2026-01-01T00:00:00+00:00")
@@ -245,3 +255,36 @@ def test_json_that_no_reader_agrees_on_is_refused(data: bytes) -> None:
 )
 def test_a_librarys_message_is_cut_after_a_sentence_or_a_word(text: str, most: int, cut: str) -> None:
     assert whole_sentences(text, most) == cut
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "text"),
+    [
+        (0, "shard", "0 shards"),
+        (1, "shard", "1 shard"),
+        (1000, "shard", "1,000 shards"),
+        (1, "class", "1 class"),
+        (2, "class", "2 classes"),
+        (2, "query", "2 queries"),
+        (2, "try", "2 tries"),
+        (2, "day", "2 days"),
+        (1.0, "CPU", "1 CPU"),
+        (0.5, "day", "0.5 days"),
+        (1, "labelled image", "1 labelled image"),
+    ],
+)
+def test_a_number_has_its_noun_in_the_right_form(count: float, noun: str, text: str) -> None:
+    assert number_of(count, noun) == text
+
+
+def test_words_agree_with_a_number() -> None:
+    assert [agree(count, "is", "are") for count in (0, 1, 2)] == ["are", "is", "are"]
+    assert counted({"shards": 1, "samples": 900, "rejects": 0}) == "1 shard, 900 samples, 0 rejects"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(1, "about 1 s"), (89, "about 89 s"), (90, "about 2 minutes"), (3600, "about 60 minutes"), (5400, "about 1.5 hours")],
+)
+def test_an_estimated_time_is_rough(seconds: float, text: str) -> None:
+    assert rough_span(seconds) == text

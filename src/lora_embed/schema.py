@@ -171,6 +171,7 @@ class ChunkHead:
     error: str = ""
     may_pass: bool = False  # the error may not occur in another try
     seconds: dict[str, float] = field(default_factory=dict, compare=False)  # time taken by each stage
+    ended: dict[str, float] = field(default_factory=dict, compare=False)  # stage → its worker's time when it was done
 
     @property
     def rejects(self) -> int:

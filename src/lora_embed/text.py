@@ -67,9 +67,25 @@ def whole_sentences(text: object, most: int = 300) -> str:
     return f"{line[:most].rpartition(' ')[0] or line[:most]} …"
 
 
+def number_of(count: float, noun: str) -> str:
+    """A number with its noun: `1 shard`, `1,000 shards`, `0.5 days`, `2 classes`, `2 queries`."""
+    return f"{count:,g} {agree(count, noun)}" if isinstance(count, float) else f"{count:,} {agree(count, noun)}"
+
+
+def agree(count: float, one: str, many: str = "") -> str:
+    """The word that stands with a number, such as `is` or `are`; of a noun, the plural need not be given."""
+    return one if count == 1 else many or _plural_of(one)
+
+
+def _plural_of(noun: str) -> str:
+    if noun.endswith(("s", "x", "ch", "sh")):
+        return f"{noun}es"
+    return f"{noun[:-1]}ies" if noun[-1] == "y" and noun[-2] not in "aeiou" else f"{noun}s"
+
+
 def counted(counts: Mapping[str, int]) -> str:
-    """`1,000 samples, 2 rejects`."""
-    return ", ".join(f"{number:,} {name}" for name, number in counts.items())
+    """`1,000 samples, 1 reject`, from counts by nouns in the plural that end in `s`."""
+    return ", ".join(number_of(number, name.removesuffix("s")) for name, number in counts.items())
 
 
 def utc(moment: float | None = None) -> str:
@@ -88,7 +104,7 @@ def rough_span(seconds: float) -> str:
     """An estimated duration in seconds, minutes or hours."""
     if seconds < 90:
         return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
+    return f"about {number_of(round(seconds / 60), 'minute')}" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
 
 
 def redacted(text: str) -> str:

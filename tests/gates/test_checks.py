@@ -293,7 +293,7 @@ def test_accuracy_leaves_out_rows_without_a_label_or_alone_with_theirs() -> None
         (0.99, 0.05, "go on", "99.0% of neighbours stay the same"),
         (0.70, -0.20, "ask", "accuracy: the 10 nearest images give 50.0% of 600 images the right label, before it was 70.0%"),
         (0.20, 0.00, "ask", "neighbours: of the 10 nearest images of an image, 2.0 are still the same"),
-        (0.99, -0.20, "ask", "A person must decide before about 12.0 hours are spent."),
+        (0.99, -0.20, "ask", "A person must decide: the rest takes about 12.0 hours."),
     ],
 )  # fmt: skip
 def test_the_decision_follows_the_policy(overlap: float, change: float, action: str, says: str) -> None:

@@ -99,7 +99,7 @@ def test_the_last_line_sums_a_run_up(
     (source / "0002.tar").write_bytes(tar_of([("text.png", b"plain text")]))
     stopped = last_line()
     assert stopped.startswith("end: not done, exit 1 · ")
-    assert " · rejects: 1 of 1 new samples cannot be embedded" in stopped
+    assert " · rejects: 1 of 1 new sample cannot be embedded" in stopped
     assert " · a person must decide · run " in stopped
     assert max(len(published), len(stopped)) <= MOST_CHARACTERS
     assert run_command(["status", str(tmp_path / "table")]) == 0  # no run: no last line

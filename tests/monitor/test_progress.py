@@ -4,6 +4,7 @@ import io
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,6 +107,41 @@ def test_the_time_left_is_told_once_it_can_be(monkeypatch: pytest.MonkeyPatch) -
     assert shown.line().endswith(" · 30:00 elapsed · about 1:30:00 left")
     shown.add(chunk(1, 4, last=True))
     assert shown.line().endswith(" · 30:00 elapsed")
+
+
+@pytest.mark.parametrize(("width", "rest"), [
+    (200, " · 20.0 images/s · 1/2 shards · 20 rejects · 1:40 elapsed · about 5:00 left · bound by decode"),
+    (80, " · 20.0 images/s · 1/2 shards · 20 rejects · about 5:00 left"),
+    (60, " · 20.0 images/s · 1/2 shards · about 5:00 left"),
+    (30, ""),
+])  # fmt: skip
+def test_the_live_line_fits_its_terminal_and_keeps_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, width: int, rest: str
+) -> None:
+    shown = Progress(shards(100, 300), Workers(actors=1), a_console(terminal=False)[0])
+    shown.add(replace(chunk(0, 2000, rejects=20, last=True), seconds={"decode": 1e-6}))
+    clock_at(monkeypatch, 100.0)
+    assert shown.line(width) == ("2,000 samples" + rest if rest else "1/2 shards · about 5:00 left")
+    assert shown.line().endswith("about 5:00 left · bound by decode")
+
+
+def test_a_burst_of_late_chunks_shows_no_share_above_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Progress(shards(100, 100), Workers(actors=2), a_console(terminal=False)[0])
+    for _ in range(20):
+        stamps = {"decode": time.time() - 2.0, "write": time.time()}
+        shown.add(replace(chunk(0, 100), seconds={"decode": 3.0, "forward": 1.0, "write": 1.0}, ended=stamps))
+    bound = shown.bound()
+    assert sum(bound.shares.values()) == pytest.approx(1.0)
+    assert bound.shares["decode"] == pytest.approx(0.6, abs=0.01)
+
+
+def test_the_bound_is_measured_while_workers_work() -> None:
+    """The start before and Ray's end after do not count as idle."""
+    shown = Progress(shards(100), Workers(actors=1), a_console(terminal=False)[0])
+    time.sleep(0.4)
+    shown.add(replace(chunk(0, 100), seconds={"decode": 0.2}, ended={"write": time.time()}))
+    time.sleep(0.4)
+    assert shown.bound().shares["decode"] == pytest.approx(1.0, abs=0.05)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -11,8 +11,9 @@ import pytest
 from jobs import job_of, run_here, tiny_recipe, write_tars
 from lora_embed.config.models import JobConfig
 from lora_embed.errors import GateFailed
-from lora_embed.monitor.record import OPTIONS, Reading, RejectExample, RunRecord, bins_of
+from lora_embed.monitor.record import OPTIONS, RejectExample, RunRecord, bins_of
 from lora_embed.monitor.runs import describe_runs, read_runs
+from lora_embed.monitor.timeline import Reading
 from lora_embed.report.run import rate_chart, run_page
 from lora_embed.run import journal
 from lora_embed.run.job import run_job

@@ -1,11 +1,11 @@
 """Where time goes, and the sentence that says what bounds a run."""
 
+import re
 import time
-from itertools import pairwise
 
 import pytest
 
-from lora_embed.monitor.stages import MOST_READINGS, Bound, Reading, Stopwatch, Timeline, Workers, find_bound, seconds_an_image
+from lora_embed.monitor.stages import Bound, Stopwatch, Workers, find_bound, seconds_an_image
 
 TOGETHER, APART = Workers(actors=2), Workers(actors=2, decoders=8, cpus_per_decoder=1.0)
 
@@ -71,24 +71,16 @@ def test_seconds_an_image() -> None:
     assert seconds_an_image({}, 0, TOGETHER) == 0.0
 
 
-def test_a_timeline_keeps_few_readings_of_a_long_run_and_its_end() -> None:
-    now = 0.0
-    timeline = Timeline(lambda: now)
-    for _ in range(10_000):
-        now += 1.5
-        timeline.add(100, {"decode": 1.0, "forward": 0.5})
-    readings = timeline.readings()
-    assert MOST_READINGS / 2 < len(readings) <= MOST_READINGS + 1
-    assert readings[0] == Reading(elapsed_s=0.0, samples=0)
-    assert readings[-1] == Reading(elapsed_s=15_000.0, samples=1_000_000, seconds={"decode": 10_000.0, "forward": 5_000.0})
-    gaps = [after.elapsed_s - before.elapsed_s for before, after in pairwise(readings[:-1])]
-    assert max(gaps) < 3 * min(gaps)
+@pytest.mark.parametrize("workers", [TOGETHER, APART, Workers(actors=1)])
+@pytest.mark.parametrize("elapsed", [1e-9, 0.1, 3.0, 100.0])
+def test_no_share_is_above_all_of_the_time(workers: Workers, elapsed: float) -> None:
+    bound = find_bound({"read": 5, "decode": 70, "forward": 19, "write": 4}, elapsed, workers)
+    assert all(0 <= share <= 1 + 1e-9 for share in bound.shares.values())
+    if not workers.decoders:
+        assert sum(bound.shares.values()) == pytest.approx(1.0)
+    assert all(int(figure) <= 100 for figure in re.findall(r"(\d+)%", bound.says))
 
 
-def test_a_timeline_of_a_short_run_is_its_beginning_and_its_end() -> None:
-    now = 0.0
-    timeline = Timeline(lambda: now)
-    assert timeline.readings() == (Reading(elapsed_s=0.0, samples=0),)
-    now = 0.5
-    timeline.add(12, {"forward": 0.4})
-    assert timeline.readings()[1:] == (Reading(elapsed_s=0.5, samples=12, seconds={"forward": 0.4}),)
+def test_workers_are_counted_with_their_noun() -> None:
+    assert "(1 actor: " in find_bound({"decode": 5}, 10.0, Workers(actors=1)).says
+    assert "1 decoder: " in find_bound({"decode": 5}, 10.0, Workers(actors=1, decoders=1)).says

@@ -46,7 +46,7 @@ def test_a_change_below_the_threshold_is_skipped(job: JobConfig, capfd: pytest.C
     assert (result.version, result.published, result.embedded) == (1, False, 84)
     said = capfd.readouterr().err
     assert "sample of 84 images in 7 shards: the change is below your threshold" in said
-    assert "embedding all images anew would have taken about 1 minutes" in said
+    assert "embedding all images anew would have taken about 1 minute" in said
     assert staged(job) == 7
     again = run_job(job, replaces=True)  # the next night says so again, without embedding
     assert (again.version, again.embedded) == (1, 0)

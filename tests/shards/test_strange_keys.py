@@ -78,7 +78,7 @@ def test_patterns_beside_strange_names(place: tuple[str, dict[str, Any]]) -> Non
     assert names("what[?].tar") == {"what?.tar"}
     assert names("star[*].tar") == {"star*.tar"}
     assert names("{dir1,dir[[]1]}") == {"dir1/in::side.tar", "dir[1]/in::side.tar"}  # braces may name folders
-    with pytest.raises(ConfigError, match="1 of the 2 files that it names do not exist"):
+    with pytest.raises(ConfigError, match="1 of the 2 files that it names does not exist"):
         names("{set1.tar,set[{]3.tar}")
 
 

@@ -127,7 +127,7 @@ def test_an_image_beside_the_table_is_read_as_the_input_is(do: Command, server: 
         ),
         (
             ["evaluate", "--recipe", "recipe.yaml", "--label", "label", "--data", "job.yaml", "--data", "shards"],
-            "--data names the job file job.yaml and 1 other inputs. Name only the job file.",
+            "--data names the job file job.yaml and 1 other input. Name only the job file.",
         ),
     ],
 )

@@ -230,7 +230,7 @@ def test_verify_notices_an_id_in_two_files(store: Store) -> None:
     again = replace(
         entry, path="data/again.parquet", rows=1, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), shards=(record,)
     )
-    with pytest.raises(VerificationFailed, match=r"1 ids occur in more than one data file: a\.tar/3"):
+    with pytest.raises(VerificationFailed, match=r"1 id occurs in more than one data file: a\.tar/3"):
         verify_table(Table(store, replace(table.manifest, files=(entry, again))))
 
 

@@ -1,5 +1,6 @@
 """The actors of the chain: embed a chunk's pixels with one or several encoders, write its part, or do everything."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -90,7 +91,8 @@ class EmbedImages:
                     logits = [on_body.take(head.good) for on_body in self._heads[number]]
                     classes += [values.argmax(axis=1).astype(np.int32)[:, None] for values in logits]
         if not head.error:
-            head = replace(head, seconds=head.seconds | clock.seconds | {"forward": sum(clock.seconds.values())})
+            seconds = head.seconds | clock.seconds | {"forward": sum(clock.seconds.values())}
+            head = replace(head, seconds=seconds, ended=head.ended | {"forward": time.time()})
         arrays = {"vectors": np.concatenate(vectors, axis=1), "classes": np.concatenate(classes, axis=1)}
         # As bytes, because Ray's blocks cannot hold a tensor without elements, and most chunks have no classes.
         packed = {name: np.array([values.tobytes()], dtype=object) for name, values in arrays.items()}
@@ -133,6 +135,7 @@ class WriteParts:
                 reasons=count_reasons(part),
                 examples=[asdict(example) for example in examples_of(part)],
                 seconds=chunk.seconds | clock.seconds,
+                ended=head.ended | {"write": time.time()},
             )
         head = replace(head, retries=head.retries + take_retries())
         return {"head": np.array([head.to_json()], dtype=object)}

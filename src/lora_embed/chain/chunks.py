@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -286,6 +287,7 @@ class _Chunk:
             lacking={name: count for name, _ in self._layout.carry if (count := samples.column(name).null_count)},
             retries=take_retries(),
             seconds=seconds,
+            ended={"decode": time.time()},  # reading and decoding take turns
         )
         return DecodedChunk(head=head, samples=samples, pixels=pixels)
 

@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lora_embed.errors import IncompleteRun, LibraryMismatch, ResourcesError
 from lora_embed.monitor.ending import at_end
 from lora_embed.monitor.progress import say
 from lora_embed.monitor.stages import Workers
+from lora_embed.text import number_of
 
 MAX_RETRIES = 3  # of a task whose process died; Ray Data by default retries without end
 METRICS_PORT = "LORA_EMBED_METRICS_PORT"  # environment variable: the metrics port of a cluster that is started here
@@ -83,6 +85,7 @@ def connect(num_cpus: int | None = None, num_gpus: int | None = None) -> None:
             "(RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH), or unset RAY_ADDRESS to run on this machine alone."
         ) from None
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # else it prints tracebacks of errors that are raised anyway
+    warnings.filterwarnings("ignore", r"The (minimum|maximum) number of concurrent")  # of Ray Data, where shards are few
     ray_private.log_messages()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -168,8 +171,9 @@ def choose_topology(resources: Resources) -> Topology:
     may_grow = _is_joined() and resources.actors.max is not None
     if not may_grow and (least or 1) > room:
         raise ResourcesError(
-            f"resources.actors needs at least {least or 1} actors, but the cluster has room for {room} "
-            f"({has.get('GPU', 0):g} GPUs, {has.get('CPU', 0):g} CPUs). Set resources.actors.min lower, or start a larger "
+            f"resources.actors needs at least {number_of(least or 1, 'actor')}, but the cluster has room for {room} "
+            f"({number_of(has.get('GPU', 0), 'GPU')}, {number_of(has.get('CPU', 0), 'CPU')}). Set resources.actors.min lower, "
+            "or start a larger "
             "cluster."
         )
     actors = most if may_grow else min(most, room)
@@ -241,10 +245,12 @@ def _lacking(resource: str, amount: float, largest: float, waited: float, device
     cpus = sum(node.get("CPU", 0.0) for node in _nodes())
     if resource == "GPU":
         return (
-            f"resources.device is {device}, but the cluster has no GPU{after}; it has {cpus:g} CPUs. Start GPU workers, or "
+            f"resources.device is {device}, but the cluster has no GPU{after}; it has {number_of(cpus, 'CPU')}. Start GPU "
+            "workers, or "
             "set resources.device to cpu."
         )
     return (
-        f"resources.cpus_per_decode is {amount:g}, but the largest node of the cluster has {largest:g} CPUs{after}. Set it "
+        f"resources.cpus_per_decode is {amount:g}, but the largest node of the cluster has "
+        f"{number_of(largest, 'CPU')}{after}. Set it "
         "lower, or start the cluster with larger nodes."
     )

@@ -71,14 +71,17 @@ def evaluate(
 def _evaluate(request: "Request", out: Path | None, report: Path | None, as_json: bool) -> None:
     from lora_embed.evaluate.assess import assess
     from lora_embed.evaluate.page.evaluation import write_report
-    from lora_embed.evaluate.show import to_markdown
+    from lora_embed.evaluate.show import print_evaluation
 
     evaluation = assess(request)
     if out is not None:
         out.write_text(evaluation.to_json() + "\n", encoding="utf-8", errors="backslashreplace")
     if report is not None:
         write_report(evaluation, report)
-    print(evaluation.to_json() if as_json else to_markdown(evaluation))
+    if as_json:
+        print(evaluation.to_json())
+    else:
+        print_evaluation(evaluation)
 
 
 def _check_options(precision: str, out: Path | None, report: Path | None) -> None:

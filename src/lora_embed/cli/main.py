@@ -17,6 +17,7 @@ from lora_embed.config.models import load_job, load_recipe
 from lora_embed.errors import ConfigError
 from lora_embed.monitor.ending import end_process, exit_code_of
 from lora_embed.monitor.progress import LogFormat, log_as, note, say
+from lora_embed.text import number_of
 
 app = typer.Typer(
     add_completion=False,
@@ -66,7 +67,9 @@ def build(
     limit = Limit(rank=rank, energy=energy) if store is Store.ADAPTER else None
     description = build_encoder(gather(loaded), out, say, limit)
     result = {"encoder": str(out), "space_id": description.space_id, "dimension": description.dimension}
-    print_result(result, as_json, f"{out}: encoder of space {description.space_id}, {description.dimension} dimensions")
+    print_result(
+        result, as_json, f"{out}: encoder of space {description.space_id}, {number_of(description.dimension, 'dimension')}"
+    )
 
 
 @app.command()

@@ -11,7 +11,7 @@ from lora_embed.config.models import JobConfig, load_job
 from lora_embed.config.recognise import TABLE, refuse_other
 from lora_embed.errors import ConfigError, TableError
 from lora_embed.monitor.progress import LogFormat, log_as, shown
-from lora_embed.text import without_secrets
+from lora_embed.text import number_of, without_secrets
 
 if TYPE_CHECKING:
     from lora_embed.store.store import Store
@@ -45,7 +45,9 @@ def input_of(data: list[str]) -> JobConfig | None:
     """The job, if `--data` names a job file; None if it names inputs. Raises ConfigError for both at once."""
     jobs = [name for name in data if "://" not in name and Path(name).suffix in (".yaml", ".yml")]
     if jobs and len(data) > 1:
-        raise ConfigError(f"--data names the job file {jobs[0]} and {len(data) - 1} other inputs. Name only the job file.")
+        raise ConfigError(
+            f"--data names the job file {jobs[0]} and {number_of(len(data) - 1, 'other input')}. Name only the job file."
+        )
     return job_of(data[0]) if jobs else None
 
 

@@ -9,7 +9,7 @@ import typer
 from lora_embed.cli.options import Json, Set, TableOrJob, Version, find_table, print_result
 from lora_embed.config.recognise import IMAGE, TABLE, recognise
 from lora_embed.errors import ConfigError
-from lora_embed.text import counted
+from lora_embed.text import agree, counted, number_of
 
 
 def rollback(
@@ -101,7 +101,11 @@ def verify(table: TableOrJob, version: Version = None, set_: Set = None, as_json
     counts = opened.manifest.counts
     files = len(opened.manifest.files) + len(opened.manifest.rejects)
     result = {"table": opened.store.uri, "version": opened.version, "files": files, "counts": counts}
-    print_result(result, as_json, f"version {opened.version}: {files} files, {counted(counts)}; sums, counts and ids are right")
+    print_result(
+        result,
+        as_json,
+        f"version {opened.version}: {number_of(files, 'file')}, {counted(counts)}; sums, counts and ids are right",
+    )
 
 
 def export(
@@ -116,7 +120,7 @@ def export(
     from lora_embed.search.export import export_index
 
     index = export_index(find_table(table, set_).open(version), to, out)
-    text = f"{out}: {index.kind} index of {index.count:,} vectors, version {index.version}, space {index.space_id}"
+    text = f"{out}: {index.kind} index of {number_of(index.count, 'vector')}, version {index.version}, space {index.space_id}"
     print_result({"index": str(out)} | asdict(index), as_json, text)
 
 
@@ -147,7 +151,8 @@ def search(
 
         pictures = find_pictures(opened, result.hits, target.input_options, (*target.inputs, *(input_ or ())))
         write_page(result, pictures, page)
-        text += f"\n{page}: shows {len(pictures)} of {len(result.hits)} images with their pictures"
+        shown = f"{len(pictures)} of {number_of(len(result.hits), 'image')}"
+        text += f"\n{page}: shows {shown} with {agree(len(result.hits), 'its picture', 'their pictures')}"
     names = ("image", "table", "version", "space_id", "method", "count")
     fields = {name: getattr(result, name) for name in names} | {"hits": [asdict(hit) for hit in result.hits]}
     print_result(fields, as_json, text)

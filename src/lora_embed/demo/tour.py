@@ -10,13 +10,14 @@ from lora_embed.demo import parts
 from lora_embed.evaluate.assess import assess
 from lora_embed.evaluate.page.evaluation import write_report
 from lora_embed.evaluate.request import Request
-from lora_embed.evaluate.show import to_markdown
+from lora_embed.evaluate.show import print_evaluation
 from lora_embed.run.job import run_job
 from lora_embed.search.page import write_page
 from lora_embed.search.search import find_pictures, search_image
 from lora_embed.store.aside import folder_aside
 from lora_embed.store.fetch import cache_root
 from lora_embed.table.read import open_table
+from lora_embed.text import number_of
 
 ADAPTERS = Path(__file__).parent / "adapters"
 WEIGHTS = {"category10": 0.5, "group27": 0.5}
@@ -53,7 +54,7 @@ def run_demo(folder: Path, say: Say) -> None:
     )
     evaluation = assess(compared)
     write_report(evaluation, folder / "comparison.html")
-    print(to_markdown(evaluation))
+    print_evaluation(evaluation)
 
     table, query = open_table(result.table), folder / "query.png"
     say(f"\nSearching for {query}, an apple by another artist than the table's images")
@@ -64,7 +65,9 @@ def run_demo(folder: Path, say: Say) -> None:
     print(result_of_search.describe())
 
     say(f"\nlora_embed.open_table({str(folder / 'table')!r})")
-    say(f"  version {table.version}, space {table.space_id}, {table.count:,} vectors of {table.dimension} dimensions")
+    say(
+        f"  version {table.version}, space {table.space_id}, {number_of(table.count, 'vector')} of {table.dimension} dimensions"
+    )
     say(f"comparison: {folder / 'comparison.html'}\nnearest images: {folder / 'nearest.html'}")
 
 
@@ -73,7 +76,7 @@ def _write_shards(images: list[parts.LabelledImage], folder: Path, say: Say) -> 
     if not folder.is_dir():
         with folder_aside(folder) as aside:
             parts.write_shards(images, aside, per_shard=128)
-    say(f"{len(images):,} images in {len(list(folder.iterdir()))} tar shards: {folder}")
+    say(f"{number_of(len(images), 'image')} in {number_of(len(list(folder.iterdir())), 'tar shard')}: {folder}")
 
 
 def _write_yaml(path: Path, **settings: object) -> None:

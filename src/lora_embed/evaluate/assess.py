@@ -21,7 +21,8 @@ from lora_embed.monitor.progress import say
 from lora_embed.run.refuse import local_places, refuse_unshared
 from lora_embed.store.fetch import private_folder
 from lora_embed.store.store import Store
-from lora_embed.text import counted, utc
+from lora_embed.table.rejects import describe_rejects
+from lora_embed.text import agree, number_of, utc
 
 MOST_ALIGNED = 2000  # images on which the vectors of two encoders are compared by CKA
 
@@ -138,15 +139,16 @@ def label(request: Request, collected: Collected) -> Labelled:
     embedded_samples = collected.samples.filter(collected.samples.column("reason").is_null())
     if not embedded_samples.num_rows:
         raise ConfigError(
-            f"none of the {collected.samples.num_rows} samples could be embedded; rejects by reason: "
-            f"{counted(collected.rejects)}. Correct the input."
+            f"none of {number_of(collected.samples.num_rows, 'sample')} could be embedded; rejects by reason: "
+            f"{describe_rejects(collected.rejects)}. Correct the input."
         )
     columns = {name: embedded_samples.column(name).to_pylist() for name in embedded_samples.column_names}
     ids = columns["id"]
     twice = [sample_id for sample_id, count in Counter(ids).items() if count > 1]
     if twice:
         raise ConfigError(
-            f"{len(twice)} ids belong to several images, such as {twice[0]}. Rename one image of each, or leave it out."
+            f"{number_of(len(twice), 'id')} {agree(len(twice), 'belongs', 'belong')} to several images, such as {twice[0]}. "
+            "Rename one image of each, or leave it out."
         )
     names = (
         ids

@@ -26,6 +26,7 @@ from lora_embed.schema import FORMAT, NON_FINITE, Layout, Shard, from_ipc, to_ip
 from lora_embed.shards.look import absent_fields
 from lora_embed.store.store import Store
 from lora_embed.table.rejects import count_reasons
+from lora_embed.text import number_of
 
 Vectors = NDArray[np.float32]
 
@@ -119,7 +120,7 @@ def collect(source: Source, encoders: Sequence[Wanted], topology: Topology) -> C
     decoded = 0
     for _, group in itertools.groupby(sorted(missing, key=_decoding), key=_decoding):
         in_pass = list(group)
-        say(f"{len(source.shards)} shards: embedding with {len(in_pass)} encoders in one pass")
+        say(f"{number_of(len(source.shards), 'shard')}: embedding with {number_of(len(in_pass), 'encoder')} in one pass")
         shared = Pass(
             encoders=tuple(encoder_wanted.encoder for encoder_wanted in in_pass),
             store=source.store,
@@ -132,7 +133,8 @@ def collect(source: Source, encoders: Sequence[Wanted], topology: Topology) -> C
             add_seconds(seconds, chunk.seconds)
         if not any(chunk.samples.num_rows for chunk in chunks):
             raise ConfigError(
-                f"{len(source.shards)} shards hold no sample; the first is {source.shards[0].name}. Correct the input."
+                f"none of {number_of(len(source.shards), 'shard')} holds a sample; the first is {source.shards[0].name}. "
+                "Correct the input."
             )
         samples_of_pass = samples_table(chunks, source.layout.carry)
         samples = samples_of_pass if samples is None else _with_rejects(samples, samples_of_pass)
@@ -164,7 +166,8 @@ def _in_order(chunks: Iterable[VectorChunk], source: Source) -> list[VectorChunk
     in_order = sorted(chunks, key=lambda chunk: (place[chunk.head.shard_id], chunk.head.chunk))
     failed = [chunk.head.error for chunk in in_order if chunk.head.error]
     if failed:
-        raise IncompleteRun(f"{len(failed)} of {len(place)} shards cannot be read to their end:\n" + "\n".join(failed[:10]))
+        of_all = f"{len(failed):,} of {number_of(len(place), 'shard')}"
+        raise IncompleteRun(f"{of_all} cannot be read to the end:\n" + "\n".join(failed[:10]))
     return in_order
 
 

@@ -21,6 +21,7 @@ from lora_embed.evaluate.records import (
     Retention,
     Task,
 )
+from lora_embed.text import number_of
 from lora_embed.vectors.cka import linear_cka
 from lora_embed.vectors.metrics import cluster_nmi, mean_interval, probe, score_interval, split_by_name
 from lora_embed.vectors.rank import Ranked, rank, vote
@@ -102,13 +103,16 @@ def check_sides(labelled: Labelled) -> None:
     for task, names in labelled.classes.items():
         if len(names) < 2:
             problem = f"all of class {names[0]!r}" if names else "none of them labelled"
-            raise ConfigError(f"--label {task}: {len(labelled.ids)} images, {problem}; expected two classes or more")
+            raise ConfigError(
+                f"--label {task}: {number_of(len(labelled.ids), 'image')}, {problem}; expected two classes or more"
+            )
         for split in range(len(labelled.banks)):
             bank, queries = labelled.sides(task, split)
             if not len(queries) or len(np.unique(labelled.labels[task][bank])) < 2:
+                known = number_of(len(np.unique(labelled.labels[task][bank])), "class")
                 raise ConfigError(
-                    f"--label {task}: split {split + 1} has {len(bank)} labelled images of "
-                    f"{len(np.unique(labelled.labels[task][bank]))} classes in its bank and {len(queries)} queries; expected "
+                    f"--label {task}: split {split + 1} has {number_of(len(bank), 'labelled image')} of {known} in its bank "
+                    f"and {number_of(len(queries), 'query')}; expected "
                     "two classes or more and one query or more. Label more images, or make groups smaller."
                 )
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_embed.text import number_of
 from lora_embed.vectors.health import Figures, Vectors
 from lora_embed.vectors.metrics import knn_accuracy, split_by_name
 from lora_embed.vectors.rows import unit
@@ -243,7 +244,7 @@ def comparison_gates(compared: Comparison, limits: Limits) -> list[Gate]:
     is_better = accuracy is not None and accuracy.change > 2 * accuracy.error
     says = (
         f"of the {compared.k} nearest images of an image, {compared.k * compared.shared:.1f} are still the same "
-        f"(mean of {compared.rows} images; {compared.overlap:.0%} above chance)"
+        f"(mean of {number_of(compared.rows, 'image')}; {compared.overlap:.0%} above chance)"
     )
     limit = limits.overlap_floor if is_better else limits.overlap
     gates = [Gate(name="neighbours", value=compared.overlap, limit=limit, direction="at least", says=says)]

@@ -24,6 +24,7 @@ from lora_embed.store.store import Store
 from lora_embed.table.manifest import FileEntry, Manifest
 from lora_embed.table.parquet import file_batches, read_rows
 from lora_embed.table.read import Table
+from lora_embed.text import agree, number_of
 from lora_embed.vectors.health import Figures, Health, combine, measure_rows, seeded_sample
 
 Rows = dict[str, dict[str, Any]]
@@ -87,7 +88,8 @@ def drift(shared: Pass, before: Manifest, part_paths: list[str], count: int) -> 
     value = golden.relative_difference(new, old)
     limit = golden.BOUNDS[shared.layout.precision] + (FLOAT16_STEP if shared.layout.vector_type == "float16" else 0.0)
     says = (
-        f"{len(old)} unchanged images were embedded again; their vectors differ by up to {value:.1e} from those of version "
+        f"{number_of(len(old), 'unchanged image')} {agree(len(old), 'was', 'were')} embedded again; the vectors differ by up "
+        f"to {value:.1e} from those of version "
         f"{before.version}. If changed libraries or another device are the cause, restore them and remove "
         f"{shared.store.uri}/staging/{shared.encoder.space_id} before the next run"
     )

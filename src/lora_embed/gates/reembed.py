@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lora_embed.gates.checks import Comparison, Gate, Limits, comparison_gates
+from lora_embed.text import rough_span
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +36,11 @@ def re_embed_decision(compared: Comparison | None, policy: Policy, hours: float,
     `hours` is the time that all other images would take; `extra` are further gates of the sample (`health_gates`,
     `processor`), and the only ones if the sample is too small to compare.
     """
-    cost = f"about {hours:.1f} hours" if hours >= 1 else f"about {max(hours * 60, 1):.0f} minutes"
+    cost = rough_span(hours * 3600) if hours * 3600 >= 90 else "about 1 minute"
     gates = [*extra, *(comparison_gates(compared, policy.limits) if compared is not None else [])]
     if failed := [gate for gate in gates if not gate.holds]:
         reasons = "; ".join(f"{gate.name}: {gate.says}" for gate in failed)
-        return Decision(action="ask", says=f"{reasons}. A person must decide before {cost} are spent.")
+        return Decision(action="ask", says=f"{reasons}. A person must decide: the rest takes {cost}.")
     if compared is None:
         return Decision(action="go on", says=f"too few images to compare; embedding them anew takes {cost}")
     kept = f"{compared.overlap:.1%} of neighbours stay the same"

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import inspect
-import os
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -137,7 +137,8 @@ def _tensor_names(folder: Path, where: str) -> list[str]:
 
 def _common_prefixes(names: list[str]) -> list[str]:
     """The parts of names that stand before every tensor's name, the shortest first: `module.`, `module._orig_mod.`."""
-    common = list(os.path.commonprefix([name.split(".")[:-1] for name in names]))
+    parts = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    common = [of_all[0] for of_all in itertools.takewhile(lambda of_all: len(set(of_all)) == 1, parts)]
     return [".".join(common[: number + 1]) + "." for number in range(len(common))]
 
 

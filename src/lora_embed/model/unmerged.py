@@ -39,8 +39,8 @@ def check_function(merged: Merge, vectors: Vectors, base: PreTrainedModel, embed
 
     `embed` runs `base`, which is changed. For a weighted sum, all adapters together are beside its weights. For a method
     whose merge is no sum of what the adapters compute, the mean of their changes is compared on one image, folded by what the
-    proof reads from their files; with DoRA, whose changes cannot be added, each adapter alone. Raises EncoderError for a layer that computes with another weight than its
-    own, so that a fold is not the adapter.
+    proof reads from their files; with DoRA, whose changes cannot be added, each adapter alone. Raises EncoderError for a layer
+    that computes with another weight than its own, so that a fold is not the adapter.
     """
     parts = list(zip(merged.adapters, merged.weights, strict=True))
     weights = base.state_dict()  # by their names before PEFT's layers are put around them

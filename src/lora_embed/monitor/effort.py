@@ -1,13 +1,13 @@
 """Count what a run has done so far, over all its attempts, for its record, its state on storage and its metrics."""
 
-import copy
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from lora_embed.monitor.record import EXAMPLES, RejectExample
-from lora_embed.monitor.stages import Bound, Timeline
+from lora_embed.monitor.stages import Bound
+from lora_embed.monitor.timeline import Timeline
 from lora_embed.schema import ChunkHead, add_kinds
 
 
@@ -71,7 +71,7 @@ class Effort:
         """Count a finished chunk, or a shard that failed."""
         with self._lock:
             self.last_chunk = time.time()
-            self.timeline.add(chunk.samples, chunk.seconds)
+            self.timeline.add(chunk.samples, chunk.seconds, chunk.ended)
             self.retries += chunk.retries
             if chunk.error:
                 self.shards_failed += 1
@@ -93,7 +93,7 @@ class Effort:
     def now(self) -> "Effort":
         """A copy of the counts as they are now; it does not change later."""
         with self._lock:
-            return replace(self, timeline=copy.copy(self.timeline))
+            return replace(self, timeline=self.timeline.copy())
 
 
 def _joined(known: dict[str, list[RejectExample]], more: list[dict[str, str]]) -> dict[str, list[RejectExample]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from lora_embed.errors import LoraEmbedError, lack_of_machine
-from lora_embed.monitor.progress import LogFormat, log_as, logs_json, noted, say
+from lora_embed.monitor.progress import LogFormat, end_relay, log_as, logs_json, noted, say
 from lora_embed.text import span
 
 # Of new objects, between two searches for unreachable ones. Records of 100,000 shards take half as long to read with it as
@@ -105,6 +105,7 @@ def end_process(code: int) -> NoReturn:
     """End the process with this exit code. A normal exit of the interpreter aborts after a signal if Ray was loaded."""
     for leave in _at_end:
         leave(code != 0)
+    end_relay()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -7,12 +7,12 @@ that this process writes to stderr is a JSON object, also the logs of libraries 
 import enum
 import json
 import logging
-import os
 import sys
 import threading
 import time
 import traceback
 import warnings
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
@@ -22,11 +22,13 @@ from rich.live import Live
 from rich.text import Text
 
 from lora_embed.monitor.effort import Effort
+from lora_embed.monitor.relay import Relay
 from lora_embed.monitor.stages import Bound, Workers, find_bound
 from lora_embed.schema import ChunkHead, Shard
-from lora_embed.text import in_lines, redacted, span, without_secrets
+from lora_embed.text import in_lines, number_of, redacted, span, without_secrets
 
 LOG_EVERY_S = 10.0
+LEAST_IMPORTANT_FIRST = ("bound", "elapsed", "rejects", "rate", "samples")  # parts of the live line
 MOST_NAMED = 10  # failed shards that the text log names as they fail; the run's end names as many
 ALWAYS = ("run_id", "table")  # facts of a run that are in every JSON object
 _STDERR = Console(stderr=True, highlight=False, soft_wrap=True)  # only one, so that lines do not break the live line
@@ -68,7 +70,7 @@ def log_as(chosen: LogFormat) -> None:
         _IS_JSON.clear()
         return
     if not logs_json():
-        _relay_others()
+        _OTHERS.__enter__()
     _IS_JSON.set()
     logging.basicConfig(handlers=[_SayingHandler()], level=logging.WARNING, force=True)
 
@@ -94,20 +96,17 @@ class _SayingHandler(logging.Handler):
         say(record.getMessage(), level=record.levelname.lower(), event="log", logger=record.name)
 
 
-def _relay_others() -> None:
-    """Turn what other code than Python writes to stderr, such as Ray's core, into JSON objects."""
-    ours = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
-    theirs, end = os.pipe()
-    os.dup2(end, 2)
-    os.close(end)
-    sys.stderr = ours
+def _say_others(line: str) -> None:
+    """Write a line that other code than Python wrote to stderr."""
+    say(line, level="warning", event="log", logger="stderr")
 
-    def relay() -> None:
-        with os.fdopen(theirs, encoding="utf-8", errors="backslashreplace") as lines:
-            for line in filter(None, map(str.strip, lines)):
-                say(line, level="warning", event="log", logger="stderr")
 
-    threading.Thread(target=relay, daemon=True).start()
+_OTHERS = Relay(_say_others)  # while a job runs; with JSON, until the process ends
+
+
+def end_relay() -> None:
+    """Write the last lines of other code, before the process ends."""
+    _OTHERS.__exit__()
 
 
 def _say_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
@@ -142,14 +141,16 @@ class Progress:
         self._bytes = {shard.id: shard.size for shard in shards}
         self._console = console or _STDERR
         self._started = time.monotonic()
-        self._first: float | None = None
         self._ended = threading.Event()
         self._bytes_done = 0
         self._is_live = self._console.is_terminal and not logs_json()
+        self._relays = self._console is _STDERR and not logs_json()
         self._live = Live(get_renderable=self._text, console=self._console, refresh_per_second=4, transient=True)
         self._logger = threading.Thread(target=self._log, daemon=True)
 
     def __enter__(self) -> "Progress":
+        if self._relays:
+            _OTHERS.__enter__()
         if self._is_live:
             self._live.start()
         else:
@@ -163,13 +164,17 @@ class Progress:
             self._live.stop()
         else:
             self._logger.join()
-        self._show(self.line())
+        if self._relays:
+            _OTHERS.__exit__()
+        self._show(self.line(self._console.width if self._is_live else None))
         if self.here.seconds and not logs_json():
             self._console.print(self.bound().says)
 
     def add(self, chunk: ChunkHead) -> None:
         """Count one chunk that the chain has finished."""
-        self._first = self._first or time.monotonic() - sum(chunk.seconds.values())  # when the first worker began
+        if chunk.ended and not self._workers.decoders:  # one worker did all stages of the chunk, one after the other
+            stage, moment = max(chunk.ended.items(), key=lambda item: item[1])
+            chunk = replace(chunk, ended={stage: moment})
         self.here.add(chunk)
         self._run.add(chunk)
         self._run.bound = self.bound()
@@ -188,34 +193,46 @@ class Progress:
 
     def _tell_rejects(self, chunk: ChunkHead) -> None:
         reasons = ", ".join(f"{count} {reason}" for reason, count in chunk.reasons.items())
-        text = f"{chunk.shard_name}: chunk {chunk.chunk} has {chunk.rejects} rejects: {reasons}"
+        text = f"{chunk.shard_name}: chunk {chunk.chunk} has {number_of(chunk.rejects, 'reject')}: {reasons}"
         say(text, level="debug", event="rejects", shard=chunk.shard_name, chunk=chunk.chunk, rejects=chunk.reasons)
 
     def bound(self) -> Bound:
-        """What limits the run's speed, measured since its first worker began."""
-        began = self._first or time.monotonic()
-        return find_bound(self.here.seconds, time.monotonic() - began, self._workers)
+        """What limits the run's speed, measured from when the first worker began to when the last one ended."""
+        return find_bound(self.here.seconds, self.here.timeline.worked_s, self._workers)
 
-    def line(self) -> str:
-        """Samples, images/s, shards, rejects and the time left, as one line."""
+    def _working_s(self) -> float:
+        """Seconds since the first worker began."""
+        began_s = self.here.timeline.began_s
+        return 0.0 if began_s is None else max(0.0, time.monotonic() - self._started - began_s)
+
+    def line(self, width: int | None = None) -> str:
+        """Samples, images/s, shards, rejects and the time left, as one line; what matters least is left out to fit a width."""
         figures = self._figures()
-        failed = f", {figures['shards_failed']} failed" if figures["shards_failed"] else ""
-        time_left = f" · about {span(figures['left_s'])} left" if figures["left_s"] is not None else ""
-        bound = f" · bound by {figures['bound']}" if figures["bound"] else ""
-        return (
-            f"{figures['samples']:,} samples · {figures['images_per_s']:,.1f} images/s · "
-            f"{figures['shards_done']}/{figures['shards']} shards{failed} · {figures['rejects']:,} rejects · "
-            f"{span(figures['elapsed_s'])} elapsed{time_left}{bound}"
-        )
+        failed = f", {figures['shards_failed']:,} failed" if figures["shards_failed"] else ""
+        time_left = f"about {span(figures['left_s'])} left" if figures["left_s"] is not None else ""
+        bound = f"bound by {figures['bound']}" if figures["bound"] else ""
+        parts = {
+            "samples": number_of(figures["samples"], "sample"),
+            "rate": f"{figures['images_per_s']:,.1f} images/s",
+            "shards": f"{figures['shards_done']:,}/{number_of(figures['shards'], 'shard')}{failed}",
+            "rejects": number_of(figures["rejects"], "reject"),
+            "elapsed": f"{span(figures['elapsed_s'])} elapsed",
+            "left": time_left,
+            "bound": bound,
+        }
+        for name in LEAST_IMPORTANT_FIRST:
+            if width is not None and len(_joined(parts)) > width:
+                del parts[name]
+        return _joined(parts)
 
-    def _seconds_left(self, elapsed: float) -> float | None:
+    def _seconds_left(self) -> float | None:
         bytes_left = sum(self._bytes.values()) - self._bytes_done
-        return elapsed * bytes_left / self._bytes_done if self._bytes_done and bytes_left > 0 else None
+        return self._working_s() * bytes_left / self._bytes_done if self._bytes_done and bytes_left > 0 else None
 
     def _figures(self) -> dict[str, Any]:
         """The values of the progress line as numbers."""
         elapsed, attempt = time.monotonic() - self._started, self.here
-        seconds_left = self._seconds_left(elapsed)
+        seconds_left = self._seconds_left()
         return {
             "samples": attempt.samples,
             "vectors": attempt.vectors,
@@ -236,8 +253,14 @@ class Progress:
             self._console.print(line)
 
     def _text(self) -> Text:
-        return Text(self.line() if self._first else f"starting … {span(time.monotonic() - self._started)}")
+        if self.here.timeline.began_s is None:
+            return Text(f"starting … {span(time.monotonic() - self._started)}")
+        return Text(self.line(self._console.width), no_wrap=True)
 
     def _log(self) -> None:
         while not self._ended.wait(LOG_EVERY_S):
             self._show(self.line() if logs_json() else f"{time.strftime('%H:%M:%S')} {self.line()}")
+
+
+def _joined(parts: dict[str, str]) -> str:
+    return " · ".join(filter(None, parts.values()))

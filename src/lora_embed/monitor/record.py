@@ -1,12 +1,13 @@
 """The record of a run as plain data: what `runs/<run_id>/record.json` and `state.json` hold, and what its report shows."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
 from lora_embed.config.foreign import parse_record
-from lora_embed.monitor.stages import Bound, Reading, Workers, find_bound
+from lora_embed.monitor.stages import Bound, Workers, find_bound
+from lora_embed.monitor.timeline import Reading
 
 FORMAT = 1
 OPTIONS = (  # keys of a job that a record holds; no storage options, because they may hold secrets
@@ -15,7 +16,8 @@ OPTIONS = (  # keys of a job that a record holds; no storage options, because th
     "check_references", "reject_unreachable", "leave_out", "limit", "vector_type", "resources", "reembed",
     "gates", "prices", "retain", "shared_filesystem", "follow_folder_links",
 )  # fmt: skip
-MOST_BINS = 48
+MOST_BINS, LEAST_BIN_S = 48, 2.0
+ROUNDING = 1 + 1e-6
 EXAMPLES = 5  # rejects that are kept of each reason
 Outcome = Literal["running", "published", "current", "not published", "failed"]
 
@@ -111,26 +113,70 @@ class Bin:
 
 
 def bins_of(record: RunRecord) -> list[Bin]:
-    """Divide the run into periods with equal numbers of readings.
+    """Divide the run into the time before the first worker began, whose bound is `start`, and periods after it.
 
-    A worker's seconds are counted when its chunk is finished, so a period should be long enough for a chunk of each worker.
+    A period lasts at least `LEAST_BIN_S`, and long enough for what the workers did in it. Where there are no such periods,
+    the list is empty: figures of a very short run, or of workers whose clocks differ by much, would mislead.
     """
     readings, workers = record.readings, workers_of(record)
-    count = len(readings) - 1
-    step = max(-(-count // MOST_BINS), min(workers.actors, count // 6), 1)
-    marks = [*range(0, count, step), count] if count > 0 else []
-    return [_bin(readings[first], readings[second], workers) for first, second in pairwise(marks)]
+    marks = _marks(readings[_began(readings) :], workers)
+    if len(marks) < 2:
+        return []
+    before = [_bin(readings[0], marks[0], workers)] if marks[0].elapsed_s > 0 else []
+    return [*before, *(_busy_bin(*pair, workers) for pair in pairwise(marks))]
+
+
+def starting_s(record: RunRecord) -> float:
+    """Seconds until the first worker began to work; 0 if none did."""
+    began = _began(record.readings)
+    return record.readings[began].elapsed_s if began < len(record.readings) - 1 else 0.0
+
+
+def _began(readings: tuple[Reading, ...]) -> int:
+    """The number of the last reading before the first worker began."""
+    return max((number for number, reading in enumerate(readings) if reading.is_zero), default=0)
+
+
+def _marks(readings: tuple[Reading, ...], workers: Workers) -> list[Reading]:
+    """The readings that begin and end periods. A period in which the work does not fit is joined with another one."""
+    step = max(-(-(len(readings) - 1) // MOST_BINS), 1)
+    marks = list(readings[:1])
+    for reading in (*readings[step:-1:step], *readings[1:][-1:]):
+        if len(marks) == 2 and not _fits(marks[0], marks[1], workers):
+            marks.pop()
+        marks.append(reading)
+        while len(marks) > 2 and not _fits(marks[-2], marks[-1], workers):
+            del marks[-2]
+    return marks if all(_fits(*pair, workers) for pair in pairwise(marks)) else []
+
+
+def _fits(before: Reading, after: Reading, workers: Workers) -> bool:
+    """Can these workers have done in this period what is counted for it, and is it long enough for a rate?"""
+    elapsed_s = after.elapsed_s - before.elapsed_s
+    return max(LEAST_BIN_S, workers.least_seconds(_spent(before, after))) <= elapsed_s * ROUNDING
+
+
+def _spent(before: Reading, after: Reading) -> dict[str, float]:
+    """Seconds by stage of a period; sums that differ by a rounding only are none."""
+    return {stage: max(0.0, seconds - before.seconds.get(stage, 0.0)) for stage, seconds in after.seconds.items()}
+
+
+def _busy_bin(before: Reading, after: Reading, workers: Workers) -> Bin:
+    """A period after the first worker began: where nobody did anything, workers waited for work."""
+    period = _bin(before, after, workers)
+    if period.bound.by != "start":
+        return period
+    return replace(period, bound=Bound(by="transfer", shares={"idle": 1.0}, says="bound by transfer: no worker had work"))
 
 
 def _bin(before: Reading, after: Reading, workers: Workers) -> Bin:
-    seconds_between = max(after.elapsed_s - before.elapsed_s, 1e-9)
-    spent = {stage: seconds - before.seconds.get(stage, 0.0) for stage, seconds in after.seconds.items()}
+    elapsed_s, spent = after.elapsed_s - before.elapsed_s, _spent(before, after)
     return Bin(
         start_s=before.elapsed_s,
         end_s=after.elapsed_s,
         samples=after.samples - before.samples,
-        busy={stage: seconds / seconds_between for stage, seconds in spent.items()},
-        bound=find_bound(spent, seconds_between, workers),
+        busy={stage: seconds / elapsed_s for stage, seconds in spent.items()},
+        bound=find_bound(spent, elapsed_s, workers),
     )
 
 

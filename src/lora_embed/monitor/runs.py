@@ -16,7 +16,7 @@ from lora_embed.monitor.ending import gist
 from lora_embed.monitor.heartbeat import DEAD_AFTER_S, Heartbeat
 from lora_embed.monitor.record import RunState
 from lora_embed.store.store import Store
-from lora_embed.text import printable, span, without_secrets
+from lora_embed.text import number_of, printable, span, without_secrets
 
 MOST_OF_CAUSE = 200  # characters
 SHOWN = 10  # runs that `status` shows
@@ -82,8 +82,9 @@ class Run:
     def describe(self) -> str:
         """For a person, in a line."""
         state = self.state
-        embedded = f"{state.embedded:,} embedded" + (f", {state.taken:,} vectors taken over" if state.taken else "")
-        done = f"{embedded}, {state.shards_done:,} of {state.shards:,} shards"
+        embedded = f"{state.embedded:,} embedded"
+        embedded += f", {number_of(state.taken, 'vector')} taken over" if state.taken else ""
+        done = f"{embedded}, {state.shards_done:,} of {number_of(state.shards, 'shard')}"
         done += f", {state.shards_failed:,} failed" if state.shards_failed else ""
         heard = f"last heard of {span(self.silent_s)} ago"
         if self.status == "running":
@@ -96,11 +97,12 @@ class Run:
         if state.outcome == "current":
             return f"version {state.version} stayed current, {duration}: {embedded}"
         if state.outcome == "published":
-            counts = f"{embedded}, {state.rejected:,} rejects{reasons}"
+            counts = f"{embedded}, {number_of(state.rejected, 'reject')}{reasons}"
             return f"published version {state.version} {duration}: {counts}"
         if state.outcome == "failed":
             return f"failed after {span(state.seconds)}, {done}: {gist(state.error)[:MOST_OF_CAUSE]}"
-        return f"{embedded} {duration}, not published" + (f", {state.rejected:,} rejects" if reasons else "") + reasons
+        rejects = f", {number_of(state.rejected, 'reject')}{reasons}" if reasons else ""
+        return f"{embedded} {duration}, not published{rejects}"
 
 
 def read_runs(store: Store, most: int = SHOWN) -> list[Run]:

@@ -1,14 +1,15 @@
-"""Measure how long each stage of a run takes, over time, and find the stage that limits the speed."""
+"""Measure how long each stage of a run takes, and find the stage that limits the speed."""
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
+from lora_embed.text import number_of
+
 STAGES = ("read", "decode", "forward", "write")
-READING_EVERY_S, MOST_READINGS = 2.0, 240
 BUSY = 0.85  # if a kind of worker is busy for at least this share of the time, all others wait for it
 T = TypeVar("T")
 
@@ -46,40 +47,6 @@ class Stopwatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """The progress of a run at one moment: samples, and the workers' seconds by stage, since it began."""
-
-    elapsed_s: float
-    samples: int
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-class Timeline:
-    """Readings of a run every few seconds. When there are too many, every second one is dropped."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._began = clock, clock()
-        self._every_s = READING_EVERY_S
-        self.now = Reading(elapsed_s=0.0, samples=0)
-        self._kept = [self.now]
-
-    def add(self, samples: int, seconds: Mapping[str, float]) -> None:
-        """Count samples that a worker has finished, and the seconds it spent."""
-        spent = dict(self.now.seconds)
-        add_seconds(spent, seconds)
-        self.now = Reading(elapsed_s=self._clock() - self._began, samples=self.now.samples + samples, seconds=spent)
-        if self.now.elapsed_s - self._kept[-1].elapsed_s >= self._every_s:
-            self._kept = [*self._kept, self.now]  # a new list, since a copy of this timeline shares the old one
-        if len(self._kept) > MOST_READINGS:
-            self._kept, self._every_s = self._kept[::2], self._every_s * 2
-
-    def readings(self) -> tuple[Reading, ...]:
-        """All readings, from zero to the latest."""
-        last = () if self._kept[-1] is self.now else (self.now,)
-        return (*self._kept, *last)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Workers:
     """How many workers run at once: actors, and tasks that read and decode (0 if the actors do that as well)."""
 
@@ -91,6 +58,22 @@ class Workers:
     def readers(self) -> int:
         """Number of workers that read shards at the same time."""
         return self.decoders or self.actors
+
+    @property
+    def writers(self) -> int:
+        """Number of actors that only write parts: where decoders feed the actors, one for each actor."""
+        return self.actors if self.decoders else 0
+
+    @property
+    def total(self) -> int:
+        return self.actors + self.decoders + self.writers
+
+    def least_seconds(self, spent: Mapping[str, float]) -> float:
+        """The shortest time of wall clock in which these workers can spend these seconds by stage."""
+        if not self.decoders:
+            return sum(spent.get(stage, 0.0) for stage in STAGES) / self.actors
+        feeding = (spent.get("read", 0.0) + spent.get("decode", 0.0)) / self.decoders
+        return max(feeding, spent.get("forward", 0.0) / self.actors, spent.get("write", 0.0) / self.writers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +102,15 @@ def seconds_an_image(seconds: Mapping[str, float], samples: int, workers: Worker
 
 
 def find_bound(seconds: Mapping[str, float], elapsed: float, workers: Workers) -> Bound:
-    """Find what limits a run whose workers together spent these seconds by stage, in `elapsed` seconds of wall clock."""
+    """Find what limits a run whose workers together spent these seconds by stage, in `elapsed` seconds of wall clock.
+
+    Clocks of several nodes may differ. If `elapsed` is shorter than the work can have taken, the shortest possible time
+    counts instead, so that no share is above 100 %.
+    """
     spent = {stage: seconds.get(stage, 0.0) for stage in STAGES}
     if elapsed <= 0 or not sum(spent.values()):
         return Bound(by="start", shares={}, says="too little was embedded to say what limits the speed")
+    elapsed = max(elapsed, workers.least_seconds(spent))
     return _bound_apart(spent, elapsed, workers) if workers.decoders else _bound_together(spent, elapsed, workers)
 
 
@@ -141,7 +129,7 @@ def _bound_together(spent: dict[str, float], elapsed: float, workers: Workers) -
             "write": "the table's storage is slow: use storage in the cluster's region, or set chunk_size larger",
         }[by]
     figures = ", ".join(f"{stage} {share:.0%}" for stage, share in [*shares.items(), ("idle", idle)])
-    says = f"bound by {by} ({_of(workers.actors, 'actor')}: {figures}): {advice}"
+    says = f"bound by {by} ({number_of(workers.actors, 'actor')}: {figures}): {advice}"
     return Bound(by=by, shares=shares | {"idle": idle}, says=says)
 
 
@@ -152,9 +140,8 @@ def _bound_apart(spent: dict[str, float], elapsed: float, workers: Workers) -> B
     shares = {"forward": device} | fed
     feeding = (spent["read"] + spent["decode"]) * workers.cpus_per_decoder
     needed = math.ceil(feeding / spent["forward"]) if spent["forward"] else 1
-    figures = (
-        f"devices busy {device:.0%}; {_of(workers.decoders, 'decoder')}: read {fed['read']:.0%}, decode {fed['decode']:.0%}"
-    )
+    decoders = number_of(workers.decoders, "decoder")
+    figures = f"devices busy {device:.0%}; {decoders}: read {fed['read']:.0%}, decode {fed['decode']:.0%}"
     if device >= BUSY:
         by, advice = "forward", "use more devices, or a lower precision"
     elif sum(fed.values()) < BUSY:
@@ -163,9 +150,9 @@ def _bound_apart(spent: dict[str, float], elapsed: float, workers: Workers) -> B
         by, advice = "read", "the input's storage is slow: run the cluster in the same region"
     else:
         add = max(1, needed - round(workers.decoders * workers.cpus_per_decoder / workers.actors))
-        by, advice = "decode", f"add {add} CPUs per device; about {needed} CPUs keep one device busy"
+        keep = "keeps" if needed == 1 else "keep"
+        by, advice = (
+            "decode",
+            f"add {number_of(add, 'CPU')} per device; about {number_of(needed, 'CPU')} {keep} one device busy",
+        )
     return Bound(by=by, shares=shares, says=f"bound by {by} ({figures}): {advice}")
-
-
-def _of(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

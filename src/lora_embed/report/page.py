@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_embed.errors import StorageError
-from lora_embed.text import printable, span
+from lora_embed.text import counted, number_of, printable, span
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -55,7 +55,14 @@ def environment() -> "Environment":
         lstrip_blocks=True,
     )
     jinja.filters |= {"printable": printable, "shortened": shortened, "moment": moment, "span": span}
-    jinja.filters |= {"number": number, "percentage": percentage, "share": share, "points": points}
+    jinja.filters |= {
+        "number": number,
+        "percentage": percentage,
+        "share": share,
+        "points": points,
+        "number_of": number_of,
+        "counted": counted,
+    }
     jinja.tests["base64"] = is_base64
     return jinja
 

@@ -4,10 +4,11 @@ import json
 from itertools import groupby
 from typing import Any
 
-from lora_embed.monitor.record import Bin, RunRecord, bins_of, workers_of
+from lora_embed.monitor.record import Bin, RunRecord, bins_of, starting_s, workers_of
 from lora_embed.monitor.stages import STAGES
 from lora_embed.report.charts import Axis, Chart, Point, Series, Stack, StackedChart
 from lora_embed.report.page import moment, page
+from lora_embed.text import number_of
 
 OUTCOMES = {
     "published": "Published as version {version}",
@@ -24,11 +25,14 @@ SECTIONS = {
     "lineage": "Lineage",
 }
 MOST_PHASES = 8  # that a sentence lists
+LEAST_BINS = 2  # with fewer, a chart says no more than the figures above it
+LEAST_PHASE = 0.05  # of the run's time
 
 
 def run_page(record: RunRecord) -> str:
     """The page's HTML. All text of the record is escaped on its way in."""
     bins = bins_of(record)
+    busy = [period for period in bins if period.bound.by != "start"]
     lead = [record.job.get("table", ""), moment(record.started)]
     return page(
         f"Run {record.run_id}",
@@ -40,8 +44,9 @@ def run_page(record: RunRecord) -> str:
         elapsed_s=record.readings[-1].elapsed_s if record.readings else 0.0,
         layout={key: setting(value) for key, value in record.layout.items() if key != "format"},
         workers=workers_of(record),
-        phases=phases(bins),
-        charts=[rate_chart(bins), busy_chart(bins)] if len(bins) > 1 else None,
+        phases=phases(busy),
+        starting_s=starting_s(record),
+        charts=[rate_chart(busy), busy_chart(bins)] if len(busy) >= LEAST_BINS else None,
     )
 
 
@@ -53,27 +58,30 @@ def setting(value: Any) -> str:
 
 
 def phases(bins: list[Bin]) -> list[tuple[str, float]]:
-    """What bounded the run, and until which second, one stretch after the other; none where there are too many to read."""
-    groups = groupby(bins, key=lambda stretch: stretch.bound.by)
-    ends = [(stage, list(stretches)[-1].end_s) for stage, stretches in groups]
-    return ends if len(ends) <= MOST_PHASES else []
+    """What bounded the run, and until which second, one phase after the other; none where there are too many to read.
+
+    A phase shorter than `LEAST_PHASE` of the run is left out, and the one before it lasts until the next.
+    """
+    groups = [list(group) for _, group in groupby(bins, key=lambda period: period.bound.by)]
+    least_s = LEAST_PHASE * (bins[-1].end_s - bins[0].start_s) if bins else 0.0
+    kept = [group for group in groups if group[-1].end_s - group[0].start_s >= least_s]
+    ends = [*(group[0].start_s for group in kept[1:]), *(period.end_s for period in bins[-1:])]
+    of_stage = groupby(zip(kept, ends, strict=True) if kept else (), key=lambda phase: phase[0][0].bound.by)
+    said = [(stage, [end_s for _, end_s in phase][-1]) for stage, phase in of_stage]
+    return said if len(said) <= MOST_PHASES else []
 
 
 def rate_chart(bins: list[Bin]) -> Chart:
-    """Images per second over the run."""
+    """Images per second since the first worker began."""
     axis, seconds = time_axis(bins)
-    rates = [stretch.samples / max(stretch.end_s - stretch.start_s, 1e-9) for stretch in bins]
+    rates = [period.samples / (period.end_s - period.start_s) for period in bins]
     marks = tuple(
-        Point(
-            x=(stretch.start_s + stretch.end_s) / 2 / seconds,
-            y=rate,
-            says=f"{rate:,.1f} images/s, bound by {stretch.bound.by}",
-        )
-        for stretch, rate in zip(bins, rates, strict=True)
+        Point(x=(period.start_s + period.end_s) / 2 / seconds, y=rate, says=f"{rate:,.1f} images/s, bound by {period.bound.by}")
+        for period, rate in zip(bins, rates, strict=True)
     )
     return Chart(
         title="Throughput",
-        says=f"Images per second in {len(bins)} stretches of the run, at most {max(rates):,.1f}.",
+        says=f"Images per second in {number_of(len(bins), 'period')} of the run, at most {max(rates):,.1f}.",
         x=axis,
         y=Axis(name="images/s", from_zero=True),
         series=(Series(name="images/s", points=marks, is_joined=True),),
@@ -83,19 +91,19 @@ def rate_chart(bins: list[Bin]) -> Chart:
 def busy_chart(bins: list[Bin]) -> StackedChart:
     """What workers were busy with over the run."""
     axis, seconds = time_axis(bins)
-    names = [stage for stage in STAGES if any(stretch.busy.get(stage) for stretch in bins)]
+    names = [stage for stage in STAGES if any(period.busy.get(stage) for period in bins)]
     return StackedChart(
         title="What workers were busy with",
-        says="Number of workers that were busy with each stage, on average over each stretch of the run.",
+        says="Number of workers that were busy with each stage, on average over each period of the run.",
         x=axis,
         y=Axis(name="workers"),
         stacks=tuple(
             Stack(
-                start=stretch.start_s / seconds,
-                end=stretch.end_s / seconds,
-                heights={stage: stretch.busy.get(stage, 0.0) for stage in names},
+                start=period.start_s / seconds,
+                end=period.end_s / seconds,
+                heights={stage: period.busy.get(stage, 0.0) for stage in names},
             )
-            for stretch in bins
+            for period in bins
         ),
     )
 

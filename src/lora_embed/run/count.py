@@ -8,6 +8,7 @@ from typing import Any
 from lora_embed.errors import ShardError, StorageError, StoreUnavailable
 from lora_embed.schema import Layout, Shard, from_ipc
 from lora_embed.shards.read import read_samples
+from lora_embed.text import number_of
 from lora_embed.vectors.health import seeded_sample
 
 FILES, SECONDS = 64, 5.0  # tars and Parquet files that are opened to count their images, at most
@@ -22,11 +23,9 @@ class Images:
 
     def describe(self) -> str:
         """`1,234 images`, or `about 1,200,000 images (3 files counted)`."""
-        noun = "image" if self.number == 1 else "images"
         if not self.estimated_from:
-            return f"{self.number:,} {noun}"
-        counted = f"{self.estimated_from} file{'s' if self.estimated_from > 1 else ''} counted"
-        return f"about {self.number:,} {noun} ({counted})"
+            return number_of(self.number, "image")
+        return f"about {number_of(self.number, 'image')} ({number_of(self.estimated_from, 'file')} counted)"
 
 
 def count_images(shards: Sequence[Shard], layout: Layout, options: dict[str, Any]) -> Images:

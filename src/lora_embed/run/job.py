@@ -33,7 +33,7 @@ from lora_embed.store.store import Store
 from lora_embed.table import retention, staging, versions
 from lora_embed.table.manifest import Manifest
 from lora_embed.table.parts import part_path
-from lora_embed.text import counted
+from lora_embed.text import counted, number_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,8 @@ class RunResult:
 
     def describe(self) -> str:
         """For a person, in a line."""
-        taken = f", took over {self.taken:,} vectors" if self.taken else ""
-        done = f"embedded {self.embedded:,} samples{taken} in {self.seconds:.0f} s"
+        taken = f", took over {number_of(self.taken, 'vector')}" if self.taken else ""
+        done = f"embedded {number_of(self.embedded, 'sample')}{taken} in {self.seconds:.0f} s"
         if self.version is None:
             return f"{self.table}: {done}; not published"
         became = "published" if self.published else "is current"

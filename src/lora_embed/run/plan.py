@@ -20,7 +20,7 @@ from lora_embed.schema import ChunkHead, Layout, encoder_path
 from lora_embed.shards.listing import describe_passed
 from lora_embed.shards.read import count_samples
 from lora_embed.store.store import Store
-from lora_embed.text import rough_span
+from lora_embed.text import agree, number_of, rough_span
 from lora_embed.vectors.health import seeded_sample
 
 SHARDS_AN_ACTOR, IMAGES_A_SHARD = 3, 32  # size of the sample that a forecast embeds
@@ -75,12 +75,12 @@ class Outlook:
         lines = [
             f"table     {self.table}, {f'version {self.version}' if self.version else 'nothing published'}",
             f"encoder   {encoder}" + (f", replaces space {self.replaced_space}" if self.replaced_space else ""),
-            f"input     {self.shards:,} shards, {self.bytes / 1e6:,.1f} MB: {self.images.describe()}",
+            f"input     {number_of(self.shards, 'shard')}, {self.bytes / 1e6:,.1f} MB: {self.images.describe()}",
             *([f"passed    {describe_passed(self.passed_over)} passed over"] if self.passed_over else []),
-            f"done      {self.done:,} shards, and {self.partly_done:,} in part",
-            f"to embed  {self.to_embed:,} shards, {self.to_embed_bytes / 1e6:,.1f} MB: {self.to_embed_images.describe()}",
+            f"done      {number_of(self.done, 'shard')}, and {self.partly_done:,} in part",
+            f"to embed  {number_of(self.to_embed, 'shard')}, {self.to_embed_bytes / 1e6:,.1f} MB: {self.to_embed_images.describe()}",
             *self._says_of_columns(),
-            f"removed   {self.removed:,} shards of the current version are not in the input",
+            f"removed   {number_of(self.removed, 'shard')} of the current version {agree(self.removed, 'is', 'are')} not in the input",
             *([self.forecast.describe()] if self.forecast is not None else []),
         ]
         return "\n".join(lines)
@@ -152,8 +152,9 @@ def _left(job: JobConfig, of_all: Images, shards: int, items: list[WorkItem]) ->
 def forecast(decision: Decision, items: list[WorkItem], prepare_s: float) -> Forecast:
     """Embed the first images of a few shards on the cluster, discard the vectors, and estimate the time of a run.
 
-    `prepare_s` are the seconds that were needed to list the input and build the encoder, which a run needs too. Raises ConfigError if the encoder is not on the table's storage and other nodes cannot reach it on this machine;
-    IncompleteRun if no image of the sample can be read.
+    `prepare_s` are the seconds that were needed to list the input and build the encoder, which a run needs too. Raises
+    ConfigError if the encoder is not on the table's storage and other nodes cannot reach it on this machine; IncompleteRun if
+    no image of the sample can be read.
     """
     started = time.monotonic() - prepare_s
     job, store, encoder = decision.opened.job, decision.opened.store, decision.encoder

@@ -19,6 +19,7 @@ from lora_embed.run import work
 from lora_embed.schema import Shard
 from lora_embed.table import parquet, staging
 from lora_embed.table.manifest import Manifest
+from lora_embed.text import number_of
 from lora_embed.vectors.health import combine, measure_rows
 
 
@@ -38,7 +39,7 @@ def embed_sample(
     rate = _seconds_an_image(shared, effort, topology.workers)
     hours = rate * (current.counts["samples"] - samples) / 3600
     decision = _decide(job, shared, current, sample, hours)
-    say(f"sample of {samples:,} images in {len(sample)} shards: {decision.says}")
+    say(f"sample of {number_of(samples, 'image')} in {number_of(len(sample), 'shard')}: {decision.says}")
     if decision.action == "ask":
         raise GateFailed(
             f"{job.table}: not embedded anew, version {current.version} stays: {decision.says} Correct the recipe, or set "

@@ -19,6 +19,7 @@ from lora_embed.store.store import Store
 from lora_embed.table import compact, staging, versions
 from lora_embed.table.manifest import Manifest, ShardCounts, join_records, place_of
 from lora_embed.table.rejects import describe_examples, describe_rejects, read_rejects
+from lora_embed.text import agree, number_of
 
 SHARDS_PER_TASK = 64  # to verify one takes milliseconds
 BYTES_HERE = 2 * compact.DATA_FILE_BYTES  # vectors up to this size are compacted here, as starting a worker takes seconds
@@ -193,7 +194,9 @@ def _refuse_incomplete(new_parts: dict[str, list[Part]], shards: dict[str, Shard
     incomplete = [shards[shard_id].name for shard_id, parts in new_parts.items() if not staging.is_complete(parts)]
     if incomplete:
         raise IncompleteRun(
-            f"{len(incomplete)} shards are not complete, such as {incomplete[0]}. Run the same command again to continue."
+            f"{number_of(len(incomplete), 'shard')} {agree(len(incomplete), 'is', 'are')} not complete, such as "
+            f"{incomplete[0]}. "
+            "Run the same command again to continue."
         )
 
 
@@ -209,11 +212,16 @@ def _shares(job: JobConfig, current: Manifest | None, new_shards: list[ShardCoun
     removed = sum(1 for shard in replaced if place_of(shard.name) not in samples_now)
     lost, total = (samples_before - samples_now).total(), _samples(before.values())
     figures = {
-        "rejects": (rejects / max(samples, 1), job.max_rejects, f"{rejects:,} of {samples:,} new samples cannot be embedded"),
+        "rejects": (
+            rejects / max(samples, 1),
+            job.max_rejects,
+            f"{rejects:,} of {number_of(samples, 'new sample')} cannot be embedded",
+        ),
         "removed": (
             max(removed / max(len(before), 1), lost / max(total, 1)),
             job.max_removed,
-            f"{removed:,} of {len(before):,} shards and {lost:,} of {total:,} images of the version before are missing",
+            f"{removed:,} of {number_of(len(before), 'shard')} and {lost:,} of {number_of(total, 'image')} of the version "
+            "before are missing",
         ),
     }
     return [

@@ -17,7 +17,7 @@ from lora_embed.search.lance_index import open_lance, write_lance
 from lora_embed.store.aside import folder_aside
 from lora_embed.store.store import Store
 from lora_embed.table.parquet import FIND
-from lora_embed.text import in_one_line
+from lora_embed.text import in_one_line, number_of
 
 if TYPE_CHECKING:
     from lora_embed.table.read import Table
@@ -63,7 +63,7 @@ def export_index(table: "Table", kind: str, out: Path, seed: int = 0) -> IndexDe
             count, parameters = KINDS[kind].write(library, table, aside, seed)
             if count != table.count:
                 raise VerificationFailed(
-                    f"{table.store.uri}: its files hold {count} vectors, its manifest says {table.count}. {FIND}"
+                    f"{table.store.uri}: its files hold {number_of(count, 'vector')}, its manifest says {table.count}. {FIND}"
                 )
             description = IndexDescription(
                 kind=kind,

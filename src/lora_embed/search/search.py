@@ -21,7 +21,7 @@ from lora_embed.shards.listing import list_shards
 from lora_embed.shards.read import read_samples
 from lora_embed.store.store import Store
 from lora_embed.table.read import Table
-from lora_embed.text import in_lines
+from lora_embed.text import in_lines, number_of
 from lora_embed.vectors.rows import unit, vectors_of
 
 QUERIES_AT_ONCE = 1024  # queries in one pass over the files; scores take 4 bytes per query and row of a batch
@@ -45,7 +45,8 @@ class Found:
         if not self.count:
             return f"version {self.version} of {self.table} holds no vectors, so nothing was found"
         head = (
-            f"{len(self.hits)} nearest of {self.count:,} images, version {self.version}, space {self.space_id}, {self.method}"
+            f"{len(self.hits)} nearest of {number_of(self.count, 'image')}, version {self.version}, space {self.space_id}, "
+            f"{self.method}"
         )
         return in_lines([head, *(f"{hit.score: .6f}  {hit.id}" for hit in self.hits)])
 

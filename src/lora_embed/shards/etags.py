@@ -12,6 +12,7 @@ from lora_embed.store.place import Place, locate
 from lora_embed.store.remote import is_s3
 from lora_embed.store.retry import LIBRARY_ERRORS, describe
 from lora_embed.store.store import Store
+from lora_embed.text import agree, number_of
 
 AT_ONCE = 32  # objects that are asked for at the same time
 FEWEST_IN_PAGE = 16  # of the objects, in a page of a listing: with fewer, they are asked for one by one
@@ -60,7 +61,7 @@ def _from_pages(store: Store, wanted: dict[str, Place]) -> dict[Place, str]:
         except (LoraEmbedError, *LIBRARY_ERRORS) as error:
             left = len(paths) - len(found)
             why = f"cannot list {store.uri} ({describe(error)})"
-            say(f"check_references: {why}, so {left:,} objects are asked for one by one")
+            say(f"check_references: {why}, so {number_of(left, 'object')} {agree(left, 'is', 'are')} asked for one by one")
             return found
         useful = [entry for entry in page if entry.path in wanted]
         found.update((wanted[entry.path], entry.etag) for entry in useful)

@@ -17,7 +17,7 @@ from lora_embed.schema import Shard
 from lora_embed.shards.checked_parquet import ParquetFile
 from lora_embed.shards.columns import KEY_COLUMNS, NUMBERED, check_column
 from lora_embed.shards.fields import MOST_FIELD, values_of
-from lora_embed.text import in_one_line, may_hold_secret, redacted
+from lora_embed.text import in_one_line, may_hold_secret, number_of, redacted
 
 PARQUET, CSV, TSV, JSON_LINES = (".parquet", ".pq"), (".csv",), (".tsv",), (".jsonl", ".ndjson")
 LISTS = PARQUET + CSV + TSV + JSON_LINES
@@ -205,7 +205,8 @@ def _csv_rows(lines: Iterator[str], delimiter: str, where: str) -> tuple[list[st
         for row in values:
             if row and len(row) != len(names):
                 raise ConfigError(
-                    f"{where}: line {reader.line_num} has {len(row)} values, but the first line names {len(names)} columns. "
+                    f"{where}: line {reader.line_num} has {number_of(len(row), 'value')}, but the first line "
+                    f"names {number_of(len(names), 'column')}. "
                     "Put quotes around values that hold the separator."
                 )
             if row:

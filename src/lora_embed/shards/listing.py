@@ -24,6 +24,7 @@ from lora_embed.shards.metadata import is_metadata
 from lora_embed.shards.patterns import Files, find_files
 from lora_embed.shards.patterns import leave_out as without
 from lora_embed.store.store import Store
+from lora_embed.text import number_of
 
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python holds bytes of a local name that are not UTF-8
 
@@ -62,7 +63,7 @@ def describe_passed(passed: Mapping[str, int]) -> str:
     """The files that were passed over, for a person."""
     by_kind = ", ".join(f"{kind} {number:,}" for kind, number in passed.items())
     total = sum(number for kind, number in passed.items() if kind != kinds.FOLDER)
-    return f"{total:,} file{'' if total == 1 else 's'}" + (f" ({by_kind})" if passed else "")
+    return number_of(total, "file") + (f" ({by_kind})" if passed else "")
 
 
 def list_input(
@@ -176,7 +177,7 @@ def _group(
 def _nothing_in(files: Files, passed: Counter[str]) -> ConfigError:
     """The error for files of which none is a shard, or a part of one."""
     found = f" It passes over {describe_passed(_most_first(passed))}." if passed else ""
-    among = f"{files.looked_at} file{'' if files.looked_at == 1 else 's'} below {files.root}"
+    among = f"{number_of(files.looked_at, 'file')} below {files.root}"
     return ConfigError(
         f"input {files.pattern}: matches no tar, Parquet or image file among {among}.{found} Correct the pattern, or name a "
         "file by its full name, which is then read whatever the name."

@@ -14,6 +14,7 @@ from lora_embed.shards.cells import Value, image_bytes, lists_in, values_in
 from lora_embed.shards.checked_parquet import ParquetFile
 from lora_embed.shards.columns import ROWS, Columns, choose_columns
 from lora_embed.shards.fields import values_of
+from lora_embed.text import number_of
 
 FREE_ROWS, BYTES_PER_ROW = 1_000_000, 64  # a file may have so many rows, or one row for so many of its bytes
 _URL = re.compile(r"[a-z][a-z0-9+.-]{1,9}://", re.IGNORECASE)
@@ -47,7 +48,7 @@ def read_parquet(file: BinaryIO, shard: Shard, layout: Layout, wanted: Wanted) -
             row += batch.num_rows
             _check_rows(number, shard, where)
     if row != source.num_rows:
-        raise ShardError(f"{where}: has {row} rows, but its footer says {source.num_rows}. {MAKE_AGAIN}.")
+        raise ShardError(f"{where}: has {number_of(row, 'row')}, but its footer says {source.num_rows}. {MAKE_AGAIN}.")
 
 
 def _check_rows(rows: int, shard: Shard, where: str) -> None:

@@ -13,6 +13,7 @@ from lora_embed.entries import Entries
 from lora_embed.errors import ConfigError
 from lora_embed.monitor.progress import say
 from lora_embed.store.store import Store
+from lora_embed.text import agree, number_of
 
 MOST_NAMES = 10_000_000  # files that the braces of one pattern may name
 NAMED_LINKS = 10  # ignored links that a message names
@@ -64,7 +65,9 @@ def find_files(pattern: str, options: dict[str, Any], *, follows: bool) -> Files
     missing = sorted(named.difference(entries.paths()))
     if missing and len(entries):
         raise ConfigError(
-            f"input {pattern}: {len(missing)} of the {len(named)} files that it names do not exist; the first is "
+            f"input {pattern}: {len(missing):,} of the {number_of(len(named), 'file')} that it names "
+            f"{agree(len(missing), 'does', 'do')} not "
+            "exist; the first is "
             f"{root.rstrip('/')}/{missing[0]}. Correct the range, or use * to take all files that exist."
         )
     return Files(

@@ -15,7 +15,7 @@ import aiohttp
 import botocore.exceptions as boto  # type: ignore[import-untyped]
 
 from lora_embed.errors import StorageError, StoreUnavailable, with_remedy
-from lora_embed.text import redacted, whole_sentences
+from lora_embed.text import number_of, redacted, whole_sentences
 
 LONGEST_PAUSE_S = 15.0
 SAY_AFTER_S = 3.0  # shorter waits are not logged
@@ -76,7 +76,8 @@ def retried(operation: Callable[[], R], where: str, limit_s: float) -> R:
                 ) from error
             if waited >= most_s:
                 raise StoreUnavailable(
-                    f"{where}: no usable answer in {waited:.0f} s and {tries} tries; last error: {describe(error)}. What was "
+                    f"{where}: no usable answer in {waited:.0f} s and {number_of(tries, 'try')}; last error: "
+                    f"{describe(error)}. What was "
                     "committed is kept. Run the same command again when the store answers."
                 ) from error
             _count_retry()

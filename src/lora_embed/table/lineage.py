@@ -12,7 +12,7 @@ from lora_embed.table import compact, retention, versions
 from lora_embed.table.manifest import Manifest
 from lora_embed.table.parquet import FIND
 from lora_embed.table.read import Table
-from lora_embed.text import in_lines, utc
+from lora_embed.text import agree, in_lines, number_of, utc
 
 COLUMNS = ["id", "shard", "key", "width", "height", "sha256"]
 
@@ -122,9 +122,11 @@ class Forgotten:
         """For a person."""
         held_by = ", ".join(map(str, self.held_by)) or "none"
         return (
-            f"{self.table}: version {self.version} is without {self.images} images, and no later version will hold them. "
-            f"Versions that held them are retired: {held_by}. The files of these versions stay for the grace period of "
-            f"{self.grace_days:g} days, until {self.files_stay_until}; the first run after that removes them, or "
+            f"{self.table}: version {self.version} is without {number_of(self.images, 'image')}, and no later version will "
+            f"hold {agree(self.images, 'it', 'them')}. Versions that held {agree(self.images, 'it', 'them')} are retired: "
+            f"{held_by}. "
+            f"The files of these versions stay for the grace period of {number_of(self.grace_days, 'day')}, until "
+            f"{self.files_stay_until}; the first run after that removes them, or "
             f"`lora-embed gc {self.table}`. When `lora-embed gc {self.table} --dry-run` no longer lists a version as retired, "
             "its files are removed."
         )

@@ -21,7 +21,7 @@ from lora_embed.store.store import Store
 from lora_embed.table.manifest import Manifest, prefix_of, prefixes_of_ids
 from lora_embed.table.parquet import BATCH_ROWS, file_batches, opened_file, read_rows, take_columns
 from lora_embed.table.versions import no_version, read_manifest
-from lora_embed.text import without_secrets
+from lora_embed.text import number_of, without_secrets
 
 if TYPE_CHECKING:
     from lora_embed.model.encoder import Encoder
@@ -51,7 +51,8 @@ class Table:
 
     def __repr__(self) -> str:
         return (
-            f"<Table {without_secrets(self.store.uri)}: version {self.version}, {self.count:,} vectors of {self.dimension} "
+            f"<Table {without_secrets(self.store.uri)}: version {self.version}, {number_of(self.count, 'vector')} of "
+            f"{self.dimension} "
             f"numbers, space {self.space_id}>"
         )
 

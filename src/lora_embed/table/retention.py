@@ -27,7 +27,7 @@ from lora_embed.table.versions import (
     renew_hint,
     tomb_path,
 )
-from lora_embed.text import in_lines, utc
+from lora_embed.text import in_lines, number_of, utc
 
 DAY_S = 86400.0
 
@@ -59,14 +59,14 @@ class Collected:
         """For a person."""
         would = "would be removed" if self.is_dry_run else "removed"
         counted = ", ".join(f"{count:,} in {folder}/" for folder, count in sorted(self.by_folder.items()))
-        days = f"{self.retain['grace_days']:g} days"
-        lines = [f"table     {self.table}: keeps {self.retain['versions']} versions, and other files for {days} more"]
+        days = number_of(self.retain["grace_days"], "day")
+        versions = number_of(self.retain["versions"], "version")
+        lines = [f"table     {self.table}: keeps {versions}, and other files for {days} more"]
         lines += [f"versions  {', '.join(map(str, self.kept)) or 'none'}"]
         lines += [f"retired   version {number}; its files stay until {until}" for number, until in self.retired.items()]
         lines += [f"live      run {run_id}; whatever was written since it began stays" for run_id in self.going_on]
-        lines += [
-            f"{would}: {self.objects:,} objects, {self.bytes:,} bytes ({counted})" if self.objects else f"nothing {would}"
-        ]
+        objects = f"{number_of(self.objects, 'object')}, {number_of(self.bytes, 'byte')} ({counted})"
+        lines += [f"{would}: {objects}" if self.objects else f"nothing {would}"]
         return in_lines(lines)
 
 

@@ -8,7 +8,7 @@ from lora_embed.errors import TableError
 from lora_embed.schema import Part
 from lora_embed.store.store import Store
 from lora_embed.table.versions import listed_versions, read_manifest
-from lora_embed.text import counted, in_lines
+from lora_embed.text import counted, in_lines, number_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,10 @@ class TableState:
             lines += [f"version   {self.version} of {self.created}, space {self.space_id}", f"holds     {counted(self.counts)}"]
             lines += [f"retained  versions {', '.join(map(str, self.versions))}", *_gate_lines(self.gates)]
         lines += [f"held back space {space}: {why}" for space, why in self.held.items()]
-        lines += [f"forgotten {self.forgotten:,} images"] if self.forgotten else []
-        lines += [f"staged    {parts:,} parts in {layout}" for layout, parts in self.staged.items()] or ["staged    nothing"]
+        lines += [f"forgotten {number_of(self.forgotten, 'image')}"] if self.forgotten else []
+        lines += [f"staged    {number_of(parts, 'part')} in {layout}" for layout, parts in self.staged.items()] or [
+            "staged    nothing"
+        ]
         return in_lines(lines)
 
 

@@ -15,6 +15,7 @@ from lora_embed.store.store import Store
 from lora_embed.table.manifest import FileEntry
 from lora_embed.table.parquet import RESTORE, RETURN, count_values, damage_named, missing
 from lora_embed.table.read import Table
+from lora_embed.text import agree, number_of
 from lora_embed.vectors.health import hash_each
 
 
@@ -40,7 +41,10 @@ def verify_file(store: Store, entry: FileEntry, *, is_data: bool) -> NDArray[np.
     if per_shard != {name: rows for name, rows in expected.items() if rows} or table.num_rows != entry.rows:
         raise VerificationFailed(f"{where}: its numbers of rows per shard differ from those in the manifest. {RESTORE}")
     if is_data and (twice := len(ids) - len(set(ids))):
-        raise VerificationFailed(f"{where}: {twice} ids occur more than once, expected each id once. {RESTORE}")
+        raise VerificationFailed(
+            f"{where}: {number_of(twice, 'id')} {agree(twice, 'occurs', 'occur')} more than once, expected each id once. "
+            f"{RESTORE}"
+        )
     return hash_each(id_.encode() for id_ in ids)
 
 
@@ -63,7 +67,8 @@ def verify_table(opened: Table) -> None:
         _refuse_twice(opened, alike)
     if len(all_hashes) != manifest.counts["vectors"]:
         raise VerificationFailed(
-            f"{opened.store.uri}: holds {len(all_hashes)} vectors, its manifest says {manifest.counts['vectors']}. {RETURN}"
+            f"{opened.store.uri}: holds {number_of(len(all_hashes), 'vector')}, its manifest says "
+            f"{manifest.counts['vectors']}. {RETURN}"
         )
 
 
@@ -76,5 +81,6 @@ def _refuse_twice(opened: Table, alike: NDArray[np.uint64]) -> None:
         counted.update(id_ for id_, suspect in zip(ids, is_alike, strict=True) if suspect)
     if twice := sorted(id_ for id_, times in counted.items() if times > 1):
         raise VerificationFailed(
-            f"{opened.store.uri}: {len(twice)} ids occur in more than one data file: {twice[0]} …. {RETURN}"
+            f"{opened.store.uri}: {number_of(len(twice), 'id')} {agree(len(twice), 'occurs', 'occur')} in more than one data "
+            f"file: {twice[0]} …. {RETURN}"
         )

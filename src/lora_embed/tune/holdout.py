@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from lora_embed.errors import ConfigError
 from lora_embed.evaluate.figures import BANK_SHARE, seeded_splits, verdict_of
 from lora_embed.evaluate.records import Difference, Figure
+from lora_embed.text import agree, number_of
 from lora_embed.vectors.metrics import knn_accuracy, mean_interval
 
 METRIC = "knn"  # the metric of the search; `lora-embed evaluate` has others
@@ -42,9 +43,11 @@ def refuse_thin(labels: Labels, splits: Splits, part: str) -> None:
     for task, classes in labels.items():
         for bank in splits.banks:
             if len(set(classes[bank & (classes >= 0)].tolist())) < 2 or not (~bank & (classes >= 0)).any():
+                images = int((classes >= 0).sum())
                 raise ConfigError(
-                    f"--label {task}: {int((classes >= 0).sum())} images with this label are {part}, too few to split into a "
-                    "bank of at least two classes and queries. Give more labelled images, or group them by another field."
+                    f"--label {task}: {number_of(images, 'image')} with this label {agree(images, 'is', 'are')} {part}, too "
+                    "few to split into a bank of at least two classes and queries. Give more labelled images, or group them by "
+                    "another field."
                 )
 
 

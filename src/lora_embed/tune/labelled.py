@@ -23,6 +23,7 @@ from lora_embed.schema import Layout, Sample, Shard
 from lora_embed.shards.fields import typed
 from lora_embed.shards.read import read_samples
 from lora_embed.store import local
+from lora_embed.text import number_of
 
 FORMAT = 1
 
@@ -133,7 +134,7 @@ class _Drawing:
                 rejects[bad.reason] += 1
             if time.monotonic() - logged > LOG_EVERY_S:
                 logged = time.monotonic()
-                say(f"{self._drawn.samples:,} samples read, {self._decoded:,} images decoded")
+                say(f"{number_of(self._drawn.samples, 'sample')} read, {number_of(self._decoded, 'image')} decoded")
         self._drawn.rejects = dict(rejects)
         self._pixels.flush()  # type: ignore[attr-defined]  # of the mapped file
         return self._drawn, self._decoded
@@ -189,7 +190,11 @@ def _check(drawn: _Drawn, selection: Wanted, inputs: tuple[str, ...]) -> None:
     for task, name in enumerate(selection.fields):
         classes = {row[task] for row in drawn.labels} - {None}
         if len(classes) < 2:
-            problem = f"has one class, {next(iter(classes))!r}," if classes else f"none of {drawn.samples:,} samples has it"
+            problem = (
+                f"has one class, {next(iter(classes))!r},"
+                if classes
+                else f"none of {number_of(drawn.samples, 'sample')} has it"
+            )
             raise ConfigError(
                 f"--label {name}: {problem} in {', '.join(inputs)}. Expected a field of the samples' JSON, a text member or a "
                 "Parquet column with at least two classes. Correct the field's name, or the input."

@@ -21,7 +21,7 @@ from lora_embed.model.refold import BATCH, Refolder
 from lora_embed.monitor.progress import say
 from lora_embed.store import local
 from lora_embed.store.aside import file_aside
-from lora_embed.text import in_lines
+from lora_embed.text import in_lines, number_of
 from lora_embed.tune.goal import Search
 from lora_embed.tune.held import BEST, EQUAL, TUNED, Held, Rows
 from lora_embed.tune.labelled import LabelledImages, Wanted, read_labelled
@@ -54,13 +54,14 @@ class Tuned:
         weights = ", ".join(f"{name} {weight:g}" for name, weight in winner.weights.items())
         lead = _points(*(self.tuning["lead"][name] for name in ("mean", "low", "high")))
         is_best = winner.space_id == self._candidate(BEST).space_id
-        choice = f"the best of {trials} trials" if is_best else f"chosen because none of {trials} trials is better beyond noise"
+        tried = number_of(trials, "trial")
+        choice = f"the best of {tried}" if is_best else f"chosen because none of {tried} is better beyond noise"
         lines = [
             f"{self.out}: {winner.method} of {weights}{shown_options(winner.options)}, {choice}",
             f"Lead of the best trial over equal weights in the {self.tuning['objective']} gain, on {self.tuning['images']:,} "
             f"images: {lead}",
             f"On {self.tuning['held_back_images']:,} images that the search did not use, kNN accuracy in percent, mean and "
-            f"95 % interval of {splits} splits:",
+            f"95 % interval of {number_of(splits, 'split')}:",
         ]
         for task, adapter_name in self.own.items():
             figures = [figure for figure in self.evaluation.figures if figure.task == task]
@@ -124,7 +125,8 @@ def _checked(search: Search) -> tuple[str, ...]:
     names = tuple(search.recipe.adapter_names)
     if not LEAST_ADAPTERS <= len(names) <= MOST_ADAPTERS:
         raise ConfigError(
-            f"the recipe names {len(names)} adapters, but tune needs {LEAST_ADAPTERS} to {MOST_ADAPTERS}. Change the recipe."
+            f"the recipe names {number_of(len(names), 'adapter')}, but tune needs {LEAST_ADAPTERS} to {MOST_ADAPTERS}. Change "
+            "the recipe."
         )
     if not search.out.absolute().parent.is_dir():
         raise ConfigError(f"--out {search.out}: the folder {search.out.absolute().parent} does not exist. Make it first.")
@@ -174,7 +176,7 @@ def _chosen(search: Search, refolder: Refolder, images: LabelledImages, rows: Ro
     names = [images.names[row] for row in rows]
     say(
         f"the search uses about {most:,} of {len(rows):,} tuning images, so that it can try {LEAST_TRIALS} merges in "
-        f"{minutes:g} minutes"
+        f"{number_of(minutes, 'minute')}"
     )
     return rows[split_by_name(names, most / len(rows), search.seed)]
 
