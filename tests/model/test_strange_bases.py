@@ -15,7 +15,8 @@ from transformers import AutoModel, PreTrainedModel
 
 from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.errors import EncoderError
-from lora_embed.model.base import load_headless, open_headless, read_model_config
+from lora_embed.model.base import load_headless, open_headless
+from lora_embed.model.base_config import read_model_config
 from lora_embed.model.build import build_encoder
 from lora_embed.model.encoder import Encoder, load_encoder
 from lora_embed.model.find_state import find_state

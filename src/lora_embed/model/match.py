@@ -11,7 +11,7 @@ import torch
 
 from lora_embed.errors import AdapterMismatch
 from lora_embed.model.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, SavedAdapter, residual_kind
-from lora_embed.model.base import needs_package, read_model_config
+from lora_embed.model.base_config import needs_package, read_model_config
 from lora_embed.model.base_files import Base
 from lora_embed.model.change import Change, LowRank, Normed, Replaced, Residual, Shift
 from lora_embed.model.locate import family_names, grouped_weights, head_names, locate, weight_shapes
