@@ -1,5 +1,7 @@
 """Bases, image processors and adapters that are refused, through `lora-embed build`: docs/refusals.md lists the messages."""
 
+import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 
 from jobs import ROOT
 from models import save_adapter, save_base
+from refused_adapters import CONFIG_CASES, FOLDER_CASES, MERGE_CASES, TENSOR_CASES
 from refused_bases import FILE_CASES, MODEL_CASES, PROCESSOR_CASES, SIZE_CASES
 from user_errors import WRITES_DOCS, Case, Page, Setup, broken_setup, cause
 
@@ -17,6 +20,10 @@ PAGE = Page(
         "The base's configuration and weights": MODEL_CASES,
         "The image processor": PROCESSOR_CASES,
         "Pooling and image size": SIZE_CASES,
+        "The adapter's folder and files": FOLDER_CASES,
+        "The adapter's configuration": CONFIG_CASES,
+        "The adapter's tensors": TENSOR_CASES,
+        "The merge": MERGE_CASES,
     },
 )
 
@@ -54,3 +61,49 @@ def test_what_is_refused_is_refused_with_the_reason(
     messages[case.what] = cause(case, broken, capsys)
     if not WRITES_DOCS:
         PAGE.compare(case, messages[case.what])
+
+
+@pytest.mark.skipif(WRITES_DOCS, reason="they are written after the last test")
+def test_the_page_lists_exactly_these_cases() -> None:
+    PAGE.assert_lists_these_cases()
+
+
+SOURCE = ROOT / "src" / "lora_embed"
+NAMES_OF_ERRORS = {"AdapterMismatch", "EncoderError", "ConfigError", "StorageError", "ProcessorRefused", "_refused"}
+OF_PROCESSORS = ("processors.py", "geometry.py", "preprocess.py")  # of `images/`; they complete sentences
+OF_ENCODERS = {"description.py", "encoder.py", "follow.py", "golden.py"}  # of `model/`: what they refuse is no base or adapter
+
+
+def refusals() -> Iterator[tuple[str, str]]:
+    """Every message that `model/` and the rules of image processors raise or return, as a pattern, with its place."""
+    files = [path for path in sorted((SOURCE / "model").glob("*.py")) if path.name not in OF_ENCODERS]
+    for path in [*files, *(SOURCE / "images" / name for name in OF_PROCESSORS)]:
+        names = NAMES_OF_ERRORS | ({"ValueError"} if path.parent.name == "images" else set())
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names and node.args:
+                if (pattern := pattern_of(node.args[0])) is not None:
+                    yield f"{path.parent.name}/{path.name}:{node.lineno}", pattern
+
+
+def pattern_of(message: ast.expr) -> str | None:
+    """A pattern of a text in the source: any text may stand where it holds a value. None for a text without words."""
+    parts = message.values if isinstance(message, ast.JoinedStr) else [message]
+    texts = [str(part.value) if isinstance(part, ast.Constant) else None for part in parts]
+    words = sum(len(text) for text in texts if text)
+    return "".join(".*" if text is None else re.escape(" ".join(text.split(" "))) for text in texts) if words > 12 else None
+
+
+UNCAUSED = {  # beginnings of words in messages that no file of a user causes in a test → why
+    "exists and is not empty": "errors.md has it",
+}
+
+
+def test_every_refusal_stands_on_the_page() -> None:
+    page = PAGE.path.read_text(encoding="utf-8") + (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    rows = [re.sub(r"</?br>", " ", line) for line in page.splitlines()]
+    absent = {
+        place: pattern
+        for place, pattern in refusals()
+        if not any(re.search(pattern, row) for row in rows) and not any(words in pattern for words in map(re.escape, UNCAUSED))
+    }
+    assert not absent
