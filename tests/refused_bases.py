@@ -91,14 +91,8 @@ def index(content: Any) -> Breaks:
 
 
 def locked(name: str) -> Breaks:
-    """A file that an ordinary user may not read, in a folder that others may enter."""
-
-    def lock(setup: Setup) -> None:
-        for folder in (setup.folder, *(path for path in setup.folder.iterdir() if path.is_dir())):
-            folder.chmod(0o755)
-        (setup.folder / name).chmod(0)
-
-    return lock
+    """A file that an ordinary user may not read."""
+    return lambda s: (s.folder / name).chmod(0)
 
 
 def replaced(family: str, **recipe: Any) -> Breaks:
@@ -151,17 +145,23 @@ FILE_CASES = [
     refused(
         "no such base on the hub",
         lambda s: s.recipe(base_model="nobody/no-such-model"),
-        "nobody/no-such-model", "neither a local directory nor a repository", "Check the name",
+        "nobody/no-such-model",
+        "neither a local directory nor a repository",
+        "Check the name",
     ),
     refused(
         "a repository that cannot be read",
         lambda s: s.recipe(base_model="hf://nobody/no-such-model"),
-        "hf://nobody/no-such-model: this repository of the hub cannot be read", "Check the name",
+        "hf://nobody/no-such-model: this repository of the hub cannot be read",
+        "Check the name",
     ),
     refused(
         "a base that is neither here nor said to be on the hub",
         lambda s: s.recipe(base_model="ten/base"),
-        "base_model is ten/base", "no directory", "/ten/base. Correct the path", "write hf://ten/base if",
+        "base_model is ten/base",
+        "no directory",
+        "/ten/base. Correct the path",
+        "write hf://ten/base if",
     ),
     refused(
         "a URI of the hub that names nothing", lambda s: s.recipe(base_model="hf://owner/../name"), "expected hf://owner/name"
@@ -169,7 +169,8 @@ FILE_CASES = [
     refused(
         "two revisions",
         lambda s: s.recipe(base_model="hf://owner/name@main", revision="v2"),
-        "names revision main, but the key revision is v2", "Remove one",
+        "names revision main, but the key revision is v2",
+        "Remove one",
     ),
     refused("an adapter as the base", lambda s: s.recipe(base_model="./ten"), "/ten", "is an adapter, not a model"),
     refused("a base without config.json", lambda s: s.remove(CONFIG), "/base", "no config.json", "Name the model's directory"),
@@ -179,29 +180,37 @@ FILE_CASES = [
     refused(
         "a base in the form of timm",
         lambda s: (s.remove(PROCESSOR), s.text(CONFIG, '{"pretrained_cfg": {}}')),
-        "/base", "form of the library timm", "form of transformers",
+        "/base",
+        "form of the library timm",
+        "form of transformers",
     ),
     refused(
         "a base with pickled weights only",
         lambda s: s.move(WEIGHTS, "base/pytorch_model.bin"),
-        "/base", "pickled weights are never opened", "Save the model again",
+        "/base",
+        "pickled weights are never opened",
+        "Save the model again",
     ),
     refused(
         "weights of another name",
         lambda s: s.move(WEIGHTS, "base/weights.safetensors"),
-        "/base", "found weights.safetensors", "model.safetensors.index.json",
+        "/base",
+        "found weights.safetensors",
+        "model.safetensors.index.json",
     ),
     refused("an index that is no JSON", index("{"), "/base", "index.json is damaged", "Copy"),
     refused("an index of no files", index({"weight_map": {}}), "/base", "names no files"),
     refused(
         "a file of weights missing",
         index({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}),
-        "/base", "'model-00002-of-00002.safetensors'",
+        "/base",
+        "'model-00002-of-00002.safetensors'",
     ),
     refused(
         "an index that leads out of the folder",
         index({"weight_map": {"a": "../ten/adapter_model.safetensors"}}),
-        "/base", "'../ten/adapter_model.safetensors'",
+        "/base",
+        "'../ten/adapter_model.safetensors'",
     ),
     refused("a link in the base's folder", linked(WEIGHTS, "elsewhere/model.safetensors"), "/model.safetensors: is a link"),
     refused("a pipe in the base's folder", piped(CONFIG), "/base/config.json: is not an ordinary file"),
@@ -211,7 +220,7 @@ FILE_CASES = [
     refused(
         "a configuration that may not be read", locked(CONFIG), "/base/config.json", "Permission denied", as_ordinary_user=True
     ),
-]  # fmt: skip
+]
 
 MODEL_CASES = [
     # The configuration
@@ -221,7 +230,9 @@ MODEL_CASES = [
     refused(
         "a model that comes with its own code",
         config(model_type="own", auto_map={"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}),
-        "/base", "model_type 'own'", "is never run",
+        "/base",
+        "model_type 'own'",
+        "is never run",
     ),
     refused("a type that AutoModel does not know", of_type("blip"), "/base", "AutoModel", "'blip_vision_model'"),
     refused("a model that needs the library natten", of_type("dinat"), "/base", "needs a package", "natten", "Install it"),
@@ -229,24 +240,32 @@ MODEL_CASES = [
     refused(
         "a quantised base",
         config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
-        "/base", "quantization_config", "quantised",
+        "/base",
+        "quantization_config",
+        "quantised",
     ),
     refused(
         "a configuration that names other files",
         config(transformers_weights="other.safetensors"),
-        "/base", "config.json sets transformers_weights", "Remove that key",
+        "/base",
+        "config.json sets transformers_weights",
+        "Remove that key",
     ),
     refused(
         "an implementation from a repository",
         config(attn_implementation="somebody/flash-attention"),
-        "/base", "config.json sets attn_implementation", "Remove that key",
+        "/base",
+        "config.json sets attn_implementation",
+        "Remove that key",
     ),
     refused("a million layers", config(num_hidden_layers=10**6), "/base", "num_hidden_layers is 1000000, more than any model"),
     refused("more layers than the files hold", config(num_hidden_layers=2000), "/base", "num_hidden_layers 2000", "tensors"),
     refused(
         "a larger model than the files hold",
         config(hidden_size=1024),
-        "/base", "config.json describes a model of", "but the weight files hold",
+        "/base",
+        "config.json describes a model of",
+        "but the weight files hold",
     ),
     # The kind of model
     refused("a model of texts", of_type("bert"), "BertModel takes no pixel_values", "ViT, DINOv2"),
@@ -262,31 +281,43 @@ MODEL_CASES = [
     refused(
         "weights missing",
         weights(lambda found: {name: t for name, t in found.items() if "layer.1." not in name}),
-        "/base", "weights of ViTModel are not in its files",
+        "/base",
+        "weights of ViTModel are not in its files",
     ),
     refused(
         "weights of another size",
         lambda s: (config(intermediate_size=128)(s), s.recipe(**ALONE)),
-        "/base", "cannot be loaded",
+        "/base",
+        "cannot be loaded",
     ),
     refused("a model that is held twice", weights(twice), "hold ViTModel 2 times, below ['student.', 'teacher.']"),
     refused("a dual encoder's vision model twice", vision_twice, "hold CLIPVisionModel 2 times", "image_model."),
     refused(
         "quantised weights",
         weights(lambda found: {n: t.to(torch.int8) if "intermediate" in n else t for n, t in found.items()}),
-        "/base", "int8", "quantised",
+        "/base",
+        "int8",
+        "quantised",
     ),
     refused(
         "NaN in the base",
         lambda s: (weights(lambda found: {n: t * torch.nan for n, t in found.items()})(s), s.recipe(**ALONE)),
-        "/base", "hold NaN or infinity",
+        "/base",
+        "hold NaN or infinity",
+    ),
+    refused(
+        "zeros in the base",
+        lambda s: (weights(lambda found: {n: torch.zeros_like(t) for n, t in found.items()})(s), s.recipe(**ALONE)),
+        "/base",
+        "vectors that are zero",
+        "name another base",
     ),
     # What the model gives
     refused("a model without hidden states", made("detr"), "/base", "DetrModel gives no hidden states", "last_mean"),
     refused("a hidden state of no block", made("mgp-str"), "/base", "not the output of the last of its blocks"),
     refused("a model that packs its images", made("pixtral"), "/base", "shape (1, 32, 32) for 2 images"),
     refused("a map whose channels cannot be told", small_sam, "/base", "do not show which axis is the channels"),
-]  # fmt: skip
+]
 
 PROCESSOR_CASES = [
     refused("a processor that is no JSON", lambda s: s.text(PROCESSOR, "{"), "/base/preprocessor_config.json", "Copy"),
@@ -294,17 +325,22 @@ PROCESSOR_CASES = [
     refused(
         "a processor of texts alone",
         lambda s: (s.remove(PROCESSOR), s.text("base/processor_config.json", '{"processor_class": "CLIPProcessor"}')),
-        "/base", "has no image processor", "Save the image processor",
+        "/base",
+        "has no image processor",
+        "Save the image processor",
     ),
     refused(
         "a processor without its name",
         lambda s: (replaced("dinov2_with_registers")(s), s.text(PROCESSOR, '{"size": 32}')),
-        "/base/preprocessor_config.json", "no image_processor_type",
+        "/base/preprocessor_config.json",
+        "no image_processor_type",
     ),
     refused(
         "an image processor that transformers does not know",
         processor("MyImageProcessor"),
-        "/base/preprocessor_config.json", "'MyImageProcessor', which this version of transformers", "name another base",
+        "/base/preprocessor_config.json",
+        "'MyImageProcessor', which this version of transformers",
+        "name another base",
     ),
     refused("an image processor for torchvision alone", processor("RfDetrImageProcessor"), "torchvision alone", "Name another"),
     refused("an image processor of videos", processor("VideoMAEImageProcessor"), "prepares videos", "Name another base"),
@@ -324,18 +360,23 @@ PROCESSOR_CASES = [
     refused("a filter that Pillow does not have", processor(resample=9), "resample '9'", "0 to 5"),
     refused("rescale_factor that is no number", processor(rescale_factor="1/255"), "rescale_factor '1/255', expected a number"),
     refused("a size that is no number", processor(size={"height": "32", "width": 32}), "height '32', expected a number"),
+    refused("a size that is text", processor("DINOv3ViTImageProcessor", size="9"), "size '9', expected the lengths of edges"),
     refused("a size without edges", processor(size={"longest_edge": 32}), "expected height and width, or shortest_edge"),
-    refused("a size without the edge that its class needs", processor(
-        "SamImageProcessor", size={"height": 32, "width": 32}
-    ), "expected a longest_edge"),
+    refused(
+        "a size without the edge that its class needs",
+        processor("SamImageProcessor", size={"height": 32, "width": 32}),
+        "expected a longest_edge",
+    ),
     refused("a crop without edges", processor(do_center_crop=True, crop_size={"shortest_edge": 32}), "crop_size"),
     refused("crop_pct of zero", processor("ConvNextImageProcessor", crop_pct=0, size={"shortest_edge": 32}), "above 0"),
     refused("Donut without padding", processor("DonutImageProcessor", do_pad=False), "do_thumbnail or do_pad false"),
     refused("images of a billion pixels", processor(size={"height": 10**9, "width": 10**9}), "an edge of 1000000000 pixels"),
-    refused("padding that is smaller than the image", processor(
-        "RTDetrImageProcessor", do_pad=True, size={"height": 32, "width": 32}, pad_size={"height": 16, "width": 16}
-    ), "pads images to 16×16 pixels"),
-]  # fmt: skip
+    refused(
+        "padding that is smaller than the image",
+        processor("RTDetrImageProcessor", do_pad=True, size={"height": 32, "width": 32}, pad_size={"height": 16, "width": 16}),
+        "pads images to 16×16 pixels",
+    ),
+]
 
 SIZE_CASES = [
     refused("a pooling of a class token that the model lacks", replaced("siglip", pooling="cls"), "needs a class token"),
@@ -344,18 +385,29 @@ SIZE_CASES = [
     refused(
         "an image processor that gives images of different sizes",
         processor(size={"shortest_edge": 32}),
-        "/base", "images of different sizes", "Set image_size in the recipe",
+        "/base",
+        "images of different sizes",
+        "Set image_size in the recipe",
     ),
     refused(
         "an image processor that rounds image_size",
         processor("DPTImageProcessor", ensure_multiple_of=14, image_size=32),
-        "/base", "rounds image_size, which is 32, to images of 28×28 pixels", "Set image_size: 28",
+        "/base",
+        "rounds image_size, which is 32, to images of 28×28 pixels",
+        "Set image_size: 28",
     ),
-    refused("decode: fast without a resize", processor(
-        do_resize=False, do_center_crop=True, crop_size={"height": 32, "width": 32}, decode="fast"
-    ), "decode: fast has no effect", "decode: exact"),
-    refused("decode: fast for large images", processor(
-        size={"height": 2400, "width": 2400}, decode="fast"
-    ), "so large that decode: fast", "decode: exact", slow=True),
+    refused(
+        "decode: fast without a resize",
+        processor(do_resize=False, do_center_crop=True, crop_size={"height": 32, "width": 32}, decode="fast"),
+        "decode: fast has no effect",
+        "decode: exact",
+    ),
+    refused(
+        "decode: fast for large images",
+        processor(size={"height": 2400, "width": 2400}, decode="fast"),
+        "so large that decode: fast",
+        "decode: exact",
+        slow=True,
+    ),
     refused("decode: fast with a coarse filter", processor(resample=0, decode="fast"), "differ from exact ones"),
-]  # fmt: skip
+]

@@ -283,6 +283,13 @@ TABLE_CASES = [
         ["shards", "not empty", "Name another directory"],
         arguments=["build", "recipe.yaml", "--out", "shards"],
     ),
+    Case(
+        "an encoder's directory that cannot be written",
+        locked,
+        ["locked/encoder", "may write to", "Name another directory"],
+        arguments=["build", "recipe.yaml", "--out", "locked/encoder"],
+        as_ordinary_user=True,
+    ),
 ]
 
 VERSION_CASES = [

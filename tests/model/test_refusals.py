@@ -93,17 +93,28 @@ def pattern_of(message: ast.expr) -> str | None:
     return "".join(".*" if text is None else re.escape(" ".join(text.split(" "))) for text in texts) if words > 12 else None
 
 
-UNCAUSED = {  # beginnings of words in messages that no file of a user causes in a test → why
-    "exists and is not empty": "errors.md has it",
+BUG = "only a bug of lora-embed would cause it"
+ENCODER = "only an encoder.json that was changed causes it"
+UNCAUSED = {  # words of messages that no base and no adapter causes here → why
+    "is a bug of lora-embed": BUG,
+    "the saved change differs from the one recomputed": BUG,
+    "so it cannot be stored as an adapter": BUG,
+    "tap is": ENCODER,
+    "which does not go with fit": ENCODER,
+    "gives images of different sizes: resize has no": ENCODER,
+    "which needs a crop": ENCODER,
+    "different states each time": "no type of today's transformers does so; test_strange_bases.py makes such a model",
+    "has other tokens among its patches": "likewise",
 }
 
 
+@pytest.mark.skipif(WRITES_DOCS, reason="they are written after the last test")
 def test_every_refusal_stands_on_the_page() -> None:
-    page = PAGE.path.read_text(encoding="utf-8") + (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
-    rows = [re.sub(r"</?br>", " ", line) for line in page.splitlines()]
-    absent = {
-        place: pattern
-        for place, pattern in refusals()
-        if not any(re.search(pattern, row) for row in rows) and not any(words in pattern for words in map(re.escape, UNCAUSED))
+    pages = [page.read_text(encoding="utf-8") for page in (PAGE.path, ROOT / "docs" / "errors.md")]
+    rows = [line for page in pages for line in page.splitlines()]
+    absent = {place: pattern for place, pattern in refusals() if not any(re.search(pattern, row) for row in rows)}
+    patterns = absent.values()
+    assert not [words for words in UNCAUSED if not any(re.escape(words) in pattern for pattern in patterns)]
+    assert not {
+        place: pattern for place, pattern in absent.items() if not any(re.escape(words) in pattern for words in UNCAUSED)
     }
-    assert not absent

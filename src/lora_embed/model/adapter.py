@@ -44,7 +44,6 @@ _IRRELEVANT = {
 # Initialisations that do not change the base, and two whose change of the base can be computed from the base alone.
 _HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _RESIDUAL_INITIALISATIONS = ("pissa", "olora")
-_CONVERTIBLE = re.compile("pissa|corda|lora_ga")  # how the names of those begin that PEFT can convert to plain LoRA
 _PART = re.compile(r"adapter_model.*-of-\d+\.safetensors|.*\.index\.json")  # of weights in several files
 _BLOCK = 2**20  # bytes that are read at a time
 MOST_NAMED = 1000  # characters in the name of a tensor, a module or a base
@@ -191,11 +190,13 @@ def _check_fields(uri: str, config: dict[str, Any]) -> None:
     lowered = initialisation.lower() if isinstance(initialisation, str) else initialisation
     if lowered not in _HARMLESS_INITIALISATIONS and residual_kind(config) is None:
         advice = "Merge this adapter into its own base by PEFT's merge_and_unload, and name the result as the base."
-        if isinstance(lowered, str) and _CONVERTIBLE.match(lowered):
+        reason = "is not known"
+        if isinstance(lowered, str) and re.match("pissa|corda|lora_ga|loftq", lowered):
+            reason = "changes the base's own weights in a way that the files do not show"
+        if lowered != "loftq" and reason != "is not known":  # PEFT converts the others
             advice = "Convert it to a plain LoRA adapter: save it with PEFT's path_initial_model_for_weight_conversion."
         raise AdapterMismatch(
-            f"{uri}: was trained with init_lora_weights={json.dumps(initialisation)}, which is not known, or changes the "
-            f"base's own weights in a way that the files do not show. {advice}"
+            f"{uri}: was trained with init_lora_weights={json.dumps(initialisation)}, which {reason}. {advice}"
         )
 
 

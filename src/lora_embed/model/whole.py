@@ -34,7 +34,7 @@ class Target:
 def check_patterns(saved: SavedAdapter, patterns: list[list[Expression]], names: list[str]) -> None:
     """Raises AdapterMismatch for a stranger's regular expression that cannot be read, or whose matching may never end."""
     if (problem := problem_with(patterns, names)) is not None:
-        raise AdapterMismatch(f"{saved.uri}: a pattern of {CONFIG_NAME} cannot be used: {problem}. Save the adapter again.")
+        raise AdapterMismatch(f"{saved.uri}: a pattern of {CONFIG_NAME} cannot be used: {problem}. Correct it there.")
 
 
 def check_whole(saved: SavedAdapter, target: Target, adapted: dict[str, str]) -> None:
