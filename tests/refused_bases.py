@@ -288,7 +288,7 @@ MODEL_CASES = [
         "weights of another size",
         lambda s: (config(intermediate_size=128)(s), s.recipe(**ALONE)),
         "/base",
-        "cannot be loaded",
+        "have other shapes in the files than in config.json",
     ),
     refused("a model that is held twice", weights(twice), "hold ViTModel 2 times, below ['student.', 'teacher.']"),
     refused("a dual encoder's vision model twice", vision_twice, "hold CLIPVisionModel 2 times", "image_model."),
@@ -313,7 +313,7 @@ MODEL_CASES = [
         "name another base",
     ),
     # What the model gives
-    refused("a model without hidden states", made("detr"), "/base", "DetrModel gives no hidden states", "last_mean"),
+    refused("a model without hidden states", made("detr"), "/base", "DetrModel gives no hidden_states", "last_mean"),
     refused("a hidden state of no block", made("mgp-str"), "/base", "not the output of the last of its blocks"),
     refused("a model that packs its images", made("pixtral"), "/base", "shape (1, 32, 32) for 2 images"),
     refused("a map whose channels cannot be told", small_sam, "/base", "do not show which axis is the channels"),

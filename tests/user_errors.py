@@ -34,6 +34,7 @@ VARYING = re.compile(
     "|".join(
         [
             r"(?<=can be read \().+(?=\)\. Check the name)",
+            r"(?<=cannot be read \().+(?=\)\. Check the name)",
             r"(?<=pixels \().+(?=\)\. Correct image_size)",
             r"(?<=safetensors file \().+(?=\)\. )",
             r"(?<=cannot be loaded: ).+(?=\. Copy or)",

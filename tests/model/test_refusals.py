@@ -80,9 +80,9 @@ def refusals() -> Iterator[tuple[str, str]]:
     for path in [*files, *(SOURCE / "images" / name for name in OF_PROCESSORS)]:
         names = NAMES_OF_ERRORS | ({"ValueError"} if path.parent.name == "images" else set())
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names and node.args:
-                if (pattern := pattern_of(node.args[0])) is not None:
-                    yield f"{path.parent.name}/{path.name}:{node.lineno}", pattern
+            is_error = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names and node.args
+            if is_error and (pattern := pattern_of(node.args[0])) is not None:
+                yield f"{path.parent.name}/{path.name}:{node.lineno}", pattern
 
 
 def pattern_of(message: ast.expr) -> str | None:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lora_embed.model.base_config import (
     without_pooler,
 )
 from lora_embed.model.files import weight_files
-from lora_embed.model.weights import weights_of
+from lora_embed.model.weights import shape_of, weights_of
 from lora_embed.text import in_one_line
 
 MOST_LAYERS = 1000  # layers of a model whose files hold fewer tensors than that
@@ -92,6 +93,7 @@ def _load(folder: Path, where: str, config: PretrainedConfig, prefix: str = "") 
                 config=config,
                 state_dict=state,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by their names
                 dtype=torch.float32,
                 **without_pooler(config),
             )
@@ -99,10 +101,22 @@ def _load(folder: Path, where: str, config: PretrainedConfig, prefix: str = "") 
         raise needs_package(config.model_type, error, where) from None
     except LIBRARY_ERRORS as error:
         raise _not_loaded(where, error) from None
+    _check_shapes(model, info["mismatched_keys"], where)
     for name, value in fields.items():  # LeViT's class changes its configuration whenever a model is made
         if name != "dtype" and getattr(model.config, name) != value:
             setattr(model.config, name, value)
     return model, sorted(info["missing_keys"])
+
+
+def _check_shapes(model: PreTrainedModel, mismatched: Iterable[tuple[str, torch.Size, torch.Size]], where: str) -> None:
+    """`mismatched`: names with the shapes of the files and those of the configuration."""
+    differing = [f"{name} {shape_of(stored)}, expected {shape_of(expected)}" for name, stored, expected in sorted(mismatched)]
+    if differing:
+        raise EncoderError(
+            f"{where}: {len(differing)} weights of {type(model).__name__} have other shapes in the files than in config.json: "
+            f"{'; '.join(differing[:3])}. The files belong to different models, or were changed. Copy all files of one model "
+            "again."
+        )
 
 
 def _check_quantised(tensors: dict[str, torch.Tensor], where: str) -> None:

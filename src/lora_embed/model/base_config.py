@@ -85,7 +85,7 @@ def _check_config(folder: Path, where: str) -> None:
     try:
         if path is None:
             raise ValueError("the file does not exist")
-        about = read_json(path)
+        about = _read(path, where)
         _check_type(about if isinstance(about, dict) else {}, where)
         for key, value in fields_of(about):
             if value and key == "quantization_config":
@@ -99,6 +99,13 @@ def _check_config(folder: Path, where: str) -> None:
                 raise ValueError(f"{key} is {str(value)[:100]}, more than any model has")
     except ValueError as error:
         raise EncoderError(f"{where}: config.json is not that of a known model: {error}. {_ANOTHER}") from None
+
+
+def _read(path: Path, where: str) -> Any:
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise EncoderError(f"{where}: config.json is not valid JSON ({in_one_line(error)}). {_ANOTHER}") from None
 
 
 def _check_type(about: dict[str, Any], where: str) -> None:

@@ -109,7 +109,7 @@ def _last_of_hidden_states(name: str, states: Any, final: Any, watched: _Watched
     """`hidden_states[-1]`, and the module that gives it."""
     advice = "Use pooling: last_mean, or name another base." if isinstance(final, torch.Tensor) else "Name another base."
     if not states or not isinstance(states[-1], torch.Tensor):
-        raise EncoderError(f"{name} gives no hidden states, which pooling by them needs. {advice}")
+        raise EncoderError(f"{name} gives no hidden_states, which all poolings need but those that begin with last_. {advice}")
     if isinstance(final, torch.Tensor) and torch.equal(states[-1], final):
         return "", states[-1]
     for block in watched.names:

@@ -20,6 +20,7 @@ from lora_embed.model.names import COMPUTED, Names, read_names
 from lora_embed.model.peft_private import expressions_of_names, named_by
 from lora_embed.model.placing import Placing, place
 from lora_embed.model.statistics import check_statistics, lost_statistics
+from lora_embed.model.weights import shape_of
 from lora_embed.model.whole import (
     Target,
     check_biases,
@@ -29,7 +30,6 @@ from lora_embed.model.whole import (
     check_saved_modules,
     check_types,
     check_whole,
-    shape_of,
     untargeted,
 )
 

@@ -12,7 +12,8 @@ from transformers import CONFIG_MAPPING
 
 from lora_embed.errors import AdapterMismatch
 from lora_embed.model.adapter import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, first_names
-from lora_embed.model.whole import Target, shape_of
+from lora_embed.model.weights import shape_of
+from lora_embed.model.whole import Target
 from lora_embed.store.hub import plain_name
 
 _OTHER_PARTS = re.compile("text|language|llm|decoder")  # their weights may have the same names and shapes
