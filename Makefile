@@ -64,7 +64,7 @@ families: setup
 	$(BIN)/python campaigns/families.py --repeat 10 --processes 2 --write $(FAMILIES)
 
 errors: setup
-	LORA_EMBED_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_errors.py
+	LORA_EMBED_WRITE_DOCS=1 $(BIN)/python -m pytest tests/test_errors.py tests/model/test_refusals.py
 
 mistakes: setup
 	$(BIN)/python campaigns/mistakes.py --write

@@ -13,7 +13,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 
 from family_specs import CLASSIFIED, OTHERS, POOLINGS, WRAPPERS, Form, Spec
 from lora_embed.errors import EncoderError
-from lora_embed.model.base import read_model_config
+from lora_embed.model.base_config import read_model_config
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"

@@ -2,8 +2,8 @@
 
     python campaigns/mistakes.py --write     # into docs/mistakes.md; make mistakes
 
-The mistakes are cases of tests/test_errors.py. Exit code 1 if one ends otherwise than its case says, or takes more than three
-seconds of CPU although no weights have to be read for it.
+The mistakes are cases of tests/test_errors.py and tests/model/test_refusals.py. Exit code 1 if one ends otherwise than its
+case says, or takes more than three seconds of CPU although no weights have to be read for it.
 """
 
 import argparse
@@ -22,7 +22,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # what camp
 import ray
 
 from jobs import ROOT
-from test_errors import CASES, Case, Setup, as_documented, make_good, publish
+from refused_adapters import FOLDER_CASES, MERGE_CASES, TENSOR_CASES
+from refused_bases import FILE_CASES
+from test_errors import PAGE as ERRORS
+from test_errors import make_good, publish
+from user_errors import Case, Setup, as_documented
 
 PAGE = ROOT / "docs" / "mistakes.md"
 BEGIN, END = "<!-- written by campaigns/mistakes.py --write -->", "<!-- end -->"
@@ -108,7 +112,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.relative_to(ROOT)}")
     arguments = parser.parse_args()
-    by_name = {case.what: case for case in CASES}
+    cases = [*ERRORS.cases, *FILE_CASES, *FOLDER_CASES, *TENSOR_CASES, *MERGE_CASES]
+    by_name = {case.what: case for case in cases}
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)

@@ -4,20 +4,14 @@
 """
 
 import json
-import os
-import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import yaml
 
 from jobs import ROOT, write_tars
 from lora_embed import open_table
@@ -26,111 +20,12 @@ from lora_embed.cli.main import run_command
 from lora_embed.config.models import load_job
 from lora_embed.run.job import run_job
 from lora_embed.search.export import export_index
-from lora_embed.store import remote
-from models import edit_tensors, save_adapter, save_base
+from models import save_adapter, save_base
 from samples import png, tar_of
+from user_errors import LIMIT_S, WRITES_DOCS, Case, Page, Setup, broken_setup, cause, everything, nothing
 
-LIMIT_S = 10.0  # for one error; those found by reading alone take a few hundredths
-DOCS = ROOT / "docs" / "errors.md"
-WRITES_DOCS = os.environ.get("LORA_EMBED_WRITE_DOCS") == "1"
-NEUTRAL = "/data/products"  # in the docs, the folder of a setup
-# Parts of messages that differ between machines, or that other libraries wrote; `…` in the docs.
-VARYING = re.compile(
-    "|".join(
-        [
-            r"(?<=can be read \().+(?=\)\. Check the name)",
-            r"(?<=pixels \().+(?=\)\. Correct image_size)",
-            r"(?<=safetensors file \().+(?=\)\. )",
-            r"(?<=cannot be loaded: ).+(?=\. Copy or)",
-            r"(?<=is damaged \().+(?=\)\. )",
-            r"(?<=/products)\?[^\"]+",
-            r"(?<=storage option: ).+(?= unexpected)",
-            r"(?<=not_an_image \().+(?=\)\. )",
-            r"\b[0-9a-f]{12,}\b",
-        ]
-    ),
-    re.DOTALL,
-)
-ORDINARY_USER = 65534
 KEYS = {"key": "k", "secret": "s"}
 NOWHERE = KEYS | {"endpoint_url": "http://127.0.0.1:9", "config_kwargs": {"retries": {"total_max_attempts": 1}}}
-RECIPE = {"base_model": "./base", "adapters": [{"path": "./ten", "weight": 0.5}, {"path": "./more", "weight": 0.5}]}
-JOB = {
-    "recipe": "recipe.yaml",
-    "input": "shards",
-    "table": "table",
-    "precision": "float32",
-    "batch_size": 16,
-    "resources": {"device": "cpu", "actors": {"max": 1}},
-}
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A good job in a folder of its own, to be broken."""
-
-    folder: Path
-
-    def job(self, **changes: Any) -> None:
-        write_yaml(self.folder / "job.yaml", JOB | changes)
-
-    def recipe(self, **changes: Any) -> None:
-        write_yaml(self.folder / "recipe.yaml", RECIPE | changes)
-
-    def text(self, name: str, text: str) -> None:
-        (self.folder / name).write_text(text)
-
-    def processor(self, **settings: Any) -> None:
-        self.text("base/preprocessor_config.json", json.dumps(settings))
-
-    def adapter_config(self, **changes: Any) -> None:
-        path = self.folder / "ten" / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    def tensors(self, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
-        edit_tensors(self.folder / "ten", change)
-
-    def remove(self, *names: str) -> None:
-        for name in names:
-            path = self.folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def cut(self, name: str) -> None:
-        path = self.folder / name
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-    def list(self, name: str, text: str, **changes: Any) -> None:
-        """The job's input is a list of references."""
-        (self.folder / name).parent.mkdir(parents=True)
-        (self.folder / name).write_text(text)
-        self.job(input=name, **changes)
-
-    def move(self, name: str, target: str) -> None:
-        (self.folder / target).parent.mkdir(parents=True, exist_ok=True)
-        (self.folder / name).rename(self.folder / target)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One user error: its name in the docs, what breaks a good setup, and what the message must say."""
-
-    what: str
-    breaks: Callable[[Setup], Any]
-    says: list[str]  # parts of its message: what, where, what to do
-    arguments: list[str] = field(default_factory=lambda: ["run", "job.yaml"])
-    code: int = 2  # exit code
-    published: bool = False  # the setup's table holds version 1
-    builds: bool = False  # shows only when the encoder is built; what was done until then may be told before the message
-    starts: bool = False  # needs the cluster; likewise
-    as_ordinary_user: bool = False  # root may write anywhere
-
-
-def write_yaml(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-
-
-def nothing(_setup: Setup) -> None:
-    """For what is wrong with the command alone."""
 
 
 def photo(setup: Setup) -> None:
@@ -143,66 +38,6 @@ def broken_link(setup: Setup) -> None:
 
 def with_set(*overrides: str) -> list[str]:
     return ["run", "job.yaml", *(part for override in overrides for part in ("--set", override))]
-
-
-def without_half(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith("layers.0.attention.q_proj.lora_B.weight")}
-
-
-def with_nan(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: torch.full_like(tensor, torch.nan) if "lora_B" in name else tensor for name, tensor in tensors.items()}
-
-
-def renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.replace("q_proj", "wrong_name"): tensor for name, tensor in tensors.items()}
-
-
-def untrained(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in tensors.items()}
-
-
-def other_base(setup: Setup) -> None:
-    base = save_base(setup.folder / "wider", hidden_size=48)
-    save_adapter(setup.folder / "wide", base)
-    setup.recipe(adapters=[{"path": "./wide"}])
-
-
-def folder_of_adapters(setup: Setup) -> None:
-    setup.move("ten", "all/ten")
-    setup.recipe(adapters=[{"path": "./all"}])
-
-
-def in_parts(setup: Setup) -> None:
-    for number in (1, 2):
-        name = f"ten/adapter_model-0000{number}-of-00002.safetensors"
-        shutil.copy(setup.folder / "ten" / "adapter_model.safetensors", setup.folder / name)
-    setup.remove("ten/adapter_model.safetensors")
-
-
-def with_second(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return tensors | {n.replace("lora_A", "lora_A.more"): t.clone() for n, t in tensors.items() if "lora_A" in n}
-
-
-def emptied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: torch.empty(0) if "lora_" in name else tensor for name, tensor in tensors.items()}
-
-
-def with_fc(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return tensors | {"base_model.model.fc.weight": torch.ones(10, 32)}
-
-
-def of_two_models(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {n.replace("vit.", "teacher." if "layers.0" in n else "student."): t for n, t in tensors.items()}
-
-
-def language_model(setup: Setup) -> None:
-    setup.adapter_config(task_type="CAUSAL_LM", base_model_name_or_path="somebody/words-7b")
-    setup.tensors(lambda found: {n.replace("vit.layers", "model.blocks"): t for n, t in found.items()})
-
-
-def ranks_differ(setup: Setup) -> None:
-    save_adapter(setup.folder / "rank8", setup.folder / "base", r=8)
-    setup.recipe(adapters=[{"path": "./ten"}, {"path": "./rank8"}], merge_method="linear")
 
 
 def put(setup: Setup, name: str, data: bytes, **changes: Any) -> None:
@@ -275,12 +110,6 @@ RECIPE_CASES = [
         ["/recipe.yaml", "unknown key 'adapters[0].wieght'", "Did you mean 'weight'?"],
     ),
     Case("an unknown pooling", lambda s: s.recipe(pooling="max"), ["/recipe.yaml", 'pooling is "max"', "patch_mean"]),
-    Case(
-        "an image size that the base does not take",
-        lambda s: s.recipe(image_size=48),
-        ["/base", "does not take images of 48×48 pixels", "Correct image_size"],
-        builds=True,
-    ),
     Case("an image size too small", lambda s: s.recipe(image_size=7), ["/recipe.yaml", "image_size is 7", "at least 8"]),
     Case(
         "a weight that is no number",
@@ -288,160 +117,6 @@ RECIPE_CASES = [
         ["/recipe.yaml", "adapters[0].weight is NaN", "finite"],
     ),
     Case("no adapters", lambda s: s.recipe(adapters=[]), ["/recipe.yaml", "adapters is empty", "merge_method to none"]),
-    Case("no such base", lambda s: s.recipe(base_model="./bsae"), ["/bsae", "no such directory"]),
-    Case(
-        "no such base on the hub",
-        lambda s: s.recipe(base_model="nobody/no-such-model"),
-        ["nobody/no-such-model", "neither a local directory nor a repository", "Check the name"],
-    ),
-    Case(
-        "a base without image preparation",
-        lambda s: s.remove("base/preprocessor_config.json"),
-        ["/base", "no preprocessor_config.json", "Save the image processor"],
-    ),
-    Case(
-        "a base in the form of timm",
-        lambda s: (s.remove("base/preprocessor_config.json"), s.text("base/config.json", '{"pretrained_cfg": {}}')),
-        ["/base", "form of the library timm", "form of transformers"],
-    ),
-    Case(
-        "an image processor that transformers does not know",
-        lambda s: s.processor(image_processor_type="MyImageProcessor"),
-        ["/base/preprocessor_config.json", "'MyImageProcessor', which this version of transformers", "name another base"],
-        builds=True,
-    ),
-    Case(
-        "an image processor that is not supported",
-        lambda s: s.processor(image_processor_type="VideoMAEImageProcessor"),
-        ["/base", "VideoMAEImageProcessor prepares videos", "Name another base"],
-        builds=True,
-    ),
-    Case(
-        "an image processor for torchvision alone",
-        lambda s: s.processor(image_processor_type="RfDetrImageProcessor"),
-        ["/base/preprocessor_config.json", "RfDetrImageProcessor", "torchvision alone", "Name another base"],
-        builds=True,
-    ),
-    Case(
-        "an image processor that gives images of different sizes",
-        lambda s: s.processor(image_processor_type="ViTImageProcessor", size={"shortest_edge": 32}),
-        ["/base", "images of different sizes", "Set image_size in the recipe"],
-        builds=True,
-    ),
-    Case(
-        "an image processor that rounds image_size",
-        lambda s: (s.processor(image_processor_type="DPTImageProcessor", ensure_multiple_of=14), s.recipe(image_size=32)),
-        ["/base", "image_size is 32", "28×28 pixels", "Set image_size: 28"],
-        builds=True,
-    ),
-    Case(
-        "an image processor with a wrong setting",
-        lambda s: s.processor(image_processor_type="ViTImageProcessor", image_mean=[0.5]),
-        ["/base", "image_mean (0.5,)", "one number or three", "Correct the image processor's file"],
-        builds=True,
-    ),
-    Case(
-        "a base with pickled weights only",
-        lambda s: s.move("base/model.safetensors", "base/pytorch_model.bin"),
-        ["/base", "no .safetensors weights", "Save the model again"],
-    ),
-    Case(
-        "`--rank` for a whole model",
-        nothing,
-        ["--rank", "Add --store adapter"],
-        arguments=["build", "recipe.yaml", "--out", "encoder", "--rank", "4"],
-    ),
-    Case("truncated weights of the base", lambda s: s.cut("base/model.safetensors"), ["/base", "cannot be loaded"]),
-]
-
-ADAPTER_CASES = [
-    Case("no such adapter", lambda s: s.remove("ten"), ["/ten", "no such directory"]),
-    Case(
-        "an adapter that is neither here nor said to be on the hub",
-        lambda s: s.recipe(adapters=[{"path": "adapters/ten"}]),
-        ["adapters[0].path is adapters/ten", "no directory", "/adapters/ten. Correct the path", "write hf://adapters/ten if"],
-    ),
-    Case(
-        "a base that is neither here nor said to be on the hub",
-        lambda s: s.recipe(base_model="shards/base"),
-        ["base_model is shards/base", "no directory", "/shards/base. Correct the path", "write hf://shards/base if"],
-    ),
-    Case("no adapter at all", lambda s: s.remove("ten/adapter_config.json"), ["/ten", "no adapter_config.json"]),
-    Case(
-        "an adapter saved as a pickle",
-        lambda s: s.move("ten/adapter_model.safetensors", "ten/adapter_model.bin"),
-        ["/ten", "adapter_model.bin", "safe_serialization=True"],
-    ),
-    Case("a truncated adapter", lambda s: s.cut("ten/adapter_model.safetensors"), ["/ten", "not a whole", "Copy or save"]),
-    Case("NaN in an adapter", lambda s: s.tensors(with_nan), ["/ten", "lora_B", "NaN", "use another checkpoint"]),
-    Case(
-        "a variant of LoRA that is no fixed change of the weights",
-        lambda s: s.adapter_config(use_qalora=True),
-        ["/ten", "use_qalora=true", "folded exactly", "Merge this adapter"],
-    ),
-    Case(
-        "an unknown merge method",
-        lambda s: s.recipe(merge_method="cat"),
-        ["merge_method is 'cat'", "weighted_sum, linear", "concat or none"],
-    ),
-    Case(
-        "an option that the method does not have",
-        lambda s: s.recipe(merge_method="ties", merge_options={"densty": 0.5}),
-        ["merge_options of ties", "unknown key 'densty'", "Did you mean 'density'?"],
-    ),
-    Case(
-        "an adapter named twice",
-        lambda s: s.recipe(adapters=[{"path": "./ten"}, {"path": "./ten"}]),
-        ["/ten", "the same adapter", "Name it once"],
-    ),
-    Case(
-        "a folder of adapters",
-        folder_of_adapters,
-        ["/all", "no adapter_config.json", "Its folders ten are", "Name one of them"],
-    ),
-    Case("an adapter in several files", in_parts, ["/ten", "adapter_model-00001-of-00002", "in several files", "in one file"]),
-    Case(
-        "an adapter of another method",
-        lambda s: s.adapter_config(peft_type="LOHA"),
-        ["/ten", "expected a LoRA adapter", "found LOHA", "merge_and_unload"],
-    ),
-    Case(
-        "tensors of two adapters",
-        lambda s: s.tensors(with_second),
-        ["/ten", "several adapter names", "Save each adapter alone"],
-    ),
-    Case("empty tensors", lambda s: s.tensors(emptied), ["/ten", "is empty (shape 0)", "DeepSpeed", "save the adapter again"]),
-    Case(
-        "a quantised adapter",
-        lambda s: s.tensors(lambda found: {n: t.to(torch.int8) for n, t in found.items()}),
-        ["/ten", "type int8", "expected float64", "without quantisation"],
-    ),
-    Case(
-        "a head of an unusual name",
-        lambda s: s.tensors(with_fc),
-        ["/ten", "fc.weight", "If they are a task's head, remove them"],
-    ),
-    Case(
-        "an adapter of a text model around the base",
-        lambda s: s.tensors(lambda found: {n.replace("vit.", "text_encoder."): t for n, t in found.items()}),
-        ["/ten", "'text_encoder' before them is another part of a model"],
-    ),
-    Case("an adapter of two models", lambda s: s.tensors(of_two_models), ["/ten", "begin differently", "several models"]),
-    Case("an adapter of a language model", language_model, ["/ten", "CAUSAL_LM", "language model", "Leave it out"]),
-    Case(
-        "an adapter without its trained norm",
-        lambda s: s.adapter_config(modules_to_save=["layernorm_after"]),
-        ["/ten", "names layernorm_after", "no weights of layers.0.layernorm_after", "Save the adapter again"],
-    ),
-    Case("half of a LoRA pair", lambda s: s.tensors(without_half), ["/ten", "q_proj has no lora_B", "Save the adapter again"]),
-    Case("an adapter of another base", other_base, ["/wide", "no weight of", "/base", "the shape 32×32", "name that base"]),
-    Case(
-        "tensors that match nothing",
-        lambda s: s.tensors(renamed),
-        ["/ten", "2 of the 6 weights that it changes match no weight", "wrong_name", "names this base", "Save it again from"],
-    ),
-    Case("an untrained adapter", lambda s: s.tensors(untrained), ["/ten", "change nothing", "leave it out"]),
-    Case("a linear merge of unequal ranks", ranks_differ, ["'linear'", "[4, 8]", "Use 'weighted_sum'"], builds=True),
 ]
 
 INPUT_CASES = [
@@ -740,6 +415,13 @@ TABLE_CASES = [
         ["shards", "not empty", "Name another directory"],
         arguments=["build", "recipe.yaml", "--out", "shards"],
     ),
+    Case(
+        "an encoder's directory that cannot be written",
+        locked,
+        ["locked/encoder", "may write to", "Name another directory"],
+        arguments=["build", "recipe.yaml", "--out", "locked/encoder"],
+        as_ordinary_user=True,
+    ),
 ]
 
 VERSION_CASES = [
@@ -880,18 +562,19 @@ CLUSTER_CASES = [
     ),
 ]
 
-SECTIONS = {  # headings of the docs
-    "Recipe": RECIPE_CASES,
-    "Adapter": ADAPTER_CASES,
-    "Input": INPUT_CASES,
-    "Job file and `--set`": JOB_CASES,
-    "Typing errors and mixed-up arguments": MIXED_CASES,
-    "Table": TABLE_CASES,
-    "Versions": VERSION_CASES,
-    "Search and indexes": SEARCH_CASES,
-    "Cluster": CLUSTER_CASES,
-}
-CASES = [case for cases in SECTIONS.values() for case in cases]
+PAGE = Page(
+    ROOT / "docs" / "errors.md",
+    {
+        "Recipe": RECIPE_CASES,
+        "Input": INPUT_CASES,
+        "Job file and `--set`": JOB_CASES,
+        "Typing errors and mixed-up arguments": MIXED_CASES,
+        "Table": TABLE_CASES,
+        "Versions": VERSION_CASES,
+        "Search and indexes": SEARCH_CASES,
+        "Cluster": CLUSTER_CASES,
+    },
+)
 
 
 @pytest.fixture(scope="module")
@@ -924,45 +607,20 @@ def publish(good: Path, folder: Path) -> Path:
 
 
 @pytest.fixture
-def broken(case: Case, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def broken(case: Case, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A fresh setup with the case's error in it, as the current folder."""
-    folder = tmp_path / "products"
-    shutil.copytree(request.getfixturevalue("published" if case.published else "good"), folder)
-    case.breaks(Setup(folder))
-    return folder
-
-
-def everything(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of all files and folders."""
-    return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
-
-
-@pytest.fixture
-def user(case: Case) -> Iterator[None]:
-    """Where the tests run as root: access as it is for an ordinary user, which is asked by the real user's id."""
-    if case.as_ordinary_user and os.geteuid() == 0:
-        os.setresuid(ORDINARY_USER, -1, -1)
-    yield
-    if case.as_ordinary_user and os.geteuid() == 0:
-        os.setresuid(0, -1, -1)
+    with broken_setup(case, request.getfixturevalue("published" if case.published else "good")) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
 def messages() -> Iterator[dict[str, str]]:
-    """Case → its message, as the docs print it; written to the docs at the end where that is asked for."""
-    caused: dict[str, str] = {}
-    yield caused
-    if WRITES_DOCS:
-        page = DOCS.read_text(encoding="utf-8")
-        for heading, cases in SECTIONS.items():
-            rows = "".join(row(case.what, caused.get(case.what)) for case in cases)
-            start = page.index("| --- | --- | --- |\n", page.index(f"\n## {heading}\n")) + len("| --- | --- | --- |\n")
-            page = page[:start] + rows + page[start:][re.match(r"(?:\|.*\n)*", page[start:]).end() :]
-        DOCS.write_text(page, encoding="utf-8")
+    """Case → its message, as the docs print it."""
+    with PAGE.written() as caused:
+        yield caused
 
 
-@pytest.mark.usefixtures("user")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)
+@pytest.mark.parametrize("case", PAGE.params())
 def test_a_user_error_is_one_message_and_nothing_is_written(
     case: Case,
     broken: Path,
@@ -976,63 +634,14 @@ def test_a_user_error_is_one_message_and_nothing_is_written(
     else:
         monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("a cluster was started for what reading alone shows"))
     monkeypatch.chdir(broken)
-    remote._connect_cached.cache_clear()  # it knows `table` in the folder of the case before
-    before = everything(broken.parent)
-    capsys.readouterr()
-    started = time.monotonic()
-    code = run_command(case.arguments)
-    seconds = time.monotonic() - started
-    output, errors = capsys.readouterr()
-
-    assert code == case.code, errors
-    assert everything(broken.parent) == before
-    assert seconds < LIMIT_S
-    assert output == ""
-    assert "Traceback" not in errors
-    assert errors.count("error: ") == 1
-    progress, message = errors.split("error: ")
-    message = message.partition("\nend: ")[0]  # what a run that had begun says last
-    assert case.builds or case.starts or not progress
-    for part in case.says:
-        assert part in message
-    messages[case.what] = as_documented(message)
+    messages[case.what] = cause(case, broken, capsys)
     if not WRITES_DOCS:
-        assert masked(documented()[case.what][0]) == masked(messages[case.what]), f"{DOCS} has another message"
-
-
-def as_documented(message: str) -> str:
-    """A message as a cell of the docs' tables, without what differs between machines."""
-    message = re.sub(r"/tmp\S*?/(good\d*|products)(?=[/:\s])", NEUTRAL, message.strip())
-    return cell(VARYING.sub("…", message))
+        PAGE.compare(case, messages[case.what])
 
 
 @pytest.mark.skipif(WRITES_DOCS, reason="they are written after the last test")
 def test_the_docs_list_exactly_these_cases() -> None:
-    assert len({case.what for case in CASES}) == len(CASES)
-    assert list(documented()) == [case.what for case in CASES]
-
-
-def cell(message: str) -> str:
-    """A message as a cell of a table in Markdown, each of its lines as code."""
-    assert "|" not in message
-    return "<br>".join(f"`` {line} ``" if "`" in line else f"`{line}`" for line in message.splitlines())
-
-
-def row(what: str, message: str | None) -> str:
-    """A case's row: its message, or where it was not caused the one that is there, and the advice that is there."""
-    before, advice = documented().get(what, ("", ""))
-    return f"| {what} | {message or before} | {advice} |\n".replace("|  |", "| |")
-
-
-def documented() -> dict[str, tuple[str, str]]:
-    """First column of the docs' tables of messages → the message's cell, and the advice beside it."""
-    rows = re.findall(r"^\| ([^|]+) \| (`[^|]+`) \| ([^|]*?) ?\|$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
-    return {what: (message, advice) for what, message, advice in rows}
-
-
-def masked(text: str) -> str:
-    """Text without its numbers, which differ between machines."""
-    return re.sub(r"\d+", "#", text)
+    PAGE.assert_lists_these_cases()
 
 
 def test_the_setup_that_the_cases_break_is_good(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,14 @@ class EncoderError(ConfigError):
     """An encoder cannot be built or loaded, or does not reproduce its golden vectors."""
 
 
+class ProcessorRefused(EncoderError):
+    """An image processor is not supported. `reason` leaves out what to do, for a processor that no build depends on."""
+
+    def __init__(self, message: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = redacted(reason or message)
+
+
 class StorageError(ConfigError):
     """A location does not exist, cannot be read or cannot be written."""
 

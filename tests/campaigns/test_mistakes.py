@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from mistakes import BEGIN, END, FORTY, MOST_CPU_S, PAGE, READ_WEIGHTS
-from test_errors import CASES, documented, masked
+from test_errors import PAGE as ERRORS
+from test_refusals import PAGE as REFUSALS
+from user_errors import masked
 from wrong_files import Place, judge, make_place, run_all
 
 ROW = re.compile(r"^\| ([^|]+) \| `([^|]+)` \| (`[^|]+`) \| (\d) \| ([\d.]+) \|$", re.MULTILINE)
@@ -63,10 +65,10 @@ def test_the_page_has_forty_mistakes_with_todays_messages_within_the_time() -> N
     rows = ROW.findall(PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0])
     assert [what for what, *_ in rows] == list(FORTY)
     assert len(FORTY) == len(set(FORTY)) == 40
-    codes = {case.what: case.code for case in CASES}
-    listed = documented()
+    codes = {case.what: case.code for page in (ERRORS, REFUSALS) for case in page.cases}
+    listed = ERRORS.rows() | REFUSALS.rows()
     for what, command, message, code, cpu_s in rows:
         assert command.startswith("lora-embed ")
-        assert masked(message) == masked(listed[what][0]), f"{what}: docs/errors.md has another message"
+        assert masked(message) == masked(listed[what][0]), f"{what}: docs/errors.md or docs/refusals.md has another message"
         assert int(code) == codes[what]
         assert float(cpu_s) <= MOST_CPU_S or what in READ_WEIGHTS

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ from safetensors.torch import load_file
 
 from crooked import BODY, CASES, LATE, SAME, A, B, Case, Tensors, mapped, tensors
 from crooked_names import NAMES
-from jobs import ROOT
 from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.errors import AdapterMismatch, ConfigError, StorageError
 from lora_embed.model.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
@@ -27,8 +25,6 @@ from lora_embed.model.match import Adapter, match_adapter, target_of
 from lora_embed.model.member import fold_members
 from lora_embed.model.whole import Target
 from short import slow_but_every
-
-DOCS = ROOT / "docs" / "adapters.md"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +45,6 @@ def test_crooked_adapters_are_refused_or_right(case: Case, folder: Path, target:
             match_adapter(read_adapter(str(folder)), target)
         assert not (folder / "opened").exists()
         assert str(folder) in str(caught.value)
-        assert_as_documented(case.what, str(caught.value), folder, target)
         return
     found = match_adapter(read_adapter(str(folder)), target)
     assert found.changes.keys() == good.changes.keys()
@@ -60,24 +55,7 @@ def delta(adapter: Adapter, name: str) -> torch.Tensor:
     return adapter.changes[name].delta(torch.zeros(1))
 
 
-def assert_as_documented(what: str, message: str, folder: Path, target: Target) -> None:
-    """A case that docs/adapters.md lists says there what it says here; `…` stands for what was left out."""
-    printed = documented().get(what)
-    if printed is not None:
-        neutral = message.replace(str(folder), "adapters/ten").replace(target.uri, "base")
-        assert re.fullmatch(".*".join(re.escape(part) for part in printed.split("…")), neutral, re.DOTALL), neutral
-
-
-def documented() -> dict[str, str]:
-    """First column of the docs' table of refusals → second, the message."""
-    rows = re.findall(r"^\| ([^|]+) \| (`+) ?(.+?) ?\2 \| [^|]+ \|$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
-    return {what: message for what, _, message in rows}
-
-
-def test_the_docs_list_nothing_but_these_cases() -> None:
-    names = {case.what for case in [*CASES, *NAMES] if case.says is not SAME} | {case.what for case in LATE}
-    assert len(documented()) >= 25
-    assert documented().keys() <= names
+def test_each_case_has_a_name_of_its_own() -> None:
     assert len({case.what for case in [*CASES, *NAMES]}) == len(CASES) + len(NAMES) >= 200
 
 
@@ -88,9 +66,8 @@ def test_what_shows_in_the_fold_alone(case: Case, folder: Path, base: Base, targ
         tensors(lambda found: lengths(found, base))(folder)
     adapter = match_adapter(read_adapter(str(folder)), target)
     recipe = Recipe(base_model=base.uri, adapters=(AdapterSpec(path=str(folder)),))
-    with pytest.raises(case.error, match=case.says) as caught:
+    with pytest.raises(case.error, match=case.says):
         fold_members(base, recipe, [adapter], None)
-    assert_as_documented(case.what, str(caught.value), folder, target)
 
 
 def lengths(found: Tensors, base: Base) -> Tensors:

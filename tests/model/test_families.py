@@ -26,7 +26,8 @@ from transformers.core_model_loading import Transpose, WeightConverter
 from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.errors import ConfigError, EncoderError
 from lora_embed.images.processors import from_processor
-from lora_embed.model.base import load_headless, read_model_config
+from lora_embed.model.base import load_headless
+from lora_embed.model.base_config import read_model_config
 from lora_embed.model.build import build_encoder
 from lora_embed.model.encoder import Encoder, load_encoder
 from lora_embed.model.golden import relative_difference

@@ -21,7 +21,7 @@ from lora_embed.chain.cluster import MAX_RETRIES
 from lora_embed.errors import LibraryMismatch
 from lora_embed.libraries import part
 from lora_embed.model import transformers_private
-from lora_embed.model.base import read_model_config
+from lora_embed.model.base_config import read_model_config
 from lora_embed.model.torch_private import is_out_of_memory
 from lora_embed.store import remote
 from lora_embed.store.retry import is_refused_create

@@ -15,7 +15,8 @@ from transformers import AutoModel, PreTrainedModel
 
 from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.errors import EncoderError
-from lora_embed.model.base import load_headless, open_headless, read_model_config
+from lora_embed.model.base import load_headless, open_headless
+from lora_embed.model.base_config import read_model_config
 from lora_embed.model.build import build_encoder
 from lora_embed.model.encoder import Encoder, load_encoder
 from lora_embed.model.find_state import find_state
@@ -109,6 +110,41 @@ def test_the_axis_of_the_channels_is_found(height: int, width: int, last: bool, 
 
     found = find_state(Map(), torch.rand(2, 3, height, width), "mean")
     assert (found.form.channels_last, found.dimension) == (last, channels)
+
+
+class Tokens(torch.nn.Module):
+    """Four patches of an image, with a token in the middle that is the same for every image."""
+
+    def __init__(self, *, middle: bool = False, masks: bool = False) -> None:
+        super().__init__()
+        self.conv, self.norm, self.middle, self.masks = torch.nn.Conv2d(3, 8, 8, 8), torch.nn.LayerNorm(8), middle, masks
+
+    def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool = False) -> Any:
+        state = self.conv(pixel_values).flatten(2).transpose(1, 2)
+        if self.middle:
+            state = torch.cat([state[:, :2], torch.zeros_like(state[:, :1]), state[:, 2:]], dim=1)
+        state = self.norm(state) * (torch.rand(1) if self.masks else 1)
+        return transformers.modeling_outputs.BaseModelOutput(last_hidden_state=state, hidden_states=(state,))
+
+
+def test_states_that_differ_each_time_are_refused() -> None:
+    with pytest.raises(EncoderError, match="Tokens gives the same images different states each time, like models that mask"):
+        find_state(Tokens(masks=True), torch.rand(2, 3, 16, 16), "mean")
+
+
+def test_patches_around_another_token_have_no_mean() -> None:
+    assert find_state(Tokens(middle=True), torch.rand(2, 3, 16, 16), "mean").dimension == 8
+    with pytest.raises(EncoderError, match="has other tokens among its patches, so pooling 'patch_mean' is not defined"):
+        find_state(Tokens(middle=True), torch.rand(2, 3, 16, 16), "patch_mean")
+
+
+def test_patches_of_padding_are_patches(tmp_path: Path) -> None:
+    """They are the same in every image, as a class token is."""
+    base = save_base(tmp_path / "base", image_size=64)
+    settings = {"image_processor_type": "SamImageProcessor", "size": {"longest_edge": 64}, "pad_size": 64, "do_pad": True}
+    (base / "preprocessor_config.json").write_text(json.dumps(settings))
+    about = build(base, tmp_path / "encoder", pooling="patch_mean").description
+    assert (about.preprocessing.pad, about.prefix_tokens, about.suffix_tokens) == ((64, 64), 1, 0)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ compares the result with the class itself where that can be made.
 
 from typing import Any
 
-from lora_embed.errors import EncoderError
+from lora_embed.errors import ProcessorRefused
 from lora_embed.images.geometry import Settings, for_size, geometry, number
 from lora_embed.images.preprocess import Decoding, Preprocessing, check_geometry
 
@@ -55,12 +55,12 @@ def from_processor(processor: Settings, image_size: int | None, decode: Decoding
     """Read a Hugging Face processor's settings. Returns a `Preprocessing`, and the settings changed for `image_size`.
 
     `image_size` overrides the size of the model's input; a resize before a crop changes in proportion.
-    Raises EncoderError for settings that give images of different sizes, or that are not supported.
+    Raises ProcessorRefused for settings that give images of different sizes, or that are not supported.
     """
     settings = dict(processor)
     kind = kind_of(str(settings.get("image_processor_type")))
     if kind in REFUSED:
-        raise EncoderError(f"the image processor {kind} {REFUSED[kind]}, which is not supported. Name another base.")
+        raise _refused(f"{kind} {REFUSED[kind]}, which is not supported.", "Name another base.")
     try:
         if isinstance(settings.get("resample"), str | float):
             settings["resample"] = _filter(settings["resample"])
@@ -68,23 +68,27 @@ def from_processor(processor: Settings, image_size: int | None, decode: Decoding
             settings |= for_size(kind, settings, image_size)
         preprocessing = _read(kind, settings, decode)
     except ValueError as error:
-        raise EncoderError(f"the image processor {kind} {error}. {CORRECT}") from None
+        raise _refused(f"{kind} {error}.", CORRECT) from None
     if preprocessing.fixed_size is None:
-        raise EncoderError(
-            f"the image processor {kind}, size {settings.get('size')}, gives images of different sizes. "
-            "Set image_size in the recipe, or use a processor with a square size or a centre crop."
+        raise _refused(
+            f"{kind}, size {settings.get('size')}, gives images of different sizes.",
+            "Set image_size in the recipe, or use a processor with a square size or a centre crop.",
         )
     try:
         check_geometry(preprocessing)
     except ValueError as error:
-        raise EncoderError(f"the image processor {kind}: {error}. {CORRECT}") from None
+        raise _refused(f"{kind}: {error}.", CORRECT) from None
     height, width = preprocessing.fixed_size
     if image_size is not None and (height, width) != (image_size, image_size):
-        raise EncoderError(
-            f"image_size is {image_size}, but the image processor {kind} rounds it, to images of {height}×{width} pixels. Set "
-            f"image_size: {height} in the recipe."
+        raise _refused(
+            f"{kind} rounds image_size, which is {image_size}, to images of {height}×{width} pixels.",
+            f"Set image_size: {height} in the recipe.",
         )
     return preprocessing, settings
+
+
+def _refused(reason: str, advice: str) -> ProcessorRefused:
+    return ProcessorRefused(f"the image processor {reason} {advice}", f"the image processor {reason}")
 
 
 def _read(kind: str, settings: Settings, decode: Decoding) -> Preprocessing:

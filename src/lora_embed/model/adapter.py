@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import safetensors
 
-from lora_embed.errors import AdapterMismatch, ChangedMeanwhile, LoraEmbedError, StorageError
-from lora_embed.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROCESSOR_FILES, own_file, read_json
+from lora_embed.errors import AdapterMismatch, ChangedMeanwhile, LoraEmbedError
+from lora_embed.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROCESSOR_FILES, not_readable, own_file, read_json
 from lora_embed.store.fetch import fetch_directory
 from lora_embed.store.hub import SCHEME
 
@@ -159,8 +159,6 @@ def _read_config(uri: str, folder: Path) -> dict[str, Any]:
         raise AdapterMismatch(f"{uri}: is not a PEFT adapter: it has no {CONFIG_NAME}. {_other_places(uri, folder)}")
     try:
         config = read_json(path)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read ({error.strerror or error}). Check its permissions and the disk.") from None
     except ValueError as error:
         raise AdapterMismatch(f"{path}: is not valid JSON ({error}). Copy it again, or save the adapter again.") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -191,10 +189,14 @@ def _check_fields(uri: str, config: dict[str, Any]) -> None:
     initialisation = config.get("init_lora_weights", True)
     lowered = initialisation.lower() if isinstance(initialisation, str) else initialisation
     if lowered not in _HARMLESS_INITIALISATIONS and residual_kind(config) is None:
+        advice = "Merge this adapter into its own base by PEFT's merge_and_unload, and name the result as the base."
+        reason = "is not known"
+        if isinstance(lowered, str) and re.match("pissa|corda|lora_ga|loftq", lowered):
+            reason = "changes the base's own weights in a way that the files do not show"
+        if lowered != "loftq" and reason != "is not known":  # PEFT converts the others
+            advice = "Convert it to a plain LoRA adapter: save it with PEFT's path_initial_model_for_weight_conversion."
         raise AdapterMismatch(
-            f"{uri}: was trained with init_lora_weights={json.dumps(initialisation)}, which changes the base's own weights "
-            "in a way that the files do not show, or is unknown. Convert it to a plain LoRA adapter: save it with PEFT's "
-            "path_initial_model_for_weight_conversion."
+            f"{uri}: was trained with init_lora_weights={json.dumps(initialisation)}, which {reason}. {advice}"
         )
 
 
@@ -275,7 +277,7 @@ def _content_hash(uri: str, config: dict[str, Any], path: Path) -> str:
     except (safetensors.SafetensorError, ValueError) as error:
         raise AdapterMismatch(f"{path}: is not a whole safetensors file ({str(error)[:200]}). Copy or save it again.") from None
     except OSError as error:
-        raise StorageError(f"{path}: cannot be read ({error.strerror or error}). Check its permissions and the disk.") from None
+        raise not_readable(path, error) from None
     return digest.hexdigest()
 
 

@@ -12,6 +12,7 @@ from lora_embed.model.files import (
     MODEL_INDEX,
     PROCESSOR_FILES,
     model_files,
+    not_readable,
     own_file,
     own_files,
     read_json,
@@ -97,6 +98,9 @@ def is_base(base: Base, content_hash: str) -> bool:
 def _hash(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        try:
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        except OSError as error:
+            raise not_readable(path, error) from None
     return digest.hexdigest()

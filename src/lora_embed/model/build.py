@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from lora_embed.config.models import Recipe
-from lora_embed.errors import ConfigError, EncoderError, StorageError
+from lora_embed.errors import ConfigError, EncoderError, ProcessorRefused, StorageError
 from lora_embed.images.arithmetic import with_golden
 from lora_embed.images.preprocess import Preprocessing
 from lora_embed.images.processors import from_processor
 from lora_embed.model import golden
 from lora_embed.model.adapter import PROCESSOR_NAME, SavedAdapter, check_adapter, first_names
-from lora_embed.model.base import load_headless
+from lora_embed.model.base import check_base_size, load_headless
 from lora_embed.model.base_files import Base, check_base
 from lora_embed.model.description import BaseReference, Description, check_out, read_description, write_description
 from lora_embed.model.encoder import Encoder, golden_pixels
@@ -31,12 +31,13 @@ from lora_embed.model.fold import Limit
 from lora_embed.model.ingredients import Ingredients, with_recipe
 from lora_embed.model.match import Adapter, match_adapter, target_of
 from lora_embed.model.member import Member, fold_members, prove_members, write_member
+from lora_embed.model.mismatch import base_name_of, names_base
+from lora_embed.model.pooling import pooler
 from lora_embed.model.prepare import checked_preprocessing, golden_images
 from lora_embed.model.processor import read_processor
 from lora_embed.model.remarks import remarks
 from lora_embed.model.report import write_report
 from lora_embed.model.space import VERSION, space_id_of
-from lora_embed.store import hub
 from lora_embed.store.aside import folder_aside
 from lora_embed.text import in_one_line
 
@@ -45,6 +46,7 @@ Say = Callable[[str], None]
 
 def match_adapters(ingredients: Ingredients) -> list[Adapter]:
     """Match all adapters to the base. Raises AdapterMismatch for the first one that does not fit."""
+    check_base_size(ingredients.base.folder, ingredients.base.uri)  # a far too large one would take hours to match
     target = target_of(ingredients.base)
     return [match_adapter(saved, target) for saved in ingredients.adapters]
 
@@ -160,7 +162,8 @@ def _vectors(
         )
     if not np.isfinite(vectors).all() or not np.linalg.norm(vectors, axis=1).all():
         raise EncoderError(
-            f"{base.uri}: the merged encoder gives vectors that are zero or not finite. Check the weights of the adapters."
+            f"{base.uri}: the merged encoder gives vectors that are zero or not finite. Make the weights of the adapters "
+            "smaller; without adapters, name another base or another pooling."
         )
     return vectors
 
@@ -179,12 +182,13 @@ def _say_folds(ingredients: Ingredients, adapters: list[Adapter], members: list[
 
 def _notes(ingredients: Ingredients, preprocessing: Preprocessing) -> list[str]:
     """Notes on settings that may be mistakes, but need not be."""
-    notes = []
-    names = {str(saved.config.get("base_model_name_or_path") or "") for saved in ingredients.adapters}
-    strangers = sorted(name for name in names if name and Path(name).name != Path(hub.plain_name(ingredients.base.uri)).name)
+    notes, base = [], ingredients.base.uri
+    strangers = sorted(
+        {name for saved in ingredients.adapters if (name := base_name_of(saved)) and not names_base(saved, base)}
+    )
     if strangers:
         notes.append(
-            f"the adapters say that they were trained on {first_names(strangers)}, but are merged into {ingredients.base.uri}. "
+            f"the adapters say that they were trained on {first_names(strangers)}, but are merged into {base}. "
             "That is right if both are the same model under two names; only the shapes could be compared"
         )
     notes += [note for saved in ingredients.adapters if (note := _processor_note(saved, preprocessing, ingredients.recipe))]
@@ -198,8 +202,8 @@ def _processor_note(saved: SavedAdapter, preprocessing: Preprocessing, recipe: R
     file = f"{saved.uri} holds a {PROCESSOR_NAME}"
     try:
         own, _ = from_processor(read_processor(saved.folder).settings, recipe.image_size, recipe.decode)
-    except (EncoderError, StorageError) as error:
-        reason = in_one_line(error, 300)
+    except (ProcessorRefused, StorageError) as error:
+        reason = in_one_line(getattr(error, "reason", error), 300)
         return f"{file}, which could not be compared with the base's. The build uses the base's and goes on. Reason: {reason}"
     if replace(own, arithmetic=preprocessing.arithmetic) == preprocessing:
         return None
@@ -216,8 +220,13 @@ def _describe(
 ) -> Description:
     recipe, base, model = ingredients.recipe, ingredients.base, models[0]
     values = torch.tensor(pixels[:2, ..., :3]).permute(0, 3, 1, 2).float() / 255  # two images show what differs between images
+    if preprocessing.pad is not None:  # the padding is the same in every image, like a class token
+        values = torch.rand(values.shape, generator=torch.Generator().manual_seed(0))
     try:
         state = find_state(model, values, recipe.pooling)
+        pooler(recipe.pooling, state.form)
+    except EncoderError as error:
+        raise EncoderError(f"{base.uri}: {error}") from None
     except ValueError as error:  # for example, the model takes images of another size
         height, width = preprocessing.size
         raise EncoderError(

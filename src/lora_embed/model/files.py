@@ -43,13 +43,18 @@ def own_file(folder: Path, name: str) -> Path | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(f"{folder / name}: cannot be read ({reason}). Check its permissions and the disk.") from None
+        raise not_readable(folder / name, error) from None
     if stat.S_ISDIR(state.st_mode):
         return None
     if not stat.S_ISREG(state.st_mode):
         raise StorageError(f"{folder / name}: is not an ordinary file. Remove it, or copy the folder again.")
     return folder / name
+
+
+def not_readable(path: Path, error: OSError | ValueError) -> StorageError:
+    """What to say of a file that exists and cannot be read."""
+    reason = getattr(error, "strerror", None) or error
+    return StorageError(f"{path}: cannot be read ({reason}). Check its permissions and the disk.")
 
 
 def _link_refused(path: Path) -> StorageError:
@@ -66,12 +71,17 @@ def _blobs_of(root: str) -> str | None:
 
 
 def read_json(path: Path) -> Any:
-    """A file's content. Raises ValueError if it is not JSON, is nested too deeply, or is larger than any such file."""
+    """A file's content. Raises ValueError if it is not JSON, is nested too deeply, or is larger than any such file.
+
+    Raises StorageError if the file cannot be read.
+    """
     size = path.stat().st_size
     if size > MOST_JSON:
         raise ValueError(f"it has {size:,} bytes; at most {MOST_JSON:,} are read")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise not_readable(path, error) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

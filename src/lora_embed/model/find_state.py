@@ -107,15 +107,19 @@ def _state_of(model: nn.Module, pixel_values: torch.Tensor, tap: str) -> torch.T
 
 def _last_of_hidden_states(name: str, states: Any, final: Any, watched: _Watched) -> tuple[str, torch.Tensor]:
     """`hidden_states[-1]`, and the module that gives it."""
+    advice = "Use pooling: last_mean, or name another base." if isinstance(final, torch.Tensor) else "Name another base."
     if not states or not isinstance(states[-1], torch.Tensor):
-        raise EncoderError(f"{name} gives no hidden states, so nothing can be pooled. Name another base.")
+        raise EncoderError(f"{name} gives no hidden_states, which all poolings need but those that begin with last_. {advice}")
     if isinstance(final, torch.Tensor) and torch.equal(states[-1], final):
         return "", states[-1]
     for block in watched.names:
         if isinstance(watched.blocks.get(block), torch.Tensor) and torch.equal(watched.blocks[block], states[-1]):
             return block, states[-1]
-    advice = ", or a pooling that begins with last_" if isinstance(final, torch.Tensor) else ""
-    raise EncoderError(f"{name}: no block's output equals hidden_states[-1]; tried {watched.names}. Name another base{advice}.")
+    compared = f" ({', '.join(watched.names)})" if watched.names else ""
+    raise EncoderError(
+        f"{name} gives a hidden_states[-1] that is not the output of the last of its blocks{compared}, so it cannot be "
+        f"taken in a run. {advice}"
+    )
 
 
 def _map_among(tokens: torch.Tensor | None, maps: Any) -> StateForm | None:

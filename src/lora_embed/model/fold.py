@@ -62,8 +62,8 @@ def fold(model: PreTrainedModel, merged: Merge, limit: Limit | None = None) -> I
         parameter.data = (base_weight.double() + added).float()
         if not bool(torch.isfinite(parameter).all()):
             raise EncoderError(
-                f"{name} is not finite after the merge: the base's own weights are not finite, or an adapter's values times "
-                "its weight in the recipe are too large for float32. Make that weight smaller, or leave the adapter out."
+                f"{name} is not finite after the merge: an adapter's values times its weight in the recipe are too large for "
+                "float32. Make the adapter's weight in the recipe smaller, or leave the adapter out."
             )
         check_variance(name, parameter)
         yield Folded(name=name, before=base_weight, delta=delta, kept=low_rank)

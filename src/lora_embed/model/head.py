@@ -19,7 +19,8 @@ from safetensors.torch import load, save
 from torch import nn
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
-from lora_embed.model.base import read_model_config
+from lora_embed.errors import StorageError
+from lora_embed.model.base_config import read_model_config
 from lora_embed.model.base_files import Base
 from lora_embed.model.files import MODEL_CONFIG, own_file, read_json
 from lora_embed.model.whole import TYPES
@@ -89,7 +90,7 @@ def class_names(folder: Path) -> dict[int, str]:
     try:
         names = read_json(path).get("id2label") or {}
         by_number = {int(number): str(name) for number, name in names.items()}
-    except (OSError, ValueError, AttributeError):
+    except (StorageError, ValueError, AttributeError):
         return {}
     return {} if all(name == f"LABEL_{number}" for number, name in by_number.items()) else by_number
 

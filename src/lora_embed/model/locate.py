@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING, PretrainedConfig
 
-from lora_embed.model.base import model_class, without_pooler
+from lora_embed.model.base_config import model_class, without_pooler
 from lora_embed.model.transformers_private import dual_encoder_of
 from lora_embed.model.weights import weights_of
 

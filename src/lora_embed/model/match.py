@@ -11,7 +11,7 @@ import torch
 
 from lora_embed.errors import AdapterMismatch
 from lora_embed.model.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, SavedAdapter, residual_kind
-from lora_embed.model.base import needs_package, read_model_config
+from lora_embed.model.base_config import needs_package, read_model_config
 from lora_embed.model.base_files import Base
 from lora_embed.model.change import Change, LowRank, Normed, Replaced, Residual, Shift
 from lora_embed.model.locate import family_names, grouped_weights, head_names, locate, weight_shapes
@@ -20,6 +20,7 @@ from lora_embed.model.names import COMPUTED, Names, read_names
 from lora_embed.model.peft_private import expressions_of_names, named_by
 from lora_embed.model.placing import Placing, place
 from lora_embed.model.statistics import check_statistics, lost_statistics
+from lora_embed.model.weights import shape_of
 from lora_embed.model.whole import (
     Target,
     check_biases,
@@ -29,7 +30,6 @@ from lora_embed.model.whole import (
     check_saved_modules,
     check_types,
     check_whole,
-    shape_of,
     untargeted,
 )
 

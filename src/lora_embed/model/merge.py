@@ -70,10 +70,9 @@ def linear(parts: list[Weighted], before: torch.Tensor) -> torch.Tensor:
     Raises AdapterMismatch for unequal ranks, which cannot be added, and for changes that do not only have LoRA factors.
     """
     if not all(isinstance(part.change, LowRank) for part in parts):
-        kinds = sorted({type(part.change).__name__ for part in parts} - {"LowRank"})
         raise AdapterMismatch(
-            f"merge_method 'linear' adds LoRA factors, but an adapter holds more than those ({', '.join(kinds)}: DoRA, biases, "
-            "whole trained weights, PiSSA or OLoRA). Use 'weighted_sum'."
+            "merge_method 'linear' adds LoRA factors alone, but an adapter also holds DoRA's magnitudes, biases or weights "
+            "that were trained whole, or was initialised by PiSSA or OLoRA. Use 'weighted_sum'."
         )
     ranks = {part.change.down.shape[0] for part in parts}
     if len(ranks) > 1:

@@ -12,8 +12,9 @@ from transformers import CONFIG_MAPPING
 
 from lora_embed.errors import AdapterMismatch
 from lora_embed.model.adapter import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, first_names
-from lora_embed.model.whole import Target, shape_of
-from lora_embed.store import hub
+from lora_embed.model.weights import shape_of
+from lora_embed.model.whole import Target
+from lora_embed.store.hub import plain_name
 
 _OTHER_PARTS = re.compile("text|language|llm|decoder")  # their weights may have the same names and shapes
 _ONE_MODEL = "Leave it out of the recipe, or save only the tensors of the model that is the base."
@@ -35,10 +36,15 @@ class Misfit:
     wrapper: str
 
 
-def is_named_base(saved: SavedAdapter, target: Target) -> bool:
-    """True if the adapter's configuration names the base; folders and owners are not compared, as in the note of a build."""
-    name = str(saved.config.get("base_model_name_or_path") or "")
-    return bool(name) and Path(name).name == Path(hub.plain_name(target.uri)).name
+def base_name_of(saved: SavedAdapter) -> str:
+    """The base that the adapter's configuration names; empty if it names none."""
+    return str(saved.config.get("base_model_name_or_path") or "")
+
+
+def names_base(saved: SavedAdapter, base_uri: str) -> bool:
+    """True if the adapter's configuration names this base. Folders and owners are not compared, since copies have others."""
+    name = base_name_of(saved)
+    return bool(name) and Path(name).name == Path(plain_name(base_uri)).name
 
 
 def is_of_another_model(part: str, saved: SavedAdapter, target: Target) -> bool:
@@ -48,7 +54,7 @@ def is_of_another_model(part: str, saved: SavedAdapter, target: Target) -> bool:
     the adapter names the base.
     """
     is_family = part not in target.families and (part in CONFIG_MAPPING or part.replace("_", "-") in CONFIG_MAPPING)
-    return _is_other_part(part, target) or (is_family and not is_named_base(saved, target))
+    return _is_other_part(part, target) or (is_family and not names_base(saved, target.uri))
 
 
 def _is_other_part(part: str, target: Target) -> bool:
@@ -121,7 +127,7 @@ def _reasons(saved: SavedAdapter, target: Target, misfit: Misfit) -> Iterator[st
 
 
 def _advice(saved: SavedAdapter, target: Target, misfit: Misfit) -> str:
-    named = saved.config.get("base_model_name_or_path")
+    named = base_name_of(saved)
     if misfit.whole.issuperset(misfit.strays) and len(misfit.strays) < misfit.weights:
         return (
             f"If they are a task's head, remove them from {WEIGHTS_NAME}, since an encoder has no head. Otherwise the adapter "
@@ -132,7 +138,7 @@ def _advice(saved: SavedAdapter, target: Target, misfit: Misfit) -> str:
             f"{CONFIG_NAME} says task_type {saved.config['task_type']}: it was trained on a language model"
             f"{f', {named!r}' if named else ''}. Leave it out; an encoder of images takes adapters of vision models."
         )
-    if is_named_base(saved, target):
+    if names_base(saved, target.uri):
         return (
             f"{CONFIG_NAME} names this base, {named!r}, so the adapter was trained on a changed model, or its file was edited. "
             "Save it again from a model whose names and shapes are the base's."

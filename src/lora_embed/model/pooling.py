@@ -59,7 +59,8 @@ def pooler(pooling: str, form: StateForm) -> Callable[[torch.Tensor], torch.Tens
     if kind not in ("mean", "patch_mean", "cls"):
         raise NotImplementedError(f"pooling {pooling!r} has no arithmetic here")
     if kind == "cls" and form.prefix_tokens < 1:
-        raise EncoderError("pooling 'cls' needs a class token, but this model has none. Use 'mean'.")
+        mean = pooling.replace("cls", "mean")
+        raise EncoderError(f"pooling {pooling!r} needs a class token, but this model has none. Use pooling: {mean}.")
 
     def pool(states: torch.Tensor) -> torch.Tensor:
         if states.ndim == 4:

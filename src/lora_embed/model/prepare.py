@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lora_embed.config.models import Recipe
-from lora_embed.errors import EncoderError
+from lora_embed.errors import EncoderError, ProcessorRefused
 from lora_embed.images.arithmetic import name_arithmetic
 from lora_embed.images.preprocess import Pixels, Preprocessing
-from lora_embed.images.processors import CORRECT, from_processor
+from lora_embed.images.processors import from_processor
 from lora_embed.model import golden
 from lora_embed.model.base_files import Base
 from lora_embed.model.encoder import golden_pixels
@@ -30,8 +30,8 @@ def checked_preprocessing(base: Base, recipe: Recipe) -> tuple[Preprocessing, di
     original = read_processor(base.folder)
     try:
         preprocessing, settings = from_processor(original.settings, recipe.image_size, recipe.decode)
-    except EncoderError as error:
-        raise EncoderError(f"{base.uri}: {error}") from None
+    except ProcessorRefused as error:
+        raise ProcessorRefused(f"{base.uri}: {error}") from None
     if original.made is not None:
         _compare(preprocessing, type(original.made), settings, base)
     return name_arithmetic(preprocessing), settings
@@ -47,7 +47,7 @@ def _compare(preprocessing: Preprocessing, kind: Any, settings: dict[str, Any], 
         except ERRORS as error:
             raise EncoderError(
                 f"{base.uri}: its {kind.__name__} cannot prepare an image of {width}×{height} pixels: {in_one_line(error)}. "
-                f"{CORRECT}"
+                "Correct its settings in the folder of the base, or name another base."
             ) from None
         ours = model_input(preprocessing, preprocessing.apply(image))
         if expected.shape != ours.shape or not np.abs(expected - ours).max() <= 1e-5:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -12,6 +11,7 @@ from lora_embed.model.adapter import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, fi
 from lora_embed.model.change import Change, LowRank
 from lora_embed.model.endless import Expression, problem_with
 from lora_embed.model.peft_private import expressions_of_targets, targeting
+from lora_embed.model.weights import shape_of
 
 # Shapes of tensors by name → for each name, the weight of the base that it belongs to, or None: see `locate.locate`.
 Locate = Callable[[dict[str, torch.Size]], dict[str, str | None]]
@@ -34,7 +34,7 @@ class Target:
 def check_patterns(saved: SavedAdapter, patterns: list[list[Expression]], names: list[str]) -> None:
     """Raises AdapterMismatch for a stranger's regular expression that cannot be read, or whose matching may never end."""
     if (problem := problem_with(patterns, names)) is not None:
-        raise AdapterMismatch(f"{saved.uri}: a pattern of {CONFIG_NAME} cannot be used: {problem}. Save the adapter again.")
+        raise AdapterMismatch(f"{saved.uri}: a pattern of {CONFIG_NAME} cannot be used: {problem}. Correct it there.")
 
 
 def check_whole(saved: SavedAdapter, target: Target, adapted: dict[str, str]) -> None:
@@ -124,10 +124,6 @@ def check_effect(saved: SavedAdapter, changes: dict[str, Change], heads: Iterabl
             f"{saved.uri}: all of its LoRA products are zero, so it would change nothing. "
             "Was it saved before training? Train it, or leave it out of the recipe."
         )
-
-
-def shape_of(shape: Any) -> str:
-    return "×".join(map(str, shape)) or "scalar"
 
 
 def check_not_empty(saved: SavedAdapter, tensors: dict[str, torch.Tensor]) -> None:

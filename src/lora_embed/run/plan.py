@@ -71,16 +71,20 @@ class Outlook:
 
     def describe(self) -> str:
         """For a person."""
+        table = f"version {self.version}" if self.version else "nothing published"
         encoder = f"space {self.space_id}" if self.space_id else "not built yet"
+        replaced = f", replaces space {self.replaced_space}" if self.replaced_space else ""
+        left = f"{number_of(self.to_embed, 'shard')}, {self.to_embed_bytes / 1e6:,.1f} MB: {self.to_embed_images.describe()}"
         lines = [
-            f"table     {self.table}, {f'version {self.version}' if self.version else 'nothing published'}",
-            f"encoder   {encoder}" + (f", replaces space {self.replaced_space}" if self.replaced_space else ""),
+            f"table     {self.table}, {table}",
+            f"encoder   {encoder}{replaced}",
             f"input     {number_of(self.shards, 'shard')}, {self.bytes / 1e6:,.1f} MB: {self.images.describe()}",
             *([f"passed    {describe_passed(self.passed_over)} passed over"] if self.passed_over else []),
             f"done      {number_of(self.done, 'shard')}, and {self.partly_done:,} in part",
-            f"to embed  {number_of(self.to_embed, 'shard')}, {self.to_embed_bytes / 1e6:,.1f} MB: {self.to_embed_images.describe()}",
+            f"to embed  {left}",
             *self._says_of_columns(),
-            f"removed   {number_of(self.removed, 'shard')} of the current version {agree(self.removed, 'is', 'are')} not in the input",
+            f"removed   {number_of(self.removed, 'shard')} of the current version "
+            f"{agree(self.removed, 'is', 'are')} not in the input",
             *([self.forecast.describe()] if self.forecast is not None else []),
         ]
         return "\n".join(lines)
