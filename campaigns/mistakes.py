@@ -22,8 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # what camp
 import ray
 
 from jobs import ROOT
-from refused_adapters import FOLDER_CASES, MERGE_CASES, TENSOR_CASES
-from refused_bases import FILE_CASES
+from refused import PAGE as REFUSALS
 from test_errors import PAGE as ERRORS
 from test_errors import make_good, publish
 from user_errors import Case, Setup, as_documented
@@ -112,8 +111,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.relative_to(ROOT)}")
     arguments = parser.parse_args()
-    cases = [*ERRORS.cases, *FILE_CASES, *FOLDER_CASES, *TENSOR_CASES, *MERGE_CASES]
-    by_name = {case.what: case for case in cases}
+    by_name = {case.what: case for page in (ERRORS, REFUSALS) for case in page.cases}
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)

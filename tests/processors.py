@@ -36,8 +36,8 @@ NUMERIC = (
     "families", "features", "figures", "gpu_benchmark", "guard", "head", "health", "image_processors", "kept_encoders",
     "labelled", "locate", "merge", "mistakes", "nightly", "no_code", "parts", "plan", "preprocess", "preview", "private",
     "processors", "proof", "propose", "rank", "real_gates", "real_merge", "real_vectors", "refusals", "resume", "rows",
-    "search", "space", "stale", "strange_bases", "strange_encoders", "table_read", "trials", "tune", "unreadable", "upgrades", "versions",
-    "wrapped",
+    "search", "space", "stale", "strange_bases", "strange_encoders", "table_read", "trials", "tune", "unreadable", "upgrades",
+    "versions", "wrapped",
 )  # fmt: skip
 
 

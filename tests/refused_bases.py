@@ -234,7 +234,7 @@ MODEL_CASES = [
         "model_type 'own'",
         "is never run",
     ),
-    refused("a type that AutoModel does not know", of_type("blip"), "/base", "AutoModel", "'blip_vision_model'"),
+    refused("a type that transformers opens with a head only", of_type("blip"), "/base", "AutoBackbone", "'blip_vision_model'"),
     refused("a model that needs the library natten", of_type("dinat"), "/base", "needs a package", "natten", "Install it"),
     refused("a model that needs the library timm", of_type("timm_wrapper"), "/base", "needs a package", "timm", "Install it"),
     refused(

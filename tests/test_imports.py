@@ -101,7 +101,7 @@ def test_modules_are_found() -> None:
     assert own_imports("config.models") == {
         "errors", "config.messages", "config.paths", "config.recognise", "config.values", "config.yaml",
     }  # fmt: skip
-    assert {"chain.items", "gates.judge", "run.open", "schema"} <= own_imports("run.job")
+    assert {"chain.items", "run.decide", "run.publish", "schema"} <= own_imports("run.job")
     assert "model.build" in own_imports("run.encoders")
     assert "model.build" not in own_imports("run.encoders", at_import=True)
     assert "table.read" not in own_imports("cli.tables", at_import=True)

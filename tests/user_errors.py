@@ -201,7 +201,7 @@ def broken_setup(case: Case, good: Path) -> Iterator[Path]:
         folder = Path(shutil.copytree(good, Path(place) / "products"))
         if case.as_ordinary_user:
             for path in (folder, *folder.rglob("*")):
-                path.chmod(0o755 if path.is_dir() else 0o644)
+                path.chmod(0o777 if path.is_dir() else 0o644)
         case.breaks(Setup(folder))
         with _ordinary_user() if case.as_ordinary_user and os.geteuid() == 0 else nullcontext():
             yield folder

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mistakes import BEGIN, END, FORTY, MOST_CPU_S, PAGE, READ_WEIGHTS
+from refused import PAGE as REFUSALS
 from test_errors import PAGE as ERRORS
-from test_refusals import PAGE as REFUSALS
 from user_errors import masked
 from wrong_files import Place, judge, make_place, run_all
 

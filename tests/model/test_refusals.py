@@ -9,23 +9,8 @@ import pytest
 
 from jobs import ROOT
 from models import save_adapter, save_base
-from refused_adapters import CONFIG_CASES, FOLDER_CASES, MERGE_CASES, TENSOR_CASES
-from refused_bases import FILE_CASES, MODEL_CASES, PROCESSOR_CASES, SIZE_CASES
-from user_errors import WRITES_DOCS, Case, Page, Setup, broken_setup, cause
-
-PAGE = Page(
-    ROOT / "docs" / "refusals.md",
-    {
-        "The base's folder and files": FILE_CASES,
-        "The base's configuration and weights": MODEL_CASES,
-        "The image processor": PROCESSOR_CASES,
-        "Pooling and image size": SIZE_CASES,
-        "The adapter's folder and files": FOLDER_CASES,
-        "The adapter's configuration": CONFIG_CASES,
-        "The adapter's tensors": TENSOR_CASES,
-        "The merge": MERGE_CASES,
-    },
-)
+from refused import PAGE
+from user_errors import WRITES_DOCS, Case, Setup, broken_setup, cause
 
 
 @pytest.fixture(scope="module")
