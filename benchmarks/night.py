@@ -173,14 +173,15 @@ def measure(folder: Path, content: Input, *, profiles: bool, adds_column: bool) 
     return found
 
 
-def _hash_of_vectors(folder: Path) -> str:
-    """SHA-256 of all vectors, in the order of the files and their rows."""
-    opened = open_table(str(folder / "table"))
-    digest = hashlib.sha256()
-    for entry in opened.manifest.files:
-        for batch in pq.ParquetFile(folder / "table" / entry.path).iter_batches(columns=["embedding"]):
-            digest.update(batch["embedding"].flatten().to_numpy().tobytes())
-    return digest.hexdigest()
+def _hash_of_vectors(folder: Path) -> int:
+    """The sum of the SHA-256 of each id with its vector, which does not depend on the order of rows."""
+    total = 0
+    for entry in open_table(str(folder / "table")).manifest.files:
+        for batch in pq.ParquetFile(folder / "table" / entry.path).iter_batches(columns=["id", "embedding"]):
+            vectors = batch["embedding"].flatten().to_numpy().reshape(batch.num_rows, -1)
+            for id_, vector in zip(batch["id"].to_pylist(), vectors, strict=True):
+                total += int.from_bytes(hashlib.sha256(id_.encode() + vector.tobytes()).digest(), "big")
+    return total
 
 
 def age(folder: Path, days: float) -> None:
