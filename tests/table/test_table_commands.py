@@ -120,7 +120,7 @@ def test_an_image_beside_the_table_is_read_as_the_input_is(do: Command, server: 
     ("arguments", "says"),
     [
         (["status", "gone.yaml"], "gone.yaml: no such file, expected a job file (YAML)"),
-        (["status", "recipe.yaml"], "recipe.yaml: key 'table' is missing"),
+        (["status", "recipe.yaml"], "recipe.yaml: is a recipe, expected a job file"),
         (
             ["verify", "table", "--set", "chunk_size=7"],
             "--set chunk_size=…: changes a key of a job file, but table is not a job file. Name the job",

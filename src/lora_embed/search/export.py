@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_embed.config.foreign import parse_record
-from lora_embed.config.recognise import INDEX, refuse_other
+from lora_embed.config.recognise import INDEX, INPUT, recognise, refuse_other
 from lora_embed.errors import ConfigError, StorageError, VerificationFailed
 from lora_embed.search.faiss_index import EMPTY, open_faiss, write_faiss
 from lora_embed.search.index import DESCRIPTION, FORMAT, Index, IndexDescription, Nearest
@@ -98,7 +98,8 @@ def _read_description(folder: Path) -> IndexDescription:
         check_plain(folder)
         description = parse_record(IndexDescription, (folder / DESCRIPTION).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        refuse_other(folder, INDEX, "an index, which `lora-embed export` makes")
+        if recognise(folder) is not INPUT:  # as an index without its description seems to be, by its Parquet file
+            refuse_other(folder, INDEX, "an index, which `lora-embed export` makes")
         raise ConfigError(f"{folder}: is not an index: it has no {DESCRIPTION}. Make one with `lora-embed export`.") from None
     except (ValueError, OSError) as error:
         raise ConfigError(f"{folder}/{DESCRIPTION}: is damaged ({error}). Export the index again.") from None
