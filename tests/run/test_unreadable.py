@@ -34,7 +34,7 @@ def test_a_tar_that_is_cut_is_named_and_the_rest_published_without_it(tmp_path: 
     with pytest.raises(IncompleteRun) as caught:
         run_job(job_of(tmp_path, recipe, source))
     said = str(caught.value)
-    assert said.startswith("1 of 4 shards are not complete, so nothing was published.")
+    assert said.startswith("1 of 4 shards is not complete, so nothing was published.")
     assert f"with leave_out: [{cut}] in the job, they are counted as passed over" in said
     assert f"\n  {cut}: incomplete tar, cut short at 2000 bytes" in said
     assert caught.value.advice == "correct or leave out what it names, then run it again"

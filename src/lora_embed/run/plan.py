@@ -12,6 +12,7 @@ from lora_embed.config.models import JobConfig
 from lora_embed.errors import ConfigError, IncompleteRun
 from lora_embed.model.description import Description
 from lora_embed.monitor.stages import Workers, add_seconds, find_bound, seconds_an_image
+from lora_embed.monitor.timeline import Timeline
 from lora_embed.run import work
 from lora_embed.run.count import Images, count_images
 from lora_embed.run.decide import Decision, decide
@@ -160,7 +161,7 @@ def forecast(decision: Decision, items: list[WorkItem], prepare_s: float) -> For
     ConfigError if the encoder is not on the table's storage and other nodes cannot reach it on this machine; IncompleteRun if
     no image of the sample can be read.
     """
-    started = time.monotonic() - prepare_s
+    timeline = Timeline()
     job, store, encoder = decision.opened.job, decision.opened.store, decision.encoder
     assert encoder is not None, "it was built"
     cluster.connect()
@@ -173,13 +174,13 @@ def forecast(decision: Decision, items: list[WorkItem], prepare_s: float) -> For
     options = job.table_storage_options if uri.startswith(store.uri) else {}
     place = EncoderSource(uri=uri, options=options, description=encoder, base=decision.opened.base)
     shared = replace(Pass.of(job, Store("memory://forecast"), encoder, layout), encoders=(place,))
-    chunks, first = [], 0.0
+    chunks = []
     for stats in pipeline.embed_items(sample, shared, topology):
-        first = first or time.monotonic() - started - sum(stats.seconds.values())
+        timeline.add(stats.samples, stats.seconds, stats.ended)
         if not stats.error:
             chunks.append(stats)
     images = _count_images(job, layout, items, sample)
-    return reckon(job, chunks, images, first, topology.workers)
+    return reckon(job, chunks, images, prepare_s + (timeline.began_s or 0.0), topology.workers)
 
 
 def reckon(job: JobConfig, chunks: list[ChunkHead], images: int, start_seconds: float, workers: Workers) -> Forecast:

@@ -17,6 +17,7 @@ from lora_embed.store.store import Store
 from lora_embed.table import staging, versions
 from lora_embed.table.known import KnownRows
 from lora_embed.table.manifest import Manifest, prefixes_of_ids
+from lora_embed.text import agree, number_of
 from lora_embed.vectors.health import seeded_sample
 
 ATTEMPTS = 3
@@ -120,8 +121,8 @@ def embed_missing(
     effort = effort or Effort()
     for attempt in range(1, ATTEMPTS + 1):
         work = find_work(job, shared.store, shared.encoder, shared.layout, shards)
-        done = f"{len(shards) - len(work)} done, " if job.limit is None else ""  # a trial run does not need the others
-        say(f"{len(shards)} shards: {done}{len(work)} to embed")
+        done = f"{len(shards) - len(work):,} done, " if job.limit is None else ""  # a trial run does not need the others
+        say(f"{number_of(len(shards), 'shard')}: {done}{len(work):,} to embed")
         if not work:
             break
         effort.begin(len(work))
@@ -140,7 +141,7 @@ def embed_missing(
             break
         if attempt == ATTEMPTS or not all(failure.may_pass for failure in failures.values()):
             raise _incomplete(failures, work, len(shards))
-        say(f"{len(failures)} shards could not be read; trying again to read them")
+        say(f"{number_of(len(failures), 'shard')} could not be read; trying again")
     return effort
 
 
@@ -148,7 +149,8 @@ def say_lacking(effort: Effort) -> None:
     """Say which carried fields some of the embedded samples do not have in their type."""
     if effort.lacking:
         by_name = ", ".join(f"{name} {number:,}" for name, number in effort.lacking.items())
-        say(f"Of {effort.samples:,} embedded samples, these have no value for a carried field: {by_name}. There it is null")
+        samples = number_of(effort.samples, "embedded sample")
+        say(f"Of {samples}, these have no value for a carried field: {by_name}. There it is null")
 
 
 def say_passed(passed: dict[str, int], *, is_named: bool) -> None:
@@ -196,10 +198,8 @@ def _incomplete(failures: dict[str, ChunkHead], work: list[WorkItem], shards: in
             " once the files below can be read. Or publish the others without them: with leave_out: "
             f"[{', '.join(lasting)}] in the job, they are counted as passed over"
         )
-    error = IncompleteRun(
-        f"{len(failures)} of {len(work)} shards are not complete, so nothing was published. What was embedded is kept. {go_on}:"
-        f"\n{first}"
-    )
+    of_all = f"{len(failures):,} of {number_of(len(work), 'shard')} {agree(len(failures), 'is', 'are')}"
+    error = IncompleteRun(f"{of_all} not complete, so nothing was published. What was embedded is kept. {go_on}:\n{first}")
     error.advice = "correct or leave out what it names, then run it again" if lasting else error.advice
     return error
 
