@@ -53,6 +53,7 @@ def build(
 ) -> None:
     """Merge a recipe's adapters into an encoder directory, with its merge report."""
     from lora_embed.model.description import check_out
+    from lora_embed.model.ingredients import find_ingredients
 
     if store is Store.MODEL and (rank is not None or energy != 1.0):
         raise ConfigError("--rank and --energy limit the adapter that --store adapter writes. Add --store adapter.")
@@ -60,12 +61,13 @@ def build(
         raise ConfigError(f"--energy is {energy:g}, expected more than 0 and at most 1")
     loaded = load_recipe(recipe)
     check_out(out)
+    found = find_ingredients(loaded)
     from lora_embed.model.build import build_encoder  # imports torch, which takes seconds
     from lora_embed.model.fold import Limit
-    from lora_embed.model.ingredients import gather
 
+    found.check()
     limit = Limit(rank=rank, energy=energy) if store is Store.ADAPTER else None
-    description = build_encoder(gather(loaded), out, say, limit)
+    description = build_encoder(found, out, say, limit)
     result = {"encoder": str(out), "space_id": description.space_id, "dimension": description.dimension}
     print_result(
         result, as_json, f"{out}: encoder of space {description.space_id}, {number_of(description.dimension, 'dimension')}"
