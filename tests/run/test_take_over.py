@@ -224,8 +224,9 @@ def test_a_version_that_has_other_samples_is_not_followed(folder: Path, monkeypa
 
 
 @pytest.mark.parametrize("limit", [{"max_pixels": 100}, {"max_bytes": 100}], ids=str)
-def test_lower_limits_hold_where_a_column_is_added(folder: Path, limit: dict[str, int]) -> None:
-    tar(folder / "shards", [1, 2, 3])
+@pytest.mark.parametrize("write", [tar, parquet], ids=lambda write: write.__name__)
+def test_lower_limits_hold_where_a_column_is_added(folder: Path, write: Any, limit: dict[str, int]) -> None:
+    write(folder / "shards", [1, 2, 3])
     run(folder, "shards")
     result = run(folder, "shards", carry=["folder"], **limit)
     assert (result.taken, result.counts["rejects"]) == (0, 3)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lora_embed.model.description import Description
-from lora_embed.schema import Layout, Shard
+from lora_embed.schema import MAX_BYTES, Layout, Shard
 from lora_embed.shards.image_groups import may_share
 from lora_embed.store.store import Store
 from lora_embed.table import versions
@@ -23,25 +23,29 @@ def find_donor(store: Store, encoder: Description, layout: Layout, current: Mani
     )
 
 
-def known_rows(store: Store, donor: Manifest, layout: Layout, shards: list[Shard]) -> Known:
-    """A function of a shard → the rows of `donor` that may be of its images; None if there are none.
+def known_rows(store: Store, donor: Manifest, layout: Layout, shards: list[Shard], missing: list[Shard]) -> Known:
+    """A function of a shard in `missing` → the rows of `donor` that may be of its images; None if there are none.
 
-    These are the rows of the same shard, if the donor has it (with other columns), or else of the shards at its place that
-    are gone: the tar or Parquet file of its name, the groups of its folder, the ranges of its list.
+    They are those of the same shard, if the donor has it (with other columns), or else of the shards at its place that are
+    not among the listed `shards`: the tar or Parquet file of its name, the groups of its folder, the ranges of its list.
     """
     listed = {shard.id for shard in shards}
     gone: dict[str, list[ShardCounts]] = defaultdict(list)
     for shard in donor.shards.values():
         if shard.id not in listed and shard.vectors:
             gone[place_of(shard.name)].append(shard)
-    paths, of_rejects = _paths_by_shard(donor.files), _paths_by_shard(donor.rejects)
+    needed = {shard.id for shard in missing} | {shard.id for at_place in gone.values() for shard in at_place}
+    paths, of_rejects = _paths_by_shard(donor.files, needed), _paths_by_shard(donor.rejects, needed)
 
     def of(shard: Shard) -> KnownRows | None:
         same = donor.shards.get(shard.id)
         if same is not None:
             old, is_same = [same], _reads_the_same(donor, layout)
         else:
-            old, is_same = [before for before in gone[place_of(shard.name)] if may_share(shard.name, before.name)], False
+            old, is_same = (
+                [before for before in gone.get(place_of(shard.name), []) if may_share(shard.name, before.name)],
+                False,
+            )
         if not old:
             return None
         return KnownRows(
@@ -57,8 +61,10 @@ def known_rows(store: Store, donor: Manifest, layout: Layout, shards: list[Shard
 
 
 def _reads_the_same(donor: Manifest, layout: Layout) -> bool:
-    """Whether the donor's job took the same images and keys from a shard as this job does."""
+    """Whether the donor's job took the same images and keys from a shard as this job does, and no larger ones."""
     settings = donor.lineage.get("layout") or {}
+    if layout.max_bytes < (settings.get("max_bytes") or MAX_BYTES):
+        return False
     return all(_plain(settings.get(name)) == _plain(getattr(layout, name)) for name in _READING)
 
 
@@ -67,9 +73,9 @@ def _plain(setting: Any) -> Any:
     return (list(setting) if isinstance(setting, tuple) else setting) or None
 
 
-def _paths_by_shard(files: tuple[FileEntry, ...]) -> dict[str, list[str]]:
+def _paths_by_shard(files: tuple[FileEntry, ...], needed: set[str]) -> dict[str, list[str]]:
     """Paths of the files that hold a shard's rows, in the order of these, by the shard's id."""
-    records = sorted((shard.start, shard.id, entry.path) for entry in files for shard in entry.shards)
+    records = sorted((shard.start, shard.id, entry.path) for entry in files for shard in entry.shards if shard.id in needed)
     paths: dict[str, list[str]] = defaultdict(list)
     for _, shard_id, path in records:
         paths[shard_id].append(path)

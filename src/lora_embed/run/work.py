@@ -36,7 +36,7 @@ def find_work(job: JobConfig, store: Store, encoder: Description, layout: Layout
     published = set(before.shards) if before is not None else set()
     missing = [shard for shard in shards if shard.id not in published and not staging.is_complete(staged.get(shard.id, []))]
     donor = before or take_over.find_donor(store, encoder, layout, current)
-    known = take_over.known_rows(store, donor, layout, shards) if donor is not None and missing else lambda _: None
+    known = take_over.known_rows(store, donor, layout, shards, missing) if donor is not None and missing else lambda _: None
     items = [_what_is_left(shard, staged.get(shard.id, []), store, encoder, known(shard)) for shard in missing]
     if job.limit is not None:
         items = _first_samples(items, job.limit, layout, job.input_storage_options)
