@@ -181,7 +181,14 @@ FILE_CASES = [
         "a base in the form of timm",
         lambda s: (s.remove(PROCESSOR), s.text(CONFIG, '{"pretrained_cfg": {}}')),
         "/base",
-        "form of the library timm",
+        "model of the library timm",
+        "form of transformers",
+    ),
+    refused(
+        "a model of timm that transformers has saved",
+        lambda s: s.text(CONFIG, transformers.CONFIG_MAPPING["timm_wrapper"]().to_json_string()),
+        "/base",
+        "model of the library timm",
         "form of transformers",
     ),
     refused(
@@ -236,7 +243,6 @@ MODEL_CASES = [
     ),
     refused("a type that transformers opens with a head only", of_type("blip"), "/base", "AutoBackbone", "'blip_vision_model'"),
     refused("a model that needs the library natten", of_type("dinat"), "/base", "needs a package", "natten", "Install it"),
-    refused("a model that needs the library timm", of_type("timm_wrapper"), "/base", "needs a package", "timm", "Install it"),
     refused(
         "a quantised base",
         config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),

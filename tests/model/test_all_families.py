@@ -54,7 +54,7 @@ def test_a_convolution_that_changes_its_weight_is_refused(tmp_path: Path) -> Non
     assert not row.figures
 
 
-@pytest.mark.parametrize(("name", "package"), [("dinat", "natten"), ("timm_wrapper", "timm")])
+@pytest.mark.parametrize(("name", "package"), [("dinat", "natten")])
 def test_a_type_that_needs_a_missing_package_is_refused_for_that(name: str, package: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(package):
         pytest.skip(f"{package} is installed")

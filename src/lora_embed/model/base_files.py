@@ -44,12 +44,12 @@ def find_base(uri: str, revision: str | None, *, asks_hub: bool = True) -> Base:
         raise EncoderError(f"{uri}: is an adapter, not a model. Name it under adapters, and the model it was trained on here.")
     if own_file(folder, MODEL_CONFIG) is None:
         raise EncoderError(f"{uri}: is not a Hugging Face model directory: it has no config.json. Name the model's directory.")
+    if _is_of_timm(folder):
+        raise EncoderError(
+            f"{uri}: is a model of the library timm, which names weights and prepares images in its own way; that is not "
+            "supported. Name the same model in the form of transformers, such as ViTModel or Dinov2Model."
+        )
     if not own_files(folder, PROCESSOR_FILES):
-        if _is_of_timm(folder):
-            raise EncoderError(
-                f"{uri}: is a model in the form of the library timm, which has other weights and no image processor. Name the "
-                "same model in the form of transformers, with a preprocessor_config.json."
-            )
         raise EncoderError(
             f"{uri}: has no preprocessor_config.json, which says how images are prepared. Save the image processor there."
         )
