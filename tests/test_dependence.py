@@ -22,6 +22,7 @@ PRIVATE = {  # package → the module through which all goes that is not public 
     "peft": "model/peft_private.py",
     "transformers": "model/transformers_private.py",
     "torch": "model/torch_private.py",
+    "safetensors": "model/safetensors_private.py",
 }
 NOT_PUBLIC = re.compile(
     r"(ray\.(_\w+|autoscaler\.v2|.*\._internal)|peft\.(tuners|utils\.other)|transformers\.(models|modeling)|s3fs|botocore|aiohttp)\b"

@@ -53,7 +53,7 @@ def test_the_figure_of_a_version_is_how_far_unchanged_images_have_moved(folder: 
     assert (result.version, result.embedded) == (2, 1)  # those embedded again are not counted
     assert (gate["value"], gate["limit"], gate["holds"]) == (0.0, BOUNDS["float32"], True)
     # Of 4 shards the one full chunk of 16:
-    assert gate["says"].startswith("64 unchanged images were embedded again; their vectors differ")
+    assert gate["says"].startswith("64 unchanged images were embedded again; the vectors differ")
     assert not list(Path(job.table, "staging").rglob("*.parquet"))
 
 

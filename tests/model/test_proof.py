@@ -11,6 +11,7 @@ import torch
 from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 
+from lora_embed.config import values
 from lora_embed.config.models import AdapterSpec, Recipe
 from lora_embed.errors import AdapterMismatch, EncoderError
 from lora_embed.model import build as building
@@ -52,6 +53,7 @@ def test_a_method_without_a_formula_is_not_proven_by_another_one(
     tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(merge.METHODS, "new", merge.iso_c)
+    monkeypatch.setitem(values.MERGE_OPTIONS, "new", {})
     with pytest.raises(NotImplementedError, match="merge method 'new' has no formula"):
         build(recipe.model_copy(update={"merge_method": "new"}), tmp_path / "encoder")
     assert not (tmp_path / "encoder").exists()

@@ -88,7 +88,7 @@ def test_what_goes_to_a_cluster_is_small_and_complete(tmp_path: Path, folder: st
     names = set(zipfile.ZipFile(package).namelist())
     sources = (ROOT / "src" / "lora_embed").rglob("*.*")
     modules = {path.relative_to(ROOT / "src").as_posix() for path in sources if path.suffix in SENT}
-    assert package.stat().st_size < 1.5e6
+    assert package.stat().st_size < 1.7e6
     assert {name for name in names if Path(name).suffix in SENT and name.startswith(f"{prefix}lora_embed/")} == {
         f"{prefix}{module}" for module in modules
     }

@@ -39,7 +39,7 @@ def test_a_tar_that_is_cut_is_named_and_the_rest_published_without_it(tmp_path: 
     assert f"\n  {cut}: incomplete tar, cut short at 2000 bytes" in said
     assert caught.value.advice == "correct or leave out what it names, then run it again"
 
-    with pytest.raises(IncompleteRun, match=r"^1 of 1 shards are not complete.*leave_out: \["):  # it alone is missing
+    with pytest.raises(IncompleteRun, match=r"^1 of 1 shard is not complete.*leave_out: \["):  # it alone is missing
         run_job(job_of(tmp_path, recipe, source))
     result = run_job(job_of(tmp_path, recipe, source, leave_out=[str(cut)]))
     assert (result.published, result.counts["vectors"], result.passed_over) == (True, 15, {"left out": 1})

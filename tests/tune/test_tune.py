@@ -255,7 +255,7 @@ def test_what_cannot_be_searched_is_one_message(
 def test_a_recipe_of_one_adapter_has_nothing_to_search(folder: Path, tuned: Tuned, tmp_path: Path) -> None:
     recipe = load_recipe(folder / "recipe.yaml")
     one = recipe.model_copy(update={"adapters": recipe.adapters[:1]})
-    with pytest.raises(ConfigError, match="names 1 adapters, but tune needs 2 to 5"):
+    with pytest.raises(ConfigError, match="names 1 adapter, but tune needs 2 to 5"):
         tune(tiny_search(folder, work=tmp_path, recipe=one))
 
 

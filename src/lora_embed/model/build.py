@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from lora_embed.model.prepare import checked_preprocessing, golden_images
 from lora_embed.model.processor import read_processor
 from lora_embed.model.remarks import remarks
 from lora_embed.model.report import write_report
+from lora_embed.model.safetensors_private import number_of_system_error
 from lora_embed.model.space import VERSION, space_id_of
 from lora_embed.store.aside import folder_aside
 from lora_embed.text import in_one_line
@@ -79,9 +79,9 @@ def _errors_of_disk(out: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+        if (number := number_of_system_error(error)) is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(out)) from None
+        raise OSError(number, os.strerror(number), str(out)) from None
 
 
 @one_thread()

@@ -4,6 +4,7 @@ Ray hands over the chunks of a block of shards when the whole block is done. So 
 arrives: its samples and seconds are spread over the time in which its worker made it.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -59,11 +60,7 @@ class Timeline:
 
     def copy(self) -> "Timeline":
         """A timeline that does not change when this one does."""
-        copied = Timeline(self._clock, self._wall)
-        copied._zero, copied._period_s, copied.now = self._zero, self._period_s, self.now
-        copied.began_s, copied._ended_s = self.began_s, self._ended_s
-        copied._periods = [dict(period) for period in self._periods]
-        return copied
+        return copy.deepcopy(self)
 
     def add(self, samples: int, seconds: Mapping[str, float], ended: Mapping[str, float] | None = None) -> None:
         """Count the samples of a chunk that has arrived, and the seconds that its workers spent by stage.
