@@ -60,7 +60,7 @@ def _largest(change: Entries, density: float) -> Entries:
     if density == 1:
         return change
     flat = change.reshape(-1)
-    largest = torch.topk(torch.from_numpy(np.abs(flat)), int(density * flat.size)).indices.numpy()
+    largest = torch.topk(torch.from_numpy(np.abs(flat)), int(density * flat.size), sorted=False).indices.numpy()
     thinned = np.zeros_like(flat)
     thinned[largest] = flat[largest]
     return thinned.reshape(change.shape)
