@@ -129,7 +129,9 @@ def test_linear_refuses_unequal_ranks_and_names_what_takes_them() -> None:
 
 
 def test_linear_refuses_what_is_more_than_factors() -> None:
-    with pytest.raises(AdapterMismatch, match=r"adds LoRA factors alone, but an adapter also holds .*Use 'weighted_sum'"):
+    with pytest.raises(
+        AdapterMismatch, match=r"adds LoRA factors alone, but .* also holds (DoRA|weights|biases|a change).*Use 'weighted_sum'"
+    ):
         linear([Weighted(0.5, Shift(bias=torch.ones(16), scale=1.0))], torch.zeros(16))
 
 

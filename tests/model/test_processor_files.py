@@ -111,7 +111,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"image_processor_type": "AutoModel"}, "its image processor is 'AutoModel', which this version of transformers does not"),
     ({"feature_extractor_type": "WhisperFeatureExtractor"}, "its image processor is 'WhisperImageProcessor', which this"),
     (of("Yolos"), "gives images of different sizes. Set image_size"),
-    (of("Donut", do_pad=False), "has do_thumbnail or do_pad false"),
+    (of("Donut", do_pad=False), "has do_pad false, expected true"),
     (of("Donut", do_center_crop=True, crop_size=9), "or do_center_crop true, which is not supported"),
     (of("ConvNext", size=224, crop_pct=0), "has crop_pct 0, expected a number above 0"),
     (of("ConvNext", size={"height": 9, "width": 9}), "has size {'height': 9, 'width': 9}, expected a shortest_edge"),
@@ -131,7 +131,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"video_processor_type": "VivitVideoProcessor"}, "has no image_processor_type, and transformers takes none"),
     ({"image_processor_type": 7}, "its image processor is '7', which this version"),
     ({"feature_extractor_type": ["x"]}, "which this version of transformers does not have"),
-    ([1], "holds list, expected an object of JSON"),
+    ([1], "holds a list, expected a JSON object"),
     ("{", "preprocessor_config.json: is not valid JSON (Expecting property name"),
 ]
 
