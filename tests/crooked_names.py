@@ -166,5 +166,5 @@ NAMES = [
          "adapter_config.json does not name the base that it was trained on"),
     Case("another model, another base named", both(ELSEWHERE, renamed(lambda n: n.replace("fc1", "up"))),
          r"It was trained on 'somebody/other'; name that base in the recipe"),
-    Case("a head of no usual name", put(f"{PREFIX}fc.weight", 10, 384), "If they are a task's head, remove"),
+    Case("a head of no usual name", put(f"{PREFIX}fc.weight", 10, 384), "part of a task's head, remove it from"),
 ]  # fmt: skip
