@@ -195,7 +195,7 @@ CASES = [
     Case("use_rslora as a string", config(use_rslora="yes"), 'use_rslora of .* is "yes", expected true or false'),
     Case("bias of another kind", config(bias="some"), 'bias of .* is "some", expected none, all or lora_only'),
     Case("target_modules as a number", config(target_modules=5), "target_modules of .* is 5, expected a list of names"),
-    Case("target_modules that is no pattern", config(target_modules="q_proj("), "target_modules of .*the pattern .* cannot be read"),
+    Case("target_modules that is no pattern", config(target_modules="q_proj("), "of .*the pattern .* cannot be read"),
     Case("modules_to_save as a string", config(modules_to_save="classifier"), "modules_to_save of .*expected a list of names"),
     Case("settings of the first versions alone", only(*FIRST_SETTINGS), SAME),
     Case("setting of no known version", config(use_next=True), "sets use_next=true, which is not known to this version"),
@@ -217,7 +217,7 @@ CASES = [
     Case("initialised with capitals", config(init_lora_weights="Gaussian"), SAME),
     # Configuration and tensors that contradict each other
     Case("DoRA without magnitudes", config(use_dora=True), "has no lora_magnitude_vector, so the file is incomplete"),
-    Case("magnitudes without DoRA", tensors(with_columns("lora_magnitude_vector")), "lora_magnitude_vector, but .* not say use_dora"),
+    Case("magnitudes without DoRA", tensors(with_columns("lora_magnitude_vector")), "but .* not say use_dora"),
     Case(
         "DoRA on an embedding",
         both(config(use_dora=True), tensors(with_columns("lora_magnitude_vector")), renamed(as_embedding)),

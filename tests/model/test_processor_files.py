@@ -169,9 +169,7 @@ def test_a_folder_without_an_image_processor_names_the_file_that_is_missing(tmp_
     (base / "processor_config.json").unlink()
     for config in ({"architecture": "resnet18", "pretrained_cfg": {"mean": [0.5]}}, {"model_type": "timm_wrapper"}):
         (base / "config.json").write_text(json.dumps(config))
-        with pytest.raises(
-            EncoderError, match=r"is a model in the form of the library timm, .* Name the same model in the form"
-        ):
+        with pytest.raises(EncoderError, match=r"is a model of the library timm, .* Name the same model in the form"):
             find_base(str(base), None)
 
 
