@@ -147,7 +147,7 @@ def as_embedding(name: str) -> str:
 
 def refused(field: str, value: Any) -> Case:
     """A setting that PEFT has and nothing here folds."""
-    return Case(field, config(**{field: value}), rf"sets {field}=.*cannot be folded exactly\. Merge this adapter")
+    return Case(field, config(**{field: value}), rf"sets {field}=.*(is not supported\. Merge the adapter into|Train |Leave )")
 
 
 def initialised(value: Any) -> Case:
@@ -186,16 +186,16 @@ CASES = [
     Case("alpha of four hundred digits", config(lora_alpha=10**400), "lora_alpha of .* is 1000.{96}, expected a finite"),
     Case("alpha zero", config(lora_alpha=0), "all of its LoRA products are zero"),
     Case("alpha as a fraction", config(lora_alpha=16.0), SAME),
-    Case("rank_pattern that is no pattern", config(rank_pattern={"fc1[": 8}), "a pattern of .* cannot be read"),
+    Case("rank_pattern that is no pattern", config(rank_pattern={"fc1[": 8}), "_pattern of .*the pattern .* cannot be read"),
     Case("rank_pattern with another rank", config(rank_pattern={"fc1": 4}), "has rank 8, but adapter_config.json says 4"),
     Case("rank_pattern with the same rank", config(rank_pattern={"fc1": 8}), SAME),
-    Case("rank_pattern as a list", config(rank_pattern=[8]), r"rank_pattern of .* is \[8\], expected names with numbers"),
-    Case("alpha_pattern with a string", config(alpha_pattern={"fc1": "8"}), "alpha_pattern of .*expected names with numbers"),
+    Case("rank_pattern as a list", config(rank_pattern=[8]), r"rank_pattern of .* is \[8\], expected an object such as"),
+    Case("alpha_pattern with a string", config(alpha_pattern={"fc1": "8"}), "alpha_pattern of .*expected an object such as"),
     Case("alpha_pattern of no module", config(alpha_pattern={"nowhere": 8}), SAME),
     Case("use_rslora as a string", config(use_rslora="yes"), 'use_rslora of .* is "yes", expected true or false'),
     Case("bias of another kind", config(bias="some"), 'bias of .* is "some", expected none, all or lora_only'),
     Case("target_modules as a number", config(target_modules=5), "target_modules of .* is 5, expected a list of names"),
-    Case("target_modules that is no pattern", config(target_modules="q_proj("), "a pattern of .* cannot be read"),
+    Case("target_modules that is no pattern", config(target_modules="q_proj("), "of .*the pattern .* cannot be read"),
     Case("modules_to_save as a string", config(modules_to_save="classifier"), "modules_to_save of .*expected a list of names"),
     Case("settings of the first versions alone", only(*FIRST_SETTINGS), SAME),
     Case("setting of no known version", config(use_next=True), "sets use_next=true, which is not known to this version"),
@@ -217,14 +217,14 @@ CASES = [
     Case("initialised with capitals", config(init_lora_weights="Gaussian"), SAME),
     # Configuration and tensors that contradict each other
     Case("DoRA without magnitudes", config(use_dora=True), "has no lora_magnitude_vector, so the file is incomplete"),
-    Case("magnitudes without DoRA", tensors(with_columns("lora_magnitude_vector")), "lora_magnitude_vector, which does not"),
+    Case("magnitudes without DoRA", tensors(with_columns("lora_magnitude_vector")), "but .* not say use_dora"),
     Case(
         "DoRA on an embedding",
         both(config(use_dora=True), tensors(with_columns("lora_magnitude_vector")), renamed(as_embedding)),
         "is an embedding, but DoRA can be folded only for linear layers and convolutions",
     ),
     Case("lora_bias without biases", config(lora_bias=True), r"has no lora_B\.bias, so the file is incomplete"),
-    Case("biases without lora_bias", put(f"{FIRST}.lora_B.bias", 384), r"has a lora_B\.bias, which does not fit"),
+    Case("biases without lora_bias", put(f"{FIRST}.lora_B.bias", 384), r"has a lora_B\.bias, but .* not say lora_bias"),
     Case("bias all, none saved", config(bias="all"), "was trained with bias='all', but .* does not hold embeddings"),
     Case(
         "bias lora_only, one of them saved",
@@ -272,10 +272,10 @@ CASES = [
         f"{BODY}x.lora_embedding_A": torch.tensor(1.0), f"{BODY}x.lora_embedding_B": torch.tensor(1.0)
     }), "lora_embedding_A of shape scalar and lora_embedding_B of shape scalar"),
     Case("empty tensors", tensors(lambda found: found | {A: torch.empty(0, 384), B: torch.empty(384, 0)}), r"\(shape 0×384\)"),
-    Case("one tensor cut short", mapped(lambda tensor: tensor[:100], B), "1 of the 48 weights that it changes match no weight"),
+    Case("one tensor cut short", mapped(lambda tensor: tensor[:100], B), "1 of the 48 weights that it changes matches no"),
     Case("larger than memory", tensors(lambda found: found | {
         f"{BODY}head.lora_A.weight": torch.ones(8, 2**20), f"{BODY}head.lora_B.weight": torch.ones(2**20, 8)
-    }), "1 of the 49 weights that it changes match no weight of .* 1048576×1048576"),
+    }), "1 of the 49 weights that it changes matches no weight of .* 1048576×1048576"),
     # Their numbers
     Case("float64", mapped(torch.Tensor.double), SAME),
     *(
@@ -286,8 +286,8 @@ CASES = [
     Case("infinity", mapped(lambda tensor: tensor / 0, "classifier.bias"), r"classifier\.bias holds NaN or infinity"),
     Case("all zero", mapped(torch.zeros_like, "lora_B"), "all of its LoRA products are zero, so it would change nothing"),
     # Their names
-    Case("a tensor of no weight", put(f"{BODY}encoder.extra.weight", 384), "1 of the 49 weights that it changes match no"),
-    Case("a kind of LoRA tensor that is not known", put(f"{FIRST}.lora_E", 8, 1), "lora_E is a kind of LoRA tensor"),
+    Case("a tensor of no weight", put(f"{BODY}encoder.extra.weight", 384), "1 of the 49 weights that it changes matches no"),
+    Case("a kind of LoRA tensor that is not known", put(f"{FIRST}.lora_E", 8, 1), "lora_E is no tensor of LoRA"),
     Case("a head of another name", put("base_model.model.my_head.weight", 10, 384), r"no weight .*my_head\.weight 10×384"),
     Case("modules of another model", renamed(lambda name: name.replace("dinov2.encoder", "swin.blocks")), "48 of the 48"),
     Case("some modules of another model", renamed(lambda name: name.replace("fc1", "up")), "12 of the 48 weights"),

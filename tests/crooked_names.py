@@ -91,7 +91,7 @@ NAMES = [
     Case("a decoder of the same shapes", around("decoder."), f"'decoder' {OTHER_PART}"),
     Case("one module of a short name", tensors(
         lambda found: {"a.lora_A.weight": found[A], "a.lora_B.weight": found[B]}
-    ), "1 of the 1 weights that it changes match no weight"),
+    ), "1 of the 1 weights that it changes matches no weight"),
     Case("more names before it than any model has", around("a." * 12), "50 of the 50 weights that it changes match no weight"),
     Case("a wrapper around half of the layers", by_layer("", "student."), "the other names begin in another way"),
     Case("two models in one file", by_layer("teacher.", "student."), r"\('student\.dinov2', 'teacher\.dinov2'\), so they"),
@@ -142,11 +142,11 @@ NAMES = [
     Case("one output less", mapped(lambda t: t[:-1], B), r"The base's weight of the name dinov2\..* has the shape 384×384"),
     Case("statistics without normalisation", put(f"{NORM}.running_mean", 384), r"1 of the 49 .*norm1\.running_mean 384"),
     Case("one magnitude for all", both(config(use_dora=True), tensors(with_columns("lora_magnitude_vector")), mapped(
-        lambda tensor: tensor[0], "magnitude")), "has 1 DoRA magnitudes for 384 outputs"),
+        lambda tensor: tensor[0], "magnitude")), "has 1 DoRA magnitude for 384 outputs"),
     Case("magnitudes of whole numbers", both(config(use_dora=True), tensors(with_columns("lora_magnitude_vector")), mapped(
         torch.Tensor.int, "magnitude")), "holds numbers of type int32, expected float64"),
     Case("magnitudes under two names", both(config(use_dora=True), tensors(with_columns("lora_magnitude_vector")), tensors(
-        lambda found: found | {f"{FIRST}.lora_magnitude_vector.weight": torch.ones(384)})), "is saved twice, under two names"),
+        lambda found: found | {f"{FIRST}.lora_magnitude_vector.weight": torch.ones(384)})), "is saved twice, as "),
     Case("biases of another length", both(config(lora_bias=True), tensors(with_columns("lora_B.bias")), mapped(
         lambda tensor: tensor[:8], "q_proj.lora_B.bias")), r"12 of the 96 .*q_proj\.bias 8.*has the shape 384"),
     # Configuration and tensors
@@ -166,5 +166,5 @@ NAMES = [
          "adapter_config.json does not name the base that it was trained on"),
     Case("another model, another base named", both(ELSEWHERE, renamed(lambda n: n.replace("fc1", "up"))),
          r"It was trained on 'somebody/other'; name that base in the recipe"),
-    Case("a head of no usual name", put(f"{PREFIX}fc.weight", 10, 384), "If they are a task's head, remove"),
+    Case("a head of no usual name", put(f"{PREFIX}fc.weight", 10, 384), "part of a task's head, remove it from"),
 ]  # fmt: skip

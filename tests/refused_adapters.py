@@ -132,7 +132,7 @@ FOLDER_CASES = [
         "write hf://adapters/ten if",
     ),
     refused("no adapter at all", lambda s: s.remove(NAME), "/ten", "no adapter_config.json", "Name the adapter's own"),
-    refused("a folder of adapters", folder_of_adapters, "/all", "Its folders ten are", "Name one of them"),
+    refused("a folder of adapters", folder_of_adapters, "/all", "Its folder ten is an adapter. Name it"),
     refused(
         "an adapter saved as a pickle",
         lambda s: s.move(WEIGHTS, "ten/adapter_model.bin"),
@@ -179,27 +179,56 @@ CONFIG_CASES = [
     refused("a bias of no known kind", settings(bias="some"), 'bias of adapter_config.json is "some", expected none, all or'),
     refused("target_modules that are no names", settings(target_modules=5), "target_modules of adapter_config.json is 5"),
     refused(
-        "a pattern that cannot be read", settings(target_modules="q_proj("), "a pattern of adapter_config.json cannot be used"
+        "a pattern that cannot be read",
+        settings(target_modules="q_proj("),
+        "target_modules of adapter_config.json: the pattern 'q_proj('",
     ),
     refused(
         "a pattern whose matching never ends",
         settings(target_modules=r"(([a-z0-9._])+)+!"),
-        "a pattern of adapter_config.json cannot be used",
+        "target_modules of adapter_config.json: matching its pattern",
         "processor time",
     ),
     refused(
-        "alora_invocation_tokens", settings(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens=[1, 2]", "Merge this"
+        "alora_invocation_tokens",
+        settings(alora_invocation_tokens=[1, 2]),
+        "alora_invocation_tokens=[1, 2]",
+        "Train a plain LoRA",
     ),
-    refused("layer_replication", settings(layer_replication=[[0, 4], [2, 5]]), "layer_replication=[[0, 4], [2, 5]]", "Merge"),
-    refused("target_parameters", settings(target_parameters=["experts.gate"]), 'target_parameters=["experts.gate"]', "Merge"),
-    refused("trainable_token_indices", settings(trainable_token_indices=[0]), "trainable_token_indices=[0]", "Merge this"),
-    refused("use_qalora", settings(use_qalora=True), "use_qalora=true", "folded exactly", "Merge this adapter"),
-    refused("kasa_config", settings(kasa_config={"beta": 0.1}), "kasa_config=", "folded exactly", "Merge this adapter"),
-    refused("a setting of no known version", settings(use_next=True), "use_next=true, which is not known to this version"),
+    refused(
+        "layer_replication",
+        settings(layer_replication=[[0, 4], [2, 5]]),
+        "layer_replication=[[0, 4], [2, 5]]",
+        "Do not merge it with PEFT",
+    ),
+    refused(
+        "target_parameters",
+        settings(target_parameters=["experts.gate"]),
+        'target_parameters=["experts.gate"]',
+        "Merge the adapter into",
+    ),
+    refused(
+        "trainable_token_indices",
+        settings(trainable_token_indices=[0]),
+        "trainable_token_indices=[0]",
+        "Merge the adapter into",
+    ),
+    refused("use_qalora", settings(use_qalora=True), "use_qalora=true", "neither lora-embed nor PEFT can merge"),
+    refused(
+        "kasa_config", settings(kasa_config={"beta": 0.1}), "kasa_config=", "not supported", "Merge the adapter into its base"
+    ),
+    refused(
+        "a setting of no known version",
+        settings(use_next=True),
+        "use_next=true, which is not known to this version",
+        "the version of PEFT that wrote",
+    ),
     refused("initialised by corda", settings(init_lora_weights="corda"), '"corda"', "path_initial_model_for_weight_conversion"),
     refused("initialised by lora_ga", settings(init_lora_weights="lora_ga"), '"lora_ga"', "path_initial_model_for_weight"),
     refused("initialised by pissa_niter_4", settings(init_lora_weights="pissa_niter_4"), '"pissa_niter_4"', "path_initial_"),
-    refused("initialised by loftq", settings(init_lora_weights="loftq"), '"loftq"', "into its own base", "merge_and_unload"),
+    refused(
+        "initialised by loftq", settings(init_lora_weights="loftq"), '"loftq"', "into the quantised base that was saved with it"
+    ),
     refused("initialised in an unknown way", settings(init_lora_weights="next"), '"next"', "not known", "merge_and_unload"),
 ]
 
@@ -232,13 +261,13 @@ TENSOR_CASES = [
         "incomplete",
     ),
     # What contradicts the configuration
-    refused("magnitudes without DoRA", ten(MAGNITUDES), "lora_magnitude_vector, which does not fit", "Copy both files"),
+    refused("magnitudes without DoRA", ten(MAGNITUDES), "does not say use_dora: true", "Copy both files"),
     refused("another rank than the tensors'", settings(r=16), "has rank 4, but adapter_config.json says 16", "Copy both files"),
     refused(
         "DoRA on an embedding",
         ten(config(use_dora=True), MAGNITUDES, renamed(as_embedding)),
         "is an embedding, but DoRA",
-        "Merge this adapter",
+        "Merge the adapter into its base",
     ),
     refused(
         "PiSSA on a convolution",
@@ -247,20 +276,24 @@ TENSOR_CASES = [
             config(init_lora_weights="pissa", target_modules=None)(s.folder / "adapter0"),
         ),
         "is not a linear layer, but init_lora_weights=pissa",
+        "Copy both files",
     ),
     refused(
         "DoRA with one magnitude for all outputs",
         ten(config(use_dora=True), MAGNITUDES, mapped(lambda t: t[0], "magnitude")),
-        "has 1 DoRA magnitudes for",
+        "has 1 DoRA magnitude for",
     ),
     # What its numbers are
     refused("NaN in an adapter", ten(mapped(lambda t: t * torch.nan, "lora_B")), "holds NaN or infinity", "another checkpoint"),
     refused("a quantised adapter", ten(mapped(lambda t: t.to(torch.int8))), "type int8, expected float64", "quantisation"),
-    refused("numbers of a rare type", ten(mapped(lambda t: t.to(torch.uint16), A)), "of type U16, which cannot be read"),
+    refused(
+        "numbers of a rare type", ten(mapped(lambda t: t.to(torch.uint16), A)), "of type U16, expected F64, F32", "Save it as"
+    ),
     refused(
         "a variance below zero",
         on("resnet", r".*convolution", statistics(torch.neg, "running_var"), **NORMS),
         "holds negative numbers, but is a variance",
+        "copy it again, or use another checkpoint",
     ),
     refused("an untrained adapter", ten(mapped(torch.zeros_like, "lora_B")), "LoRA products are zero", "leave it out"),
     refused("DoRA that was not trained", untrained_dora, "by less than float32 rounding", "leave it out"),
@@ -279,7 +312,7 @@ TENSOR_CASES = [
     refused(
         "names with and without prefix",
         changed(lambda f: f | {n.removeprefix("base_model.model."): f[n] * 2 for n in (A, B)}),
-        "is saved twice, under two names",
+        f"is saved twice, as {A} and as {A.removeprefix('base_model.model.')}",
     ),
     refused("names with and without the model", changed(twice_a_place), "are both names of layers.0.attention.q_proj.weight"),
     refused(
@@ -291,7 +324,7 @@ TENSOR_CASES = [
         "a weight saved whole beside its LoRA",
         ten(put(f"{FIRST}.base_layer.weight", 32, 32)),
         "and also changed by LoRA",
-        "save_embedding_layers=False",
+        "without save_embedding_layers=True",
     ),
     refused(
         "two beginnings of names",
@@ -302,11 +335,19 @@ TENSOR_CASES = [
     refused(
         "a compiled layer under two names",
         changed(lambda f: f | {n.replace("layers.0.", "layers.0._orig_mod."): f[n] * 2 for n in (A, B)}),
-        "is saved twice, under two names",
+        "q_proj.weight is saved twice, as",
+        "layers.0._orig_mod.attention",
     ),
-    refused("a kind of LoRA tensor that is not known", ten(put(f"{FIRST}.lora_E", 4, 1)), "lora_E is a kind of LoRA tensor"),
+    refused(
+        "a kind of LoRA tensor that is not known",
+        ten(put(f"{FIRST}.lora_E", 4, 1)),
+        "lora_E is no tensor of LoRA",
+        "Copy both files",
+    ),
     refused("a name that cannot be printed", ten(put("base_model.model.vit.norm\n\x1b[31m.weight", 32)), "cannot be printed"),
-    refused("a name without end", ten(put(f"base_model.model.vit.{'a' * 2000}.weight", 32)), "has 2,028 characters"),
+    refused(
+        "a name without end", ten(put(f"base_model.model.vit.{'a' * 2000}.weight", 32)), "has 2,028 characters, at most 1,000"
+    ),
     # What shapes they have
     refused("ranks that disagree", ten(mapped(lambda t: t[:2], A)), "rank 2 in lora_A but 4 in lora_B", "damaged"),
     refused("factors of one dimension", ten(mapped(torch.flatten, FIRST)), "which do not fit a linear layer, a convolution"),
@@ -330,7 +371,7 @@ TENSOR_CASES = [
         ten(config(base_model_name_or_path=None), renamed(lambda n: n.replace("fc1", "up"))),
         "does not name the base",
     ),
-    refused("a head of an unusual name", ten(put("base_model.model.fc.weight", 10, 32)), "fc.weight", "remove them"),
+    refused("a head of an unusual name", ten(put("base_model.model.fc.weight", 10, 32)), "fc.weight", "remove it"),
     refused(
         "an adapter of a text model around the base",
         ten(renamed(lambda n: n.replace("vit.", "text_encoder."))),
@@ -371,7 +412,13 @@ MERGE_CASES = [
         "Remove",
     ),
     refused("a linear merge of unequal ranks", ranks_differ, "'linear'", "[4, 8]", "Use 'weighted_sum'"),
-    refused("a linear merge of DoRA", linear_of_dora, "'linear' adds LoRA factors", "DoRA's magnitudes", "Use 'weighted_sum'"),
+    refused(
+        "a linear merge of DoRA",
+        linear_of_dora,
+        "'linear' adds LoRA factors",
+        "/dora also holds DoRA's magnitudes",
+        "Use 'weighted_sum'",
+    ),
     refused("values too large for float32", ten(mapped(lambda t: t * 1e30, "lora_")), "is not finite after the merge"),
     refused(
         "variances that become negative",

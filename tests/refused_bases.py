@@ -175,7 +175,11 @@ FILE_CASES = [
     refused("an adapter as the base", lambda s: s.recipe(base_model="./ten"), "/ten", "is an adapter, not a model"),
     refused("a base without config.json", lambda s: s.remove(CONFIG), "/base", "no config.json", "Name the model's directory"),
     refused(
-        "a base without image preparation", lambda s: s.remove(PROCESSOR), "/base", "no preprocessor_config.json", "Save the"
+        "a base without image preparation",
+        lambda s: s.remove(PROCESSOR),
+        "/base",
+        "neither preprocessor_config.json nor",
+        "Save the",
     ),
     refused(
         "a base in the form of timm",
@@ -203,6 +207,7 @@ FILE_CASES = [
         lambda s: s.move(WEIGHTS, "base/weights.safetensors"),
         "/base",
         "found weights.safetensors",
+        "rename the file to model.safetensors",
         "model.safetensors.index.json",
     ),
     refused("an index that is no JSON", index("{"), "/base", "index.json is damaged", "Copy"),
@@ -211,7 +216,7 @@ FILE_CASES = [
         "a file of weights missing",
         index({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}),
         "/base",
-        "'model-00002-of-00002.safetensors'",
+        "'model-00002-of-00002.safetensors', but that file is not there",
     ),
     refused(
         "an index that leads out of the folder",
@@ -241,8 +246,8 @@ MODEL_CASES = [
         "model_type 'own'",
         "is never run",
     ),
-    refused("a type that transformers opens with a head only", of_type("blip"), "/base", "AutoBackbone", "'blip_vision_model'"),
-    refused("a model that needs the library natten", of_type("dinat"), "/base", "needs a package", "natten", "Install it"),
+    refused("a type that AutoModel does not open", of_type("blip"), "/base", "AutoBackbone", "'blip_vision_model'"),
+    refused("a model that needs the library natten", of_type("dinat"), "/base", "needs a package", "Install natten 0.17.5"),
     refused(
         "a quantised base",
         config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
@@ -261,7 +266,7 @@ MODEL_CASES = [
         "an implementation from a repository",
         config(attn_implementation="somebody/flash-attention"),
         "/base",
-        "config.json sets attn_implementation",
+        "config.json sets attn_implementation to 'somebody/flash-attention'",
         "Remove that key",
     ),
     refused("a million layers", config(num_hidden_layers=10**6), "/base", "num_hidden_layers is 1000000, more than any model"),
@@ -283,7 +288,8 @@ MODEL_CASES = [
     ),
     refused("a model of videos", of_type("videomae"), "VideoMAEModel takes videos", "single images"),
     # The weights
-    refused("truncated weights of the base", lambda s: s.cut(WEIGHTS), "/base", "cannot be loaded"),
+    refused("a configuration that its class cannot take", config(hidden_act="geluu"), "/base", "cannot be loaded"),
+    refused("truncated weights of the base", lambda s: s.cut(WEIGHTS), "/base/model.safetensors", "not a whole safetensors"),
     refused(
         "weights missing",
         weights(lambda found: {name: t for name, t in found.items() if "layer.1." not in name}),
@@ -296,7 +302,7 @@ MODEL_CASES = [
         "/base",
         "have other shapes in the files than in config.json",
     ),
-    refused("a model that is held twice", weights(twice), "hold ViTModel 2 times, below ['student.', 'teacher.']"),
+    refused("a model that is held twice", weights(twice), "hold ViTModel 2 times, below 'student.', 'teacher.'"),
     refused("a dual encoder's vision model twice", vision_twice, "hold CLIPVisionModel 2 times", "image_model."),
     refused(
         "quantised weights",
@@ -327,7 +333,7 @@ MODEL_CASES = [
 
 PROCESSOR_CASES = [
     refused("a processor that is no JSON", lambda s: s.text(PROCESSOR, "{"), "/base/preprocessor_config.json", "Copy"),
-    refused("a processor that is a list", lambda s: s.text(PROCESSOR, "[]"), "holds list, expected an object"),
+    refused("a processor that is a list", lambda s: s.text(PROCESSOR, "[]"), "holds a list, expected a JSON object"),
     refused(
         "a processor of texts alone",
         lambda s: (s.remove(PROCESSOR), s.text("base/processor_config.json", '{"processor_class": "CLIPProcessor"}')),
@@ -360,7 +366,7 @@ PROCESSOR_CASES = [
     refused("an image processor that does more", processor("NougatImageProcessor"), "does more to a"),
     # Its settings
     refused("a setting that its class cannot take", processor(size="large"), "/base/preprocessor_config.json"),
-    refused("an image that its class cannot prepare", processor("SuperGlueImageProcessor", 32), "cannot prepare an"),
+    refused("an image that its class cannot prepare", processor(return_tensors="xx"), "cannot prepare an"),
     refused("image_mean of two numbers", processor(image_mean=[0.5, 0.5]), "image_mean (0.5, 0.5)", "one number or three"),
     refused("image_std of zero", processor(image_std=[0.5, 0.0, 0.5]), "a 0 in image_std"),
     refused("a filter that Pillow does not have", processor(resample=9), "resample '9'", "0 to 5"),
@@ -375,7 +381,7 @@ PROCESSOR_CASES = [
     ),
     refused("a crop without edges", processor(do_center_crop=True, crop_size={"shortest_edge": 32}), "crop_size"),
     refused("crop_pct of zero", processor("ConvNextImageProcessor", crop_pct=0, size={"shortest_edge": 32}), "above 0"),
-    refused("Donut without padding", processor("DonutImageProcessor", do_pad=False), "do_thumbnail or do_pad false"),
+    refused("Donut without padding", processor("DonutImageProcessor", do_pad=False), "do_pad false, expected true"),
     refused("images of a billion pixels", processor(size={"height": 10**9, "width": 10**9}), "an edge of 1000000000 pixels"),
     refused(
         "padding that is smaller than the image",

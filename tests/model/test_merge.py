@@ -13,7 +13,7 @@ from peft.utils import merge_utils
 from lora_embed.config.values import MERGE_OPTIONS
 from lora_embed.errors import AdapterMismatch, ConfigError
 from lora_embed.model.adapter import SavedAdapter
-from lora_embed.model.change import LowRank, Shift
+from lora_embed.model.change import LowRank, Normed, Replaced, Residual, Shift
 from lora_embed.model.match import Adapter
 from lora_embed.model.merge import CONCAT, METHODS, Weighted, linear, merge, options_of, svd, truncate, weighted_sum
 
@@ -128,9 +128,18 @@ def test_linear_refuses_unequal_ranks_and_names_what_takes_them() -> None:
         linear([Weighted(0.5, low_rank(1, rank=4)), Weighted(0.5, low_rank(2, rank=8))], BEFORE)
 
 
-def test_linear_refuses_what_is_more_than_factors() -> None:
-    with pytest.raises(AdapterMismatch, match=r"adds LoRA factors alone, but an adapter also holds .*Use 'weighted_sum'"):
-        linear([Weighted(0.5, Shift(bias=torch.ones(16), scale=1.0))], torch.zeros(16))
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (Shift(bias=torch.ones(16), scale=1.0), "biases of lora_bias"),
+        (Replaced(trained=BEFORE), "weights that were trained whole"),
+        (Residual(lora=low_rank(1), kind="pissa"), "a change of the base by PiSSA or OLoRA"),
+        (Normed(inner=low_rank(1), magnitude=torch.ones(16)), "DoRA's magnitudes"),
+    ],
+)
+def test_linear_refuses_what_is_more_than_factors_and_names_the_adapter(change: Any, says: str) -> None:
+    with pytest.raises(AdapterMismatch, match=rf"adds LoRA factors alone, but 7 also holds {says}\. Use 'weighted_sum'"):
+        merged([adapter(1), adapter(7, c=change)], [0.5, 0.5], "linear")
 
 
 @pytest.mark.parametrize(

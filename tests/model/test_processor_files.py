@@ -100,7 +100,7 @@ WRONG: list[tuple[Any, str]] = [
     (VIT | {"image_std": 0}, "has a 0 in image_std 0, by which pixels are divided"),
     (VIT | {"image_std": float("nan")}, "has image_std 'nan', expected a number"),
     (VIT | {"size": "big"}, "preprocessor_config.json: its settings cannot be used by ViTImageProcessor: Could not convert"),
-    (VIT | {"size": {"longest_edge": 40}}, "expected height and width, or shortest_edge, as image_size in the recipe would"),
+    (VIT | {"size": {"longest_edge": 40}}, "expected height and width, or shortest_edge; image_size in the recipe would"),
     (VIT | {"size": 20_000}, "gives images with an edge of 20000 pixels, expected 1 to 16,384"),
     (VIT | {"do_pad": True, "pad_size": 100}, "pads images to 100×100 pixels, but some may be larger"),
     (VIT | {"do_resize": False}, "gives images of different sizes. Set image_size"),
@@ -111,8 +111,8 @@ WRONG: list[tuple[Any, str]] = [
     ({"image_processor_type": "AutoModel"}, "its image processor is 'AutoModel', which this version of transformers does not"),
     ({"feature_extractor_type": "WhisperFeatureExtractor"}, "its image processor is 'WhisperImageProcessor', which this"),
     (of("Yolos"), "gives images of different sizes. Set image_size"),
-    (of("Donut", do_pad=False), "has do_thumbnail or do_pad false"),
-    (of("Donut", do_center_crop=True, crop_size=9), "or do_center_crop true, which is not supported"),
+    (of("Donut", do_pad=False), "has do_pad false, expected true"),
+    (of("Donut", do_center_crop=True, crop_size=9), "has do_center_crop true, expected false"),
     (of("ConvNext", size=224, crop_pct=0), "has crop_pct 0, expected a number above 0"),
     (of("ConvNext", size={"height": 9, "width": 9}), "has size {'height': 9, 'width': 9}, expected a shortest_edge"),
     (of("DPT", size={"shortest_edge": 9}), "has size {'shortest_edge': 9}, expected a height"),
@@ -131,7 +131,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"video_processor_type": "VivitVideoProcessor"}, "has no image_processor_type, and transformers takes none"),
     ({"image_processor_type": 7}, "its image processor is '7', which this version"),
     ({"feature_extractor_type": ["x"]}, "which this version of transformers does not have"),
-    ([1], "holds list, expected an object of JSON"),
+    ([1], "holds a list, expected a JSON object"),
     ("{", "preprocessor_config.json: is not valid JSON (Expecting property name"),
 ]
 
@@ -161,7 +161,7 @@ def test_an_image_size_that_a_processor_rounds_is_refused_with_the_right_one(tmp
 def test_a_folder_without_an_image_processor_names_the_file_that_is_missing(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     (base / "preprocessor_config.json").unlink()
-    with pytest.raises(EncoderError, match=r"has no preprocessor_config.json, .* Save the image processor there"):
+    with pytest.raises(EncoderError, match=r"has neither preprocessor_config.json nor .* Save the image processor there"):
         find_base(str(base), None)
     (base / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
     with pytest.raises(EncoderError, match=r"neither in preprocessor_config.json nor as image_processor in processor_config"):
@@ -169,9 +169,7 @@ def test_a_folder_without_an_image_processor_names_the_file_that_is_missing(tmp_
     (base / "processor_config.json").unlink()
     for config in ({"architecture": "resnet18", "pretrained_cfg": {"mean": [0.5]}}, {"model_type": "timm_wrapper"}):
         (base / "config.json").write_text(json.dumps(config))
-        with pytest.raises(
-            EncoderError, match=r"is a model in the form of the library timm, .* Name the same model in the form"
-        ):
+        with pytest.raises(EncoderError, match=r"is a model of the library timm, .* Name the same model in the form"):
             find_base(str(base), None)
 
 

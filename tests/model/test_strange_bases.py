@@ -290,7 +290,7 @@ def test_a_model_that_is_held_twice_is_refused(tmp_path: Path) -> None:
     file = base / "model.safetensors"
     weights = {f"{part}{name}": weight + 0 for name, weight in load_file(file).items() for part in ("student.", "teacher.")}
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(EncoderError, match=r"its files hold ViTModel 2 times, below \['student.', 'teacher.'\]. Save the one"):
+    with pytest.raises(EncoderError, match=r"its files hold ViTModel 2 times, below 'student.', 'teacher.'. Save the one"):
         load_headless(base, "base")
 
 
@@ -312,7 +312,7 @@ def test_numbers_of_channels_are_no_numbers_of_layers(tmp_path: Path) -> None:
         ("vivit", "VivitModel takes videos"),
         ("vjepa2", "VJEPA2Model needs pixel_values_videos as well"),
         ("vilt", "ViltModel reads texts too, but a base must take images alone. Name its vision model"),
-        ("blip", "has no headless model of type 'blip_vision_model': neither AutoModel nor AutoBackbone opens it"),
+        ("blip", "neither AutoModel nor AutoBackbone of .* opens a model of type 'blip_vision_model'"),
         ("dinat", "is a model of type 'dinat', which needs a package that is not installed: .*natten"),
         ("timm_wrapper", "is a model of type 'timm_wrapper', which needs a package that is not installed: .*timm"),
     ],

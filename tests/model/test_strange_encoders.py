@@ -379,7 +379,7 @@ def test_a_pattern_without_end_is_refused_in_time(adapter: Path, made: Path, fie
     edit(adapter / "adapter_config.json", **changes)
     saved, target = read_adapter(str(adapter)), target_of(find_base(str(made / "base"), None))
     started = time.monotonic()
-    with pytest.raises(AdapterMismatch, match=r"a pattern of adapter_config.json cannot be used: matching takes more than"):
+    with pytest.raises(AdapterMismatch, match=r"of adapter_config.json: matching its pattern takes more than"):
         match_adapter(saved, target)
     assert time.monotonic() - started < 10
 
@@ -387,7 +387,7 @@ def test_a_pattern_without_end_is_refused_in_time(adapter: Path, made: Path, fie
 @pytest.mark.parametrize("pattern", ["(", "[z-a]", "x{99999999999}", "(" * 3000 + ")" * 3000, r"(?P<a>x)(?P<a>y)"])
 def test_a_pattern_that_is_none_is_refused(adapter: Path, made: Path, pattern: str) -> None:
     edit(adapter / "adapter_config.json", alpha_pattern={pattern: 4})
-    with pytest.raises(AdapterMismatch, match=r"a pattern of adapter_config.json cannot be used: .* cannot be read"):
+    with pytest.raises(AdapterMismatch, match=r"of adapter_config.json: the pattern .* cannot be read"):
         match_adapter(read_adapter(str(adapter)), target_of(find_base(str(made / "base"), None)))
 
 
@@ -422,7 +422,7 @@ def test_patterns_that_end_match_as_peft_matches(adapter: Path, made: Path, patt
 def test_many_plain_patterns_end_too(adapter: Path, made: Path) -> None:
     edit(adapter / "adapter_config.json", rank_pattern={f"layers.{number}.x": 4 for number in range(100_000)})
     started = time.monotonic()
-    with pytest.raises(AdapterMismatch, match=r"cannot be used: matching takes more than"):
+    with pytest.raises(AdapterMismatch, match=r"matching its pattern takes more than"):
         match_adapter(read_adapter(str(adapter)), target_of(find_base(str(made / "base"), None)))
     assert time.monotonic() - started < 10
 

@@ -66,7 +66,7 @@ def _by_edges(settings: Settings, size: Edges) -> dict[str, Any]:
         return {"resize": (size["shortest_edge"], size["longest_edge"]), "fit": "within"}
     if size.get("shortest_edge"):
         return {"resize": size["shortest_edge"]}
-    raise ValueError(f"has size {size}, expected height and width, or shortest_edge, as image_size in the recipe would set")
+    raise ValueError(f"has size {size}, expected height and width, or shortest_edge; image_size in the recipe would set them")
 
 
 def _divided(settings: Settings, size: Edges) -> dict[str, Any]:
@@ -124,8 +124,9 @@ def _sam(settings: Settings, size: Edges) -> dict[str, Any]:
 
 
 def _donut(settings: Settings, size: Edges) -> dict[str, Any]:
-    if not settings.get("do_thumbnail") or not settings.get("do_pad") or settings.get("do_center_crop"):
-        raise ValueError("has do_thumbnail or do_pad false, or do_center_crop true, which is not supported")
+    for key, expected in (("do_thumbnail", "true"), ("do_pad", "true"), ("do_center_crop", "false")):
+        if (value := str(bool(settings.get(key))).lower()) != expected:
+            raise ValueError(f"has {key} {value}, expected {expected}")
     resize = (_needed(size, "height"), _needed(size, "width"))
     return {"resize": resize, "fit": "aligned_thumbnail" if settings.get("do_align_long_axis") else "thumbnail"}
 

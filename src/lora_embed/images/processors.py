@@ -38,6 +38,7 @@ REFUSED = {
     "PerceiverImageProcessor": "crops an image before it is resized",
     "PixtralImageProcessor": _OWN_SIZES,
     "Siglip2ImageProcessor": "cuts an image into as many parts as its size allows",
+    "SuperGlueImageProcessor": _PAIRS,
     "Swin2SRImageProcessor": _OWN_SIZES,
     "TimmWrapperImageProcessor": "is made by the library timm",
     "UVDocImageProcessor": _LATE,

@@ -1,14 +1,11 @@
 """One PEFT LoRA directory → its configuration and tensors, read and checked, but not yet matched to a base.
 
-PEFT's module injection is not used, since merges silently go wrong there. PEFT gives the configuration's defaults; this
-module decides by name what each field means for the merge.
+PEFT's module injection is not used, since merges silently go wrong there.
 """
 
 import hashlib
 import json
 import re
-import sys
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import safetensors
 
 from lora_embed.errors import AdapterMismatch, ChangedMeanwhile, LoraEmbedError
+from lora_embed.model.adapter_config import MOST_NAMED, check_config, residual_kind
 from lora_embed.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROCESSOR_FILES, not_readable, own_file, read_json
 from lora_embed.store.fetch import fetch_directory
 from lora_embed.store.hub import SCHEME
@@ -28,25 +26,8 @@ if TYPE_CHECKING:
 CONFIG_NAME, WEIGHTS_NAME, PROCESSOR_NAME = ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROCESSOR_FILES[0]
 PREFIX = "base_model.model."
 
-# Fields that change what an adapter computes. All are handled, in `match.py` and `change.py`.
-_HANDLED = {
-    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias", "init_lora_weights",
-}  # fmt: skip
-# Fields that say which modules were trained. The tensors show that too; `match.py` compares both.
-_SHOWN_BY_TENSORS = {"target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"}
-# Fields without effect on inference. fan_in_fan_out is for layers that store their weight transposed (GPT-2's Conv1D). PEFT
-# ignores it for all other layers, and no model of images has such layers.
-_IRRELEVANT = {
-    "lora_dropout", "task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
-    "inference_mode", "runtime_config", "megatron_core", "ensure_weight_tying", "qalora_group_size", "eva_config",
-    "corda_config", "lora_ga_config", "loftq_config", "fan_in_fan_out", "merge_weights",
-}  # fmt: skip
-# Initialisations that do not change the base, and two whose change of the base can be computed from the base alone.
-_HARMLESS_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-_RESIDUAL_INITIALISATIONS = ("pissa", "olora")
 _PART = re.compile(r"adapter_model.*-of-\d+\.safetensors|.*\.index\.json")  # of weights in several files
 _BLOCK = 2**20  # bytes that are read at a time
-MOST_NAMED = 1000  # characters in the name of a tensor, a module or a base
 # Types of numbers, as safetensors names them, and as content hashes do. Others than floats can be part of a head only.
 _DTYPES = {"F64": "torch.float64", "F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
 _DTYPES |= {name: name for name in ("I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "C64")}
@@ -89,7 +70,7 @@ def find_adapter(uri: str, revision: str | None = None) -> SavedAdapter:
     path = own_file(folder, WEIGHTS_NAME)
     if path is None:
         raise AdapterMismatch(f"{uri}: expected {WEIGHTS_NAME}, {_describe_other_files(folder)}")
-    _check_fields(uri, config)
+    check_config(uri, config)
     return SavedAdapter(uri=uri, folder=folder, config=config, content_hash=_content_hash(uri, config, path))
 
 
@@ -108,13 +89,6 @@ def check_adapter(saved: SavedAdapter) -> None:
         hash_now = ""
     if hash_now != saved.content_hash:
         raise ChangedMeanwhile(f"{saved.uri}: changed while the encoder was built. Run the same command again.")
-
-
-def residual_kind(config: dict[str, Any]) -> Any:
-    """`pissa` or `olora` if the adapter was trained on the rest of the base that these initialisations leave, else None."""
-    initialisation = config.get("init_lora_weights")
-    lowered = initialisation.lower() if isinstance(initialisation, str) else initialisation
-    return lowered if lowered in _RESIDUAL_INITIALISATIONS else None
 
 
 def first_names(names: list[str], most: int = 3) -> str:
@@ -146,6 +120,8 @@ def _describe_other_files(folder: Path) -> str:
 def _other_places(uri: str, folder: Path) -> str:
     """Where an adapter may lie instead, for a message: PEFT saves adapters with names in folders of their own."""
     inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+    if len(inner) == 1:
+        return f"Its folder {inner[0]} is an adapter. Name it."
     if inner:
         return f"Its folders {first_names(inner)} are adapters. Name one of them."
     if uri.startswith(SCHEME):
@@ -170,89 +146,6 @@ def _read_config(uri: str, folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_fields(uri: str, config: dict[str, Any]) -> None:
-    """Check the types of the fields that are handled, and refuse every other field that differs from PEFT's default."""
-    _check_types(uri, config)
-    for field in sorted(config.keys() - _HANDLED - _SHOWN_BY_TENSORS - _IRRELEVANT):
-        value = config[field]
-        if not value:  # the default of all other fields; they switch something on
-            continue
-        from lora_embed.model.peft_private import defaults  # imports peft, which takes seconds
-
-        if value == defaults.get(field):
-            continue
-        reason = "cannot be folded exactly" if field in defaults else "is not known to this version of PEFT"
-        raise AdapterMismatch(
-            f"{uri}: {CONFIG_NAME} sets {field}={_shown(value)}, which {reason}. "
-            "Merge this adapter into its base with PEFT first, or train it without that setting."
-        )
-    initialisation = config.get("init_lora_weights", True)
-    lowered = initialisation.lower() if isinstance(initialisation, str) else initialisation
-    if lowered not in _HARMLESS_INITIALISATIONS and residual_kind(config) is None:
-        advice = "Merge this adapter into its own base by PEFT's merge_and_unload, and name the result as the base."
-        reason = "is not known"
-        if isinstance(lowered, str) and re.match("pissa|corda|lora_ga|loftq", lowered):
-            reason = "changes the base's own weights in a way that the files do not show"
-        if lowered != "loftq" and reason != "is not known":  # PEFT converts the others
-            advice = "Convert it to a plain LoRA adapter: save it with PEFT's path_initial_model_for_weight_conversion."
-        raise AdapterMismatch(
-            f"{uri}: was trained with init_lora_weights={json.dumps(initialisation)}, which {reason}. {advice}"
-        )
-
-
-def _check_types(uri: str, config: dict[str, Any]) -> None:
-    expectations: dict[str, tuple[str, Any]] = {
-        "r": ("a whole number of at least 1", lambda value: type(value) is int and value >= 1),
-        "lora_alpha": ("a finite number", _is_number),
-        "rank_pattern": ("names with numbers", _is_pattern),
-        "alpha_pattern": ("names with numbers", _is_pattern),
-        "use_rslora": ("true or false", lambda value: isinstance(value, bool)),
-        "use_dora": ("true or false", lambda value: isinstance(value, bool)),
-        "lora_bias": ("true or false", lambda value: isinstance(value, bool)),
-        "bias": ("none, all or lora_only", lambda value: value in ("none", "all", "lora_only")),
-        "target_modules": ("a list of names, or a pattern", _is_names),
-        "exclude_modules": ("a list of names, or a pattern", _is_names),
-        "modules_to_save": ("a list of names", lambda value: isinstance(value, list) and _is_names(value)),
-        "layers_pattern": ("a list of names, or a pattern", _is_names),
-        "layers_to_transform": ("numbers of layers", lambda value: all(type(n) is int for n in _listed(value))),
-        "init_lora_weights": ("true, false or a name", lambda value: isinstance(value, bool | str)),
-        "base_model_name_or_path": ("a name", lambda value: isinstance(value, str) and len(value) <= MOST_NAMED),
-    }
-    for field, (expected, is_right) in expectations.items():
-        value = config.get(field)
-        if value is None and field not in ("r", "lora_alpha"):
-            continue
-        if not is_right(value):
-            state = f"is {_shown(value)}" if field in config else "is missing"
-            raise AdapterMismatch(f"{uri}: {field} of {CONFIG_NAME} {state}, expected {expected}. Save the adapter again.")
-
-
-def _shown(value: Any) -> str:
-    """A value of the file, as JSON, for a message."""
-    return (
-        textwrap.shorten(json.dumps(value), 100, placeholder=" …")
-        if isinstance(value, dict | list)
-        else json.dumps(value)[:100]
-    )
-
-
-def _is_pattern(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_number(number) for number in value.values())
-
-
-def _is_names(value: Any) -> bool:
-    return all(isinstance(name, str) for name in _listed(value))
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _is_number(value: Any) -> bool:
-    """True for a finite number that fits into a float."""
-    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
-
-
 def _content_hash(uri: str, config: dict[str, Any], path: Path) -> str:
     fields = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
     relevant = {field: config.get(field) or None for field in fields} | {"residual": residual_kind(config)}
@@ -261,15 +154,18 @@ def _content_hash(uri: str, config: dict[str, Any], path: Path) -> str:
         with path.open("rb") as file:
             for name, described, data in _tensors_of(path, file):
                 if len(name) > MOST_NAMED:
-                    raise AdapterMismatch(f"{uri}: the name of a tensor has {len(name):,} characters. Save the adapter again.")
+                    raise AdapterMismatch(
+                        f"{uri}: the name of a tensor has {len(name):,} characters, at most {MOST_NAMED:,} are read. Save the "
+                        "adapter again."
+                    )
                 if not name.isprintable():
                     raise AdapterMismatch(
                         f"{uri}: the name {name[:100]!r} of a tensor cannot be printed. Save the adapter again."
                     )
                 if described["dtype"] not in _DTYPES:
                     raise AdapterMismatch(
-                        f"{uri}: {name} holds numbers of type {described['dtype']}, which cannot be read. Save the adapter "
-                        "without quantisation."
+                        f"{uri}: {name} holds numbers of type {described['dtype']}, expected F64, F32, F16 or BF16. "
+                        "Save it as one of these."
                     )
                 digest.update(f"{name} {_DTYPES[described['dtype']]} {tuple(described['shape'])}\n".encode())
                 for block in data:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_embed.errors import EncoderError
+from lora_embed.model.adapter import first_names
 from lora_embed.model.base_config import (
     LIBRARY_ERRORS,
     NOT_QUANTISED,
@@ -63,8 +64,8 @@ def open_headless(folder: Path, where: str) -> tuple[PreTrainedModel, str]:
         model, missing = _load(folder, where, config, prefix)
     if missing:
         raise EncoderError(
-            f"{where}: {len(missing)} weights of {type(model).__name__} are not in its files: {missing[:3]}. Copy or download "
-            "the model again."
+            f"{where}: {len(missing)} weights of {type(model).__name__} are not in its files: {first_names(missing)}. Copy or "
+            "download the model again."
         )
     _check_finite(model, where)
     return model.eval(), prefix
@@ -74,8 +75,8 @@ def _check_finite(model: PreTrainedModel, where: str) -> None:
     damaged = [name for name, weight in weights_of(model).items() if not bool(torch.isfinite(weight).all())]
     if damaged:
         raise EncoderError(
-            f"{where}: {len(damaged)} weights of {type(model).__name__} hold NaN or infinity: {damaged[:3]}. Copy or download "
-            "the model again; if its files are right, its training diverged: use another checkpoint."
+            f"{where}: {len(damaged)} weights of {type(model).__name__} hold NaN or infinity: {first_names(damaged)}. Copy or "
+            "download the model again; if its files are right, its training diverged: use another checkpoint."
         )
 
 
@@ -87,7 +88,7 @@ def _load(folder: Path, where: str, config: PretrainedConfig, prefix: str = "") 
             # Without a folder, transformers cannot load other files from it, such as an adapter or other weights.
             state: dict[str, torch.Tensor] = {}
             for file in weight_files(folder, where):
-                tensors = opened.enter_context(safe_open(file, "pt"))
+                tensors = opened.enter_context(_open(file))
                 names = [name for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118 - no mapping
                 state |= {name.removeprefix(prefix): tensors.get_tensor(name) for name in names}
             _check_quantised(state, where)
@@ -138,7 +139,7 @@ def check_base_size(folder: Path, where: str) -> None:
     shapes: dict[str, torch.Size] = {}
     try:
         for file in weight_files(folder, where):
-            with safe_open(file, "pt") as tensors:
+            with _open(file) as tensors:
                 names = tensors.keys()
                 shapes |= {name: torch.Size(tensors.get_slice(name).get_shape()) for name in names}
         config = read_model_config(folder, where)
@@ -149,6 +150,16 @@ def check_base_size(folder: Path, where: str) -> None:
         raise _not_loaded(where, error) from None
 
 
+def _open(file: Path) -> Any:
+    """A safetensors file that tensors can be read from."""
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise EncoderError(
+            f"{file}: is not a whole safetensors file ({in_one_line(error)}). Copy or download it again."
+        ) from None
+
+
 def _not_loaded(where: str, error: Exception) -> EncoderError:
     return EncoderError(f"{where}: cannot be loaded: {in_one_line(error, 300)}. Copy or download the model again.")
 
@@ -156,7 +167,7 @@ def _not_loaded(where: str, error: Exception) -> EncoderError:
 def _tensor_names(folder: Path, where: str) -> list[str]:
     names: list[str] = []
     for file in weight_files(folder, where):
-        with safe_open(file, "pt") as tensors:
+        with _open(file) as tensors:
             names += tensors.keys()
     return names
 
@@ -181,8 +192,8 @@ def _prefix_in(names: list[str], where: str, model: PreTrainedModel) -> str:
     prefixes = sorted(prefix for prefix, count in found.items() if count == most)
     if len(prefixes) > 1:
         raise EncoderError(
-            f"{where}: its files hold {type(model).__name__} {len(prefixes)} times, below {prefixes[:3]}. Save the one that "
-            "you mean by itself, and name that base."
+            f"{where}: its files hold {type(model).__name__} {len(prefixes)} times, below "
+            f"{first_names(list(map(repr, prefixes)))}. Save the one that you mean by itself, and name that base."
         )
     return prefixes[0] if prefixes else ""
 

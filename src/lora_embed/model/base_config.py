@@ -41,9 +41,11 @@ logging.disable_progress_bar()
 
 def needs_package(model_type: str, error: ImportError, where: str) -> EncoderError:
     """What to say when transformers cannot make models of this type, because a package of theirs is missing."""
+    reason = in_one_line(error, 300).partition(". ")[0]
+    which = "natten 0.17.5 or earlier" if "natten" in reason else "it"  # 0.20 has no natten2dqkrpb
     return EncoderError(
-        f"{where}: is a model of type {model_type!r}, which needs a package that is not installed: "
-        f"{in_one_line(error, 300).partition('. ')[0]}. Install it, also on the cluster, or name another base."
+        f"{where}: is a model of type {model_type!r}, which needs a package that is not installed: {reason}. Install {which}, "
+        "also on the cluster, or name another base."
     )
 
 
@@ -69,8 +71,8 @@ def read_model_config(folder: Path, where: str) -> PretrainedConfig:
         config = read_as(**{name: value for name, value in config.to_dict().items() if name in known and name != "model_type"})
     if all(type(config) not in mapping for mapping in _HEADLESS):
         raise EncoderError(
-            f"{where}: transformers {transformers.__version__} has no headless model of type {config.model_type!r}: neither "
-            "AutoModel nor AutoBackbone opens it. Install a newer transformers that has one, or name another base."
+            f"{where}: neither AutoModel nor AutoBackbone of transformers {transformers.__version__} opens a model of type "
+            f"{config.model_type!r}. Name another base, or install a newer transformers if that opens it."
         )
     _check_takes_images(config, where)
     if config.model_type.startswith("siglip"):  # no attention pooling; older versions than 5.22 obey this field too
@@ -91,7 +93,12 @@ def _check_config(folder: Path, where: str) -> None:
         for key, value in fields_of(about):
             if value and key == "quantization_config":
                 raise EncoderError(f"{where}: config.json sets {key}, so its weights are quantised. {NOT_QUANTISED}")
-            if value and (key in _LEADS_ELSEWHERE or (key.endswith("_implementation") and "/" in str(value))):
+            if key.endswith("_implementation") and "/" in str(value):
+                raise EncoderError(
+                    f"{where}: config.json sets {key} to {str(value)[:100]!r}, a repository whose code transformers would run. "
+                    "Remove that key."
+                )
+            if value and key in _LEADS_ELSEWHERE:
                 raise EncoderError(
                     f"{where}: config.json sets {key}, which makes transformers open files that are not checked. Remove that "
                     "key, or save the model again without it."

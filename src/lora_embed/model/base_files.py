@@ -51,7 +51,8 @@ def find_base(uri: str, revision: str | None, *, asks_hub: bool = True) -> Base:
         )
     if not own_files(folder, PROCESSOR_FILES):
         raise EncoderError(
-            f"{uri}: has no preprocessor_config.json, which says how images are prepared. Save the image processor there."
+            f"{uri}: has neither {' nor '.join(PROCESSOR_FILES)}, which say how images are prepared. Save the image processor "
+            "there."
         )
     return Base(uri=uri, folder=folder, content_hash=_hash(model_files(folder, uri)))
 

@@ -37,7 +37,7 @@ def problem_with(ladders: Sequence[Sequence[Expression]], names: Sequence[str]) 
     )
     if done.returncode == 0:
         return done.stdout or None
-    return f"matching takes more than {CPU_S} s of processor time, or more than {MEMORY_BYTES >> 20:,} MB of memory"
+    return f"matching its pattern takes more than {CPU_S} s of processor time, or more than {MEMORY_BYTES >> 20:,} MB of memory"
 
 
 def _try_all() -> None:
@@ -52,7 +52,7 @@ def _try_all() -> None:
                     if getattr(re, how)(expression, name):
                         break
                 except (re.error, RecursionError, OverflowError) as error:
-                    sys.stdout.write(f"{text[:100]!a} cannot be read: {str(error)[:200]}")
+                    sys.stdout.write(f"the pattern {text[:100]!a} cannot be read ({str(error)[:200]})")
                     return
 
 

@@ -60,7 +60,7 @@ def not_readable(path: Path, error: OSError | ValueError) -> StorageError:
 def _link_refused(path: Path) -> StorageError:
     return StorageError(
         f"{path}: is a link. In the folder of a model, adapter or encoder, links are followed only in the hub's cache. "
-        "Replace the link by the file."
+        "Replace the link with the file itself."
     )
 
 
@@ -96,18 +96,22 @@ def weight_files(folder: Path, where: str) -> tuple[Path, ...]:
     index = own_file(folder, MODEL_INDEX)
     if index is None:
         others = sorted(path.name for path in folder.glob("*.safetensors"))
-        other = f"; found {others[0]}, which is neither {WHOLE_MODEL} nor named by a {MODEL_INDEX}" if others else ""
-        raise EncoderError(
-            f"{where}: has no .safetensors weights (pickled weights are never opened){other}. Save the model again."
-        )
+        if others:
+            raise EncoderError(
+                f"{where}: has no weights that a model is loaded from; found {others[0]}, which is neither {WHOLE_MODEL} nor "
+                f"named by a {MODEL_INDEX}. If these are all its weights, rename the file to {WHOLE_MODEL}; otherwise copy the "
+                "model again."
+            )
+        raise EncoderError(f"{where}: has no .safetensors weights (pickled weights are never opened). Save the model again.")
     files = []
     for name in _named_by(index, where):
-        file = own_file(folder, name) if _SHARD.fullmatch(name) else None
-        if file is None:
+        if not _SHARD.fullmatch(name):
             raise EncoderError(
                 f"{where}: {MODEL_INDEX} names {name[:200]!r}, expected .safetensors files beside it; other files are not "
                 "opened. Copy or save the model again."
             )
+        if (file := own_file(folder, name)) is None:
+            raise EncoderError(f"{where}: {MODEL_INDEX} names {name[:200]!r}, but that file is not there. Copy or download it.")
         files.append(file)
     return tuple(files)
 

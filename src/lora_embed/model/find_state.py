@@ -117,8 +117,8 @@ def _last_of_hidden_states(name: str, states: Any, final: Any, watched: _Watched
             return block, states[-1]
     compared = f" ({', '.join(watched.names)})" if watched.names else ""
     raise EncoderError(
-        f"{name} gives a hidden_states[-1] that is not the output of the last of its blocks{compared}, so it cannot be "
-        f"taken in a run. {advice}"
+        f"{name} gives a hidden_states[-1] that is not the output of the last of its blocks{compared}, so lora-embed "
+        f"cannot find the layer to read. {advice}"
     )
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 
 from lora_embed.errors import AdapterMismatch
-from lora_embed.model.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, SavedAdapter, residual_kind
+from lora_embed.model.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, SavedAdapter
+from lora_embed.model.adapter_config import residual_kind
 from lora_embed.model.base_config import needs_package, read_model_config
 from lora_embed.model.base_files import Base
 from lora_embed.model.change import Change, LowRank, Normed, Replaced, Residual, Shift
@@ -32,6 +33,9 @@ from lora_embed.model.whole import (
     check_whole,
     untargeted,
 )
+from lora_embed.text import number_of
+
+_DIFFERENT = "Configuration and weights belong to different adapters. Copy both files of one adapter."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +125,8 @@ def match_adapter(saved: SavedAdapter, target: Target) -> Adapter:
         raise AdapterMismatch(
             f"{saved.uri}: {WEIGHTS_NAME} holds no LoRA tensors, so it would change nothing. Leave the adapter out."
         )
-    patterns = [expressions_of_names(saved.config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern")]
-    check_patterns(saved, patterns, list(names.lora))
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        check_patterns(saved, [field_name], [expressions_of_names(saved.config.get(field_name) or {})], list(names.lora))
     modules = [_module(saved, target, name, keys) for name, keys in names.lora.items()]
     whole = {name: key for name, key in names.whole.items() if name.rpartition(".")[2] not in COMPUTED}
     placing = place(saved, target, _shapes(saved, modules, whole), frozenset(whole))
@@ -191,7 +195,7 @@ def _shapes(saved: SavedAdapter, modules: list[_Module], whole: dict[str, str]) 
     if clash:
         raise AdapterMismatch(
             f"{saved.uri}: {clash[0]} is saved as a whole weight and also changed by LoRA. Save the adapter again with "
-            "save_embedding_layers=False."
+            "PEFT's save_pretrained (not the model's state_dict), without save_embedding_layers=True."
         )
     shapes |= {f"{module.name}.bias": module.bias.shape for module in modules if module.bias is not None}
     return shapes | {name: saved.tensors[key].shape for name, key in whole.items()}
@@ -212,8 +216,7 @@ def _module(saved: SavedAdapter, target: Target, name: str, keys: dict[str, str]
     surplus = sorted(set(tensors) - set(expected))
     if surplus:
         raise AdapterMismatch(
-            f"{saved.uri}: {name} has a {surplus[0]}, which does not fit {CONFIG_NAME}. Configuration and weights belong to "
-            "different adapters. Copy both files of one adapter."
+            f"{saved.uri}: {name} has a {surplus[0]}, but {CONFIG_NAME} does not say {_setting_of(surplus[0])}. {_DIFFERENT}"
         )
     down, up = tensors[expected[0]], tensors[expected[1]]
     check_not_empty(saved, {key: saved.tensors[key] for key in keys.values()})
@@ -234,6 +237,11 @@ def _module(saved: SavedAdapter, target: Target, name: str, keys: dict[str, str]
     return _Module(name=name, lora=lora, embedding=embedding, bias=bias, magnitude=magnitude)
 
 
+def _setting_of(kind: str) -> str:
+    """The setting of PEFT that makes a kind of tensor."""
+    return {"lora_magnitude_vector": "use_dora: true", "lora_B.bias": "lora_bias: true"}.get(kind, f"that there is a {kind}")
+
+
 def _weight_change(saved: SavedAdapter, module: _Module) -> Change:
     inner: LowRank | Residual = module.lora
     residual = residual_kind(saved.config)
@@ -241,7 +249,7 @@ def _weight_change(saved: SavedAdapter, module: _Module) -> Change:
         if len(module.lora.shape) != 2 or module.embedding:
             raise AdapterMismatch(
                 f"{saved.uri}: {module.name} is not a linear layer, but init_lora_weights={residual} works only for those. "
-                "Save the adapter again."
+                f"{_DIFFERENT}"
             )
         inner = Residual(lora=module.lora, kind=residual)
     if module.magnitude is None:
@@ -249,12 +257,12 @@ def _weight_change(saved: SavedAdapter, module: _Module) -> Change:
     if module.embedding:  # for an embedding, DoRA learns the lengths of columns
         raise AdapterMismatch(
             f"{saved.uri}: {module.name} is an embedding, but DoRA can be folded only for linear layers and convolutions. "
-            "Merge this adapter into its base with PEFT first."
+            "Merge the adapter into its base by PEFT's merge_and_unload, and name the result as the base."
         )
     if module.magnitude.numel() != module.lora.shape[0]:
         raise AdapterMismatch(
-            f"{saved.uri}: {module.name} has {module.magnitude.numel()} DoRA magnitudes for {module.lora.shape[0]} outputs. "
-            "Save the adapter again."
+            f"{saved.uri}: {module.name} has {number_of(module.magnitude.numel(), 'DoRA magnitude')} for "
+            f"{module.lora.shape[0]} outputs. Save the adapter again."
         )
     return Normed(inner=inner, magnitude=module.magnitude.reshape(-1))
 
@@ -271,10 +279,7 @@ def _scale(saved: SavedAdapter, module: str, rank: int) -> float:
     expected = ranks.get(named_by(ranks, module), config["r"])
     alpha = float(alphas.get(named_by(alphas, module), config["lora_alpha"]))
     if expected != rank:
-        raise AdapterMismatch(
-            f"{saved.uri}: {module} has rank {rank}, but {CONFIG_NAME} says {expected}. Configuration and weights belong to "
-            "different adapters. Copy both files of one adapter."
-        )
+        raise AdapterMismatch(f"{saved.uri}: {module} has rank {rank}, but {CONFIG_NAME} says {expected}. {_DIFFERENT}")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -20,7 +20,7 @@ from pydantic import Field
 from lora_embed.config.models import check_options
 from lora_embed.config.values import check_method
 from lora_embed.errors import AdapterMismatch, ConfigError
-from lora_embed.model.change import LowRank, multiply
+from lora_embed.model.change import LowRank, Normed, Replaced, Residual, Shift, multiply
 from lora_embed.model.match import Adapter
 
 CONCAT = "concat"  # does not merge: each adapter gets its own model, see `build.py`
@@ -33,6 +33,14 @@ Energy = Annotated[float, Field(gt=0, le=1, strict=False)]
 Density = Annotated[float, Field(gt=0, le=1, strict=False)]
 Seed = Annotated[int, Field(ge=0)]
 MajoritySign = Literal["total", "frequency"]
+
+
+_NOT_FACTORS = {
+    Normed: "DoRA's magnitudes",
+    Replaced: "weights that were trained whole",
+    Residual: "a change of the base by PiSSA or OLoRA",
+    Shift: "biases of lora_bias",
+}
 
 
 @dataclass(frozen=True)
@@ -67,13 +75,8 @@ def linear(parts: list[Weighted], before: torch.Tensor) -> torch.Tensor:
 
     Source: `LoraModel._generalized_task_arithmetic_weighted_adapter` of PEFT 0.21. The product contains cross terms
     `B_i @ A_j`, which belong to no adapter; `weighted_sum` has none. As in PEFT, the sign of a negative weight goes to A.
-    Raises AdapterMismatch for unequal ranks, which cannot be added, and for changes that do not only have LoRA factors.
+    Raises AdapterMismatch for unequal ranks, which cannot be added. All changes must be of LoRA factors alone.
     """
-    if not all(isinstance(part.change, LowRank) for part in parts):
-        raise AdapterMismatch(
-            "merge_method 'linear' adds LoRA factors alone, but an adapter also holds DoRA's magnitudes, biases or weights "
-            "that were trained whole, or was initialised by PiSSA or OLoRA. Use 'weighted_sum'."
-        )
     ranks = {part.change.down.shape[0] for part in parts}
     if len(ranks) > 1:
         raise AdapterMismatch(
@@ -184,10 +187,23 @@ def merge(
     `before` holds the base's weights. Adapters are summed in the order of their content hashes, not of the recipe, since the
     result of a float sum depends on the order.
     """
+    if METHODS.get(method) is linear:
+        _check_factors(adapters)
     ordered = sorted(zip(adapters, weights, strict=True), key=lambda pair: (pair[0].content_hash, pair[1]))
     for name in sorted({name for adapter in adapters for name in adapter.changes}):
         parts = [Weighted(weight, adapter.changes[name]) for adapter, weight in ordered if name in adapter.changes]
         yield name, merge_one(name, parts, before[name], method, options)
+
+
+def _check_factors(adapters: list[Adapter]) -> None:
+    """Raises AdapterMismatch for an adapter that does not only have LoRA factors, which `linear` adds."""
+    for adapter in adapters:
+        other = next((change for change in adapter.changes.values() if not isinstance(change, LowRank)), None)
+        if other is not None:
+            raise AdapterMismatch(
+                f"merge_method 'linear' adds LoRA factors alone, but {adapter.uri} also holds {_NOT_FACTORS[type(other)]}. Use "
+                "'weighted_sum'."
+            )
 
 
 def merge_one(name: str, parts: list[Weighted], before: torch.Tensor, method: str, options: Options) -> torch.Tensor:

@@ -15,6 +15,7 @@ from lora_embed.model.adapter import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, fi
 from lora_embed.model.weights import shape_of
 from lora_embed.model.whole import Target
 from lora_embed.store.hub import plain_name
+from lora_embed.text import agree
 
 _OTHER_PARTS = re.compile("text|language|llm|decoder")  # their weights may have the same names and shapes
 _ONE_MODEL = "Leave it out of the recipe, or save only the tensors of the model that is the base."
@@ -64,7 +65,8 @@ def _is_other_part(part: str, target: Target) -> bool:
 def explain(saved: SavedAdapter, target: Target, misfit: Misfit) -> AdapterMismatch:
     """The error for tensors that match no weight of the base."""
     lead = (
-        f"{saved.uri}: {len(misfit.strays)} of the {misfit.weights} weights that it changes match no weight of {target.uri}: "
+        f"{saved.uri}: {len(misfit.strays)} of the {misfit.weights} weights that it changes "
+        f"{agree(len(misfit.strays), 'matches', 'match')} no weight of {target.uri}: "
         f"{first_names([f'{name} {shape_of(misfit.shapes[name])}' for name in misfit.strays], _NAMED)}."
     )
     return AdapterMismatch(" ".join([lead, *_reasons(saved, target, misfit)]))
@@ -129,9 +131,11 @@ def _reasons(saved: SavedAdapter, target: Target, misfit: Misfit) -> Iterator[st
 def _advice(saved: SavedAdapter, target: Target, misfit: Misfit) -> str:
     named = base_name_of(saved)
     if misfit.whole.issuperset(misfit.strays) and len(misfit.strays) < misfit.weights:
+        count = len(misfit.strays)
         return (
-            f"If they are a task's head, remove them from {WEIGHTS_NAME}, since an encoder has no head. Otherwise the adapter "
-            "was trained on another model than this base."
+            f"If {first_names(list(misfit.strays), _NAMED)} {agree(count, 'is', 'are')} part of a task's head, remove "
+            f"{agree(count, 'it', 'them')} from {WEIGHTS_NAME}, since an encoder has no head. Otherwise the adapter was "
+            "trained on another model than this base."
         )
     if saved.config.get("task_type") in _OF_TEXT and len(misfit.strays) == misfit.weights:
         return (

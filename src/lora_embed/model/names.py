@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_embed.errors import AdapterMismatch
-from lora_embed.model.adapter import PREFIX, SavedAdapter, first_names
+from lora_embed.model.adapter import CONFIG_NAME, PREFIX, SavedAdapter, first_names
 
 # What stands before the names of the model that PEFT adapted: its prefix, after those of models around the PEFT model.
 _FRONT = re.compile(rf"(?:[^.]+\.){{0,8}}?(?:{re.escape(PREFIX)})+")
@@ -86,7 +86,9 @@ def _kind_of(match: re.Match[str]) -> tuple[str, str]:
 
 def _add(saved: SavedAdapter, keys: dict[str, str], short: str, key: str, *, name: str = "") -> None:
     if short in keys:
-        raise AdapterMismatch(f"{saved.uri}: {name or short} is saved twice, under two names. Save the adapter again.")
+        raise AdapterMismatch(
+            f"{saved.uri}: {name or short} is saved twice, as {keys[short]} and as {key}. Save the adapter again."
+        )
     keys[short] = key
 
 
@@ -101,8 +103,8 @@ def _without_copies(saved: SavedAdapter, others: dict[str, str], adapter_name: s
     for name, key in others.items():
         if ".lora_" in name:
             raise AdapterMismatch(
-                f"{saved.uri}: {key} is a kind of LoRA tensor that cannot be folded exactly. "
-                "Merge this adapter into its base with PEFT first, or train it without such tensors."
+                f"{saved.uri}: {key} is no tensor of LoRA, though {CONFIG_NAME} says LORA. Configuration and weights belong to "
+                "different adapters. Copy both files of one adapter."
             )
         short = next((name.replace(wrapper, ".") for wrapper in wrappers if adapter_name and wrapper in name), name)
         short = short.replace(".modules_to_save.", ".")

@@ -82,7 +82,8 @@ def _place_within(wrapper: str, saved: SavedAdapter, target: Target, shapes: dic
     inner = {name: _OF_TORCH.sub("", name.removeprefix(wrapper)) for name in shapes if name.startswith(wrapper)}
     if len(set(inner.values())) < len(inner):
         twice = Counter(inner.values()).most_common(1)[0][0]
-        raise AdapterMismatch(f"{saved.uri}: {twice} is saved twice, under two names. Save the adapter again.")
+        first, second = [name for name in inner if inner[name] == twice][:2]
+        raise AdapterMismatch(f"{saved.uri}: {twice} is saved twice, as {first} and as {second}. Save the adapter again.")
     located = target.locate({inner[name]: shapes[name] for name in inner})
     places = {name: place for name in inner if (place := located[inner[name]]) is not None}
     heads = {name: inner[name] for name in inner if name not in places and _is_of_head(inner[name], target.head_names)}

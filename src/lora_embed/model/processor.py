@@ -77,7 +77,8 @@ def _written(folder: Path) -> tuple[Path, dict[str, Any]]:
         except ValueError as error:
             raise _refused(f"{file}: is not valid JSON ({in_one_line(error)}).", _AGAIN) from None
         if not isinstance(content, dict):
-            raise _refused(f"{file}: holds {type(content).__name__}, expected an object of JSON.", _AGAIN)
+            kind = "a list" if isinstance(content, list) else "one value"
+            raise _refused(f"{file}: holds {kind}, expected a JSON object.", _AGAIN)
         written = content if name == PROCESSOR_FILES[0] else content.get("image_processor")
         if isinstance(written, dict):
             return file, written

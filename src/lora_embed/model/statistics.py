@@ -26,7 +26,10 @@ def check_statistics(saved: SavedAdapter, changes: Mapping[str, Change]) -> None
                 f"{saved.uri}: has {name}, but no {other}, so the file is incomplete. Save the adapter again."
             )
         if kind == VARIANCE and isinstance(change, Replaced) and bool((change.trained < 0).any()):
-            raise AdapterMismatch(f"{saved.uri}: {name} holds negative numbers, but is a variance. Save the adapter again.")
+            raise AdapterMismatch(
+                f"{saved.uri}: {name} holds negative numbers, but is a variance. The file is damaged: copy it again, or use "
+                "another checkpoint."
+            )
 
 
 def lost_statistics(target: Target, changes: Mapping[str, Change]) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from lora_embed.model.fold import Merge
 from lora_embed.model.match import Adapter
 from lora_embed.model.peft_private import LoraLayer
 from lora_embed.model.proof import change_of, factors_of, initial_of, read_tensors
-from lora_embed.text import in_one_line
+from lora_embed.text import whole_sentences
 
 BOUND = 1e-5  # relative L2 difference of a vector that rounding may cause
 SHARE = 1e-2  # a larger difference than `BOUND` is still rounding if it is below this share of the adapter's own effect
@@ -127,9 +127,10 @@ def _put_beside(model: PreTrainedModel, adapter: Adapter, weight: float, name: s
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there are several adapters
             inject_adapter_in_model(config, model, name)
     except (ValueError, TypeError) as error:  # PEFT has no layer for one of these modules, so it was not trained by PEFT
+        reason = whole_sentences(error, 200).rstrip(".")
         raise AdapterMismatch(
-            f"{adapter.uri}: PEFT cannot put it beside the weights of {type(model).__name__} ({in_one_line(error, 200)}), so "
-            "it cannot be checked. Train it on other layers."
+            f"{adapter.uri}: PEFT cannot put it beside the weights of {type(model).__name__} ({reason}), so it cannot be "
+            "checked. Train it on other layers."
         ) from None
     for place, tensors in lora.items():
         layer = model.get_submodule(place.removesuffix(".weight"))

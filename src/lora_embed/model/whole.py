@@ -1,7 +1,7 @@
 """Checks of an adapter: its file is complete, every tensor belongs to a weight of the base, and it changes something."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from lora_embed.model.weights import shape_of
 # Shapes of tensors by name → for each name, the weight of the base that it belongs to, or None: see `locate.locate`.
 Locate = Callable[[dict[str, torch.Size]], dict[str, str | None]]
 TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of tensors that are folded
+_OF_TARGETS = ("target_modules", "exclude_modules", "layers_pattern")  # fields with patterns
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer
 
 
@@ -31,10 +32,14 @@ class Target:
     families: frozenset[str]  # names of the model's type, and of the dual encoder that it may be a part of
 
 
-def check_patterns(saved: SavedAdapter, patterns: list[list[Expression]], names: list[str]) -> None:
-    """Raises AdapterMismatch for a stranger's regular expression that cannot be read, or whose matching may never end."""
+def check_patterns(saved: SavedAdapter, fields: Sequence[str], patterns: list[list[Expression]], names: list[str]) -> None:
+    """Raises AdapterMismatch for a stranger's regular expression that cannot be read, or whose matching may never end.
+
+    `fields` of the configuration may hold it.
+    """
     if (problem := problem_with(patterns, names)) is not None:
-        raise AdapterMismatch(f"{saved.uri}: a pattern of {CONFIG_NAME} cannot be used: {problem}. Correct it there.")
+        held = " or ".join(field for field in fields if saved.config.get(field))
+        raise AdapterMismatch(f"{saved.uri}: {held} of {CONFIG_NAME}: {problem}. Correct it there.")
 
 
 def check_whole(saved: SavedAdapter, target: Target, adapted: dict[str, str]) -> None:
@@ -44,7 +49,7 @@ def check_whole(saved: SavedAdapter, target: Target, adapted: dict[str, str]) ->
         return
     names = _adapter_names(target, adapted)
     absent = {place: adapter_name for place, adapter_name in names.items() if place not in adapted.values()}
-    check_patterns(saved, expressions_of_targets(saved.config), list(absent.values()))
+    check_patterns(saved, _OF_TARGETS, expressions_of_targets(saved.config), list(absent.values()))
     is_targeted = targeting(saved.config)
     missing = sorted(place for place, adapter_name in absent.items() if is_targeted(adapter_name))
     if missing:
@@ -63,7 +68,7 @@ def untargeted(saved: SavedAdapter, adapted: dict[str, str]) -> tuple[str, ...]:
     if not targets or targets == "all-linear":  # PEFT writes a list of names in place of that word
         return ()
     names = {name.removesuffix(".weight"): place.removesuffix(".weight") for name, place in adapted.items()}
-    check_patterns(saved, expressions_of_targets(saved.config), [*names, *names.values()])
+    check_patterns(saved, _OF_TARGETS, expressions_of_targets(saved.config), [*names, *names.values()])
     is_targeted = targeting(saved.config)
     return tuple(name for name, place in names.items() if not is_targeted(name) and not is_targeted(place))
 
@@ -109,7 +114,7 @@ def check_biases(saved: SavedAdapter, target: Target, adapted: set[str], trained
     if missing:
         raise AdapterMismatch(
             f"{saved.uri}: was trained with bias={kind!r}, but {WEIGHTS_NAME} does not hold {first_names(missing)}, so these "
-            'trained biases are lost. Save it with a version of PEFT that keeps them, or train it with bias="none".'
+            'trained biases are lost. Train it again with a newer version of PEFT, or with bias="none".'
         )
 
 

@@ -38,7 +38,9 @@ def parse(uri: str, revision: str | None = None) -> Repository:
     """Parse `hf://owner/name`, which may have `@revision` and a folder. Raises StorageError for any other text."""
     match = _URI.fullmatch(uri)
     if match is None or ".." in (match["folder"] or "").split("/"):
-        raise StorageError(f"{uri}: is not a repository of the hub; expected hf://owner/name or hf://owner/name@revision")
+        raise StorageError(
+            f"{uri}: is not a repository of the hub; expected hf://owner/name, also with @revision or /folder. Correct it."
+        )
     uri_revision = unquote(match["revision"]) if match["revision"] else None
     if uri_revision and revision and uri_revision != revision:
         raise StorageError(f"{uri}: names revision {uri_revision}, but the key revision is {revision}. Remove one of them.")
