@@ -158,7 +158,7 @@ def test_frames_cost_nothing_but_their_bytes(watched: Watched, name: str) -> Non
     assert isinstance(one, Decoded)
     assert isinstance(other, Decoded)
     np.testing.assert_array_equal(other.pixels, one.pixels)
-    assert seconds < 1
+    assert seconds < 3  # by the wall clock of a machine that has other work; to look at all frames takes far longer
     assert watched.peak < 3 * len(many) + 16 * MIB
 
 

@@ -110,7 +110,10 @@ def test_an_image_size_keeps_the_proportion_of_resize_and_crop() -> None:
         ({"do_center_crop": False}, r"X, size {'shortest_edge': 256}, gives images of different sizes\. Set image_size"),
         ({"do_resize": False, "do_center_crop": False}, "gives images of different sizes"),
         ({"size": {"shortest_edge": 256, "longest_edge": 512}, "do_center_crop": False, "do_pad": True}, "different sizes"),
-        ({"size": {"longest_edge": 512}}, "expected height and width, or shortest_edge, as image_size in the recipe would set"),
+        (
+            {"size": {"longest_edge": 512}},
+            "expected height and width, or shortest_edge; image_size in the recipe would set them",
+        ),
         ({"size": {"max_height": 9, "max_width": 9}}, "expected height and width, or shortest_edge"),
     ],
 )

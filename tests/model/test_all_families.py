@@ -64,7 +64,9 @@ def test_a_type_that_needs_a_missing_package_is_refused_for_that(name: str, pack
         f"base: is a model of type '{name}', which needs a package that is not installed: .* requires the {package} library"
     )
     assert re.match(message, row.refused["mean"])
-    assert row.refused["mean"].endswith("environment. Install it, also on the cluster, or name another base.")
+    assert row.refused["mean"].endswith(
+        "environment. Install natten 0.17.5 or earlier, also on the cluster, or name another base."
+    )
 
 
 @pytest.mark.parametrize(

@@ -297,7 +297,9 @@ def test_an_index_that_names_another_file_opens_it_not(made: Path, tmp_path: Pat
     index["weight_map"][min(index["weight_map"])] = named
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     for act in (lambda: find_base(str(base), None), lambda: load_headless(base, "base")):
-        with pytest.raises(EncoderError, match=r"model.safetensors.index.json names .* other files are not opened"):
+        with pytest.raises(
+            EncoderError, match=r"model.safetensors.index.json names .* (other files are not opened|but that file is not there)"
+        ):
             act()
     assert not marker.path.exists()
 
