@@ -169,7 +169,7 @@ def test_an_encoder_directory_is_a_candidate_too(
     encoder = ["--recipe", str(world / "work" / "encoders" / space), "--label", "digit", "--split", "side"]
     assert run_command(arguments(world, *encoder)) == 0
     out = capsys.readouterr().out
-    assert "1 splits" in out
+    assert "1 split," in out
     assert space in out
 
 
