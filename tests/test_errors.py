@@ -20,9 +20,8 @@ from lora_embed.cli.main import run_command
 from lora_embed.config.models import load_job
 from lora_embed.run.job import run_job
 from lora_embed.search.export import export_index
-from models import save_adapter, save_base
 from samples import png, tar_of
-from user_errors import LIMIT_S, WRITES_DOCS, Case, Page, Setup, broken_setup, cause, everything, nothing
+from user_errors import LIMIT_S, WRITES_DOCS, Case, Page, Setup, broken_setup, cause, everything, nothing, write_models
 
 KEYS = {"key": "k", "secret": "s"}
 NOWHERE = KEYS | {"endpoint_url": "http://127.0.0.1:9", "config_kwargs": {"retries": {"total_max_attempts": 1}}}
@@ -584,11 +583,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_good(folder: Path) -> Path:
-    base = save_base(folder / "base")
-    save_adapter(folder / "ten", base, 10, seed=1)
-    save_adapter(folder / "more", base, 27, seed=2)
+    write_models(folder)
     write_tars(folder / "shards", shards=2, images=2)
-    Setup(folder).recipe()
     Setup(folder).job()
     return folder
 

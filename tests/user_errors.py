@@ -23,7 +23,7 @@ import yaml
 
 from lora_embed.cli.main import run_command
 from lora_embed.store import remote
-from models import edit_tensors
+from models import edit_tensors, save_adapter, save_base
 
 LIMIT_S = 10.0  # for one error; those found by reading alone take a few hundredths
 WRITES_DOCS = os.environ.get("LORA_EMBED_WRITE_DOCS") == "1"
@@ -121,6 +121,15 @@ class Case:
 
 def write_yaml(path: Path, content: dict[str, Any]) -> None:
     path.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def write_models(folder: Path) -> Path:
+    """A tiny base, two adapters and their recipe, in the folder of a setup."""
+    base = save_base(folder / "base")
+    save_adapter(folder / "ten", base, 10, seed=1)
+    save_adapter(folder / "more", base, 27, seed=2)
+    Setup(folder).recipe()
+    return folder
 
 
 def nothing(_setup: Setup) -> None:

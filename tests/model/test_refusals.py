@@ -8,20 +8,14 @@ from pathlib import Path
 import pytest
 
 from jobs import ROOT
-from models import save_adapter, save_base
 from refused import PAGE
-from user_errors import WRITES_DOCS, Case, Setup, broken_setup, cause
+from user_errors import WRITES_DOCS, Case, broken_setup, cause, write_models
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny base, two adapters and a recipe."""
-    folder = tmp_path_factory.mktemp("good")
-    base = save_base(folder / "base")
-    save_adapter(folder / "ten", base, 10, seed=1)
-    save_adapter(folder / "more", base, 27, seed=2)
-    Setup(folder).recipe()
-    return folder
+    return write_models(tmp_path_factory.mktemp("good"))
 
 
 @pytest.fixture

@@ -48,9 +48,7 @@ def tune(
     from lora_embed.config.models import load_recipe
 
     loaded, job = load_recipe(recipe), input_of(data)
-    names = tuple(name.strip() for name in (methods or "").split(",") if name.strip())
-    if methods is not None and not names:
-        raise ConfigError(f"--methods is {methods!r}, which names no method. Name one or more, or omit the option for all.")
+    names = _names_in(methods)
     from lora_embed.tune.goal import Budget, Search, read_label  # imports torch, which takes seconds
     from lora_embed.tune.tune import tune as tune_recipe
 
@@ -71,3 +69,11 @@ def tune(
     )
     tuned = tune_recipe(search)
     print(json.dumps(tuned.as_json()) if as_json else tuned.describe())
+
+
+def _names_in(methods: str | None) -> tuple[str, ...]:
+    """The names that `--methods` lists; none without the option. Raises ConfigError for an option that names none."""
+    names = tuple(name.strip() for name in (methods or "").split(",") if name.strip())
+    if methods is not None and not names:
+        raise ConfigError(f"--methods is {methods!r}, which names no method. Name one or more, or omit the option for all.")
+    return names

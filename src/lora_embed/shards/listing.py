@@ -135,13 +135,10 @@ def _group(
 ) -> list[Shard]:
     """Files → shards. Hidden files and files of other kinds are counted in `passed`, unless their full names are given."""
     root_name = folder_name(files.root)
-    shards, beside, here = [], FilesBeside(fields), Counter[str]()
+    shards, beside = [], FilesBeside(fields)
+    here = Counter({kinds.FOLDER: files.linked_folders, kinds.LEFT_OUT: files.left_out})
     images: dict[str, Entries] = defaultdict(Entries)  # by folder
     tables = Entries()  # that may be metadata of images
-    if files.linked_folders:
-        here[kinds.FOLDER] += files.linked_folders
-    if files.left_out:
-        here[kinds.LEFT_OUT] += files.left_out
     for state in files.entries.states():
         path, *_, broken = state
         if kinds.is_hidden(path) and path not in files.named and path not in files.shown:
@@ -167,7 +164,7 @@ def _group(
     for state in files.others.states() if fields and images else ():
         beside.add(state, is_input=False)
     shards.extend(image_groups(files.root, images, beside, divided))
-    here += beside.finish()
+    here += beside.finish()  # which also drops what is counted 0 times
     if not shards:
         raise _nothing_in(files, here)
     passed.update(here)
