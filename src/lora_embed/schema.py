@@ -24,6 +24,7 @@ ShardKind = Literal["tar", "parquet", "images", "references"]
 MAX_BYTES = 2**30  # of an encoded image: 100 megapixels with 16 bits of red, green, blue and alpha have 0.8 GB
 MOST_KINDS, OTHER_KINDS = 20, "others"
 TAKEN = "lora_embed.taken"  # a column of samples on their way: the vector that a version has of the same image
+FEATURES = b"huggingface"  # the key of a schema's metadata under which Hugging Face `datasets` describes columns
 _PART = re.compile(r"([0-9a-f]+)-([0-9]{8})(-last)?\.parquet")
 VECTOR_TYPES = {"float32": pa.float32(), "float16": pa.float16()}
 CARRY_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
@@ -70,6 +71,7 @@ class Sample:
     key: str
     data: bytes | None = None
     fields: dict[str, Any] = field(default_factory=dict)
+    class_labels: dict[str, dict[str, Any]] = field(default_factory=dict)  # of fields that are numbers of classes with names
     excess: int = 0  # size in bytes of an image that is larger than allowed
     problem: tuple[Reason, str] | None = None  # reason and detail of a reject that the reader found
     missing: str = ""  # why there is no image, if more is known than that
@@ -269,6 +271,13 @@ REJECT_SCHEMA = pa.schema(
         pa.field("detail", pa.string()),
     ]
 )
+
+
+def described(schema: pa.Schema, features: Mapping[str, Any]) -> pa.Schema:
+    """A schema whose metadata tell Hugging Face `datasets` what some columns are, beside what their Arrow types say."""
+    return (
+        schema.with_metadata({FEATURES: json.dumps({"info": {"features": features}}, sort_keys=True)}) if features else schema
+    )
 
 
 def to_ipc(batch: pa.RecordBatch) -> bytes:

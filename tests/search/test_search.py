@@ -66,6 +66,12 @@ def test_equal_scores_are_in_the_order_of_ids_wherever_they_lie(tmp_path: Path) 
     assert [int(hit.key) for hit in hits] == list(range(15))
 
 
+def test_hits_carry_the_fields_of_their_images(tmp_path: Path) -> None:
+    vectors = noise_vectors(20)
+    hits = search_table(publish_vectors(tmp_path / "table", spread(vectors, 2)), vectors[[3, 14]], 1)
+    assert [(hit.key, hit.fields) for (hit,) in hits] == [("000003", {"label": 3}), ("000014", {"label": 4})]
+
+
 def test_a_vector_of_zeros_is_near_to_nothing(tmp_path: Path) -> None:
     table = publish_vectors(tmp_path / "table", spread(np.array([[0, 0], [1, 1], [-1, -1]], np.float32), 1))
     (hits,) = search_table(table, np.array([[2, 2]], np.float32), 3)
@@ -166,7 +172,10 @@ def test_the_command_searches_through_an_index(
         answers.append(json.loads(capsys.readouterr().out))
     exact, indexed = answers
     assert (exact["method"], indexed["method"]) == ("exact", kind)
-    assert [hit["id"] for hit in exact["hits"]] == [hit["id"] for hit in indexed["hits"]]
+    assert [(hit["id"], hit["fields"]) for hit in exact["hits"]] == [(hit["id"], hit["fields"]) for hit in indexed["hits"]]
+    assert exact["hits"][0]["fields"] == {"label": 4}
+    assert main.run_command(["search", searched.store.uri, query, "-k", "1"]) == 0
+    assert "  label=4" in capsys.readouterr().out
     assert exact["hits"][0]["id"] == f"b.tar/{HOSTILE[4]}"
 
 

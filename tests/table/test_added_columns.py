@@ -82,7 +82,7 @@ def test_a_table_without_the_columns_is_read_exported_and_searched(job: JobConfi
     assert {row["id"]: row for row in table.to_dataset().to_table().to_pylist()} == expected
     some = list(complete)[:3]
     assert table.rows(some).to_pylist() == [expected[id_] for id_ in some]
-    assert table.rows(some, ["label"]).to_pylist() == [{"label": None}] * 3
+    assert table.rows(some, ["label"]).to_pylist() == [{"id": id_, "label": None} for id_ in some]
     assert [batch.to_pylist() for batch in table.batches(["height"], rows=100)] == [[{"height": None}] * len(complete)]
     assert table.rejects().schema == rejects.schema
     assert table.rejects()["detail"].null_count == 3

@@ -61,5 +61,5 @@ def test_float16_that_is_byte_stream_split_is_read_but_not_by_duckdb(tmp_path: P
 def test_documented_python_reads_batches_and_rows(tmp_path: Path) -> None:
     table = publish_vectors(tmp_path / "table", spread(noise_vectors(1274), 13), shards_per_file=3)
     names = run_documented(documented("Python, a few columns, a few rows")[0], table, {"table": table})
-    assert names["some"].column_names == ["embedding", "label"]
+    assert names["some"].column_names == ["id", "embedding", "label"]
     assert names["some"]["label"].to_pylist() == [3, 110 - len(table.rows([f"0000.tar/{n:06d}" for n in range(200)]))]

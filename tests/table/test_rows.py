@@ -94,7 +94,7 @@ def test_rows_of_given_ids_come_in_their_order_from_their_files_alone(tmp_path: 
     assert len(opened) == 2, "of 40 files"
     assert table.rows([]).num_rows == table.rows(["x"]).num_rows == 0
     assert table.rows(wanted[:1]).schema.names == table.schema.names
-    assert table.rows(wanted[:1], ["label"]).to_pylist() == [{"label": 5}]
+    assert table.rows(wanted[1:4], ["label"]).to_pylist() == [{"id": wanted[1], "label": 1}, {"id": wanted[2], "label": 1}]
 
 
 def test_rows_of_loose_images_are_found_in_their_folders_groups(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_rows_skips_row_groups_that_cannot_hold_an_id(tmp_path: Path) -> None:
     table = publish_vectors(tmp_path / "table", spread(vectors, 1))
     with arrow_pool() as pool:
         (row,) = table.rows(["0000.tar/069999"], ["key"]).to_pylist()
-    assert row == {"key": "069999"}
+    assert row == {"id": "0000.tar/069999", "key": "069999"}
     assert pool.max_memory() < 2e6, "the first group's ids alone are more"
 
 

@@ -18,7 +18,7 @@ from lora_embed.images.decode import BadImage, Decode, Prepare, decode_image
 from lora_embed.images.isolate import IsolatedDecoder, decode_or_die, keep_freed_memory
 from lora_embed.images.preprocess import Pixels
 from lora_embed.monitor.stages import Stopwatch
-from lora_embed.schema import TAKEN, ChunkHead, Layout, Sample, Shard, add_kinds, sample_schema, to_ipc
+from lora_embed.schema import TAKEN, ChunkHead, Layout, Sample, Shard, add_kinds, described, sample_schema, to_ipc
 from lora_embed.shards.columns import NUMBERED
 from lora_embed.shards.fields import typed
 from lora_embed.shards.isolated import read_isolated, read_or_die
@@ -214,6 +214,7 @@ class _Chunk:
         self._end: int | None = None
         self._good = self._decoded = self._image_bytes = 0
         self._passed: dict[str, int] = {}
+        self._class_labels: dict[str, dict[str, Any]] = {}  # the same for all samples of a file
         self.text = 0  # characters of keys and carried fields
         self._rows: list[dict[str, Any]] = []
         self._taken: list[tuple[dict[str, Any], KnownImage]] = []  # rows of which a version has the vector
@@ -222,6 +223,7 @@ class _Chunk:
         """Begin a sample's row with its key and carried fields."""
         self._begin, self._end = self._begin if self._rows else sample.begin, sample.end
         self._passed = add_kinds(self._passed, sample.passed)
+        self._class_labels = sample.class_labels
         carried = {name: typed(sample.fields.get(name), kind) for name, kind in self._layout.carry}
         self.text += len(sample.key) + sum(len(value) for value in carried.values() if isinstance(value, str))
         row = dict.fromkeys(("width", "height", "sha256", "reason", "detail", TAKEN)) | {"key": sample.key} | carried
@@ -270,7 +272,8 @@ class _Chunk:
         if self._way.known is not None:
             for (row, _), vector in zip(self._taken, self._way.known.vectors([image for _, image in self._taken]), strict=True):
                 row[TAKEN] = vector
-        samples = pa.RecordBatch.from_pylist(self._rows, schema=sample_schema(self._layout.carry))
+        schema = described(sample_schema(self._layout.carry), self._class_labels)
+        samples = pa.RecordBatch.from_pylist(self._rows, schema=schema)
         head = ChunkHead(
             shard_id=shard.id,
             shard_name=shard.name,

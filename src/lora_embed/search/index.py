@@ -25,12 +25,16 @@ Vectors = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Hit:
-    """One image that a search found; `score` is its cosine similarity to the query."""
+    """One image that a search found; `score` is its cosine similarity to the query.
+
+    `fields` are its carried fields. A search in an index does not have them: `table.rows(ids)` does.
+    """
 
     id: str
     score: float
     shard: str
     key: str
+    fields: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 Nearest = Callable[[Vectors, int], list[list[Hit]]]  # queries of length 1 (m, d) and k → the hits of each

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from lora_embed.shards.listing import list_shards
 from lora_embed.shards.read import read_samples
 from lora_embed.store.store import Store
 from lora_embed.table.read import Table
-from lora_embed.text import in_lines, number_of
+from lora_embed.text import in_lines, in_one_line, number_of
 from lora_embed.vectors.rows import unit, vectors_of
 
+MOST_SHOWN = 60  # characters of a field on a terminal
 QUERIES_AT_ONCE = 1024  # queries in one pass over the files; scores take 4 bytes per query and row of a batch
 
 
@@ -48,7 +49,12 @@ class Found:
             f"{len(self.hits)} nearest of {number_of(self.count, 'image')}, version {self.version}, space {self.space_id}, "
             f"{self.method}"
         )
-        return in_lines([head, *(f"{hit.score: .6f}  {hit.id}" for hit in self.hits)])
+        return in_lines([head, *(f"{hit.score: .6f}  {hit.id}{_shown(hit.fields)}" for hit in self.hits)])
+
+
+def _shown(fields: dict[str, Any]) -> str:
+    """Those fields of a hit that have a value, in one line each of limited length."""
+    return "".join(f"  {name}={in_one_line(value, MOST_SHOWN)}" for name, value in fields.items() if value is not None)
 
 
 def search_table(table: Table, vectors: NDArray[Any], k: int, space_id: str | None = None) -> list[list[Hit]]:
@@ -68,16 +74,31 @@ def search_table(table: Table, vectors: NDArray[Any], k: int, space_id: str | No
 
 def _search_block(table: Table, queries: NDArray[np.float32], k: int) -> list[list[Hit]]:
     best: list[list[Hit]] = [[] for _ in queries]
-    for batch in table.batches([*HIT_COLUMNS, "embedding"]):
+    shown = [*HIT_COLUMNS, *(name for name, _ in table.manifest.carry)]
+    for batch in table.batches([*shown, "embedding"]):
         for number, scores in enumerate(queries @ unit(vectors_of(batch)).T):
             floor = best[number][-1].score if len(best[number]) == k else -np.inf
             if len(scores) > k:
                 floor = max(floor, np.partition(scores, -k)[-k])
             rows = np.flatnonzero(scores >= floor)  # with equal scores, so that ids decide and not the order of files
-            near_rows = batch.select(HIT_COLUMNS).take(rows).to_pylist() if len(rows) else []
-            hits = [Hit(score=float(score), **row) for score, row in zip(scores[rows], near_rows, strict=True)]
+            near_rows = batch.select(shown).take(rows).to_pylist() if len(rows) else []
+            hits = [_hit(float(score), row) for score, row in zip(scores[rows], near_rows, strict=True)]
             best[number] = sorted([*best[number], *hits], key=lambda hit: (-hit.score, hit.id))[:k]
     return best
+
+
+def _hit(score: float, row: dict[str, Any]) -> Hit:
+    own = {name: row.pop(name) for name in HIT_COLUMNS}
+    return Hit(score=score, **own, fields=row)
+
+
+def _with_fields(hits: list[Hit], table: Table) -> list[Hit]:
+    """Hits of an index, with the fields that the table's version has of their ids."""
+    names = [name for name, _ in table.manifest.carry]
+    if not names:
+        return hits
+    fields = {row.pop("id"): row for row in table.rows([hit.id for hit in hits], names).to_pylist()}
+    return [replace(hit, fields=fields.get(hit.id, {})) for hit in hits]
 
 
 def search_image(
@@ -98,7 +119,7 @@ def search_image(
     if opened is None:
         hits = search_table(table, vectors, k, encoder.space_id)[0]
     else:
-        hits = opened.search(vectors, k, encoder.space_id)[0]
+        hits = _with_fields(opened.search(vectors, k, encoder.space_id)[0], table)
         version, count, method = opened.description.version, opened.description.count, opened.description.kind
     return Found(
         image=image,

@@ -1,9 +1,13 @@
-"""Which columns of a Parquet file hold images, keys and fields; a file that cannot be used says what it has instead."""
+"""Which columns of a Parquet file hold images, keys and fields; a file that cannot be used says what it has instead.
 
-from collections.abc import Callable
+A name may be that of a part of a struct, with dots: `image.path`. A column of just that name comes first.
+"""
+
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lora_embed.errors import ColumnError, ShardError
 from lora_embed.schema import Layout
@@ -25,6 +29,7 @@ class Columns:
 
     image: str
     key: str | None  # None: rows are numbered
+    key_may_repeat: bool  # nobody chose it, and file names repeat: those that do get numbers
     carried: list[str]
     holds_lists: bool  # each row of the image column may hold several images
     is_text: bool  # the image column is text: base64
@@ -34,11 +39,56 @@ def choose_columns(schema: pa.Schema, layout: Layout, where: str) -> Columns:
     """The configured columns, or those with usual names. Raises ColumnError for a file that lacks one, and ShardError
     for one that has it twice."""
     image, key = _image_of(schema, layout, where), _key_of(schema, layout, where)
-    carried = [name for name, _ in layout.carry if name in schema.names]
+    carried = [name for name, _ in layout.carry if _has(schema, name)]
+    path = f"{image}.path"
+    key_may_repeat = key is None and layout.key_column is None and _has(schema, path)
+    if key_may_repeat:  # as Hugging Face datasets write images
+        key = path
     for name in filter(None, (image, key, *carried)):
         check_column(schema, name, where)
     kind = _without_dictionary(schema.field(image).type)
-    return Columns(image=image, key=key, carried=carried, holds_lists=_is_list(kind), is_text=_is(_single(kind), *_TEXT))
+    return Columns(
+        image=image,
+        key=key,
+        key_may_repeat=key_may_repeat,
+        carried=carried,
+        holds_lists=_is_list(kind),
+        is_text=_is(_single(kind), *_TEXT),
+    )
+
+
+def column_of(batch: pa.RecordBatch, name: str) -> pa.Array:
+    """A column, or a part of a column of structs; null where the struct is."""
+    if name in batch.schema.names:
+        return batch.column(name)
+    top, *parts = name.split(".")
+    return pc.struct_field(batch.column(top), parts)
+
+
+def to_read(schema: pa.Schema, names: Iterable[str]) -> list[str]:
+    """Each name once, without parts of columns that are read whole."""
+    distinct = list(dict.fromkeys(names))
+    return [name for name in distinct if name in schema.names or name.partition(".")[0] not in distinct]
+
+
+def _has(schema: pa.Schema, name: str) -> bool:
+    return _field_at(schema, name) is not None
+
+
+def _field_at(schema: pa.Schema, name: str) -> pa.Field | None:
+    """The field of a column, or of a part of a struct; None if there is none, or if a struct has several of that name."""
+    if name in schema.names:
+        return schema.field(schema.names.index(name))
+    top, *parts = name.split(".")
+    if not parts or top not in schema.names:
+        return None
+    field = schema.field(schema.names.index(top))
+    for part in parts:
+        place = field.type.get_field_index(part) if pa.types.is_struct(field.type) else -1
+        if place < 0:
+            return None
+        field = field.type.field(place)
+    return field
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -85,7 +135,7 @@ def _no_image(schema: pa.Schema, names: tuple[str, ...], *, is_named: bool) -> s
 
 def _key_of(schema: pa.Schema, layout: Layout, where: str) -> str | None:
     key = layout.key_column or next((name for name in KEY_COLUMNS if name in schema.names), None)
-    if key is None or key in schema.names:
+    if key is None or _has(schema, key):
         return key
     if key == NUMBERED:
         return None
@@ -102,9 +152,11 @@ def _listed(schema: pa.Schema) -> str:
 
 def check_column(schema: pa.Schema, name: str, where: str) -> None:
     """Refuse Ray's Arrow types, whose values may be pickles: opening a pickle runs the code in it."""
-    if (count := schema.names.count(name)) > 1:
-        raise ShardError(f"{where}: has {count} columns named {name!r}, expected one. Rename the others.")
-    field = schema.field(name)
+    top = name if name in schema.names else name.partition(".")[0]
+    if (count := schema.names.count(top)) > 1:
+        raise ShardError(f"{where}: has {count} columns named {top!r}, expected one. Rename the others.")
+    field = _field_at(schema, name)
+    assert field is not None, name
     if foreign := [extension for extension in extensions(field) if extension.startswith("ray.")]:
         raise ShardError(
             f"{where}: column {name!r} is of type {foreign[0]}, expected one of Arrow's own types: values of other types may "

@@ -7,6 +7,8 @@ import posixpath
 from collections.abc import Iterator
 from typing import Any, BinaryIO, assert_never
 
+import pyarrow as pa
+
 from lora_embed.schema import Shard
 from lora_embed.shards.checked_parquet import ParquetFile
 from lora_embed.shards.metadata import METADATA
@@ -37,7 +39,9 @@ def _names(shard: Shard, store: Store) -> Iterator[str]:
         return
     with store.open(next(iter(shard.files)).path, MOST_BYTES) as file:
         if shard.kind == "parquet":
-            yield from ParquetFile(file, shard.size, shard.name).schema.names
+            for column in ParquetFile(file, shard.size, shard.name).schema:
+                parts = column.type if pa.types.is_struct(column.type) else []
+                yield from (column.name, *(f"{column.name}.{part.name}" for part in parts))
         elif shard.kind == "tar":
             yield from _names_in_tar(file, shard)
         elif shard.kind != "references":

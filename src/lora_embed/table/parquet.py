@@ -55,12 +55,15 @@ def _check_columns(file: pq.ParquetFile, schema: pa.Schema) -> None:
 
 
 def take_columns(rows: Rows, schema: pa.Schema) -> Rows:
-    """Exactly the columns of `schema`. One that the rows lack is null: an older release wrote them, which did not know it."""
+    """Exactly the columns of `schema`. One that the rows lack is null: an older release wrote them, which did not know it.
+
+    The rows keep the metadata of their own schema.
+    """
     columns = [
         rows.column(column.name) if column.name in rows.schema.names else pa.nulls(rows.num_rows, column.type)
         for column in schema
     ]
-    return type(rows).from_arrays(columns, schema=schema)
+    return type(rows).from_arrays(columns, schema=schema.with_metadata(rows.schema.metadata))
 
 
 def read_rows(store: Store, path: str, schema: pa.Schema) -> pa.Table:

@@ -59,7 +59,7 @@ def make_part(head: ChunkHead, samples: pa.RecordBatch, vectors: NDArray[np.floa
     columns = {name: samples.column(name) for name in samples.schema.names}
     if unsound.any():
         columns["reason"] = pc.if_else(pa.array(unsound), NON_FINITE, samples.column("reason"))
-    schema = part_schema(vectors.shape[1], layout.vector_type, layout.carry)
+    schema = part_schema(vectors.shape[1], layout.vector_type, layout.carry).with_metadata(samples.schema.metadata)
     columns |= {
         "id": pa.array([head.sample_id(key) for key in keys], pa.string()),
         "embedding": pa.FixedSizeListArray.from_arrays(pa.array(embedding.reshape(-1)), type=schema.field("embedding").type),
@@ -78,7 +78,7 @@ def write_part(store: Store, space_id: str, layout: Layout, head: ChunkHead, tab
         "vectors": table.column("reason").null_count,
         "bytes": None if head.begin is None or head.end is None else [head.begin, head.end],
     }
-    footer = {FOOTER: json.dumps(facts).encode()}
+    footer = (table.schema.metadata or {}) | {FOOTER: json.dumps(facts).encode()}
     return store.create(part_path(space_id, layout.layout_id, head.part), to_parquet(table.replace_schema_metadata(footer)))
 
 

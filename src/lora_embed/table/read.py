@@ -100,13 +100,16 @@ class Table:
                 yield from file_batches(self.store, entry.path, schema, rows)
 
     def rows(self, ids: Iterable[str], columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows of these ids, in the order of the ids, with these columns or all; ids that do not exist are left out.
+        """The rows of these ids, in the order of the ids, with `id` and these columns, or with all columns.
+
+        Ids that do not exist are left out, so `id` says which row is whose.
 
         Only files of shards whose name an id begins with are opened, and only row groups whose range of ids includes one of
         the ids are read. Raises as `batches` does.
         """
         names = list(self.schema.names if columns is None else columns)
-        schema = self._schema_of(names if "id" in names else ["id", *names])
+        names = names if "id" in names else ["id", *names]
+        schema = self._schema_of(names)
         in_order = list(ids)
         of_file: dict[int, set[str]] = defaultdict(set)
         for sample_id in in_order:
@@ -119,7 +122,7 @@ class Table:
         rows = pa.concat_tables(tables).unify_dictionaries()
         place = {sample_id: row for row, sample_id in enumerate(rows.column("id").to_pylist())}
         order = pa.array([place[sample_id] for sample_id in in_order if sample_id in place], pa.int64())
-        return rows.take(order).select(names)
+        return rows.take(order)
 
     def _may_hold(self, sample_id: str) -> set[int]:
         """Numbers of the files that hold a shard with the same id prefix as this id."""
