@@ -23,6 +23,7 @@ from lora_embed.images.preprocess import decoding
 from lora_embed.monitor.progress import Progress, say
 from lora_embed.monitor.stages import add_seconds
 from lora_embed.schema import FORMAT, NON_FINITE, Layout, Shard, from_ipc, to_ipc
+from lora_embed.shards.columns import READING
 from lora_embed.shards.look import absent_fields
 from lora_embed.store.store import Store
 from lora_embed.table.rejects import count_reasons
@@ -84,6 +85,7 @@ class Source:
         layout = self.layout
         settings = [FORMAT, layout.precision, layout.batch_size, layout.max_pixels, layout.image_column, layout.key_column]
         settings += [layout.image_member] if layout.image_member else []
+        settings += [READING] if any(shard.kind == "parquet" for shard in self.shards) else []
         return f"evaluated/{_hash([sorted(shard.id for shard in self.shards), settings])}"
 
     @property

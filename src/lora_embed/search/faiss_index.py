@@ -114,7 +114,7 @@ def open_faiss(faiss: Any, folder: Path, description: IndexDescription) -> Neare
     return nearest
 
 
-def _rows_at(ids: pq.ParquetFile, ends: NDArray[np.int64], positions: set[int]) -> dict[int, dict[str, str]]:
+def _rows_at(ids: pq.ParquetFile, ends: NDArray[np.int64], positions: set[int]) -> dict[int, dict[str, Any]]:
     """Id, shard and key at each position, read from those row groups that hold one of the positions."""
     rows_at: dict[int, dict[str, str]] = {}
     places = np.array(sorted(positions), np.int64)

@@ -14,6 +14,7 @@ from lora_embed.schema import Layout
 from lora_embed.shards.checked_parquet import MOST_REPEATED, extensions
 
 ROWS = 64  # rows of a batch
+READING = "paths and names of classes"  # how keys and fields are read: what is kept of Parquet input says so
 NUMBERED = "none"  # as `key_column`: rows are numbered
 _IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "jpg", "png", "images")
 KEY_COLUMNS = ("key", "__key__", "id", "path", "file_name")

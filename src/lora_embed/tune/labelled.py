@@ -20,6 +20,7 @@ from lora_embed.images.isolate import IsolatedDecoder
 from lora_embed.images.preprocess import Pixels, Preprocessing
 from lora_embed.monitor.progress import LOG_EVERY_S, say
 from lora_embed.schema import Layout, Sample, Shard
+from lora_embed.shards.columns import READING
 from lora_embed.shards.fields import typed
 from lora_embed.shards.read import read_samples
 from lora_embed.store import local
@@ -81,6 +82,7 @@ def read_labelled(data: LabelledInput, selection: Wanted, preprocessing: Preproc
     identity = [FORMAT, [shard.id for shard in shards], asdict(selection), preprocessing.settings()]
     identity += [data.image_column, data.key_column] if data.image_column or data.key_column else []
     identity += [data.image_member] if data.image_member else []
+    identity += [READING] if any(shard.kind == "parquet" for shard in shards) else []
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     pixels, record = folder / f"pixels-{name}.npy", folder / f"images-{name}.json"
     decoded = 0
