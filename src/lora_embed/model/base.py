@@ -5,7 +5,7 @@ import copy
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from lora_embed.model.base_config import (
 )
 from lora_embed.model.files import weight_files
 from lora_embed.model.weights import shape_of, weights_of
-from lora_embed.text import in_one_line
+from lora_embed.text import agree, in_one_line, number_of
 
 MOST_LAYERS = 1000  # layers of a model whose files hold fewer tensors than that
 MOST_BUFFERS = 2**28  # numbers that a model computes for itself when it is created
@@ -64,19 +64,24 @@ def open_headless(folder: Path, where: str) -> tuple[PreTrainedModel, str]:
         model, missing = _load(folder, where, config, prefix)
     if missing:
         raise EncoderError(
-            f"{where}: {len(missing)} weights of {type(model).__name__} are not in its files: {first_names(missing)}. Copy or "
-            "download the model again."
+            f"{where}: {_weights(model, missing)} {agree(len(missing), 'is', 'are')} not in its files: "
+            f"{first_names(missing)}. Copy or download the model again."
         )
     _check_finite(model, where)
     return model.eval(), prefix
+
+
+def _weights(model: PreTrainedModel, names: Sequence[str]) -> str:
+    return f"{number_of(len(names), 'weight')} of {type(model).__name__}"
 
 
 def _check_finite(model: PreTrainedModel, where: str) -> None:
     damaged = [name for name, weight in weights_of(model).items() if not bool(torch.isfinite(weight).all())]
     if damaged:
         raise EncoderError(
-            f"{where}: {len(damaged)} weights of {type(model).__name__} hold NaN or infinity: {first_names(damaged)}. Copy or "
-            "download the model again; if its files are right, its training diverged: use another checkpoint."
+            f"{where}: {_weights(model, damaged)} {agree(len(damaged), 'holds', 'hold')} NaN or infinity: "
+            f"{first_names(damaged)}. Copy or download the model again; if its files are right, its training diverged: use "
+            "another checkpoint."
         )
 
 
@@ -117,10 +122,10 @@ def _check_shapes(model: PreTrainedModel, mismatched: Iterable[tuple[str, torch.
     """`mismatched`: names with the shapes of the files and those of the configuration."""
     differing = [f"{name} {shape_of(stored)}, expected {shape_of(expected)}" for name, stored, expected in sorted(mismatched)]
     if differing:
+        other = agree(len(differing), "has another shape", "have other shapes")
         raise EncoderError(
-            f"{where}: {len(differing)} weights of {type(model).__name__} have other shapes in the files than in config.json: "
-            f"{'; '.join(differing[:3])}. The files belong to different models, or were changed. Copy all files of one model "
-            "again."
+            f"{where}: {_weights(model, differing)} {other} in the files than in config.json: {'; '.join(differing[:3])}. The "
+            "files belong to different models, or were changed. Copy all files of one model again."
         )
 
 

@@ -39,7 +39,7 @@ from lora_embed.model.report import write_report
 from lora_embed.model.safetensors_private import number_of_system_error
 from lora_embed.model.space import VERSION, space_id_of
 from lora_embed.store.aside import folder_aside
-from lora_embed.text import in_one_line
+from lora_embed.text import in_one_line, number_of
 
 Say = Callable[[str], None]
 
@@ -174,10 +174,11 @@ def _say_folds(ingredients: Ingredients, adapters: list[Adapter], members: list[
     weights = sum(p.numel() for p in model.parameters()) / 1e6
     say(f"base {ingredients.base.uri}: {weights:.1f}M weights, {type(model).__name__}{place}")
     for adapter, spec in zip(adapters, recipe.adapters, strict=True):
-        counted = f"{len(adapter.changes)} weights, {len(adapter.head_keys)} head tensors dropped"
+        counted = f"{number_of(len(adapter.changes), 'weight')}, {number_of(len(adapter.head_keys), 'head tensor')} dropped"
         say(f"adapter {adapter.uri}: {counted}, × {spec.weight}")
     if adapters:
-        say(f"merge {recipe.merge_method}: {len({name for member in members for name in member.rows})} weights changed")
+        changed = len({name for member in members for name in member.rows})
+        say(f"merge {recipe.merge_method}: {number_of(changed, 'weight')} changed")
 
 
 def _notes(ingredients: Ingredients, preprocessing: Preprocessing) -> list[str]:

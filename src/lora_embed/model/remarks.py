@@ -6,6 +6,7 @@ from lora_embed.model.adapter import CONFIG_NAME, first_names
 from lora_embed.model.base_files import Base
 from lora_embed.model.files import ADAPTER_WEIGHTS
 from lora_embed.model.match import Adapter
+from lora_embed.text import number_of
 
 
 def remarks(base: Base, adapters: Sequence[Adapter]) -> Iterator[str]:
@@ -25,14 +26,14 @@ def remarks(base: Base, adapters: Sequence[Adapter]) -> Iterator[str]:
             )
         if adapter.untargeted:
             yield (
-                f"{adapter.uri}: holds tensors for {len(adapter.untargeted)} modules that {CONFIG_NAME} does not target "
-                f"({first_names(list(adapter.untargeted), 1)}). PEFT passes over them when it loads the adapter; here they are "
-                "folded. If that is not meant, save the adapter again"
+                f"{adapter.uri}: holds tensors for {number_of(len(adapter.untargeted), 'module')} that {CONFIG_NAME} does not "
+                f"target ({first_names(list(adapter.untargeted), 1)}). PEFT passes over them when it loads the adapter; "
+                "here they are folded. If that is not meant, save the adapter again"
             )
         if adapter.lost_statistics:
             yield (
-                f"{adapter.uri}: does not hold the running statistics of {len(adapter.lost_statistics)} batch normalisations "
-                f"({first_names(list(adapter.lost_statistics), 1)}), so the base's are used. If these layers were in training "
-                "mode, their statistics moved, PEFT did not save them, and the encoder differs from the trained model. Train "
-                "with these layers in eval mode, or name them in modules_to_save"
+                f"{adapter.uri}: does not hold the running statistics of "
+                f"{number_of(len(adapter.lost_statistics), 'batch normalisation')} ({first_names(list(adapter.lost_statistics), 1)}), so "
+                "the base's are used. If these layers were in training mode, their statistics moved, PEFT did not save them, "
+                "and the encoder differs from the trained model. Train with these layers in eval mode, or name them in modules_to_save"
             )
