@@ -33,7 +33,8 @@ def remarks(base: Base, adapters: Sequence[Adapter]) -> Iterator[str]:
         if adapter.lost_statistics:
             yield (
                 f"{adapter.uri}: does not hold the running statistics of "
-                f"{number_of(len(adapter.lost_statistics), 'batch normalisation')} ({first_names(list(adapter.lost_statistics), 1)}), so "
-                "the base's are used. If these layers were in training mode, their statistics moved, PEFT did not save them, "
-                "and the encoder differs from the trained model. Train with these layers in eval mode, or name them in modules_to_save"
+                f"{number_of(len(adapter.lost_statistics), 'batch normalisation')} "
+                f"({first_names(list(adapter.lost_statistics), 1)}), so the base's are used. If these layers were in training "
+                "mode, their statistics moved, PEFT did not save them, and the encoder differs from the trained model. Train "
+                "with these layers in eval mode, or name them in modules_to_save"
             )
