@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 PEERS := .venv/peers
-TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=12
+# Three processes for two cores: tests wait for servers, clusters and processes that they start.
+TESTS := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=12
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export LORA_EMBED_CACHE ?= $(CURDIR)/.cache
 # By itself: its metadata ask for older packages than the rest.
@@ -11,7 +12,7 @@ DAFT := $(LORA_EMBED_CACHE)/peers/daft/ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-slow test-long soak readers matrix families errors mistakes processors versions shards faults lint policy hashes strangers bench quality map wheel clean
+.PHONY: setup demo test quick-tests test-slow test-long soak readers matrix families errors mistakes processors versions shards faults lint policy hashes strangers bench quality map wheel clean
 
 setup: $(READY)
 
@@ -42,7 +43,10 @@ strangers: setup
 	$(BIN)/python campaigns/hostile_encoders.py $(STRANGERS)
 	$(BIN)/python campaigns/strangers.py $(STRANGERS)
 
-test: lint
+test: setup
+	@$(MAKE) --no-print-directory --jobs 2 lint quick-tests
+
+quick-tests: setup
 	$(TESTS) -m 'not slow and not long'
 
 test-slow: setup

@@ -34,6 +34,7 @@ from lora_embed.model.ingredients import gather
 from lora_embed.model.match import match_adapter, target_of
 from lora_embed.model.processor import read_processor
 from models import FAMILIES, edit_tensors, save_bases
+from short import slow_but_every
 
 DOCS = ROOT / "docs" / "adapters.md"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
@@ -168,7 +169,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]
     return {family: save_bases(tmp_path_factory.mktemp(family), family) for family in ("vit", "clip")}
 
 
-@pytest.fixture(scope="module", params=FEATURES)
+@pytest.fixture(scope="module", params=slow_but_every(2, FEATURES))
 def made(request: pytest.FixtureRequest, bases: dict[str, dict[str, Path]], tmp_path_factory: pytest.TempPathFactory) -> Made:
     feature, folder = FEATURES[request.param], tmp_path_factory.mktemp("feature")
     own = bases[feature.family]

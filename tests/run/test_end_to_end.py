@@ -60,9 +60,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     ("combination_type", "method", "weights", "runs_on"),
     [
         ("linear", "linear", [0.7, 0.3], "cluster"),
-        ("linear", "linear", [0.5, 0.5], "here"),
         ("cat", "weighted_sum", [0.5, 0.5], "here"),
-        ("cat", "weighted_sum", [0.7, 0.3], "here"),
+        pytest.param("linear", "linear", [0.5, 0.5], "here", marks=pytest.mark.slow),
+        pytest.param("cat", "weighted_sum", [0.7, 0.3], "here", marks=pytest.mark.slow),
     ],
 )
 def test_published_vectors_are_the_guides(
