@@ -50,7 +50,9 @@ print(code, sorted({"torch", "transformers", "peft"} & sys.modules.keys()))
 """
 
 
-@pytest.mark.parametrize(("method", "imports"), [("linear", []), pytest.param("ties", ["peft", "torch", "transformers"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("method", "imports"), [("linear", []), pytest.param("ties", ["peft", "torch", "transformers"], marks=pytest.mark.slow)]
+)
 def test_a_night_with_nothing_to_do_needs_no_torch(
     job: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, method: str, imports: list[str]
 ) -> None:

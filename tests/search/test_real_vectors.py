@@ -148,7 +148,9 @@ def test_a_query_of_another_space_is_refused(kind: str, indexes: dict[str, Index
         indexes[kind].search(real_vectors[:1], 3, "0therspace00")
 
 
-@pytest.mark.parametrize(("vector_type", "value_bytes", "most"), [("float32", 4, 0.87), pytest.param("float16", 2, 0.95, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("vector_type", "value_bytes", "most"), [("float32", 4, 0.87), pytest.param("float16", 2, 0.95, marks=pytest.mark.slow)]
+)
 def test_bytes_of_a_vector_and_read_throughput(
     vector_type: str, value_bytes: int, most: float, real_vectors: NDArray[np.float32], tmp_path: Path
 ) -> None:
