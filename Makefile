@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+DEMO := .venv/demo-ready
 PEERS := .venv/peers
 TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=12
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -11,7 +12,7 @@ DAFT := $(LORA_EMBED_CACHE)/peers/daft/ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-slow test-long soak readers matrix families errors mistakes processors versions shards faults lint policy hashes strangers bench quality map wheel clean
+.PHONY: setup demo first-search test test-slow test-long soak readers matrix families errors mistakes processors versions shards faults lint policy hashes strangers bench quality map wheel clean
 
 setup: $(READY)
 
@@ -19,10 +20,19 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv (torch, transformers, ray …): a few minutes the first time"
 	$(PYTHON) -m venv .venv
 	$(PIP) --constraint constraints.txt --editable '.[demo,test,evaluation,indexes]'
-	@touch $(READY)
+	@touch $(DEMO) $(READY)
 
-demo: setup
+demo: $(DEMO)
 	@$(BIN)/lora-embed demo demo-run
+
+$(DEMO): pyproject.toml constraints.txt
+	@echo "Setting up .venv for the demo (torch, transformers, ray …): a few minutes the first time"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) --constraint constraints.txt --editable '.[demo]'
+	@touch $(DEMO)
+
+first-search: setup
+	$(BIN)/python campaigns/first_search.py $(FIRST)
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -28,6 +28,11 @@ CARRY = ["category:int64", "category_name", "group:int64", "group_name", "split"
 VENDOR = "google"  # the table holds one of the two drawings of each emoji, to save time
 NEEDED = {"onnx": "onnx", "scikit-learn": "sklearn"}  # package → module; for the base's weights, and to compare encoders
 QUERY = "twitter-1f34e"  # an apple, from the drawings that are not in the table
+REMARKS = """# A weight multiplies the change that an adapter makes to the base. Weights need not add up to 1: two of 0.5 give the mean of
+# both changes, two of 1 give both changes in full.
+# image_size is the size at which these adapters were trained. Leave it out of a recipe of your own, unless yours were trained
+# at another size than the base's processor gives.
+"""
 Say = Callable[[str], None]
 
 
@@ -40,7 +45,7 @@ def run_demo(folder: Path, say: Say) -> None:
     shards, recipe, job = folder / "shards", folder / "merged.yaml", folder / "job.yaml"
     _write_shards([image for image in images.values() if image.key.startswith(VENDOR)], shards, say)
     adapters = [{"path": str(ADAPTERS / name), "weight": weight} for name, weight in WEIGHTS.items()]
-    _write_yaml(recipe, base_model=str(base), adapters=adapters, merge_method="weighted_sum", image_size=56)
+    _write_yaml(recipe, REMARKS, base_model=str(base), adapters=adapters, merge_method="weighted_sum", image_size=56)
     _write_yaml(job, recipe=recipe.name, input="shards", table="table", carry=CARRY)
 
     say("\nMerging two adapters, and embedding all images into a table")
@@ -95,5 +100,5 @@ def _write_shards(images: list[parts.LabelledImage], folder: Path, say: Say) -> 
     say(f"{number_of(len(images), 'image')} in {number_of(len(list(folder.iterdir())), 'tar shard')}: {folder}")
 
 
-def _write_yaml(path: Path, **settings: object) -> None:
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+def _write_yaml(path: Path, remarks: str = "", **settings: object) -> None:
+    path.write_text(remarks + yaml.safe_dump(settings, sort_keys=False))
