@@ -26,7 +26,6 @@ PAGE = ROOT / "docs" / "first-table.md"
 WAYS = {"source": "One machine", "wheel": "From a wheel"}  # way → section of the page with its commands
 ADDRESS = "<address of this repository>"
 CLASSES = {"food": "Food & Drink", "animals": "Animals & Nature", "travel": "Travel & Places"}  # folder → category of emoji
-MARK = "@command "
 MB = 1e6
 
 

@@ -28,10 +28,11 @@ CARRY = ["category:int64", "category_name", "group:int64", "group_name", "split"
 VENDOR = "google"  # the table holds one of the two drawings of each emoji, to save time
 NEEDED = {"onnx": "onnx", "scikit-learn": "sklearn"}  # package → module; for the base's weights, and to compare encoders
 QUERY = "twitter-1f34e"  # an apple, from the drawings that are not in the table
-REMARKS = """# A weight multiplies the change that an adapter makes to the base. Weights need not add up to 1: two of 0.5 give the mean of
-# both changes, two of 1 give both changes in full.
-# image_size is the size at which these adapters were trained. Leave it out of a recipe of your own, unless yours were trained
-# at another size than the base's processor gives.
+REMARKS = """\
+# A weight multiplies the change that an adapter makes to the base. Weights need not add up to 1: two of 0.5 give the mean
+# of both changes, two of 1 give both changes in full.
+# image_size is the size at which these adapters were trained. Leave it out of a recipe of your own, unless yours were
+# trained at another size than the base's processor gives.
 """
 Say = Callable[[str], None]
 
