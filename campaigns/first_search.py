@@ -94,24 +94,32 @@ def disk_of(folder: Path) -> float:
     )
 
 
+def walk(way: str, scratch: Path) -> None:
+    """Take one way in an empty folder, and print what it took."""
+    folder, home = scratch / "first", scratch / "home"
+    folder.mkdir()
+    home.mkdir()
+    bring(folder, way)
+    load = os.getloadavg()[0]
+    steps = run(commands_by(way), folder, home)
+    print(f"== {way}: {len(steps)} commands, {sum(step.seconds for step in steps) / 60:.1f} minutes")
+    for step in steps:
+        print(f"{step.seconds:8.1f} s  {step.command}")
+    images = sum(path.is_file() for path in (folder / "photos").rglob("*"))
+    print(f"environment {disk_of(folder / '.venv'):,.0f} MB, table of {images} images {disk_of(folder / 'table'):.1f} MB")
+    print(f"load of the machine {load:.1f} before and {os.getloadavg()[0]:.1f} after, {os.cpu_count()} cores", flush=True)
+
+
 def main() -> int:
-    """Walk the ways and print what each took."""
+    """Walk the ways that are named."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ways", nargs="*", default=list(WAYS), metavar="WAY", help=f"one of {', '.join(WAYS)}; both by default")
-    for way in parser.parse_args().ways:
+    ways = parser.parse_args().ways
+    if unknown := sorted(set(ways) - set(WAYS)):
+        parser.error(f"{unknown[0]!r} is none of {', '.join(WAYS)}")
+    for way in ways:
         with tempfile.TemporaryDirectory(prefix="first-search-") as scratch:
-            folder, home = Path(scratch) / "first", Path(scratch) / "home"
-            folder.mkdir()
-            home.mkdir()
-            bring(folder, way)
-            steps = run(commands_by(way), folder, home)
-            print(f"== {way}: {len(steps)} commands, {sum(step.seconds for step in steps) / 60:.1f} minutes")
-            for step in steps:
-                print(f"{step.seconds:8.1f} s  {step.command}")
-            images = sum(path.is_file() for path in (folder / "photos").rglob("*"))
-            print(
-                f"environment {disk_of(folder / '.venv'):,.0f} MB; table of {images} images {disk_of(folder / 'table'):.1f} MB"
-            )
+            walk(way, Path(scratch))
     return 0
 
 
