@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+DEMO := .venv/demo-ready
 PEERS := .venv/peers
 # Three processes for two cores: tests wait for servers, clusters and processes that they start.
 TESTS := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=12
@@ -12,7 +13,7 @@ DAFT := $(LORA_EMBED_CACHE)/peers/daft/ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test quick-tests test-slow test-long soak readers matrix families errors mistakes processors versions shards faults lint policy hashes strangers bench quality map wheel clean
+.PHONY: setup demo first-search test quick-tests test-slow test-long soak readers matrix families errors mistakes processors versions shards faults lint policy hashes strangers bench quality map wheel clean
 
 setup: $(READY)
 
@@ -20,10 +21,19 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv (torch, transformers, ray …): a few minutes the first time"
 	$(PYTHON) -m venv .venv
 	$(PIP) --constraint constraints.txt --editable '.[demo,test,evaluation,indexes]'
-	@touch $(READY)
+	@touch $(DEMO) $(READY)
 
-demo: setup
+demo: $(DEMO)
 	@$(BIN)/lora-embed demo demo-run
+
+$(DEMO): pyproject.toml constraints.txt
+	@echo "Setting up .venv for the demo (torch, transformers, ray …): a few minutes the first time"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) --constraint constraints.txt --editable '.[demo]'
+	@touch $(DEMO)
+
+first-search: setup
+	$(BIN)/python campaigns/first_search.py $(FIRST)
 
 lint: setup
 	$(BIN)/ruff format --check .

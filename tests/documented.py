@@ -1,4 +1,4 @@
-"""The Python blocks of docs/readers.md, run on a table of a test."""
+"""The Python blocks of pages in docs, run on a table of a test."""
 
 import json
 import re
@@ -20,8 +20,13 @@ def bits(vectors: Any) -> bytes:
 
 
 def documented(heading: str) -> list[str]:
-    """The Python blocks of a section of docs/readers.md; "" for those before the first heading."""
-    sections = re.split(r"^#+ (.*)$", (ROOT / "docs" / "readers.md").read_text(), flags=re.MULTILINE)
+    """The Python blocks of a section of docs/readers.md."""
+    return blocks_of("readers.md", heading)
+
+
+def blocks_of(page: str, heading: str) -> list[str]:
+    """The Python blocks of a section of a page in docs, from its heading to the next one."""
+    sections = re.split(r"^#+ (.*)$", (ROOT / "docs" / page).read_text(), flags=re.MULTILINE)
     section = sections[sections.index(heading) + 1]
     return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
 

@@ -14,7 +14,7 @@ from jobs import ROOT
 
 PACKAGE = ROOT / "src" / "lora_embed"
 # Bottom to top: a folder imports from folders before it alone, and from the ground.
-GROUND = ["text", "errors", "libraries", "entries", "schema"]
+GROUND = ["text", "errors", "libraries", "installed", "entries", "schema"]
 FLOORS = [
     "vectors", "store", "config", "monitor", "images", "model", "shards", "table", "chain", "report", "gates", "search", "run",
     "evaluate", "tune", "demo", "cli", "jobs",

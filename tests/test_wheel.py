@@ -1,4 +1,7 @@
-"""The package as a wheel, in an environment with the dependencies and no source tree: the README's quickstart, literally."""
+"""The package as a wheel, in an environment with the dependencies and no source tree: the README's quickstart, literally.
+
+And the first hour of docs/first-table.md from where everything is installed; `make first-search` installs it, too.
+"""
 
 import os
 import re
@@ -11,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from documented import blocks_of
+from first_search import commands_by
 from jobs import ROOT
 from models import save_adapter, save_base
 from samples import encoded, noise
@@ -121,3 +126,24 @@ def test_the_quickstart_of_the_readme_prints_what_the_readme_says(first: Path, e
     assert (
         run("python read.py", first, environment).stdout.split("\n")[0] == f"{sum(PHOTOS.values())} (1, 32) food/watermelon.png"
     )
+
+
+@pytest.mark.slow
+def test_the_first_table_page_leads_to_a_search_and_a_notebook(first: Path, environment: dict[str, str], wheel: Path) -> None:
+    for name in ("recipe.yaml", "job.yaml"):
+        (first / name).unlink()
+    shown = "python -c \"from lora_embed.installed import how_to_install; print(how_to_install('indexes'))\""
+    assert run(shown, first, environment).stdout.strip() == f"pip install '{wheel}[indexes]'"
+    commands = commands_by("wheel")[2:]
+    assert [command.partition("\n")[0].split()[:2] for command in commands] == [
+        ["cat", ">"], ["cat", ">"], ["lora-embed", "run"], ["lora-embed", "search"]
+    ]  # fmt: skip
+    for command in commands:
+        ended = run(command, first, environment)
+    assert ended.stdout.splitlines()[1].endswith("food/watermelon.png")
+    (block,) = blocks_of("first-table.md", "Use the table")
+    shown = "print(counts.to_dict(), nearest['id'][0], nearest['folder'][0], len(nearest))"
+    (first / "notebook.py").write_text(block + shown)
+    printed = run("python notebook.py", first, environment).stdout.strip()
+    assert sorted(eval(printed[: printed.index("}") + 1]).items()) == sorted(PHOTOS.items())
+    assert printed.endswith("} food/watermelon.png food 10")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import pytest
 from lora_embed.demo import parts
 from lora_embed.demo.archives import PartError
 from lora_embed.demo.parts import LabelledImage
+from lora_embed.demo.tour import run_demo
+from lora_embed.errors import ConfigError
+from lora_embed.installed import how_to_install
 
 BASE_MODEL_SHA256 = "8b38fc0f3652d5a3cd0a5f3b71eb3b0b68a34460a68814528cb1e25177fe6e30"  # of the converted weights
 
@@ -128,5 +132,13 @@ def test_an_interrupted_part_leaves_nothing(tmp_path: Path) -> None:
 def test_without_npm_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(PartError, match=r"pip install 'lora-embed\[demo\]'"):
+    with pytest.raises(PartError, match=re.escape(how_to_install("demo"))):
         parts.fetch_images(tmp_path, print)
+
+
+def test_the_demo_names_what_is_missing_before_it_fetches_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("LORA_EMBED_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match=r"the demo needs onnx and scikit-learn, which are not installed.*pip install"):
+        run_demo(tmp_path / "demo", print)
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """Indexes: made, refused and damaged; what they hold of real vectors is in `test_real_vectors.py`."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ import pytest
 from documented import bits, expected_ids
 from lora_embed.cli import main
 from lora_embed.errors import ConfigError, VerificationFailed
+from lora_embed.installed import how_to_install
 from lora_embed.search.export import KINDS, export_index, import_library, open_index
 from lora_embed.table.read import Table
 from tables import noise_vectors, publish_vectors, spread
@@ -110,7 +112,7 @@ def test_a_library_that_no_kind_has_is_not_another_one() -> None:
 def test_a_missing_library_is_named_with_its_remedy(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, kind.partition("-")[0], None)  # as if it were not installed
     table = publish_vectors(tmp_path / "table", spread(noise_vectors(5), 1))
-    with pytest.raises(ConfigError, match=r"is not installed .*pip install 'lora-embed\[indexes\]'"):
+    with pytest.raises(ConfigError, match=f"is not installed .*{re.escape(how_to_install('indexes'))}"):
         export_index(table, kind, tmp_path / "out")
 
 

@@ -15,6 +15,7 @@ from lora_embed.cli.tables import TABLE_COMMANDS
 from lora_embed.cli.tune import tune
 from lora_embed.config.models import load_job, load_recipe
 from lora_embed.errors import ConfigError
+from lora_embed.installed import versions
 from lora_embed.monitor.ending import end_process, exit_code_of
 from lora_embed.monitor.progress import LogFormat, log_as, note, say
 from lora_embed.text import number_of
@@ -39,6 +40,21 @@ class Store(enum.StrEnum):
 
     MODEL = "model"
     ADAPTER = "adapter"
+
+
+def _show_versions(asked: bool) -> None:
+    if asked:
+        print(versions())
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_versions, help="Show the versions in use and exit.")
+    ] = False,
+) -> None:
+    """Options that stand before the name of a command."""
 
 
 @app.command()
@@ -123,7 +139,6 @@ def demo(folder: Annotated[Path, typer.Argument(help="Folder to write everything
     """Show everything on real images, in minutes: merge, embed, publish, compare, search."""
     from lora_embed.demo.tour import run_demo
 
-    folder.mkdir(parents=True, exist_ok=True)
     run_demo(folder, say)
 
 

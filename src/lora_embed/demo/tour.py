@@ -1,5 +1,6 @@
 """The demo: merge two real adapters, embed real images, compare the merge with its adapters, search the table."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,34 +8,45 @@ import yaml
 
 from lora_embed.config.models import load_job
 from lora_embed.demo import parts
+from lora_embed.errors import ConfigError
 from lora_embed.evaluate.assess import assess
 from lora_embed.evaluate.page.evaluation import write_report
 from lora_embed.evaluate.request import Request
 from lora_embed.evaluate.show import print_evaluation
+from lora_embed.installed import how_to_install
 from lora_embed.run.job import run_job
 from lora_embed.search.page import write_page
 from lora_embed.search.search import find_pictures, search_image
 from lora_embed.store.aside import folder_aside
 from lora_embed.store.fetch import cache_root
 from lora_embed.table.read import open_table
-from lora_embed.text import number_of
+from lora_embed.text import agree, number_of
 
 ADAPTERS = Path(__file__).parent / "adapters"
 WEIGHTS = {"category10": 0.5, "group27": 0.5}
 CARRY = ["category:int64", "category_name", "group:int64", "group_name", "split"]
 VENDOR = "google"  # the table holds one of the two drawings of each emoji, to save time
+NEEDED = {"onnx": "onnx", "scikit-learn": "sklearn"}  # package → module; for the base's weights, and to compare encoders
 QUERY = "twitter-1f34e"  # an apple, from the drawings that are not in the table
+REMARKS = """\
+# A weight multiplies the change that an adapter makes to the base. Weights need not add up to 1: two of 0.5 give the mean
+# of both changes, two of 1 give both changes in full.
+# image_size is the size at which these adapters were trained. Leave it out of a recipe of your own, unless yours were
+# trained at another size than the base's processor gives.
+"""
 Say = Callable[[str], None]
 
 
 def run_demo(folder: Path, say: Say) -> None:
     """Run the demo below `folder` and print what it does; steps that were done before are not repeated."""
+    _check_installed()
+    folder.mkdir(parents=True, exist_ok=True)
     base = parts.fetch_base_model(cache_root(), say)
     images = {image.key: image for image in parts.fetch_images(cache_root(), say)}
     shards, recipe, job = folder / "shards", folder / "merged.yaml", folder / "job.yaml"
     _write_shards([image for image in images.values() if image.key.startswith(VENDOR)], shards, say)
     adapters = [{"path": str(ADAPTERS / name), "weight": weight} for name, weight in WEIGHTS.items()]
-    _write_yaml(recipe, base_model=str(base), adapters=adapters, merge_method="weighted_sum", image_size=56)
+    _write_yaml(recipe, REMARKS, base_model=str(base), adapters=adapters, merge_method="weighted_sum", image_size=56)
     _write_yaml(job, recipe=recipe.name, input="shards", table="table", carry=CARRY)
 
     say("\nMerging two adapters, and embedding all images into a table")
@@ -71,6 +83,16 @@ def run_demo(folder: Path, say: Say) -> None:
     say(f"comparison: {folder / 'comparison.html'}\nnearest images: {folder / 'nearest.html'}")
 
 
+def _check_installed() -> None:
+    """Raises ConfigError, before anything is fetched, if a package is missing that the demo needs and a job does not."""
+    missing = [package for package, module in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ConfigError(
+            f"the demo needs {' and '.join(missing)}, which {agree(len(missing), 'is', 'are')} not installed. Install what it "
+            f"needs: {how_to_install('demo')}"
+        )
+
+
 def _write_shards(images: list[parts.LabelledImage], folder: Path, say: Say) -> None:
     """Write the shards, but only once: a shard that is written again counts as changed."""
     if not folder.is_dir():
@@ -79,5 +101,5 @@ def _write_shards(images: list[parts.LabelledImage], folder: Path, say: Say) -> 
     say(f"{number_of(len(images), 'image')} in {number_of(len(list(folder.iterdir())), 'tar shard')}: {folder}")
 
 
-def _write_yaml(path: Path, **settings: object) -> None:
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+def _write_yaml(path: Path, remarks: str = "", **settings: object) -> None:
+    path.write_text(remarks + yaml.safe_dump(settings, sort_keys=False))

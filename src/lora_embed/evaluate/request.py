@@ -7,6 +7,7 @@ from typing import Any
 
 from lora_embed.config.models import Resources
 from lora_embed.errors import ConfigError
+from lora_embed.installed import how_to_install
 from lora_embed.schema import Layout
 from lora_embed.shards.list_rows import References, carrying
 from lora_embed.shards.listing import Listing, list_input
@@ -78,7 +79,7 @@ def check_request(request: Request) -> None:
     if request.seed < 0:
         raise ConfigError(f"--seed is {request.seed}, expected 0 or more")
     if importlib.util.find_spec("sklearn") is None:
-        raise ConfigError("scikit-learn is not installed. Install it on every node: pip install 'lora-embed[evaluation]'")
+        raise ConfigError(f"scikit-learn is not installed. Install it on every node: {how_to_install('evaluation')}")
     for label in request.labels:
         if request.labels.count(label) > 1:
             raise ConfigError(f"--label {label} is given {request.labels.count(label)} times. Name it once.")

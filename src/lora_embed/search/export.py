@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_embed.config.foreign import parse_record
 from lora_embed.config.recognise import INDEX, INPUT, recognise, refuse_other
 from lora_embed.errors import ConfigError, StorageError, VerificationFailed
+from lora_embed.installed import how_to_install
 from lora_embed.search.faiss_index import EMPTY, open_faiss, write_faiss
 from lora_embed.search.index import DESCRIPTION, FORMAT, Index, IndexDescription, Nearest
 from lora_embed.search.index_files import check_plain
@@ -123,5 +124,5 @@ def import_library(name: str) -> Any:
 
             return faiss
     except ImportError as error:
-        raise ConfigError(f"{name} is not installed ({error}). Install it: pip install 'lora-embed[indexes]'") from None
+        raise ConfigError(f"{name} is not installed ({error}). Install it: {how_to_install('indexes')}") from None
     raise ValueError(f"{name!r} is no library of indexes")

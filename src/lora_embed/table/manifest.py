@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Required
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
@@ -15,6 +14,7 @@ from lora_embed.config.foreign import Count, SpaceId, read_json
 from lora_embed.config.messages import first_wrong
 from lora_embed.config.values import VectorType
 from lora_embed.errors import TableError
+from lora_embed.installed import release
 from lora_embed.schema import FORMAT, check_carried
 
 
@@ -208,11 +208,3 @@ def refuse_other_format(content: Any, where: str) -> None:
             f"{where}: has format {number}, but this release of lora-embed ({release()}) reads format {FORMAT} only. Use a "
             "newer release, or the release that wrote it."
         )
-
-
-def release() -> str:
-    """This release's number."""
-    try:
-        return version("lora-embed")
-    except PackageNotFoundError:  # on a cluster's node, to which only the package's files were copied
-        return "not installed"

@@ -15,6 +15,7 @@ from lora_embed.config.models import Recipe
 from lora_embed.errors import ConfigError
 from lora_embed.evaluate.page.evaluation import write_report
 from lora_embed.evaluate.records import Candidate, Evaluation
+from lora_embed.installed import how_to_install
 from lora_embed.model.ingredients import gather
 from lora_embed.model.merge import METHODS
 from lora_embed.model.refold import BATCH, Refolder
@@ -151,7 +152,7 @@ def _checked(search: Search) -> tuple[str, ...]:
             "equal weights are always tried."
         )
     if importlib.util.find_spec("sklearn") is None:
-        raise ConfigError("scikit-learn is not installed, but tune needs it. Install it: pip install 'lora-embed[evaluation]'")
+        raise ConfigError(f"scikit-learn is not installed, but tune needs it. Install it: {how_to_install('evaluation')}")
     return names
 
 

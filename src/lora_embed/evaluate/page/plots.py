@@ -1,4 +1,4 @@
-"""An evaluation as matplotlib figures, for notebooks and papers: `pip install 'lora-embed[evaluation]'`.
+"""An evaluation as matplotlib figures, for notebooks and papers; they need the extra `evaluation`.
 
 Each function returns a new `matplotlib.figure.Figure`, which a notebook shows and `.savefig` writes.
 """
