@@ -24,11 +24,15 @@ class LabelledInput:
     key_column: str | None = None
     references: References | None = None  # None: the input holds the images themselves
     image_member: tuple[str, ...] = ()  # of tars
+    leave_out: tuple[str, ...] = ()  # files, folders or patterns of the inputs that are not read
 
     def listing(self, names: Iterable[str]) -> Listing:
         """List the inputs whose samples carry these fields, and say what is passed over."""
         fields = tuple(dict.fromkeys(names))
-        listing = list_input(self.inputs, self.input_options, fields=fields, references=carrying(self.references, fields))
+        references = carrying(self.references, fields)
+        listing = list_input(
+            self.inputs, self.input_options, fields=fields, references=references, leave_out=self.leave_out
+        )
         listing.say_passed()
         return listing
 
