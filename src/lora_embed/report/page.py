@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_embed.errors import StorageError
-from lora_embed.text import counted, number_of, printable, span
+from lora_embed.text import agree, counted, number_of, printable, size_of, span
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -61,6 +61,8 @@ def environment() -> "Environment":
         "share": share,
         "points": points,
         "number_of": number_of,
+        "size_of": size_of,
+        "agree": agree,
         "counted": counted,
     }
     jinja.tests["base64"] = is_base64
