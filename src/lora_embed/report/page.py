@@ -7,6 +7,7 @@ Templates stand in `templates/` beside the code that fills them; their names are
 import base64
 import binascii
 import hashlib
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cache
@@ -18,9 +19,12 @@ from lora_embed.text import agree, counted, number_of, printable, size_of, span
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
 PACKAGE = Path(__file__).parents[1]
 NAME_LENGTH = 72  # characters of a name that are shown before it is folded up
+WHOLE_NAME = 8  # characters of a name that fits any column in one line
+_BREAKS = re.compile(r"(?<=[_\-/.])(?=[^_\-/.])")
 
 
 def page(title: str, lead: Sequence[str], folder: str, sections: dict[str, str], **values: Any) -> str:
@@ -65,6 +69,7 @@ def environment() -> "Environment":
         "agree": agree,
         "counted": counted,
     }
+    jinja.filters |= {"breakable": breakable, "last_part": last_part}
     jinja.tests["base64"] = is_base64
     return jinja
 
@@ -89,6 +94,20 @@ def shortened(text: str, length: int = NAME_LENGTH) -> str:
         return full_text
     tail = length // 4
     return f"{full_text[: length - tail - 1]}…{full_text[-tail:]}"
+
+
+def breakable(text: str) -> "Markup":
+    """A name as HTML that breaks after `_`, `-`, `/` and `.`, if it is long, and within a word only where nothing else fits."""
+    from markupsafe import Markup, escape
+
+    if len(text) <= WHOLE_NAME:
+        return escape(text)
+    return Markup("<wbr>").join(_BREAKS.split(text))
+
+
+def last_part(uri: str) -> str:
+    """The last part of a path or URI, which mostly tells adapters apart."""
+    return uri.rstrip("/").rpartition("/")[2] or uri
 
 
 def moment(text: str) -> str:
