@@ -171,7 +171,7 @@ def _capital(sentence: Sentence) -> Sentence:
 
 def signed(gap: Difference) -> str:
     """A difference in points with its interval, such as `−0.4 points, −1.0 to +0.2`."""
-    mean, low, high = (f"{100 * value:+.1f}".replace("-", "−") for value in (gap.mean, gap.low, gap.high))
+    mean, low, high = (f"{round(100 * value, 1) + 0.0:+.1f}".replace("-", "−") for value in (gap.mean, gap.low, gap.high))
     return f"{mean} points, {low} to {high}" if gap.has_interval else f"{mean} points"
 
 
