@@ -10,7 +10,7 @@ from lora_embed.evaluate.figures import verdict_of
 from lora_embed.evaluate.page.evaluation import evaluation_page
 from lora_embed.evaluate.records import Candidate, Difference, Evaluation, Figure, Retention, Task
 from lora_embed.evaluate.show import to_markdown
-from lora_embed.evaluate.verdict import called, default_reference, in_short, own_adapters, pairs_of, warnings_of
+from lora_embed.evaluate.verdict import called, default_reference, in_short, own_adapters, pairs_of, singles_of, warnings_of
 from pages import plain_text
 
 MEANS = {"base": (0.50, 0.40), "half": (0.70, 0.41), "theme": (0.74, 0.42), "mood": (0.60, 0.39)}
@@ -64,6 +64,9 @@ def test_the_base_is_the_reference_if_it_is_a_candidate() -> None:
         ("half", "base"), ("theme", "base"), ("mood", "base"), ("half", "theme"), ("half", "mood"),
     ]  # fmt: skip
     assert ("half", "base") in pairs_of(CANDIDATES, "half")
+    again = candidate("best tried", {"theme": 1.0, "mood": 0.0})
+    assert singles_of([*CANDIDATES, again]) == singles_of([again, *CANDIDATES]) == {"theme": "theme", "mood": "mood"}
+    assert singles_of([again, candidate("half a mood", {"mood": 0.5})]) == {"theme": "best tried"}
 
 
 def test_in_short_says_what_a_merge_gains_over_the_base_and_loses_to_each_adapter() -> None:

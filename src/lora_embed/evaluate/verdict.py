@@ -46,12 +46,13 @@ def default_reference(candidates: Sequence[Candidate]) -> str:
 
 
 def singles_of(candidates: Sequence[Candidate]) -> dict[str, str]:
-    """Adapter → the candidate that is this adapter alone, at weight 1."""
-    return {
-        candidate.adapters[0]: candidate.name
-        for candidate in candidates
-        if sum(candidate.weights.values()) == 1 == len(candidate.adapters)
-    }
+    """Adapter → the candidate that is this adapter alone, at weight 1; of several, the one with the adapter's name."""
+    singles: dict[str, str] = {}
+    for candidate in candidates:
+        if len(candidate.adapters) == 1 == sum(candidate.weights.values()):
+            adapter = candidate.adapters[0]
+            singles[adapter] = candidate.name if candidate.name == adapter else singles.get(adapter, candidate.name)
+    return singles
 
 
 def pairs_of(candidates: Sequence[Candidate], reference: str) -> list[tuple[str, str]]:
@@ -169,10 +170,15 @@ def _capital(sentence: Sentence) -> Sentence:
     return Sentence(sentence.words[:1].upper() + sentence.words[1:], sentence.names)
 
 
+def in_points(share: float) -> str:
+    """A difference of shares in points, with its sign: `−0.4`."""
+    return f"{round(100 * share, 1) + 0.0:+.1f}".replace("-", "−")  # + 0.0: there is no −0.0
+
+
 def signed(gap: Difference) -> str:
     """A difference in points with its interval, such as `−0.4 points, −1.0 to +0.2`."""
-    mean, low, high = (f"{round(100 * value, 1) + 0.0:+.1f}".replace("-", "−") for value in (gap.mean, gap.low, gap.high))
-    return f"{mean} points, {low} to {high}" if gap.has_interval else f"{mean} points"
+    interval = f", {in_points(gap.low)} to {in_points(gap.high)}" if gap.has_interval else ""
+    return f"{in_points(gap.mean)} points{interval}"
 
 
 def unsigned(gap: Difference) -> str:

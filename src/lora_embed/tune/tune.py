@@ -14,8 +14,8 @@ import yaml
 from lora_embed.config.models import Recipe
 from lora_embed.errors import ConfigError
 from lora_embed.evaluate.page.evaluation import OfSearch, write_report
-from lora_embed.evaluate.records import Candidate, Evaluation
-from lora_embed.evaluate.verdict import in_short, warnings_of
+from lora_embed.evaluate.records import Candidate, Difference, Evaluation
+from lora_embed.evaluate.verdict import in_points, in_short, warnings_of
 from lora_embed.model.ingredients import gather
 from lora_embed.model.merge import METHODS
 from lora_embed.model.refold import BATCH, Refolder
@@ -80,9 +80,7 @@ class Tuned:
                     row for row in self.evaluation.differences
                     if (row.task, row.candidate, row.reference) == (task, TUNED, reference)
                 )  # fmt: skip
-                points = _points(difference.mean, difference.low, difference.high)
-                verdict = difference.verdict if difference.has_interval or not difference.mean else "no interval"
-                lines.append(f"    on task {task}, tuned minus {reference}: {points}, {verdict}")
+                lines.append(f"    on task {task}, tuned minus {reference}: {_verdict(difference)}")
         notes = [*in_short(self.evaluation, self.own), *(f"Warning: {warning}" for warning in warnings_of(self.evaluation))]
         return (*lines, *map(str, notes))
 
@@ -128,7 +126,14 @@ def tune(search: Search) -> Tuned:
 
 
 def _points(mean: float, low: float, high: float) -> str:
-    return f"{100 * mean:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})"
+    return f"{in_points(mean)} ({in_points(low)} … {in_points(high)})"
+
+
+def _verdict(difference: Difference) -> str:
+    """A difference with its verdict, unless it has no interval to judge it by."""
+    if difference.has_interval:
+        return f"{_points(difference.mean, difference.low, difference.high)}, {difference.verdict}"
+    return f"{in_points(difference.mean)}, no interval" if difference.mean else "no difference"
 
 
 def _checked(search: Search) -> tuple[str, ...]:
