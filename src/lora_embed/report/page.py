@@ -19,12 +19,11 @@ from lora_embed.text import agree, counted, number_of, printable, size_of, span
 
 if TYPE_CHECKING:
     from jinja2 import Environment
-    from markupsafe import Markup
 
 PACKAGE = Path(__file__).parents[1]
 NAME_LENGTH = 72  # characters of a name that are shown before it is folded up
 WHOLE_NAME = 8  # characters of a name that fits any column in one line
-_BREAKS = re.compile(r"(?<=[_\-/.])(?=[^_\-/.])")
+_JOINTS = re.compile(r"(?<=[_\-/.])(?=[^_\-/.])")
 
 
 def page(title: str, lead: Sequence[str], folder: str, sections: dict[str, str], **values: Any) -> str:
@@ -69,7 +68,7 @@ def environment() -> "Environment":
         "agree": agree,
         "counted": counted,
     }
-    jinja.filters |= {"breakable": breakable, "last_part": last_part}
+    jinja.filters |= {"pieces": pieces, "last_part": last_part}
     jinja.tests["base64"] = is_base64
     return jinja
 
@@ -96,13 +95,9 @@ def shortened(text: str, length: int = NAME_LENGTH) -> str:
     return f"{full_text[: length - tail - 1]}…{full_text[-tail:]}"
 
 
-def breakable(text: str) -> "Markup":
-    """A name as HTML that breaks after `_`, `-`, `/` and `.`, if it is long, and within a word only where nothing else fits."""
-    from markupsafe import Markup, escape
-
-    if len(text) <= WHOLE_NAME:
-        return escape(text)
-    return Markup("<wbr>").join(_BREAKS.split(text))
+def pieces(text: str) -> list[str]:
+    """A long name in pieces that end with `_`, `-`, `/` or `.`, after which it may break; a short one is whole."""
+    return [text] if len(text) <= WHOLE_NAME else _JOINTS.split(text)
 
 
 def last_part(uri: str) -> str:
