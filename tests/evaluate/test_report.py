@@ -149,6 +149,31 @@ def test_every_part_of_the_evaluation_is_in_the_report() -> None:
     assert text.count('aria-label="right"') == 2 * 2
 
 
+def test_a_picture_stands_in_the_page_once_however_often_it_is_shown() -> None:
+    found = evaluation()
+    once = evaluation_page(found)
+    often = evaluation_page(replace(found, queries=found.queries * 20))
+    assert once.count("data:image/jpeg;base64,") == often.count("data:image/jpeg;base64,") == 6 == len(found.thumbnails)
+    assert often.count("<use ") == 20 * once.count("<use ") == 20 * 16
+    shown = {attributes["href"] for tag, attributes in Tables(often).tags if tag == "use"}
+    assert shown == {f"#{attributes['id']}" for tag, attributes in Tables(often).tags if tag == "image"}
+
+
+def test_a_class_of_few_queries_is_marked() -> None:
+    found = evaluation()
+    classes = (*found.classes, replace(found.classes[0], label="many", images=90))
+    rows = {row[0]: row[-1] for row in rows_of(evaluation_page(replace(found, classes=classes)), "All classes of category")}
+    assert (rows["flags"], rows["many"]) == ("40 few", "90")  # a third of them are queries in a split
+
+
+def test_a_split_of_the_user_s_own_is_not_said_to_have_seeds() -> None:
+    own = plain_text(evaluation_page(replace(evaluation(), splits=1)))
+    assert "Your own split divides the labelled images into a bank (67 %) and queries." in own
+    assert "1 split each" in own
+    assert "seed" not in own.partition("What was merged")[0]
+    assert "5 times with different seeds" in plain_text(evaluation_page(evaluation()))
+
+
 def test_a_search_draws_each_method_s_curve_and_names_the_best_trial() -> None:
     found = evaluation()
     best = best_of(found)
