@@ -150,9 +150,15 @@ def test_names_with_braces_are_names() -> None:
     assert "Points are of {m}, with" in str(said)
 
 
-def test_a_difference_to_another_than_the_reference_is_no_verdict_of_a_table() -> None:
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_difference_to_another_than_the_reference_is_no_verdict_of_a_table(*, is_first: bool) -> None:
     found = judged()
+    worse = [gap for gap in found.differences if gap.verdict == "worse" and gap.candidate == "half"]
+    assert {gap.reference for gap in worse} == {"theme"}
+    others = [gap for gap in found.differences if gap not in worse]
+    found = replace(found, differences=tuple([*worse, *others] if is_first else [*others, *worse]))
     means = found.to_arrow().filter(found.to_arrow().column("split").is_null()).to_pylist()
     half = next(row for row in means if (row["task"], row["candidate"]) == ("theme", "half"))
     assert half["difference"] == pytest.approx(0.2)
     assert "70.0 [68.0, 72.0] ▲" in to_markdown(found)
+    assert "70.0 68.0 to 72.0 +20.0 +18.0 to +22.0 ▲ better" in plain_text(evaluation_page(found))
