@@ -122,6 +122,10 @@ def test_an_interval_without_a_width_decides_nothing_and_has_a_warning() -> None
     found = judged(images=10, half=0.0)
     (said,) = in_short(found)
     assert "differs from the base on task theme by a figure without an interval (+20.0 points)" in str(said)
+    same = replace(found, differences=tuple(replace(gap, mean=0.0, low=0.0, high=0.0) for gap in found.differences))
+    assert str(in_short(same)[0]).startswith("Merge half equals the base on task theme in each split; it equals the base on")
+    assert "on task mood it equals adapter theme in each split" in str(in_short(same)[0])
+    assert "= no difference" in evaluation_page(same)
     warned = [str(warning) for warning in warnings_of(found)]
     assert warned[0] == (
         "On task theme a split has about 3 queries, fewer than 30: one image changes a figure by 33 points. Label more images "

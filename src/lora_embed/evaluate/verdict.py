@@ -151,6 +151,8 @@ def _against(evaluation: Evaluation, gap: Difference) -> Sentence:
     names = (*base.names, gap.task)
     if gap.verdict != "within noise":
         return Sentence(f"is {gap.verdict} than {base.words} on task {{}} by {unsigned(gap)}", names)
+    if not gap.has_interval and not gap.mean:
+        return Sentence(f"equals {base.words} on task {{}} in each split", names)
     how = "only within noise" if gap.has_interval else "by a figure without an interval"
     return Sentence(f"differs from {base.words} on task {{}} {how} ({signed(gap)})", names)
 
@@ -162,6 +164,8 @@ def _loss(evaluation: Evaluation, gap: Difference) -> Sentence:
         return Sentence(f"loses {unsigned(gap)} to {adapter.words}", adapter.names)
     if gap.verdict == "better":
         return Sentence(f"is better than {adapter.words} by {unsigned(gap)}", adapter.names)
+    if not gap.has_interval and not gap.mean:
+        return Sentence(f"equals {adapter.words} in each split", adapter.names)
     how = "differs only within noise" if gap.has_interval else "differs by a figure without an interval"
     return Sentence(f"{how} from {adapter.words} ({signed(gap)})", adapter.names)
 
