@@ -285,10 +285,8 @@ def test_words_agree_with_a_number() -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [
-        (0, "0 bytes"), (1, "1 byte"), (999, "999 bytes"), (1000, "1 kB"), (1536, "1.54 kB"), (88_249_960, "88.2 MB"),
-        (99_960, "100 kB"), (999_499, "999 kB"), (999_500, "1 MB"), (2**30, "1.07 GB"), (5 * 10**18, "5,000 PB"),
-    ],
+    [(0, "0 bytes"), (1, "1 byte"), (1000, "1 kB"), (1536, "1.54 kB"), (88_249_960, "88.2 MB"), (99_960, "100 kB"),
+     (999_499, "999 kB"), (999_500, "1 MB"), (2**30, "1.07 GB"), (5 * 10**18, "5,000 PB")],
 )  # fmt: skip
 def test_a_number_of_bytes_is_in_the_unit_that_fits(count: int, text: str) -> None:
     assert size_of(count) == text
