@@ -32,12 +32,12 @@ KINDS: dict[str, Switches] = {
 # What computes with torch or numpy, without a whole cluster.
 NUMERIC = (
     "actors", "adapter", "adapter_places", "all_families", "assess", "batch_norm", "changes", "checks", "cka", "cost",
-    "crooked", "decode", "demo_parts", "device", "digits", "drift", "encoder", "errors", "evaluate_command", "export",
-    "families", "features", "figures", "gpu_benchmark", "guard", "head", "health", "image_processors", "kept_encoders",
-    "labelled", "locate", "merge", "mistakes", "nightly", "no_code", "parts", "plan", "preprocess", "preview", "private",
-    "processors", "proof", "propose", "rank", "real_gates", "real_merge", "real_vectors", "refusals", "resume", "rows",
-    "search", "space", "stale", "strange_bases", "strange_encoders", "table_read", "trials", "tune", "unreadable", "upgrades",
-    "versions", "wrapped",
+    "crooked", "decode", "demo_parts", "device", "digits", "drift", "encoder", "encoder_page", "errors", "evaluate_command",
+    "export", "families", "features", "figures", "gpu_benchmark", "guard", "head", "health", "image_processors",
+    "kept_encoders", "labelled", "locate", "merge", "mistakes", "nightly", "no_code", "parts", "plan", "preprocess",
+    "preview", "private", "processors", "proof", "propose", "rank", "real_gates", "real_merge", "real_vectors", "refusals",
+    "resume", "rows", "search", "space", "stale", "strange_bases", "strange_encoders", "table_read", "trials", "tune",
+    "unreadable", "upgrades", "versions", "wrapped",
 )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ from lora_embed.text import (
     number_of,
     redacted,
     rough_span,
+    size_of,
     whole_sentences,
 )
 from tables import noise_vectors, publish_vectors, spread
@@ -280,6 +281,15 @@ def test_a_number_has_its_noun_in_the_right_form(count: float, noun: str, text: 
 def test_words_agree_with_a_number() -> None:
     assert [agree(count, "is", "are") for count in (0, 1, 2)] == ["are", "is", "are"]
     assert counted({"shards": 1, "samples": 900, "rejects": 0}) == "1 shard, 900 samples, 0 rejects"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (1, "1 byte"), (1000, "1 kB"), (1536, "1.54 kB"), (88_249_960, "88.2 MB"), (99_960, "100 kB"),
+     (999_499, "999 kB"), (999_500, "1 MB"), (2**30, "1.07 GB"), (5 * 10**18, "5,000 PB")],
+)  # fmt: skip
+def test_a_number_of_bytes_is_in_the_unit_that_fits(count: int, text: str) -> None:
+    assert size_of(count) == text
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,18 @@ def _plural_of(noun: str) -> str:
     return f"{noun[:-1]}ies" if noun[-1] == "y" and noun[-2] not in "aeiou" else f"{noun}s"
 
 
+def size_of(count: float) -> str:
+    """A number of bytes in the unit that fits it, to three digits: `12 bytes`, `1.5 kB`, `88.2 MB`, `1.07 GB`."""
+    units = ("kB", "MB", "GB", "TB", "PB")
+    if count < 999.5:
+        return number_of(round(count), "byte")
+    power = next((power for power in range(1, len(units)) if count < 999.5 * 1000**power), len(units))
+    value = count / 1000**power
+    digits = max(0, 2 - (value >= 9.995) - (value >= 99.95))
+    text = f"{value:,.{digits}f}"
+    return f"{text.rstrip('0').rstrip('.') if '.' in text else text} {units[power - 1]}"
+
+
 def counted(counts: Mapping[str, int]) -> str:
     """`1,000 samples, 1 reject`, from counts by nouns in the plural that end in `s`."""
     return ", ".join(number_of(number, name.removesuffix("s")) for name, number in counts.items())

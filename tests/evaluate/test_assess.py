@@ -83,10 +83,13 @@ def test_candidates_tasks_and_counts(evaluation: Evaluation) -> None:
     assert (evaluation.samples, evaluation.rejects) == (IMAGES + 2, {"not_an_image": 2})
     assert evaluation.decoded == evaluation.samples
     assert len(evaluation.figures) == 5 * 2 * len(METRICS)
-    assert len(evaluation.differences) == 4 * 2 * len(METRICS)
+    merges = [(name, adapter) for name in ("half", "most") for adapter in ("ten", "more")]
+    pairs = [(name, "base") for name in ("half", "most", "ten", "more")] + merges
+    assert {(one.candidate, one.reference) for one in evaluation.differences} == set(pairs)
+    assert len(evaluation.differences) == len(pairs) * 2 * len(METRICS)
     assert all(one.encoder_bytes > 0 and one.forward_s > 0 for one in evaluation.candidates)
     assert {"read", "decode", "forward", "metrics"} <= set(evaluation.seconds)
-    assert evaluation.reference == "half"
+    assert evaluation.reference == "base"
 
 
 @pytest.mark.slow
@@ -136,8 +139,8 @@ def test_relations_changes_and_pictures(evaluation: Evaluation) -> None:
     assert seen == {frozenset(pair) for pair in (("base", "ten"), ("base", "more"), ("ten", "more"))}
     shown = {one.id for query in evaluation.queries for one in (query, *query.before, *query.after)}
     assert set(evaluation.thumbnails) == shown
-    assert max(sum(q.task == "digit" and q.candidate == "base" for q in evaluation.queries), 1) <= 12
-    assert {one.candidate for one in evaluation.classes} == {"most", "base", "ten", "more"}
+    assert max(sum(q.task == "digit" and q.candidate == "half" for q in evaluation.queries), 1) <= 12
+    assert {one.candidate for one in evaluation.classes} == {"half", "most", "ten", "more"}
 
 
 @pytest.mark.slow
@@ -146,7 +149,7 @@ def test_as_a_table_for_notebooks(evaluation: Evaluation) -> None:
     table = evaluation.to_arrow()
     assert table.num_rows == len(evaluation.figures) * 4
     means = table.filter(table.column("split").is_null()).to_pylist()
-    assert {row["verdict"] for row in means if row["candidate"] == "half"} == {None}
+    assert {row["verdict"] for row in means if row["candidate"] == "base"} == {None}
     assert [row["value"] for row in means] == [one.mean for one in evaluation.figures]
 
 

@@ -30,9 +30,9 @@ from lora_embed.evaluate.figures import (
     verdict_of,
 )
 from lora_embed.evaluate.page.relations import KINDS
-from lora_embed.evaluate.page.scores import METRIC_NAMES
 from lora_embed.evaluate.records import METRICS, RelationKind
 from lora_embed.evaluate.show import TITLES
+from lora_embed.evaluate.verdict import METRIC_NAMES
 from lora_embed.model import relate
 from lora_embed.schema import ChunkHead
 from lora_embed.vectors.metrics import cluster_nmi, knn_accuracy, mean_interval, probe, score_interval

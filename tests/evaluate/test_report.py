@@ -22,6 +22,7 @@ from lora_embed.evaluate.records import Evaluation
 from lora_embed.report.charts import Stack, scale
 from lora_embed.report.page import PACKAGE, environment, page, render, shortened
 from lora_embed.text import printable
+from pages import plain_text, whole_names
 
 HOSTILE = [
     "<script>window.hacked=1;alert(1)</script>",
@@ -54,7 +55,7 @@ class Tables(HTMLParser):
         self._caption: str | None = None
         self._rows: list[list[str]] = []
         self._into: str | None = None
-        self.feed(text)
+        self.feed(whole_names(text))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -102,18 +103,15 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-def test_before_and_after_has_figures_intervals_and_verdicts_in_words() -> None:
+def test_each_figure_has_its_interval_and_its_verdict_in_words() -> None:
     rows = rows_of(evaluation_page(evaluation()), "kNN accuracy on category")
     assert [row[0].split()[0] for row in rows] == ["base", "halves", "ties"]
     assert [row[1] for row in rows] == ["70.0 68.6 to 71.4", "73.1 71.7 to 74.5", "68.8 67.4 to 70.2"]
     assert [row[2] for row in rows] == ["–", "+3.1 +2.1 to +4.1", "−1.2 −2.2 to −0.2"]
     assert [row[3] for row in rows] == ["", "▲ better", "▼ worse"]
     assert rows[0][0] == "base reference"
-    assert "group : the best encoder is ties with 65.5 %" in plain_text(evaluation_page(evaluation()))
-
-
-def plain_text(text: str) -> str:
-    return " ".join(re.sub("<[^>]*>", " ", text).split())
+    text = plain_text(evaluation_page(evaluation()))
+    assert "On task group the best encoder is merge ties , with 65.5 % kNN accuracy (95 % interval 64.1 to 66.9)" in text
 
 
 def test_every_part_of_the_evaluation_is_in_the_report() -> None:
@@ -125,6 +123,7 @@ def test_every_part_of_the_evaluation_is_in_the_report() -> None:
     ]  # fmt: skip
     merged = rows_of(text, "What was merged")
     assert merged[2][1:4] == ["ties density 0.2", "ten 1 more 1", "384"]
+    assert merged[2][5] == "88 MB"
     assert [row[-1] for row in merged] == [one.space_id for one in evaluation().candidates]
     kept = rows_of(text, "Accuracy of the adapters' own heads")
     assert kept[0][2:] == ["80.0", "76.0", "95 %", "−4.0 −6.0 to −2.0"]
@@ -144,10 +143,35 @@ def test_every_part_of_the_evaluation_is_in_the_report() -> None:
     ]
     assert rows_of(text, "Cosine by layer")[1] == ["encoder.layer.1.query.weight", "0.130"]
     assert rows_of(text, "Images that could not be embedded")[0] == ["corrupt_image", "2", "0.40 % of all"]
-    images = [attributes["src"] or "" for tag, attributes in found.tags if tag == "img"]
-    assert len(images) == 2 * (1 + 3 + 4)
+    shown = [attributes["href"] for tag, attributes in found.tags if tag == "use"]
+    assert len(shown) == 2 * (1 + 3 + 4)
     assert text.count("no picture") == 2  # of the two neighbours that have no thumbnail
     assert text.count('aria-label="right"') == 2 * 2
+
+
+def test_a_picture_stands_in_the_page_once_however_often_it_is_shown() -> None:
+    found = evaluation()
+    once = evaluation_page(found)
+    often = evaluation_page(replace(found, queries=found.queries * 20))
+    assert once.count("data:image/jpeg;base64,") == often.count("data:image/jpeg;base64,") == 6 == len(found.thumbnails)
+    assert often.count("<use ") == 20 * once.count("<use ") == 20 * 16
+    shown = {attributes["href"] for tag, attributes in Tables(often).tags if tag == "use"}
+    assert shown == {f"#{attributes['id']}" for tag, attributes in Tables(often).tags if tag == "image"}
+
+
+def test_a_class_of_few_queries_is_marked() -> None:
+    found = evaluation()
+    classes = (*found.classes, replace(found.classes[0], label="many", images=90))
+    rows = {row[0]: row[-1] for row in rows_of(evaluation_page(replace(found, classes=classes)), "All classes of category")}
+    assert (rows["flags"], rows["many"]) == ("40 few", "90")  # a third of them are queries in a split
+
+
+def test_a_split_of_the_user_s_own_is_not_said_to_have_seeds() -> None:
+    own = plain_text(evaluation_page(replace(evaluation(), splits=1)))
+    assert "Your own split divides the labelled images into a bank (67 %) and queries." in own
+    assert "1 split each" in own
+    assert "seed" not in own.partition("What was merged")[0]
+    assert "5 times with different seeds" in plain_text(evaluation_page(evaluation()))
 
 
 def test_a_search_draws_each_method_s_curve_and_names_the_best_trial() -> None:
@@ -155,14 +179,14 @@ def test_a_search_draws_each_method_s_curve_and_names_the_best_trial() -> None:
     best = best_of(found)
     assert best is not None
     assert best.objective == max(trial.objective for trial in found.trials)
-    text = evaluation_page(found)
+    text = whole_names(evaluation_page(found))
     assert rows_of(text, "All trials")[0][0] == str(best.number)
     for method in ("weighted_sum", "ties"):
         figure = text.split(f"<bdi>{method}: share of ten</bdi>")[1].split("</figure>")[0]
         assert figure.count('<path class="line') == 2  # one for each task: all else is the same
         assert figure.count("<title>trial") == 12
     one, other = replace(found.trials[1], options={"density": 0.9}), found.trials[0]
-    mixed = evaluation_page(replace(found, trials=(one, other, *found.trials[2:])))
+    mixed = whole_names(evaluation_page(replace(found, trials=(one, other, *found.trials[2:]))))
     assert '<path class="line' not in mixed.split("<bdi>weighted_sum: share of ten</bdi>")[1].split("</figure>")[0]
 
 
@@ -181,18 +205,20 @@ def test_names_are_escaped_short_and_keep_their_direction() -> None:
     assert name("<b>&\"'") == "<bdi>&lt;b&gt;&amp;&#34;&#39;</bdi>"
     assert "\u202e" not in name("\u202eabc")
     assert "\\u202eabc" in name("\u202eabc")
+    assert name("lora_em/<b>.tar") == "<bdi>lora_<wbr>em/<wbr>&lt;b&gt;.<wbr>tar</bdi>"
     long = name("y" * 500)
     assert long.startswith("<details")
     assert "y" * 500 in long
     assert shortened("ab" * 50, 20) == "ababababababab…babab"
-    text = evaluation_page(evaluation(hostile))
+    text = whole_names(evaluation_page(evaluation(hostile)))
     escaped = environment().from_string("{{ text|printable }}")
     assert [dress for dress in HOSTILE if escaped.render(text=dress) not in text] == []
     assert not re.search("[\u202a-\u202e\u2066-\u2069\x00\x1b\ud800]", text)
     tags = Tables(text).tags
     assert not {tag for tag, _ in tags} & {"script", "iframe", "object", "link", "base", "form"}
     assert not [attribute for _, attributes in tags for attribute in attributes if attribute.startswith("on")]
-    assert {(attributes.get("src") or "")[:22] for tag, attributes in tags if tag == "img"} == {"data:image/jpeg;base64"}
+    assert {(attributes["href"] or "")[:22] for tag, attributes in tags if tag == "image"} == {"data:image/jpeg;base64"}
+    assert all((attributes["href"] or "").startswith("#p") for tag, attributes in tags if tag == "use")
     assert all((attributes["href"] or "").startswith("#") for tag, attributes in tags if tag == "a")
 
 
@@ -208,7 +234,8 @@ def test_a_thumbnail_that_is_no_base64_is_left_out() -> None:
     hostile_picture = dict.fromkeys(found.thumbnails, 'AAAA" onerror="alert(1)')
     text = evaluation_page(replace(found, thumbnails=hostile_picture))
     assert "onerror" not in text
-    assert "<img" not in text
+    assert "<image" not in text
+    assert "<use" not in text
 
 
 def test_a_report_that_cannot_be_written_says_so(tmp_path: Path) -> None:
@@ -247,9 +274,10 @@ def test_a_browser_shows_it_without_a_complaint_a_request_or_an_overflow(
     for _ in range(2):  # as it opens, then with everything unfolded
         assert tab.ask("document.scrollingElement.scrollWidth") <= width
         tab.ask("document.querySelectorAll('details').forEach(one => one.open = true)")
-    images = "Promise.all([...document.images].map(image => image.decode().then(() => image.naturalWidth)))"
-    assert set(tab.ask(images)) == {64}
-    assert tab.ask("document.images.length") == 16
+    images = "[...document.querySelectorAll('image')].map(image => image.decode().then(() => image.href.baseVal.length > 99))"
+    assert tab.ask(f"Promise.all({images})") == [True] * 6
+    shown = "[...document.querySelectorAll('use')].map(shown => document.querySelector(shown.href.baseVal).localName)"
+    assert tab.ask(shown) == ["image"] * 16
     assert tab.ask("'hacked' in window") is False
     assert [url for url in tab.requests() if not url.startswith("data:image/jpeg")] == [written[kind].as_uri()]
     assert tab.complaints() == []

@@ -24,6 +24,7 @@ from lora_embed.search.search import find_pictures, search_image, search_table
 from lora_embed.shards.listing import list_shards
 from lora_embed.table.read import Table
 from lora_embed.text import printable
+from pages import whole_names
 from samples import encoded, noise, png, poisoned, samples_of, tar_of
 from tables import SPACE, noise_vectors, publish_vectors, spread
 
@@ -221,7 +222,7 @@ def test_the_page_shows_pictures_and_hostile_names_as_text(
     assert "\x1b" not in said
     assert "‮" not in said
     text = out.read_text()
-    page = Page(text)
+    page = Page(whole_names(text))
     lead, (image, *names) = page.names[:4], page.names[4:]
     assert lead == [f"version 1 of {searched.store.uri}", f"space {searched.space_id}", "exact", "cosine"]
     assert sorted(names) == sorted([f"a.tar/{n}" for n in range(6)] + [f"b.tar/{printable(key)}" for key in HOSTILE])

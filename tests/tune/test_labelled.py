@@ -6,8 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jobs import job_of, run_here, tiny_recipe
+from lora_embed.chain import pipeline
+from lora_embed.chain.device import Device
+from lora_embed.cli.options import read_as
 from lora_embed.errors import ConfigError
-from lora_embed.evaluate.request import LabelledInput
+from lora_embed.evaluate.assess import open_source
+from lora_embed.evaluate.request import LabelledInput, Request
 from lora_embed.images.decode import decode_image
 from lora_embed.images.preprocess import Preprocessing
 from lora_embed.tune.labelled import LabelledImages, Wanted, read_labelled
@@ -104,3 +109,18 @@ def test_the_group_of_loose_images_is_read_from_the_files_beside_them(tmp_path: 
         (folder / f"{number}.pair").write_text(f"p{number // 2}")
     found = read(tmp_path / "work", folder, fields=("colour",))
     assert sorted(found.names) == ["p0", "p0", "p1", "p1"]
+
+
+def test_evaluate_and_tune_leave_out_what_a_job_leaves_out(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_here(monkeypatch)
+    recipe = tiny_recipe(tmp_path)
+    job = job_of(tmp_path, recipe, shards, leave_out=[str(shards / "1.tar")])
+    selection = Wanted(fields=("colour",), group=None, most=1000, seed=0)
+    found = read_labelled(LabelledInput(inputs=job.input, **read_as(job)), selection, PREPROCESSING, tmp_path / "work")
+    assert (found.samples, {id_.partition("/")[0] for id_ in found.ids}) == (14, {"0.tar"})
+    request = Request(recipes=(str(recipe),), inputs=job.input, labels=("colour",), work=str(tmp_path / "kept"), **read_as(job))
+    monkeypatch.setattr(pipeline, "ask_device", lambda topology: Device(kind="cpu", has_native_bfloat16=False))
+    source, _ = open_source(request)
+    assert [shard.name for shard in source.shards] == ["0.tar"]

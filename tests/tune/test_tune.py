@@ -1,5 +1,6 @@
 """`lora-embed tune`: what it writes is what it found, on images it had not seen, at whatever moment it was stopped."""
 
+import html
 import json
 import os
 import subprocess
@@ -27,6 +28,7 @@ from lora_embed.tune.labelled import Wanted, read_labelled
 from lora_embed.tune.tune import Tuned, tune
 from lora_embed.vectors.metrics import split_by_name
 from models import save_adapter
+from pages import plain_text
 from tuning import tiny_search
 
 FOREVER = 60  # evaluations: a second or two of the tiny model
@@ -79,10 +81,20 @@ def test_the_evidence_is_an_evaluation_with_its_trials(folder: Path, tuned: Tune
     assert {kind for kind, one, other in seen if {one, other} == {"one", "two"}} == {
         "cka", "cosine", "sign_conflicts", "subspace_overlap",
     }  # fmt: skip
-    page = (folder / "tuned.evidence.html").read_text()
-    assert "<html" in page
-    assert "stripes" in page
-    assert "tuned minus equal" in (folder / "tuned.yaml").read_text()
+
+
+def test_the_page_says_what_the_terminal_says_and_of_which_images(folder: Path, tuned: Tuned) -> None:
+    text = plain_text((folder / "tuned.evidence.html").read_text())
+    lines = tuned.describe().splitlines()
+    assert len(lines) >= 10
+    for line in lines:
+        assert " ".join(line.split()) in html.unescape(text)
+    assert [line for line in lines if line.startswith("Merge tuned ")] != []
+    assert "on task colour, tuned minus equal" in (folder / "tuned.yaml").read_text()
+    assert "60 labelled images of 3 classes, field colour ; all were held back from the search" in text
+    assert "minutes, on 60 images that no other figure of this report uses." in text
+    assert "60 images for the search, 60 held back for the figures" in text
+    assert "Images judged 60 124 samples read" in text
 
 
 def test_final_figures_are_of_held_back_groups_alone(folder: Path, tuned: Tuned) -> None:
@@ -97,6 +109,9 @@ def test_final_figures_are_of_held_back_groups_alone(folder: Path, tuned: Tuned)
     assert images.decoded == 0
     held = ~split_by_name(images.names, 0.5, 0)
     assert not set(np.array(images.names)[held]) & set(np.array(images.names)[~held])
+    judged = {task.name: task.images for task in tuned.evaluation.tasks}
+    assert judged == {name: int((images.labels[name][held] >= 0).sum()) for name in ("colour", "stripes")}
+    assert judged["colour"] == 60
     vectors = encoder.embed_pixels(images.pixels[held]).astype(np.float64)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     labels = images.labels["colour"][held]

@@ -80,14 +80,15 @@ def build(
     found = find_ingredients(loaded)
     from lora_embed.model.build import build_encoder  # imports torch, which takes seconds
     from lora_embed.model.fold import Limit
+    from lora_embed.report.encoder import write_encoder_page
 
     found.check()
     limit = Limit(rank=rank, energy=energy) if store is Store.ADAPTER else None
     description = build_encoder(found, out, say, limit)
-    result = {"encoder": str(out), "space_id": description.space_id, "dimension": description.dimension}
-    print_result(
-        result, as_json, f"{out}: encoder of space {description.space_id}, {number_of(description.dimension, 'dimension')}"
-    )
+    report = write_encoder_page(out)
+    result = {"encoder": str(out), "space_id": description.space_id, "dimension": description.dimension, "report": str(report)}
+    size = number_of(description.dimension, "dimension")
+    print_result(result, as_json, f"{out}: encoder of space {description.space_id}, {size}\nreport: {report}")
 
 
 @app.command()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lora_embed.chain import cluster, pipeline
 from lora_embed.errors import ConfigError
-from lora_embed.evaluate import candidates, figures
+from lora_embed.evaluate import candidates, figures, verdict
 from lora_embed.evaluate.candidates import AdapterHead, Built, Entrant
 from lora_embed.evaluate.collect import Collected, Source, check_fields, collect
 from lora_embed.evaluate.figures import Labelled, Scored, cka_relations, tasks_of
@@ -52,17 +52,20 @@ def assess(request: Request) -> Evaluation:
         raise ConfigError(f"--reference {request.reference}: is not a candidate; choose from {', '.join(names)}")
     source, topology = open_source(request)
     prepared = prepare(request, entrants, source, topology)
+    labelled, collected = prepared.labelled, prepared.collected
     built = prepared.built[: len(entrants)]
     vectors = [prepared.vectors(candidate) for candidate in built]
     clock = time.perf_counter()
     scored = dict(zip(names, pipeline.map_tasks(figures.score, (prepared.labelled,), vectors), strict=True))
     metrics_s = time.perf_counter() - clock
-    reference = request.reference or names[0]
+    records = [
+        candidates.candidate_of(candidate, collected.embedded[candidate.encoder.space_id].forward_s) for candidate in built
+    ]
+    reference = request.reference or verdict.default_reference(records)
     clock = time.perf_counter()
     relations = relate(entrants) + cka_relations(_alone(prepared, built))
     relate_s = time.perf_counter() - clock
-    changed = _changed(prepared.labelled, scored, reference)
-    labelled, collected = prepared.labelled, prepared.collected
+    changed = _changed(labelled, scored, reference)
     return Evaluation(
         created=utc(),
         inputs=request.inputs,
@@ -74,12 +77,10 @@ def assess(request: Request) -> Evaluation:
         bank_share=float(np.mean([bank.mean() for bank in labelled.banks])),
         seed=request.seed,
         tasks=tasks_of(labelled.classes, labelled.labels),
-        candidates=tuple(
-            candidates.candidate_of(candidate, collected.embedded[candidate.encoder.space_id].forward_s) for candidate in built
-        ),
+        candidates=tuple(records),
         reference=reference,
         figures=_figures(labelled, scored),
-        differences=_differences(labelled, scored, reference),
+        differences=_differences(labelled, scored, verdict.pairs_of(records, reference)),
         retention=_retention(prepared, built),
         classes=_class_changes(labelled, scored, reference),
         relations=relations,
@@ -209,11 +210,14 @@ def _figures(labelled: Labelled, scored: dict[str, dict[str, Scored]]) -> tuple[
     return tuple(figure for of_candidate in by_candidate for figure in of_candidate)
 
 
-def _differences(labelled: Labelled, scored: dict[str, dict[str, Scored]], reference: str) -> tuple[Difference, ...]:
+def _differences(
+    labelled: Labelled, scored: dict[str, dict[str, Scored]], pairs: Sequence[tuple[str, str]]
+) -> tuple[Difference, ...]:
     return tuple(
         difference
-        for task, name, of_reference in _pairs(labelled, scored, reference)
-        for difference in figures.differences_of(labelled, task, (name, reference), scored[name][task], of_reference[task])
+        for task in labelled.labels
+        for pair in pairs
+        for difference in figures.differences_of(labelled, task, pair, *(scored[name][task] for name in pair))
     )
 
 

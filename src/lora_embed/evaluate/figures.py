@@ -170,7 +170,9 @@ def differences_of(labelled: Labelled, task: str, pair: tuple[str, str], scored:
 
 
 def verdict_of(low: float, high: float) -> Verdict:
-    """The verdict on a difference, from its interval."""
+    """The verdict on a difference, from its interval. One without a width says nothing of noise, and decides nothing."""
+    if low == high:
+        return "within noise"
     return "better" if low > 0 else "worse" if high < 0 else "within noise"
 
 

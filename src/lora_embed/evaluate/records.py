@@ -42,6 +42,11 @@ class Candidate:
     encoder_bytes: int
     forward_s: float  # seconds for all images, summed over the workers
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters that have a share in it; none for the base alone."""
+        return tuple(name for name, weight in self.weights.items() if weight)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
@@ -55,10 +60,18 @@ class Figure:
     low: float
     high: float
 
+    @property
+    def has_interval(self) -> bool:
+        """False where all splits or queries have the same value, so that they do not show how much the figure varies."""
+        return self.low < self.high
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A candidate's figure minus the reference's on the same splits; `verdict` follows from the 95 % interval."""
+    """A candidate's figure minus a reference's on the same splits; `verdict` follows from the 95 % interval.
+
+    The reference is the evaluation's, or, for a merge, also the base and each of its single adapters.
+    """
 
     task: str
     metric: str
@@ -68,6 +81,11 @@ class Difference:
     low: float
     high: float
     verdict: Literal["better", "worse", "within noise"]
+
+    @property
+    def has_interval(self) -> bool:
+        """False where all splits or queries have the same difference, so that they do not show how much it varies."""
+        return self.low < self.high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +101,15 @@ class Retention:
     high: float
     images: int
 
+    @property
+    def has_interval(self) -> bool:
+        """False where no image has another answer than before, or all have."""
+        return self.low < self.high
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassChange:
-    """Share of one class's queries that are classified correctly, before (the reference) and after, over all splits."""
+    """Share of one class's queries classified correctly over all splits: by the reference (before), the candidate (after)."""
 
     task: str
     candidate: str
@@ -178,7 +201,9 @@ class Evaluation:
         The row of the mean also has its interval and, except for the reference, the difference to the reference with its
         interval.
         """
-        differences = {(row.task, row.metric, row.candidate): row for row in self.differences}
+        differences = {
+            (row.task, row.metric, row.candidate): row for row in self.differences if row.reference == self.reference
+        }
         rows: list[dict[str, Any]] = []
         for figure in self.figures:
             key = {"task": figure.task, "metric": figure.metric, "candidate": figure.candidate}

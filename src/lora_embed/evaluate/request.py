@@ -25,11 +25,13 @@ class LabelledInput:
     key_column: str | None = None
     references: References | None = None  # None: the input holds the images themselves
     image_member: tuple[str, ...] = ()  # of tars
+    leave_out: tuple[str, ...] = ()  # files, folders or patterns of the inputs that are not read
 
     def listing(self, names: Iterable[str]) -> Listing:
         """List the inputs whose samples carry these fields, and say what is passed over."""
         fields = tuple(dict.fromkeys(names))
-        listing = list_input(self.inputs, self.input_options, fields=fields, references=carrying(self.references, fields))
+        references = carrying(self.references, fields)
+        listing = list_input(self.inputs, self.input_options, fields=fields, references=references, leave_out=self.leave_out)
         listing.say_passed()
         return listing
 
@@ -55,7 +57,7 @@ class Request(LabelledInput):
     split: str | None = None  # field of the user's own split
     splits: int = 5
     seed: int = 0
-    reference: str | None = None  # name of a candidate; None: the first
+    reference: str | None = None  # name of a candidate; None: the base alone if it is one, else the first
     alone: bool = False  # also judge the base and each single adapter
     judges_heads: bool = True
     heads: dict[str, str] = field(default_factory=dict)  # adapter → task, if its classes fit several tasks

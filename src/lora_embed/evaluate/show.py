@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
 from lora_embed.evaluate.records import METRICS, Difference, Evaluation, Figure, RelationKind
+from lora_embed.evaluate.verdict import in_short, warnings_of
 from lora_embed.text import number_of, printable
 
 if TYPE_CHECKING:
@@ -19,22 +20,24 @@ MARKS = {"better": " ▲", "worse": " ▼", "within noise": ""}
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure with its interval, and a mark if it differs from the reference's."""
+    """A figure with its interval, if it has one, and a mark if it differs from the reference's."""
 
     mean: str
-    low: str
-    high: str
+    low: str = ""
+    high: str = ""
     mark: str = ""
 
     def __str__(self) -> str:
-        return f"{self.mean} [{self.low}, {self.high}]{self.mark}"
+        interval = f"[{self.low}, {self.high}]" if self.low else "[no interval]"
+        return f"{self.mean} {interval}{self.mark}"
 
     def in_a_line(self) -> str:
         """As wide with a mark as without."""
         return str(self) + " " * (2 - len(self.mark))
 
     def in_two_lines(self) -> str:
-        return f"{self.mark} {self.mean}\n{self.low}–{self.high}".strip()
+        interval = f"{self.low}–{self.high}" if self.low else "no interval"
+        return f"{self.mark} {self.mean}\n{interval}".strip()
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,13 @@ def to_markdown(evaluation: Evaluation) -> str:
 
 
 def _parts(evaluation: Evaluation) -> list[Part]:
+    short = [Part(f"In short: {sentence}") for sentence in in_short(evaluation)]
+    warnings = [Part(f"Warning: {sentence}") for sentence in warnings_of(evaluation)]
     tasks = [_task(evaluation, task.name) for task in evaluation.tasks]
     parts = [_retention(evaluation), _relations(evaluation), _cost(evaluation)]
-    return [_about(evaluation), *tasks, _legend(evaluation), *(part for part in parts if part is not None)]
+    return [
+        _about(evaluation), *short, *warnings, *tasks, _legend(evaluation), *(part for part in parts if part is not None),
+    ]  # fmt: skip
 
 
 def _about(evaluation: Evaluation) -> Part:
@@ -80,7 +87,11 @@ def _about(evaluation: Evaluation) -> Part:
 
 def _task(evaluation: Evaluation, task: str) -> Part:
     figures = {(row.candidate, row.metric): row for row in evaluation.figures if row.task == task}
-    differences = {(row.candidate, row.metric): row for row in evaluation.differences if row.task == task}
+    differences = {
+        (row.candidate, row.metric): row
+        for row in evaluation.differences
+        if (row.task, row.reference) == (task, evaluation.reference)
+    }
     task_row = next(row for row in evaluation.tasks if row.name == task)
     metrics = [metric for metric in METRICS if any(metric == measured for _, measured in figures)]
     lines: list[list[str | Cell]] = [["candidate", *(TITLES[metric] for metric in metrics)]]
@@ -92,7 +103,8 @@ def _task(evaluation: Evaluation, task: str) -> Part:
 
 def _cell(figure: Figure, difference: Difference | None) -> Cell:
     mean, low, high = (f"{100 * value:.1f}" for value in (figure.mean, figure.low, figure.high))
-    return Cell(mean, low, high, MARKS[difference.verdict] if difference is not None else "")
+    mark = MARKS[difference.verdict] if difference is not None else ""
+    return Cell(mean, low, high, mark) if figure.has_interval else Cell(mean, mark=mark)
 
 
 def _legend(evaluation: Evaluation) -> Part:
@@ -108,7 +120,7 @@ def _retention(evaluation: Evaluation) -> Part | None:
     lines = [["head of", "task", "on", "correct", "on its own adapter", "difference, points", "images"]]
     for head in evaluation.retention:
         points = [f"{100 * value:+.1f}".replace("-", "−") for value in (head.kept - head.own, head.low, head.high)]
-        difference = f"{points[0]} [{points[1]}, {points[2]}]"
+        difference = f"{points[0]} [{points[1]}, {points[2]}]" if head.has_interval else points[0]
         on_adapter, on_candidate = f"{100 * head.own:.1f}", f"{100 * head.kept:.1f}"
         lines.append([head.adapter, head.task, head.candidate, on_candidate, on_adapter, difference, f"{head.images:,}"])
     return Part("Adapters' own heads: percent of labelled images that they classify correctly", lines, words=3)

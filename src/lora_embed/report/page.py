@@ -7,6 +7,7 @@ Templates stand in `templates/` beside the code that fills them; their names are
 import base64
 import binascii
 import hashlib
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cache
@@ -14,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_embed.errors import StorageError
-from lora_embed.text import counted, number_of, printable, span
+from lora_embed.text import agree, counted, number_of, printable, size_of, span
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 PACKAGE = Path(__file__).parents[1]
 NAME_LENGTH = 72  # characters of a name that are shown before it is folded up
+WHOLE_NAME = 8  # characters of a name that fits any column in one line
+_JOINTS = re.compile(r"(?<=[_\-/.])(?=[^_\-/.])")
 
 
 def page(title: str, lead: Sequence[str], folder: str, sections: dict[str, str], **values: Any) -> str:
@@ -61,8 +64,11 @@ def environment() -> "Environment":
         "share": share,
         "points": points,
         "number_of": number_of,
+        "size_of": size_of,
+        "agree": agree,
         "counted": counted,
     }
+    jinja.filters |= {"pieces": pieces, "last_part": last_part}
     jinja.tests["base64"] = is_base64
     return jinja
 
@@ -87,6 +93,16 @@ def shortened(text: str, length: int = NAME_LENGTH) -> str:
         return full_text
     tail = length // 4
     return f"{full_text[: length - tail - 1]}…{full_text[-tail:]}"
+
+
+def pieces(text: str) -> list[str]:
+    """A long name in pieces that end with `_`, `-`, `/` or `.`, after which it may break; a short one is whole."""
+    return [text] if len(text) <= WHOLE_NAME else _JOINTS.split(text)
+
+
+def last_part(uri: str) -> str:
+    """The last part of a path or URI, which mostly tells adapters apart."""
+    return uri.rstrip("/").rpartition("/")[2] or uri
 
 
 def moment(text: str) -> str:

@@ -1,6 +1,5 @@
 """The page of a run: what was merged, how the run ended, where the time went. Templates in `templates/run/` fill it."""
 
-import json
 from itertools import groupby
 from typing import Any
 
@@ -8,7 +7,7 @@ from lora_embed.monitor.record import Bin, RunRecord, bins_of, starting_s, worke
 from lora_embed.monitor.stages import STAGES
 from lora_embed.report.charts import Axis, Chart, Point, Series, Stack, StackedChart
 from lora_embed.report.page import moment, page
-from lora_embed.text import number_of
+from lora_embed.text import number_of, size_of
 
 OUTCOMES = {
     "published": "Published as version {version}",
@@ -42,7 +41,7 @@ def run_page(record: RunRecord) -> str:
         record=record,
         outcome=OUTCOMES[record.outcome].format(version=record.version),
         elapsed_s=record.readings[-1].elapsed_s if record.readings else 0.0,
-        layout={key: setting(value) for key, value in record.layout.items() if key != "format"},
+        layout={key: setting(key, value) for key, value in record.layout.items() if key != "format"},
         workers=workers_of(record),
         phases=phases(busy),
         starting_s=starting_s(record),
@@ -50,11 +49,17 @@ def run_page(record: RunRecord) -> str:
     )
 
 
-def setting(value: Any) -> str:
-    """A value of the layout as text."""
+def setting(key: str, value: Any) -> str:
+    """A value of the layout as people read it."""
     if value in (None, [], ()):
         return "not set"
-    return value if isinstance(value, str) else json.dumps(value)
+    if key == "carry":
+        return ", ".join(f"{field} ({kind})" for field, kind in value)
+    if key == "max_bytes":
+        return size_of(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def phases(bins: list[Bin]) -> list[tuple[str, float]]:

@@ -101,7 +101,7 @@ class Held:
             splits=FINAL_SPLITS,
             bank_share=BANK_SHARE,
             seed=self._search.seed,
-            tasks=tasks_of(images.classes, images.labels),
+            tasks=tasks_of(images.classes, self._labels),
             candidates=tuple(self._candidates[name] for name in order),
             reference=EQUAL,
             figures=figures,

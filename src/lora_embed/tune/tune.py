@@ -13,8 +13,9 @@ import yaml
 
 from lora_embed.config.models import Recipe
 from lora_embed.errors import ConfigError
-from lora_embed.evaluate.page.evaluation import write_report
-from lora_embed.evaluate.records import Candidate, Evaluation
+from lora_embed.evaluate.page.evaluation import OfSearch, write_report
+from lora_embed.evaluate.records import Candidate, Difference, Evaluation
+from lora_embed.evaluate.verdict import in_points, in_short, warnings_of
 from lora_embed.installed import how_to_install
 from lora_embed.model.ingredients import gather
 from lora_embed.model.merge import METHODS
@@ -50,7 +51,15 @@ class Tuned:
         return asdict(self.evaluation) | {"tuning": self.tuning | {"recipe": self.out}}
 
     def describe(self) -> str:
-        """For a person: the winner, and its figures on images that the search did not use, in percentage points."""
+        """For a person: what was found, in lines."""
+        return in_lines(self.says)
+
+    @property
+    def says(self) -> tuple[str, ...]:
+        """The winner, and its figures on images that the search did not use, in percentage points: one line each.
+
+        A line that begins with spaces belongs to the one above it.
+        """
         winner, trials, splits = self._candidate(TUNED), len(self.evaluation.trials), self.evaluation.splits
         weights = ", ".join(f"{name} {weight:g}" for name, weight in winner.weights.items())
         lead = _points(*(self.tuning["lead"][name] for name in ("mean", "low", "high")))
@@ -66,15 +75,15 @@ class Tuned:
         ]
         for task, adapter_name in self.own.items():
             figures = [figure for figure in self.evaluation.figures if figure.task == task]
-            lines.append(f"  {task}: " + " · ".join(f"{figure.candidate} {100 * figure.mean:.1f}" for figure in figures))
+            lines.append(f"  task {task}: " + " · ".join(f"{figure.candidate} {100 * figure.mean:.1f}" for figure in figures))
             for reference in (EQUAL, adapter_name):
                 (difference,) = (
                     row for row in self.evaluation.differences
                     if (row.task, row.candidate, row.reference) == (task, TUNED, reference)
                 )  # fmt: skip
-                points = _points(difference.mean, difference.low, difference.high)
-                lines.append(f"    tuned minus {reference}: {points}, {difference.verdict}")
-        return in_lines(lines)
+                lines.append(f"    on task {task}, tuned minus {reference}: {_verdict(difference)}")
+        notes = [*in_short(self.evaluation, self.own), *(f"Warning: {warning}" for warning in warnings_of(self.evaluation))]
+        return (*lines, *map(str, notes))
 
     def _candidate(self, name: str) -> Candidate:
         return next(candidate for candidate in self.evaluation.candidates if candidate.name == name)
@@ -118,7 +127,14 @@ def tune(search: Search) -> Tuned:
 
 
 def _points(mean: float, low: float, high: float) -> str:
-    return f"{100 * mean:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})"
+    return f"{in_points(mean)} ({in_points(low)} … {in_points(high)})"
+
+
+def _verdict(difference: Difference) -> str:
+    """A difference with its verdict, unless it has no interval to judge it by."""
+    if difference.has_interval:
+        return f"{_points(difference.mean, difference.low, difference.high)}, {difference.verdict}"
+    return f"{in_points(difference.mean)}, no interval" if difference.mean else "no difference"
 
 
 def _checked(search: Search) -> tuple[str, ...]:
@@ -191,6 +207,6 @@ def _write(search: Search, tuned: Tuned) -> None:
     ]
     with file_aside(search.evidence) as aside:
         aside.write_text(json.dumps(tuned.as_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    write_report(tuned.evaluation, search.report)
+    write_report(tuned.evaluation, search.report, OfSearch(says=tuned.says, images=tuned.tuning["images"]))
     with file_aside(search.out) as aside:
         aside.write_text("\n".join(notes) + "\n" + body, encoding="utf-8")

@@ -6,9 +6,10 @@ Each function returns a new `matplotlib.figure.Figure`, which a notebook shows a
 from typing import TYPE_CHECKING, Any
 
 from lora_embed.evaluate.page.relations import measure_of
-from lora_embed.evaluate.page.scores import METRIC_NAMES, difference_of, figures_of, metrics_of
+from lora_embed.evaluate.page.scores import difference_of, figures_of, metrics_of
 from lora_embed.evaluate.page.trials import methods_of, scored_tasks, share_of, weighted_trials
 from lora_embed.evaluate.records import HEADLINE, Evaluation
+from lora_embed.evaluate.verdict import METRIC_NAMES
 from lora_embed.report.page import shortened
 
 if TYPE_CHECKING:

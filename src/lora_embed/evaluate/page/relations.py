@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from lora_embed.evaluate.records import Evaluation, Relation
 from lora_embed.report.charts import Axis, Chart, Point, Series
 from lora_embed.report.page import shortened
+from lora_embed.text import number_of
 
 KINDS = {  # heading, and what the figures mean
     "cosine": (
@@ -47,7 +48,8 @@ class Measure:
         """A line for each pair over the layers."""
         return Chart(
             title=f"{self.title} by layer",
-            says=f"{self.title} of {len(self.pairs)} pairs over {len(self.layers)} layers, in the order of the model.",
+            says=f"{self.title} of {number_of(len(self.pairs), 'pair')} over {number_of(len(self.layers), 'layer')}, in the "
+            "order of the model.",
             x=Axis(name="layer, in the model's order"),
             y=Axis(name=self.title),
             series=tuple(

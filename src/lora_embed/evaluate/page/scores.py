@@ -4,14 +4,6 @@ from dataclasses import dataclass
 
 from lora_embed.evaluate.records import HEADLINE, ClassChange, Difference, Evaluation, Figure, Task
 
-METRIC_NAMES = {
-    "knn": "kNN accuracy",
-    "probe": "linear probe",
-    "recall@1": "recall@1",
-    "recall@5": "recall@5",
-    "map": "mean average precision",
-    "nmi": "clusters (NMI)",
-}
 MOST_CLASSES = 6  # losses, and gains, of a task that are shown before its table is opened
 
 
@@ -55,19 +47,25 @@ def figures_of(evaluation: Evaluation, task: str, metric: str) -> dict[str, Figu
 
 def difference_of(evaluation: Evaluation, figure: Figure) -> Difference | None:
     """The paired difference of a figure to the reference's; None where there is none, as for the reference itself."""
-    key = (figure.task, figure.metric, figure.candidate)
-    return next((gap for gap in evaluation.differences if (gap.task, gap.metric, gap.candidate) == key), None)
+    key = (figure.task, figure.metric, figure.candidate, evaluation.reference)
+    return next((gap for gap in evaluation.differences if (gap.task, gap.metric, gap.candidate, gap.reference) == key), None)
 
 
 def verdicts(evaluation: Evaluation) -> dict[str, list[Difference]]:
-    """The headline differences of each candidate but the reference, task by task."""
+    """The headline differences of each single adapter, and of other encoders that are no merge, to the reference by task."""
+    merges = {candidate.name for candidate in evaluation.candidates if len(candidate.adapters) > 1}
     gaps: dict[str, list[Difference]] = {}
     for of_task in scores_by_task(evaluation):
         for candidate, figure in of_task.headline[1].items():
             gap = difference_of(evaluation, figure)
-            if gap is not None and candidate != evaluation.reference:
+            if gap is not None and candidate not in merges:
                 gaps.setdefault(candidate, []).append(gap)
     return gaps
+
+
+def most_judged(evaluation: Evaluation) -> int:
+    """The images that figures are of: those with a label of the task that has most."""
+    return max((task.images for task in evaluation.tasks), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)

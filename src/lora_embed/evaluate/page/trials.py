@@ -5,6 +5,7 @@ from itertools import combinations
 from lora_embed.evaluate.records import Evaluation, Trial
 from lora_embed.report.charts import Axis, Chart, Point, Series, percent
 from lora_embed.report.page import share, shortened
+from lora_embed.text import number_of
 
 MOST_CURVES, MOST_PAIRS = 12, 6
 
@@ -69,7 +70,8 @@ def _curve(adapter: str, method: str, trials: list[Trial]) -> Chart:
         series.append(Series(name=task, points=points, is_joined=is_joined))
     return Chart(
         title=f"{method}: share of {shortened(adapter, 40)}",
-        says=f"Score on each task against the share of {adapter} in the sum of weights, {len(trials)} trials of {method}.",
+        says=f"Score on each task against the share of {adapter} in the sum of weights, {number_of(len(trials), 'trial')} of "
+        f"{method}.",
         x=Axis(name="share of the weights"),
         y=Axis(name="score, %", shows=percent),
         series=tuple(series),
@@ -98,7 +100,8 @@ def _pair_chart(evaluation: Evaluation, across: str, up: str) -> Chart:
     }
     return Chart(
         title=f"{shortened(across, 30)} against {shortened(up, 30)}",
-        says=f"Scores of {len(trials)} trials on both tasks. For {len(front)} of them no other trial is better on both.",
+        says=f"Scores of {number_of(len(trials), 'trial')} on both tasks. For {len(front)} of them no other trial is better on "
+        "both.",
         x=Axis(name=f"{shortened(across, 30)}, %", shows=percent),
         y=Axis(name=f"{shortened(up, 30)}, %", shows=percent),
         series=tuple(
