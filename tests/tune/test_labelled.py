@@ -124,3 +124,18 @@ def test_evaluate_and_tune_leave_out_what_a_job_leaves_out(
     monkeypatch.setattr(pipeline, "ask_device", lambda topology: Device(kind="cpu", has_native_bfloat16=False))
     source, _ = open_source(request)
     assert [shard.name for shard in source.shards] == ["0.tar"]
+
+
+def test_evaluate_and_tune_follow_links_to_folders_as_the_job_does(tmp_path: Path) -> None:
+    for folder in ("images", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        for number in range(3):
+            (tmp_path / folder / f"{number}.png").write_bytes(png(number))
+            (tmp_path / folder / f"{number}.colour").write_text("red" if number % 2 else "blue")
+    (tmp_path / "images" / "linked").symlink_to(tmp_path / "elsewhere")
+    recipe = tiny_recipe(tmp_path)
+    selection = Wanted(fields=("colour",), group=None, most=1000, seed=0)
+    for follows, samples in ((False, 3), (True, 6)):
+        job = job_of(tmp_path, recipe, tmp_path / "images", follow_folder_links=follows)
+        found = read_labelled(LabelledInput(inputs=job.input, **read_as(job)), selection, PREPROCESSING, tmp_path / "work")
+        assert found.samples == samples

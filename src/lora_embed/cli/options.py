@@ -55,7 +55,7 @@ def read_as(job: JobConfig | None) -> dict[str, Any]:
     """A job's settings for reading its images, as `evaluate` and `tune` take them; empty without a job."""
     if job is None:
         return {}
-    names = ("image_column", "key_column", "image_member", "leave_out")
+    names = ("image_column", "key_column", "image_member", "leave_out", "follow_folder_links")
     from lora_embed.run.open import references_of  # here, since it imports more than most commands need
 
     settings = {"input_options": job.input_storage_options, "references": references_of(job)}

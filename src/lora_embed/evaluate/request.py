@@ -26,12 +26,20 @@ class LabelledInput:
     references: References | None = None  # None: the input holds the images themselves
     image_member: tuple[str, ...] = ()  # of tars
     leave_out: tuple[str, ...] = ()  # files, folders or patterns of the inputs that are not read
+    follow_folder_links: bool = False  # also read folders outside of the inputs that links in them lead to
 
     def listing(self, names: Iterable[str]) -> Listing:
         """List the inputs whose samples carry these fields, and say what is passed over."""
         fields = tuple(dict.fromkeys(names))
         references = carrying(self.references, fields)
-        listing = list_input(self.inputs, self.input_options, fields=fields, references=references, leave_out=self.leave_out)
+        listing = list_input(
+            self.inputs,
+            self.input_options,
+            fields=fields,
+            references=references,
+            leave_out=self.leave_out,
+            follows=self.follow_folder_links,
+        )
         listing.say_passed()
         return listing
 
