@@ -54,7 +54,7 @@ def clock_at(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 def test_a_terminal_shows_one_live_line_and_then_the_summary(width: int) -> None:
     console, written = a_console(terminal=True, width=width)
     with Progress(shards(100, 100), Workers(actors=1), console) as shown:
-        wait_for(lambda: "starting …" in written.getvalue())
+        wait_for(lambda: "waiting for the first chunk of images …" in written.getvalue())
         shown.add(chunk(0, 4, last=True))
         wait_for(lambda: "4 samples" in written.getvalue())
         shown.add(chunk(1, 2, last=True))

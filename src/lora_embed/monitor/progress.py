@@ -252,14 +252,18 @@ class Progress:
         else:
             self._console.print(line)
 
+    def _now(self, width: int | None = None) -> str:
+        """The progress line, or that it is too early for one: a small job on a CPU may take minutes for its first chunk."""
+        if self.here.timeline.began_s is not None:
+            return self.line(width)
+        return f"waiting for the first chunk of images … {span(time.monotonic() - self._started)}"
+
     def _text(self) -> Text:
-        if self.here.timeline.began_s is None:
-            return Text(f"starting … {span(time.monotonic() - self._started)}")
-        return Text(self.line(self._console.width), no_wrap=True)
+        return Text(self._now(self._console.width), no_wrap=True)
 
     def _log(self) -> None:
         while not self._ended.wait(LOG_EVERY_S):
-            self._show(self.line() if logs_json() else f"{time.strftime('%H:%M:%S')} {self.line()}")
+            self._show(self.line() if logs_json() else f"{time.strftime('%H:%M:%S')} {self._now()}")
 
 
 def _joined(parts: dict[str, str]) -> str:
