@@ -272,8 +272,7 @@ class _Chunk:
         if self._way.known is not None:
             for (row, _), vector in zip(self._taken, self._way.known.vectors([image for _, image in self._taken]), strict=True):
                 row[TAKEN] = vector
-        schema = described(sample_schema(self._layout.carry), self._class_labels)
-        samples = pa.RecordBatch.from_pylist(self._rows, schema=schema)
+        samples = pa.RecordBatch.from_pylist(self._rows, described(sample_schema(self._layout.carry), self._class_labels))
         head = ChunkHead(
             shard_id=shard.id,
             shard_name=shard.name,
