@@ -195,7 +195,7 @@ REFUSED_JOBS = [
     ("max_rejects: yes", "max_rejects is true, expected a number"),
     ("max_rejects: few", 'max_rejects is "few", expected a number'),
     ("image_column: 5", "image_column is 5, expected text: put quotes around it"),
-    ("carry: label", 'carry is "label", expected a list'),
+    ("carry: 5", "carry is 5, expected a list"),
     ("carry: [5]", "carry[0] is 5, expected a section with keys: name, type"),
     ("carry: ['label:int']", 'carry[0].type is "int", expected string, int64, float64 or bool'),
     ("carry: ['']", 'carry[0].name is "", expected text that is not empty'),

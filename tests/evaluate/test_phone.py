@@ -58,7 +58,13 @@ def found() -> Found:
     names = [f"shards_of-2026/{'nested-folder_' * (number % 3)}{number}.tar/img_{number:05d}" for number in range(12)]
     hits = tuple(Hit(id=name, score=0.9 - number / 100, shard="", key="") for number, name in enumerate(names))
     picture = encoded(noise(seed=1), "JPEG")
-    facts = {"image": "/data/queries_of/an-apple.png", "table": "s3://bucket/table", "version": 2, "space_id": "0" * 12}
+    facts = {
+        "image": "/data/queries_of/an-apple.png",
+        "table": "s3://bucket/table",
+        "version": 2,
+        "current": 2,
+        "space_id": "0" * 12,
+    }
     return Found(**facts, method="exact", count=900, hits=hits, data=picture)  # type: ignore[arg-type]
 
 

@@ -27,7 +27,7 @@ def write_labelled(folder: Path, labels: list[str | None], name: str = "a") -> P
     [
         (
             "lable",
-            "carry names lable: of the first samples of 1 shard, 2 in all, none has that field. .* Did you mean 'label'",
+            "carry names lable: of the first 2 samples of 1 shard, none has that field. .* Did you mean 'label'",
         ),
         ("label:int64", "none has it as int64, but as 'cat'. Carry it as text: label"),
     ],
@@ -73,6 +73,6 @@ def test_a_table_that_has_the_column_goes_on(
     job = job_of(tmp_path, recipe, tmp_path / "shards", carry=carry, max_removed=1.0)
     assert run_job(job).version == 2
     said = capfd.readouterr().err
-    assert "carry names label: of the first samples of 1 shard, 2 in all, all that have this field have null there." in said
+    assert "carry names label: of the first 2 samples of 1 shard, all that have this field have null there." in said
     assert "Did you mean" not in said
     assert read_rows(tmp_path / "table")["label"].to_pylist() == [None, None]

@@ -17,6 +17,7 @@ from lora_embed.run.count import Images
 from lora_embed.run.job import run_job
 from lora_embed.run.plan import Forecast, plan_job, reckon
 from lora_embed.schema import ChunkHead
+from lora_embed.table.read import open_table
 from models import save_adapter
 from samples import png
 
@@ -151,7 +152,61 @@ def test_a_plan_says_which_columns_come_and_go(job: JobConfig, tmp_path: Path) -
     outlook = plan_job(changed)
     assert (outlook.to_embed, outlook.may_take_over, outlook.added_columns) == (7, 7, ("label",))
     assert "columns   adds label" in outlook.describe()
-    assert "of all of these, the vectors of images that version 1 has are taken over" in outlook.describe()
+    assert "only images that version 1 does not have are embedded" in outlook.describe()
     run_job(changed)
     assert plan_job(changed).to_embed == 0
     assert plan_job(job).removed_columns == ("label",)
+
+
+def test_a_plan_tells_changed_shards_from_removed_ones(job: JobConfig, tmp_path: Path) -> None:
+    run_job(job)
+    assert "changed" not in plan_job(job).describe()
+    assert "removed" not in plan_job(job).describe()
+    write_tars(tmp_path / "shards", shards=1, images=41)  # the first one, with one more image
+    (tmp_path / "shards" / "0006.tar").unlink()
+    outlook = plan_job(job)
+    assert (outlook.changed, outlook.removed, outlook.to_embed, outlook.may_take_over) == (1, 1, 1, 1)
+    text = outlook.describe()
+    assert "\nto read   1 shard, 0.1 MB: 41 images\n          only images that version 1 does not have are embedded\n" in text
+    assert "\nchanged   1 shard of version 1\nremoved   1 shard of version 1" in text
+    (tmp_path / "shards" / "0009.tar").write_bytes((tmp_path / "shards" / "0001.tar").read_bytes())
+    assert (
+        "\n          of 1 shard among these, only images that version 1 does not have are embedded" in plan_job(job).describe()
+    )
+
+
+def test_a_plan_says_that_a_column_changes_its_type(job: JobConfig, tmp_path: Path) -> None:
+    texts, numbers = (
+        job_of(tmp_path, tmp_path / "recipe.yaml", Path(job.input[0]), carry=carry) for carry in (["label"], ["label:int64"])
+    )
+    run_job(texts)
+    outlook = plan_job(numbers)
+    assert outlook.retyped_columns == ("label from string to int64",)
+    assert "columns   changes label from string to int64" in outlook.describe()
+
+
+def test_plan_and_run_say_that_published_images_keep_their_ids(
+    job: JobConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another `key_column` counts for what is read from now on."""
+    source = tmp_path / "parquet"
+    source.mkdir()
+    rows = {"image": [png(number) for number in range(4)], "id": list("abcd"), "name": list("efgh")}
+    pq.write_table(pa.table(rows), source / "a.parquet")
+    first, other = (
+        job_of(tmp_path, tmp_path / "recipe.yaml", source, table=str(tmp_path / "of-parquet"), **more)
+        for more in ({}, {"key_column": "name"})
+    )
+    run_job(first)
+    assert plan_job(first).remark == ""
+    note = "version 1 was made with key_column not set. Shards that it has and that did not change keep their ids and images;"
+    assert f"note      {note}" in plan_job(other).describe()
+    capsys.readouterr()
+    assert run_job(other).version == 1
+    assert f"note: {note}" in capsys.readouterr().err
+    carried = job_of(
+        tmp_path, tmp_path / "recipe.yaml", source, table=str(tmp_path / "of-parquet"), key_column="name", carry=["id"]
+    )
+    assert plan_job(carried).remark == ""  # other columns: all is read again
+    run_job(carried)
+    assert sorted(open_table(carried.table).to_dataset().to_table()["key"].to_pylist()) == list("efgh")

@@ -72,7 +72,7 @@ def test_no_request_is_sent_to_what_a_table_names(
     assert find_pictures(table, (HIT,)) == {}
     assert listener.requests == []
     said = " ".join(capsys.readouterr().err.split())
-    assert "which is not in the table's store, so it is not opened" in said
+    assert "outside of the table. A table that somebody else wrote could name any place" in said
     assert "--input" in said
 
 

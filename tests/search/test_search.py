@@ -175,6 +175,10 @@ def test_the_command_searches_through_an_index(
     assert (exact["method"], indexed["method"]) == ("exact", kind)
     assert [(hit["id"], hit["fields"]) for hit in exact["hits"]] == [(hit["id"], hit["fields"]) for hit in indexed["hits"]]
     assert exact["hits"][0]["fields"] == {"label": 4}
+    found = search_image(searched, query, 3, tmp_path / "index")
+    assert "note" not in found.describe()
+    note = "note: the index holds version 1, and the table is at version 2. Export the index again to search that."
+    assert replace(found, current=2).describe().endswith(note)
     assert main.run_command(["search", searched.store.uri, query, "-k", "1"]) == 0
     assert "  label=4" in capsys.readouterr().out
     assert exact["hits"][0]["id"] == f"b.tar/{HOSTILE[4]}"

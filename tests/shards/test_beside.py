@@ -190,7 +190,7 @@ def test_a_field_that_no_sample_has_is_found_without_reading_images(tmp_path: Pa
     put(tmp_path / "b.parquet", parquet_of({"image": [png()] * 3, "day": ["x", None, "y"]}))
     assert absent(tmp_path, ("label", "string"), ("n", "int64"), ("day", "string")) == []
     (misspelt,) = absent(tmp_path, ("label", "string"), ("lable", "string"))
-    assert "lable: of the first samples of 2 shards, 12 in all, none has that field. a.tar has the fields label, n." in misspelt
+    assert "lable: of the first 12 samples of 2 shards, none has that field. a.tar has the fields label, n." in misspelt
     assert "Did you mean 'label'?" in misspelt
     put(tmp_path / "loose" / "x.jpg", png())
     put(tmp_path / "loose" / "metadata.csv", "file_name,label,hint\nx.jpg,a,b\n")

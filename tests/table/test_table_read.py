@@ -342,7 +342,7 @@ def test_status_shows_the_gates_of_the_current_version(store: Store) -> None:
     assert commit_version(store, replace(first, version=2, gates=gates | older))
     state = describe_table(store.uri)
     lines = state.describe().splitlines()
-    assert "gates     3 held: rejects 0 ≤ 0.01, spread 0.157 ≥ 0.001, removed 0.25 ≤ 0.5" in lines
+    assert "gates     3 passed: rejects 0 ≤ 0.01, spread 0.157 ≥ 0.001, removed 0.25 ≤ 0.5" in lines
     assert "accepted  norms not finite, at most 2 (the new camera): the median length was 0" in lines
     assert "accepted  processor 2, at most 0 (the new camera): images are prepared in another way: …" in lines
     assert state.gates["spread"]["value"] == 0.15695  # for --json, as the manifest has them

@@ -31,6 +31,9 @@ app = typer.Typer(
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
 Config = Annotated[Path, typer.Option(help="Job file (YAML).")]
 Publish = Annotated[bool, typer.Option(help="Publish a version once everything is embedded.")]
+Nightly = Annotated[
+    bool, typer.Option("--nightly", help="As the nightly job, which may replace the vectors of another encoder.")
+]
 Release = Annotated[bool, typer.Option("--release", help="Publish a space that a rollback holds back.")]
 Log = Annotated[LogFormat, typer.Option("--log-format", callback=log_as, help="Format of progress and messages on stderr.")]
 
@@ -96,24 +99,28 @@ def plan(
     job: JobFile,
     set_: Set = None,
     forecast: Annotated[bool, typer.Option("--forecast", help="Embed a few images to estimate the time.")] = False,
-    nightly: Annotated[
-        bool, typer.Option("--nightly", help="What the nightly job would do: it may replace all vectors.")
-    ] = False,
+    nightly: Nightly = False,
     as_json: Json = False,
 ) -> None:
     """Show what a run would do, or why it would refuse; write nothing."""
     from lora_embed.run.plan import plan_job
 
     outlook = plan_job(load_job(job, set_), forecasts=forecast, replaces=nightly)
-    print_result(asdict(outlook), as_json, outlook.describe())
+    idle = "\nforecast  there is nothing to embed" if forecast and outlook.forecast is None else ""
+    print_result(asdict(outlook), as_json, f"{outlook.describe()}{idle}")
 
 
 @app.command()
 def run(
-    job: JobFile, set_: Set = None, publish: Publish = True, as_json: Json = False, log_format: Log = LogFormat.TEXT
+    job: JobFile,
+    set_: Set = None,
+    publish: Publish = True,
+    nightly: Nightly = False,
+    as_json: Json = False,
+    log_format: Log = LogFormat.TEXT,
 ) -> None:
     """Build the encoder if needed, embed what is missing, verify, publish."""
-    _run(job, set_, as_json, publishes=publish)
+    _run(job, set_, as_json, publishes=publish, replaces=nightly)
 
 
 @app.command()

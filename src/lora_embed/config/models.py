@@ -185,7 +185,7 @@ class JobConfig(Section):
     @classmethod
     def _widen_shorthands(cls, data: dict[str, Any]) -> dict[str, Any]:
         data = dict(data)
-        shorthands = ("input", "image_member", "reference_roots", "leave_out")
+        shorthands = ("input", "image_member", "reference_roots", "leave_out", "carry")
         data |= {key: [data[key]] for key in shorthands if isinstance(data.get(key), str)}
         if isinstance(data.get("carry"), list):
             data["carry"] = [_carry_field(value) for value in data["carry"]]

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from lora_embed.errors import LoraEmbedError, lack_of_machine
 from lora_embed.monitor.progress import LogFormat, end_relay, log_as, logs_json, noted, say
-from lora_embed.text import span
+from lora_embed.text import number_of, span
 
 # Of new objects, between two searches for unreachable ones. Records of 100,000 shards take half as long to read with it as
 # with Python's 700, since each full search walks through all of them.
@@ -47,12 +47,12 @@ class Ending:
 
     def _counts(self, facts: Mapping[str, Any]) -> list[str]:
         embedded, duration = facts["embedded"], f"in {span(self.seconds)}"
-        done = f"{embedded:,} embedded {duration}"
+        rejects = f", {number_of(facts['rejected'], 'reject')} among them," if facts["rejected"] else ""
+        done = f"{embedded:,} embedded{rejects} {duration}"
         if self.cause:
             return [done]
-        rejected = [f"{facts['rejected'] / embedded:.2%} rejects"] if embedded else []
         bound = [f"bound by {facts['bound']}"] if facts["bound"] else []
-        return [f"{_became(facts)}", done, *rejected, *bound]
+        return [f"{_became(facts)}", done, *bound]
 
 
 def exit_code_of(command: Callable[[], Any]) -> int:

@@ -8,9 +8,10 @@ from lora_embed.gates import judge
 from lora_embed.model.description import Description, read_description
 from lora_embed.model.keep import keep_id
 from lora_embed.run.encoders import prepare_encoder
-from lora_embed.run.layout import known_layout
+from lora_embed.run.layout import any_layout, known_layout
 from lora_embed.run.open import OpenJob, open_job
 from lora_embed.run.refuse import refuse_absent_fields, refuse_space, refuse_unusable
+from lora_embed.run.take_over import kept_reading
 from lora_embed.schema import Layout, encoder_path
 
 
@@ -23,6 +24,14 @@ class Decision:
     folder: Path | None = None  # where the encoder is, if the table does not have it
     layout: Layout | None = None  # None: not known before a cluster was asked
     is_current: bool = False  # the current version holds exactly this
+
+    @property
+    def remark(self) -> str:
+        """What a person should know of it before it begins; empty for most jobs."""
+        current = self.opened.current
+        if current is None or self.encoder is None or current.space_id != self.encoder.space_id:
+            return ""
+        return kept_reading(current, any_layout(self.opened.job))
 
 
 def decide(job: JobConfig, scratch: Path, *, replaces: bool = False, releases: bool = False, builds: bool = True) -> Decision:

@@ -33,7 +33,9 @@ from lora_embed.store.store import Store
 from lora_embed.table import retention, staging, versions
 from lora_embed.table.manifest import Manifest
 from lora_embed.table.parts import part_path
-from lora_embed.text import counted, number_of
+from lora_embed.text import counted, in_lines, number_of
+
+EXAMPLES = 3  # rejects that a run names at its end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,8 @@ class RunResult:
     table: str
     space_id: str
     embedded: int  # samples that this run decoded, rejects included
+    rejected: int = 0  # rejects among these
+    examples: tuple[str, ...] = ()  # a few of them in words
     taken: int = 0  # samples whose vectors it took over from a version
     version: int | None = None
     published: bool = False  # by this run
@@ -60,6 +64,8 @@ class RunResult:
             table=table,
             space_id=space_id,
             embedded=effort.embedded,
+            rejected=effort.rejects.total(),
+            examples=tuple(f"{few.id}: {few.reason}, {few.detail}" for of in effort.examples.values() for few in of)[:EXAMPLES],
             taken=effort.taken,
             stages=effort.rounded_seconds,
             bound=bound,
@@ -70,13 +76,15 @@ class RunResult:
         return replace(self, space_id=manifest.space_id, version=manifest.version, counts=manifest.counts, published=published)
 
     def describe(self) -> str:
-        """For a person, in a line."""
+        """For a person: a line, and one for each of a few rejects."""
         taken = f", took over {number_of(self.taken, 'vector')}" if self.taken else ""
-        done = f"embedded {number_of(self.embedded, 'sample')}{taken} in {self.seconds:.0f} s"
-        if self.version is None:
-            return f"{self.table}: {done}; not published"
-        became = "published" if self.published else "is current"
-        return f"{self.table}: version {self.version} {became} ({counted(self.counts)}); {done}"
+        rejected = f" ({number_of(self.rejected, 'reject')} among them)" if self.rejected else ""
+        done = f"embedded {number_of(self.embedded, 'sample')}{rejected}{taken} in {self.seconds:.0f} s"
+        became = f"version {self.version} {'published' if self.published else 'is current'} ({counted(self.counts)}); {done}"
+        more = self.rejected - len(self.examples)
+        others = [f"  and {number_of(more, 'more reject')}, which the report of the run counts by reason"] if more > 0 else []
+        head = f"{self.table}: {f'{done}; not published' if self.version is None else became}"
+        return in_lines([head, *(f"  reject {example}" for example in self.examples), *others])
 
 
 def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, releases: bool = False) -> RunResult:
@@ -92,6 +100,8 @@ def run_job(job: JobConfig, *, publishes: bool = True, replaces: bool = False, r
         decision = decide(job, Path(scratch), replaces=replaces, releases=releases)
         opened, encoder = decision.opened, decision.encoder
         opened.listing.say_passed()
+        if decision.remark:
+            say(f"note: {decision.remark}")
         if decision.is_current:
             return _leave_as_it_is(beginning, opened)
         assert encoder is not None, "it was built"

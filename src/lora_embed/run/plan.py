@@ -21,7 +21,8 @@ from lora_embed.schema import ChunkHead, Layout, encoder_path
 from lora_embed.shards.listing import describe_passed
 from lora_embed.shards.read import count_samples
 from lora_embed.store.store import Store
-from lora_embed.text import agree, number_of, rough_span
+from lora_embed.table.manifest import place_of
+from lora_embed.text import number_of, rough_span
 from lora_embed.vectors.health import seeded_sample
 
 SHARDS_AN_ACTOR, IMAGES_A_SHARD = 3, 32  # size of the sample that a forecast embeds
@@ -63,9 +64,12 @@ class Outlook:
     to_embed_bytes: int
     to_embed_images: Images
     may_take_over: int  # those of the shards to embed of whose images the table has vectors, if their bytes are the same
-    removed: int  # shards of the current version that the input no longer holds
+    removed: int  # shards of the current version in whose place the input has nothing more
+    changed: int = 0  # in whose place it has another file, or other images
     added_columns: tuple[str, ...] = ()  # that the next version has, and the current one has not
     removed_columns: tuple[str, ...] = ()
+    retyped_columns: tuple[str, ...] = ()  # that have another type in the next version
+    remark: str = ""  # what a person should know of it
     replaced_space: str | None = None  # the space whose vectors a nightly run would replace
     passed_over: dict[str, int] = field(default_factory=dict)  # files of the input that are no shards, by kind
     forecast: Forecast | None = None
@@ -82,25 +86,30 @@ class Outlook:
             f"input     {number_of(self.shards, 'shard')}, {self.bytes / 1e6:,.1f} MB: {self.images.describe()}",
             *([f"passed    {describe_passed(self.passed_over)} passed over"] if self.passed_over else []),
             f"done      {number_of(self.done, 'shard')}, and {self.partly_done:,} in part",
-            f"to embed  {left}",
-            *self._says_of_columns(),
-            f"removed   {number_of(self.removed, 'shard')} of the current version "
-            f"{agree(self.removed, 'is', 'are')} not in the input",
+            f"{'to read ' if self._is_known else 'to embed'}  {left}",
+            *self._says_of_known(),
+            *([f"columns   {'; '.join(changes)}"] if (changes := self._changes_of_columns()) else []),
+            *([f"changed   {number_of(self.changed, 'shard')} of version {self.version}"] if self.changed else []),
+            *([f"removed   {number_of(self.removed, 'shard')} of version {self.version}"] if self.removed else []),
+            *([f"note      {self.remark}"] if self.remark else []),
             *([self.forecast.describe()] if self.forecast is not None else []),
         ]
         return "\n".join(lines)
 
-    def _says_of_columns(self) -> list[str]:
-        changes = [f"{change} {', '.join(names)}" for change, names in self._columns if names]
-        lines = [f"columns   {'; '.join(changes)}"] if changes else []
-        if self.may_take_over:
-            which = "all of these" if self.may_take_over == self.to_embed else f"{self.may_take_over:,} of these"
-            lines.append(f"          of {which}, the vectors of images that version {self.version} has are taken over")
-        return lines
-
     @property
-    def _columns(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        return ("adds", self.added_columns), ("removes", self.removed_columns)
+    def _is_known(self) -> bool:
+        """Whether version `version` may have images of all shards that are to be read."""
+        return 0 < self.to_embed == self.may_take_over
+
+    def _says_of_known(self) -> list[str]:
+        if not self.may_take_over:
+            return []
+        which = "" if self._is_known else f"of {number_of(self.may_take_over, 'shard')} among these, "
+        return [f"          {which}only images that version {self.version} does not have are embedded"]
+
+    def _changes_of_columns(self) -> list[str]:
+        changes = (("adds", self.added_columns), ("removes", self.removed_columns), ("changes", self.retyped_columns))
+        return [f"{change} {', '.join(names)}" for change, names in changes if names]
 
 
 def plan_job(job: JobConfig, *, forecasts: bool = False, replaces: bool = False) -> Outlook:
@@ -120,9 +129,12 @@ def plan_job(job: JobConfig, *, forecasts: bool = False, replaces: bool = False)
             items = [WorkItem(shard=shard) for shard in shards]
         prepare_s = time.monotonic() - began
         images = count_images(shards, any_layout(job), job.input_storage_options)
-        published = set(current.shards) if current is not None else set()
-        columns = [name for name, _ in current.carry] if current is not None else []
-        carried = [carried.name for carried in job.carry]
+        published = current.shards if current is not None else {}
+        gone = set(published) - {shard.id for shard in shards}
+        places = {place_of(shard.name) for shard in shards}
+        removed = {shard_id for shard_id in gone if place_of(published[shard_id].name) not in places}
+        columns = dict(current.carry) if current is not None else {}
+        carried = {field.name: field.type for field in job.carry}
         return Outlook(
             table=job.table,
             space_id=encoder.space_id if encoder else None,
@@ -136,9 +148,14 @@ def plan_job(job: JobConfig, *, forecasts: bool = False, replaces: bool = False)
             to_embed_bytes=sum(item.shard.size for item in items),
             to_embed_images=_left(job, images, len(shards), items),
             may_take_over=sum(1 for item in items if item.known is not None),
-            removed=len(published - {shard.id for shard in shards}),
+            removed=len(removed),
+            changed=len(gone - removed),
             added_columns=tuple(name for name in carried if current is not None and name not in columns),
             removed_columns=tuple(name for name in columns if name not in carried),
+            retyped_columns=tuple(
+                f"{name} from {columns[name]} to {kind}" for name, kind in carried.items() if columns.get(name, kind) != kind
+            ),
+            remark=decision.remark,
             replaced_space=current.space_id if current and encoder and current.space_id != encoder.space_id else None,
             passed_over=opened.listing.passed_over,
             forecast=forecast(decision, items, prepare_s) if forecasts and items else None,

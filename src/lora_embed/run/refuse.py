@@ -90,5 +90,5 @@ def refuse_other_space(opened: OpenJob, encoder: Description) -> None:
         raise TableError(
             f"{opened.store.uri}: version {current.version} holds vectors of space {current.space_id}, but this recipe makes "
             f"space {encoder.space_id}, and vectors of two spaces must never mix. Name another table, or the recipe that made "
-            "this table, or run jobs/reembed_nightly.py to replace all vectors."
+            "this table. To replace all vectors, run `lora-embed run` with --nightly, or jobs/reembed_nightly.py."
         )

@@ -11,6 +11,7 @@ from lora_embed.store.store import Store
 from lora_embed.table import versions
 from lora_embed.table.known import Files, KnownRows
 from lora_embed.table.manifest import FileEntry, Manifest, ShardCounts, place_of
+from lora_embed.text import agree
 
 _READING = ("image_column", "key_column", "image_member")  # settings that choose the images and keys of a shard
 Known = Callable[[Shard], KnownRows | None]
@@ -66,6 +67,23 @@ def _reads_the_same(donor: Manifest, layout: Layout) -> bool:
     if layout.max_bytes < (settings.get("max_bytes") or MAX_BYTES):
         return False
     return all(_plain(settings.get(name)) == _plain(getattr(layout, name)) for name in _READING)
+
+
+def kept_reading(current: Manifest, layout: Layout) -> str:
+    """What says that shards of the current version keep the keys and images that a job now chooses in another way.
+
+    Empty if the job chooses them as the one that made the version.
+    """
+    settings = current.lineage.get("layout") or {}
+    changed = [name for name in _READING if _plain(settings.get(name)) != _plain(getattr(layout, name))]
+    if not changed or current.carry != layout.carry:  # for other columns all shards are read again
+        return ""
+    before = ", ".join(f"{name} {_plain(settings.get(name)) or 'not set'}" for name in changed)
+    return (
+        f"version {current.version} was made with {before}. Shards that it has and that did not change keep their ids and "
+        f"images; the new {agree(len(changed), 'setting counts', 'settings count')} for all others. For new ids of all images, "
+        "make another table."
+    )
 
 
 def _plain(setting: Any) -> Any:

@@ -19,8 +19,9 @@ def refuse_elsewhere(uri: str, named_by: str, allowed: Iterable[str]) -> None:
     """
     if not any(lies_within(uri, place) for place in (named_by, *allowed)):
         raise TableError(
-            f"{named_by}: names the input {uri}, which is not in the table's store, so it is not opened. If you trust it, add "
-            f"--input {shlex.quote(uri)}, or give the job file in place of the table."
+            f"{named_by}: says that its images lie in {uri}, outside of the table. A table that somebody else wrote could name "
+            f"any place, so this one is opened only if you name it too: add --input {shlex.quote(uri)}, or give the job file "
+            "in place of the table."
         )
 
 

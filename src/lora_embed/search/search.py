@@ -35,6 +35,7 @@ class Found:
     image: str
     table: str
     version: int  # version of the searched vectors; the index's version if an index was searched
+    current: int  # version of the table, which an index may lag behind
     space_id: str
     method: str  # `exact`, or the kind of the index
     count: int  # vectors searched
@@ -49,7 +50,12 @@ class Found:
             f"{len(self.hits)} nearest of {number_of(self.count, 'image')}, version {self.version}, space {self.space_id}, "
             f"{self.method}"
         )
-        return in_lines([head, *(f"{hit.score: .6f}  {hit.id}{_shown(hit.fields)}" for hit in self.hits)])
+        old = (
+            f"note: the index holds version {self.version}, and the table is at version {self.current}. Export the index again "
+            "to search that."
+        )
+        lines = [head, *(f"{hit.score: .6f}  {hit.id}{_shown(hit.fields)}" for hit in self.hits)]
+        return in_lines([*lines, *([old] if self.version != self.current else [])])
 
 
 def _shown(fields: dict[str, Any]) -> str:
@@ -125,6 +131,7 @@ def search_image(
         image=image,
         table=table.store.uri,
         version=version,
+        current=table.version,
         space_id=encoder.space_id,
         method=method,
         count=count,

@@ -11,8 +11,9 @@ from lora_embed.errors import ColumnError, ShardError, StorageError, StoreUnavai
 from lora_embed.schema import Layout, Shard
 from lora_embed.shards.fields import typed
 from lora_embed.shards.known_fields import known_fields
+from lora_embed.shards.places import FOLDER
 from lora_embed.shards.read import read_samples
-from lora_embed.text import in_one_line
+from lora_embed.text import in_one_line, number_of
 
 SHARDS, SAMPLES, SECONDS = 16, 200, 20.0  # at most; mostly the first sample has all fields
 FEW = 20  # samples of a shard that show whether it is usable
@@ -34,13 +35,13 @@ class Absence:
 
     def describe(self) -> str:
         """For a person: what was looked at, what was found, and what a field is."""
-        of = f"the first samples of {self.shards} shard{'s' if self.shards > 1 else ''}, {self.looked_at} in all"
+        of = f"the first {number_of(self.looked_at, 'sample')} of {number_of(self.shards, 'shard')}"
         if self.others:
             found = ", ".join(self.others)
             return f"{self.name}: of {of}, none has it as {self.type}, but as {found}. Carry it as text: {self.name}"
         if self.name in self.known:
             return f"{self.name}: of {of}, all that have this field have null there"
-        near = difflib.get_close_matches(self.name, self.known, 1)
+        near = difflib.get_close_matches(self.name, [*self.known, FOLDER], 1)
         has = f" {self.first_shard} has the fields {', '.join(self.known[:NAMED])}." if self.known else ""
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return (

@@ -4,9 +4,11 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import pyarrow.compute as pc
+
 from lora_embed.config.foreign import read_record
 from lora_embed.errors import TableError
-from lora_embed.schema import Layout, encoder_path
+from lora_embed.schema import FORGOTTEN, Layout, encoder_path
 from lora_embed.store.store import Store
 from lora_embed.table import compact, retention, versions
 from lora_embed.table.manifest import Manifest
@@ -77,10 +79,7 @@ def explain_row(opened: Table, id_: str) -> Explanation:
     store, manifest = opened.store, opened.manifest
     rows = opened.rows([id_], COLUMNS)
     if not rows.num_rows:
-        raise TableError(
-            f"{store.uri}: version {manifest.version} has no vector with the id {id_!r}. Correct the id; the image may also be "
-            "among the rejects."
-        )
+        raise TableError(f"{store.uri}: version {manifest.version} has {_without_vector(opened, id_)}")
     row = rows.to_pylist()[0]
     shard = next((shard for shard in manifest.shards.values() if shard.name == row["shard"]), None)
     if shard is None:
@@ -107,6 +106,20 @@ def explain_row(opened: Table, id_: str) -> Explanation:
     )
 
 
+def _without_vector(opened: Table, id_: str) -> str:
+    """What is known of an id that has no vector."""
+    rejects = opened.rejects()
+    for row in rejects.filter(pc.equal(rejects["id"], id_)).to_pylist():
+        if row["reason"] == FORGOTTEN:
+            return f"no vector with the id {id_!r}: the image was forgotten, and no later version will hold it."
+        detail = f" ({row['detail']})" if row["detail"] else ""
+        return (
+            f"no vector with the id {id_!r}: the image is a reject, {row['reason']}{detail}. Correct the image, and run the "
+            "job again."
+        )
+    return f"no vector with the id {id_!r}, and no reject either. Correct the id; `open_table(…).to_dataset()` has all ids."
+
+
 @dataclass(frozen=True, kw_only=True)
 class Forgotten:
     """The result of `lora-embed forget`."""
@@ -120,16 +133,16 @@ class Forgotten:
 
     def describe(self) -> str:
         """For a person."""
-        held_by = ", ".join(map(str, self.held_by)) or "none"
-        return (
-            f"{self.table}: version {self.version} is without {number_of(self.images, 'image')}, and no later version will "
-            f"hold {agree(self.images, 'it', 'them')}. Versions that held {agree(self.images, 'it', 'them')} are retired: "
-            f"{held_by}. "
-            f"The files of these versions stay for the grace period of {number_of(self.grace_days, 'day')}, until "
-            f"{self.files_stay_until}; the first run after that removes them, or "
-            f"`lora-embed gc {self.table}`. When `lora-embed gc {self.table} --dry-run` no longer lists a version as retired, "
-            "its files are removed."
-        )
+        them = agree(self.images, "it", "them")
+        lines = [
+            f"{self.table}: version {self.version} is published without {number_of(self.images, 'image')}. No later version "
+            f"will hold {them}.",
+            f"Retired, because they held {them}: versions {', '.join(map(str, self.held_by)) or 'none'}. Their files stay "
+            f"until {self.files_stay_until} (grace period of {number_of(self.grace_days, 'day')}).",
+            f"After that, the next run removes these files, or `lora-embed gc {self.table}`. `lora-embed gc {self.table} "
+            "--dry-run` lists what is still there.",
+        ]
+        return in_lines(lines)
 
 
 def forget(store: Store, ids: list[str], why: str) -> Forgotten:

@@ -7,6 +7,7 @@ from typing import Any
 from lora_embed.errors import TableError
 from lora_embed.schema import Part
 from lora_embed.store.store import Store
+from lora_embed.table.manifest import Manifest
 from lora_embed.table.versions import listed_versions, read_manifest
 from lora_embed.text import counted, in_lines, number_of
 
@@ -25,6 +26,7 @@ class TableState:
     held: dict[str, str]  # spaces that a rollback holds back → reason
     forgotten: int  # images that were forgotten and must not come back
     gates: dict[str, dict[str, Any]]  # of the current version, as its manifest has them
+    because: str = ""  # why it was made, if a person made it: by a rollback, or to forget images
 
     def describe(self) -> str:
         """For a person."""
@@ -32,7 +34,9 @@ class TableState:
         if self.version is None:
             lines.append("version   nothing published yet")
         else:
-            lines += [f"version   {self.version} of {self.created}, space {self.space_id}", f"holds     {counted(self.counts)}"]
+            lines += [f"version   {self.version} of {self.created}, space {self.space_id}"]
+            lines += [f"          {self.because}"] if self.because else []
+            lines += [f"holds     {counted(self.counts)}"]
             lines += [f"retained  versions {', '.join(map(str, self.versions))}", *_gate_lines(self.gates)]
         lines += [f"held back space {space}: {why}" for space, why in self.held.items()]
         lines += [f"forgotten {number_of(self.forgotten, 'image')}"] if self.forgotten else []
@@ -51,7 +55,7 @@ def _gate_lines(gates: dict[str, dict[str, Any]]) -> list[str]:
             passed.append(f"{name} {value} {'≥' if gate.get('direction') == 'at least' else '≤'} {limit}")
         else:
             accepted.append(f"accepted  {name} {value}, {gate['direction']} {limit} ({gate['accepted']}): {gate['says']}")
-    return [f"gates     {len(passed)} held: {', '.join(passed)}"] * bool(passed) + accepted
+    return [f"gates     {len(passed)} passed: {', '.join(passed)}"] * bool(passed) + accepted
 
 
 def describe_table(uri: str, storage_options: dict[str, Any] | None = None) -> TableState:
@@ -76,4 +80,15 @@ def describe_table(uri: str, storage_options: dict[str, Any] | None = None) -> T
         held=manifest.held if manifest else {},
         forgotten=len(manifest.forgotten) if manifest else 0,
         gates=manifest.gates if manifest else {},
+        because=_because(manifest) if manifest else "",
     )
+
+
+def _because(manifest: Manifest) -> str:
+    """What a person did to make this version, with the reason that they gave."""
+    rollback, forgot = (manifest.lineage.get(name) for name in ("rollback", "forgot"))
+    if isinstance(forgot, dict):
+        return f"made to forget {number_of(int(forgot.get('images', 0)), 'image')}: {forgot.get('why', '')}"
+    if isinstance(rollback, dict):
+        return f"a rollback to version {rollback.get('to')}: {rollback.get('why', '')}"
+    return ""
