@@ -1,6 +1,7 @@
 """A real headless Chromium for tests of pages: fetched once, driven over a pipe, without a way to any network."""
 
 import base64
+import fcntl
 import json
 import os
 import signal
@@ -47,25 +48,31 @@ ANSWER_S = 60.0
 
 
 def chromium() -> Path:
-    """The browser's program, with the libraries that a bare machine lacks beside it."""
+    """The browser's program, with the libraries that a bare machine lacks beside it; one process of tests fetches it for all."""
     folder = cache_root() / CHROMIUM.file_name.removesuffix(".tgz")
-    if not folder.is_dir():
-        archive = fetch_archive(cache_root(), CHROMIUM, say)
-        with tempfile.TemporaryDirectory(dir=cache_root(), prefix=".making-") as scratch:
-            making = Path(scratch)
-            with tarfile.open(archive) as tar:
-                tar.extractall(making, filter="data")
-            packed = making / "package" / "bin"
-            whole = making / "whole"
-            whole.mkdir()
-            for name, out in (("chromium.br", whole / "chromium"), ("al2023.tar.br", making / "libraries.tar")):
-                subprocess.run([*_node(), "-e", UNPACK, str(packed / name), str(out)], check=True)
-            (whole / "chromium").chmod(0o755)
-            with tarfile.open(making / "libraries.tar") as tar:
-                tar.extractall(whole, filter="data")
-            whole.rename(folder)
-        archive.unlink()
+    cache_root().mkdir(parents=True, exist_ok=True)
+    with open(cache_root() / ".browser.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            _unpack(fetch_archive(cache_root(), CHROMIUM, say), folder)
     return folder / "chromium"
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=cache_root(), prefix=".making-") as scratch:
+        making = Path(scratch)
+        with tarfile.open(archive) as tar:
+            tar.extractall(making, filter="data")
+        packed = making / "package" / "bin"
+        whole = making / "whole"
+        whole.mkdir()
+        for name, out in (("chromium.br", whole / "chromium"), ("al2023.tar.br", making / "libraries.tar")):
+            subprocess.run([*_node(), "-e", UNPACK, str(packed / name), str(out)], check=True)
+        (whole / "chromium").chmod(0o755)
+        with tarfile.open(making / "libraries.tar") as tar:
+            tar.extractall(whole, filter="data")
+        whole.rename(folder)
+    archive.unlink()
 
 
 def axe() -> str:
