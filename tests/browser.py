@@ -48,7 +48,7 @@ ANSWER_S = 60.0
 
 
 def chromium() -> Path:
-    """The browser's program, with the libraries that a bare machine lacks beside it; one process of tests fetches it for all."""
+    """The browser's program, with the libraries that a bare machine lacks beside it; one process fetches it for all."""
     folder = cache_root() / CHROMIUM.file_name.removesuffix(".tgz")
     cache_root().mkdir(parents=True, exist_ok=True)
     with open(cache_root() / ".browser.lock", "w") as lock:
