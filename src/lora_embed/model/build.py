@@ -174,8 +174,8 @@ def _say_folds(ingredients: Ingredients, adapters: list[Adapter], members: list[
     weights = sum(p.numel() for p in model.parameters()) / 1e6
     say(f"base {ingredients.base.uri}: {weights:.1f}M weights, {type(model).__name__}{place}")
     for adapter, spec in zip(adapters, recipe.adapters, strict=True):
-        counted = f"{number_of(len(adapter.changes), 'weight')}, {number_of(len(adapter.head_keys), 'head tensor')} dropped"
-        say(f"adapter {adapter.uri}: {counted}, × {spec.weight}")
+        head = f", without its head ({number_of(len(adapter.head_keys), 'tensor')})" if adapter.head_keys else ""
+        say(f"adapter {adapter.uri}: {number_of(len(adapter.changes), 'weight')} × {spec.weight}{head}")
     if adapters:
         changed = len({name for member in members for name in member.rows})
         say(f"merge {recipe.merge_method}: {number_of(changed, 'weight')} changed")
