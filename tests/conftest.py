@@ -21,6 +21,7 @@ from lora_embed.model.match import target_of
 from lora_embed.model.whole import Target
 from lora_embed.monitor.progress import say
 from lora_embed.store.fetch import cache_root
+from lora_embed.store.retry import take_retries
 from s3 import S3Server, s3_server
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # an example may take long on a busy machine
@@ -41,6 +42,11 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_runtest_setup() -> None:
+    """Forget the repeated requests of earlier tests of this process: the next chunk that is decoded would count them."""
+    take_retries()
 
 
 @pytest.fixture(scope="session")
