@@ -462,7 +462,7 @@ VERSION_CASES = [
     Case(
         "an image to explain that has no vector",
         nothing,
-        ["table", "version 1", "'0000.tar/nobody'", "rejects"],
+        ["table", "version 1", "'0000.tar/nobody'", "no reject either"],
         arguments=["explain", "table", "0000.tar/nobody"],
         published=True,
     ),

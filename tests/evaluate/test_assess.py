@@ -197,12 +197,12 @@ def test_the_job_script_takes_the_same_options() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--label", "colour"], "--label colour: of the first samples of 2 shards"),
+        (["--label", "colour"], "--label colour: of the first 98 samples of 2 shards"),
         ([], "--label is missing. Name at least one."),
         (["--label", "kind", "--label", "kind"], "--label kind is given 2 times"),
         (["--label", "kind", "--splits", "1"], "--splits is 1, expected 2 or more"),
         (["--label", "kind", "--reference", "best"], "--reference best: is not a candidate; choose from half"),
-        (["--label", "kind", "--group", "colour"], "--group colour: of the first samples of 2 shards"),
+        (["--label", "kind", "--group", "colour"], "--group colour: of the first 98 samples of 2 shards"),
         (["--label", "kind", "--head", "ten"], "--head ten: expected --head ADAPTER=FIELD"),
         (["--label", "kind", "--head", "ten=colour"], "'colour' is named for a head, but is not a --label"),
         (["--label", "kind", "--classes", "kind=/nowhere"], "--classes kind=/nowhere: /nowhere cannot be read"),

@@ -47,10 +47,10 @@ class Ending:
 
     def _counts(self, facts: Mapping[str, Any]) -> list[str]:
         embedded, duration = facts["embedded"], f"in {span(self.seconds)}"
+        if self.cause:
+            return [f"{embedded:,} embedded {duration}"]
         rejects = f", {number_of(facts['rejected'], 'reject')} among them," if facts["rejected"] else ""
         done = f"{embedded:,} embedded{rejects} {duration}"
-        if self.cause:
-            return [done]
         bound = [f"bound by {facts['bound']}"] if facts["bound"] else []
         return [f"{_became(facts)}", done, *bound]
 
