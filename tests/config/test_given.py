@@ -111,9 +111,9 @@ REFUSED = [
     ("table=''", 'table is "", expected text that is not empty'),
     ("recipe=''", 'recipe is "", expected text that is not empty'),
     ("precision=''", 'precision is "", expected auto'),
-    ("gates=''", 'gates is "", expected a section'),
-    ("resources=''", 'resources is "", expected a section'),
-    ("input_storage_options=''", "input_storage_options is str, expected a section"),
+    ("gates=''", 'gates is "", expected keys'),
+    ("resources=''", 'resources is "", expected keys'),
+    ("input_storage_options=''", "input_storage_options is str, expected keys"),
 ]
 
 

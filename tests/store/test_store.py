@@ -21,6 +21,7 @@ from lora_embed.entries import Entry
 from lora_embed.errors import StorageError
 from lora_embed.store.fetch import fetch_directory
 from lora_embed.store.local import TEMPORARY
+from lora_embed.store.local import correct_the_path
 from lora_embed.store.store import Store
 
 WRITER = """
@@ -272,3 +273,12 @@ def test_copies_that_nobody_asks_for_any_longer_are_removed(tmp_path: Path, monk
     held.close()
     assert {path.name for path in (tmp_path / "fetched").iterdir() if path.is_dir()} == {path.name for path in folders[1:]}
     assert not folders[0].with_suffix(".lock").exists()
+
+
+def test_a_path_that_is_almost_right_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert correct_the_path("photo") == "Did you mean photos?"
+    assert correct_the_path(tmp_path / "phtoos") == f"Did you mean {tmp_path / 'photos'}?"
+    for other in ("table", "nowhere/photos", str(tmp_path / "nowhere" / "photos")):
+        assert correct_the_path(other) == "Correct the path."

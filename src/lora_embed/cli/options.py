@@ -101,6 +101,7 @@ def find_table(argument: str, overrides: list[str] | None) -> Named:
 
     Raises ConfigError for a job file that is wrong, and StorageError for a table that cannot be reached.
     """
+    from lora_embed.store.local import correct_the_path
     from lora_embed.store.store import Store
 
     job = job_of(argument, overrides)
@@ -109,7 +110,7 @@ def find_table(argument: str, overrides: list[str] | None) -> Named:
     store = Store(argument) if job is None else Store(job.table, job.table_storage_options)
     store.check_reachable()
     if store.is_local and not Path(store.full_path("")).exists():
-        remedy = "Correct the path." if job is None else f"`lora-embed run {argument}` makes it."
+        remedy = correct_the_path(argument) if job is None else f"`lora-embed run {argument}` makes it."
         raise TableError(f"{store.uri}: there is no table yet. {remedy}")
     return Named(store=store, job=job)
 

@@ -88,8 +88,8 @@ def _expected(item: Any) -> str:
         "float_parsing": "a number",
         "bool_type": "true or false",
         "tuple_type": "a list",
-        "dict_type": "a section of keys and values",
-        "model_type": "a section with keys",
+        "dict_type": "keys and values",
+        "model_type": "keys with values",
     }
     return words.get(item["type"]) or str(item["msg"])
 

@@ -296,5 +296,5 @@ def _section_for(data: dict[str, Any], keys: list[str], text: str) -> dict[str, 
         if not isinstance(data, dict):
             safe_text = _without_secret(text)
             value = shown(data) if safe_text == text else type(data).__name__
-            raise ConfigError(f"--set {safe_text}: {key!r} is {value}, expected a section with the key {keys[-1]!r}")
+            raise ConfigError(f"--set {safe_text}: {key!r} is {value}, expected keys with values, one of them {keys[-1]!r}")
     return data

@@ -9,6 +9,7 @@ import yaml
 from lora_embed.config.messages import shown
 from lora_embed.config.recognise import Thing, by_keys, recognise
 from lora_embed.errors import ConfigError
+from lora_embed.store.local import correct_the_path
 from lora_embed.text import in_one_line
 
 MOST_VALUES = 1_000_000
@@ -44,7 +45,7 @@ def read_yaml(path: Path, kind: str, wanted: Thing | None = None) -> dict[str, A
     try:
         data = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file, expected {kind}. Correct the path.") from None
+        raise ConfigError(f"{path}: no such file, expected {kind}. {correct_the_path(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         if (thing := recognise(path)) is not None:
             raise ConfigError(thing.instead_of(str(path), path, kind)) from None

@@ -188,10 +188,11 @@ def _with_tasks(request: Request, heads: Sequence[AdapterHead], labelled: Labell
         if len(orders) == 1:
             with_tasks += [(head, task, order) for task, order in orders.items()]
             continue
-        why = f"fits {', '.join(orders)}" if orders else f"has {head.head.classes} outputs, which fit the classes of no task"
+        has = f"its {number_of(head.head.classes, 'output')} fit"
+        why = f"{has} several tasks: {', '.join(orders)}" if orders else f"{has} the classes of no task"
         say(
-            f"note: {head.adapter}: its head is not judged: it {why}. Name its task with --head {head.adapter}=FIELD, and the "
-            "order of its outputs with --classes FIELD=FILE."
+            f"note: the head of adapter {head.adapter} is not judged, since {why}. If one is its task, name it with --head "
+            f"{head.adapter}=FIELD, and the order of its outputs with --classes FIELD=FILE."
         )
     return with_tasks
 

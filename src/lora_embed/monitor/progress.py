@@ -167,7 +167,7 @@ class Progress:
         if self._relays:
             _OTHERS.__exit__()
         self._show(self.line(self._console.width if self._is_live else None))
-        if self.here.seconds and not logs_json():
+        if self.here.embedded and not logs_json():  # what only copies or reads has no bound that a person could move
             self._console.print(self.bound().says)
 
     def add(self, chunk: ChunkHead) -> None:

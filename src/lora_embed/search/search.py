@@ -19,6 +19,7 @@ from lora_embed.search.index import HIT_COLUMNS, Hit, refuse_other_space, unit_q
 from lora_embed.search.places import refuse_elsewhere
 from lora_embed.shards.listing import list_shards
 from lora_embed.shards.read import read_samples
+from lora_embed.store.local import correct_the_path
 from lora_embed.store.store import Store
 from lora_embed.table.read import Table
 from lora_embed.text import in_lines, in_one_line, number_of
@@ -148,7 +149,8 @@ def _read_image(image: str, options: dict[str, Any] | None) -> bytes:
         path = Path(image)
         data = Store(str(path.absolute().parent), follows_links=True).read(path.name) if path.name else None
     if data is None:
-        raise ConfigError(f"{image}: no such file, expected an image. Correct the path.")
+        remedy = "Correct the path." if "://" in image else correct_the_path(image)
+        raise ConfigError(f"{image}: no such file, expected an image. {remedy}")
     return data
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from lora_embed.entries import Entries
 from lora_embed.errors import ConfigError
 from lora_embed.monitor.progress import say
+from lora_embed.store.local import correct_the_path
 from lora_embed.store.store import Store
 from lora_embed.text import agree, number_of
 
@@ -193,7 +194,8 @@ def _files_at(uri: str, options: dict[str, Any], follows: bool) -> Files:
     root, name = _folder_of(uri), posixpath.basename(uri)
     entry = Store(root, options, follows_links=True).info(name)
     if entry is None:
-        raise ConfigError(f"input {uri}: no such file or directory. Correct the path.")
+        remedy = "Correct the path." if "://" in uri else correct_the_path(uri)
+        raise ConfigError(f"input {uri}: no such file or directory. {remedy}")
     return Files(pattern=uri, root=root, entries=Entries([entry.state]), named=frozenset([name]), looked_at=1)
 
 

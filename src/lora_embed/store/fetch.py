@@ -16,6 +16,7 @@ from typing import Any
 from lora_embed.entries import Entry
 from lora_embed.errors import ChangedMeanwhile, StorageError
 from lora_embed.store import hub
+from lora_embed.store.local import correct_the_path
 from lora_embed.store.place import check_uri
 from lora_embed.store.store import Store
 
@@ -40,7 +41,7 @@ def fetch_directory(uri: str, revision: str | None, patterns: tuple[str, ...], o
         raise StorageError(f"{uri}: this user may not read it. Give read access, or name another directory.") from None
     if hub.may_be_repository(uri):
         raise StorageError(f"{uri}: {hub.no_directory(uri, Path.cwd())}")
-    raise StorageError(f"{uri}: no such directory. Correct the path.")
+    raise StorageError(f"{uri}: no such directory. {correct_the_path(uri)}")
 
 
 def cache_root() -> Path:

@@ -2,8 +2,10 @@
 
 import contextlib
 import ctypes
+import difflib
 import errno
 import heapq
+import itertools
 import os
 import stat
 import tempfile
@@ -16,12 +18,23 @@ from typing import Any
 from lora_embed.entries import Entry, State
 from lora_embed.text import printable
 
+_MOST_LOOKED_AT = 10_000  # names of a folder
 TEMPORARY = "_tmp"  # folder below a root for files that are being written; listings leave it out
 # Errors of file systems without hard links. exFAT and vfat give EPERM, which otherwise means that access is denied.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 # Errors of a path that has no file: missing, a circle of links, a file in place of a folder, or too long.
 _LEADS_NOWHERE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)
 _CURRENT_FOLDER, _RENAME_NOREPLACE = -100, 1  # arguments of renameat2
+
+
+def correct_the_path(path: str | os.PathLike[str]) -> str:
+    """What to do about a path that does not exist; with a name of its folder if one is almost the same."""
+    folder, name = os.path.split(os.path.abspath(path))
+    with contextlib.suppress(OSError), os.scandir(folder) as scan:
+        names = [entry.name for entry in itertools.islice(scan, _MOST_LOOKED_AT)]
+        if close := difflib.get_close_matches(name, names, 1):
+            return f"Did you mean {os.path.join(os.path.dirname(path), close[0])}?"
+    return "Correct the path."
 
 
 def walk(root: str, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
