@@ -20,8 +20,7 @@ from fsspec.spec import AbstractFileSystem
 from lora_embed.entries import Entry
 from lora_embed.errors import StorageError
 from lora_embed.store.fetch import fetch_directory
-from lora_embed.store.local import TEMPORARY
-from lora_embed.store.local import correct_the_path
+from lora_embed.store.local import TEMPORARY, correct_the_path
 from lora_embed.store.store import Store
 
 WRITER = """
