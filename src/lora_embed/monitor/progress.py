@@ -167,7 +167,7 @@ class Progress:
         if self._relays:
             _OTHERS.__exit__()
         self._show(self.line(self._console.width if self._is_live else None))
-        if self.here.embedded and not logs_json():  # what only copies or reads has no bound that a person could move
+        if self.here.seconds and self.here.embedded and not logs_json():  # else nothing had a speed
             self._console.print(self.bound().says)
 
     def add(self, chunk: ChunkHead) -> None:
