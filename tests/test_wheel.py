@@ -140,7 +140,7 @@ def test_the_first_table_page_leads_to_a_search_and_a_notebook(first: Path, envi
     ]  # fmt: skip
     for command in commands:
         ended = run(command, first, environment)
-    assert ended.stdout.splitlines()[1].endswith("food/watermelon.png")
+    assert ended.stdout.splitlines()[1].endswith("food/watermelon.png  folder=food")
     (block,) = blocks_of("first-table.md", "Use the table")
     shown = "print(counts.to_dict(), nearest['id'][0], nearest['folder'][0], len(nearest))"
     (first / "notebook.py").write_text(block + shown)
