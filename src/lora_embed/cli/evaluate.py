@@ -29,9 +29,7 @@ def evaluate(
     split: Annotated[str | None, typer.Option(metavar="FIELD", help="Your own split: bank or train, query or test …")] = None,
     splits: Annotated[int, typer.Option(help="Number of seeded splits; two thirds of the images are the bank.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the splits.")] = 0,
-    reference: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Candidate to compare with; the base by default.")
-    ] = None,
+    reference: Annotated[str | None, typer.Option(metavar="NAME", help="Candidate to compare with, else the base.")] = None,
     alone: Annotated[bool, typer.Option("--alone", help="Also evaluate the base and each single adapter.")] = False,
     heads: Annotated[bool, typer.Option(help="Evaluate the adapters' own heads on every candidate.")] = True,
     head: Annotated[Many, typer.Option(metavar="ADAPTER=FIELD", help="The task of an adapter's head.")] = None,

@@ -133,8 +133,6 @@ def plan_job(job: JobConfig, *, forecasts: bool = False, replaces: bool = False)
         gone = set(published) - {shard.id for shard in shards}
         places = {place_of(shard.name) for shard in shards}
         removed = {shard_id for shard_id in gone if place_of(published[shard_id].name) not in places}
-        columns = dict(current.carry) if current is not None else {}
-        carried = {field.name: field.type for field in job.carry}
         return Outlook(
             table=job.table,
             space_id=encoder.space_id if encoder else None,
@@ -150,16 +148,24 @@ def plan_job(job: JobConfig, *, forecasts: bool = False, replaces: bool = False)
             may_take_over=sum(1 for item in items if item.known is not None),
             removed=len(removed),
             changed=len(gone - removed),
-            added_columns=tuple(name for name in carried if current is not None and name not in columns),
-            removed_columns=tuple(name for name in columns if name not in carried),
-            retyped_columns=tuple(
-                f"{name} from {columns[name]} to {kind}" for name, kind in carried.items() if columns.get(name, kind) != kind
-            ),
+            **(_changes_of_columns(dict(current.carry), job) if current is not None else {}),
             remark=decision.remark,
             replaced_space=current.space_id if current and encoder and current.space_id != encoder.space_id else None,
             passed_over=opened.listing.passed_over,
             forecast=forecast(decision, items, prepare_s) if forecasts and items else None,
         )
+
+
+def _changes_of_columns(columns: dict[str, str], job: JobConfig) -> dict[str, tuple[str, ...]]:
+    """How a job's carried fields differ from a version's columns (name → type), as fields of an Outlook."""
+    carried = {field.name: field.type for field in job.carry}
+    return {
+        "added_columns": tuple(name for name in carried if name not in columns),
+        "removed_columns": tuple(name for name in columns if name not in carried),
+        "retyped_columns": tuple(
+            f"{name} from {columns[name]} to {kind}" for name, kind in carried.items() if columns.get(name, kind) != kind
+        ),
+    }
 
 
 def _left(job: JobConfig, of_all: Images, shards: int, items: list[WorkItem]) -> Images:
